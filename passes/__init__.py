@@ -1,0 +1,32 @@
+"""Rewriting passes, one algorithm a file; imported as `qcompile.passes`.
+
+Importing this package registers every pass by its config type (see qcompile/recipe.py).
+"""
+
+if __name__ == "passes":  # a second copy with a registry of its own would break isinstance checks
+    raise ImportError("import qcompile.passes, not passes")
+
+from qcompile.passes.fold_norm import FoldNorm, fold_norm
+from qcompile.passes.fuse import Fuse, fuse
+from qcompile.passes.quantize import Quantize, quantize
+from qcompile.passes.rotate import Rotate, rotate
+from qcompile.passes.rotate_online import RotateOnline, rotate_online
+from qcompile.passes.smooth import Smooth, smooth
+from qcompile.passes.untie import Untie, untie
+
+__all__ = [
+    "FoldNorm",
+    "Fuse",
+    "Quantize",
+    "Rotate",
+    "RotateOnline",
+    "Smooth",
+    "Untie",
+    "fold_norm",
+    "fuse",
+    "quantize",
+    "rotate",
+    "rotate_online",
+    "smooth",
+    "untie",
+]

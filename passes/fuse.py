@@ -1,0 +1,52 @@
+"""Fuse: linear(dq(q(x)), dq(w), b) becomes one qlinear.
+
+Law:    qlinear(codes, scales, ..) = linear(dq(codes), dq(weight), b), up to the rounding of the
+        accumulation (exact in int32 where both sides have one scale for a row).
+Keeps:  the output of the Q/DQ graph up to rounding.   Needs: nothing.   Leaves: nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qcompile.calibrate import Statistics
+from qcompile.program import Program
+from qcompile.recipe import rewrites
+from qcompile.report import PassReport
+
+aten = torch.ops.aten
+ops = torch.ops.qcompile
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Fuse every quantized site."""
+
+
+@rewrites(Fuse, exact=False, after=("Quantize",), requires=("Quantize",))
+def fuse(program: Program, how: Fuse, seen: Statistics) -> PassReport:
+    """Replace Q/DQ and linear by qlinear, in place."""
+    report = PassReport("Fuse")
+    for node in list(program.graph.find_nodes(op="call_function", target=aten.linear.default)):
+        numbers = node.args[1]
+        if not isinstance(numbers, torch.fx.Node) or numbers.target is not ops.dequantize.default:
+            continue
+        codes, scale, zero, group_scale, form, columns, _ = numbers.args
+        bias = node.args[2] if len(node.args) > 2 else None
+        x, act = node.args[0], ""
+        x_scale = x_zero = None
+        if isinstance(x, torch.fx.Node) and x.target is ops.dequantize.default and x.args[5] == 0:
+            x, x_scale, x_zero, _, act, _, _ = x.args  # type: ignore[assignment]
+        fused = program.insert(
+            ops.qlinear.default,
+            (x, x_scale, x_zero, codes, scale, zero, group_scale, bias, form, act, columns,
+             node.meta["val"].dtype),
+            before=node,
+        )
+        fused.meta["site"] = (program.weight_name(codes) or node.name).removesuffix(".codes")
+        program.replace(node, fused)
+        report.done.append(fused.meta["site"])
+    program.cleanup()
+    return report

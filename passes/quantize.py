@@ -1,0 +1,133 @@
+"""Quantize: weights to nearest, activations dynamically, as plain quantize/dequantize around matmuls.
+
+Source: "Give Me BF16 or Give Me Death", arXiv:2411.02355 sec. 3 (round to nearest, dynamic per-token
+        activations); MSE clip from GPTQ's code (arXiv:2210.17323).
+Law:    |w - dq(q(w))| <= s / 2 inside the range; the inserted graph is the meaning of the result.
+Needs:  nothing.   Leaves: sites that a rule keeps, expert stacks, weights shared with a float reader
+        are copied (the other reader keeps the float table).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qcompile.calibrate import Statistics
+from qcompile.formats import Format, QTensor, quantize_tensor
+from qcompile.program import Program
+from qcompile.recipe import RecipeError, Rule, rewrites
+from qcompile.report import PassReport
+from qcompile.sites import Site, find_sites
+
+ops = torch.ops.qcompile
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Formats of weights and activations; None keeps the activation float."""
+
+    weight: Format = Format("int8")
+    act: Format | None = Format("int8")
+    clip: bool = False  # search the clip of each weight range that minimises sum |e|^2.4
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "act"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, Format.parse(getattr(self, name)))
+        if self.act is not None and self.act.dual:
+            raise RecipeError("Quantize: an activation has no second level (dual)")
+
+
+@rewrites(
+    Quantize, exact=False, after=("Untie", "FoldNorm", "Smooth", "Rotate", "RotateOnline")
+)
+def quantize(
+    program: Program, how: Quantize, seen: Statistics, rules: dict[str, Rule | None] | None = None
+) -> PassReport:
+    """Insert Q/DQ at every site that no rule keeps, in place."""
+    report = PassReport("Quantize")
+    for site in find_sites(program):
+        rule = (rules or {}).get(site.name)
+        if rule is not None and rule.keep:
+            report.leave(site.name, f"kept float by the rule {rule.match!r}")
+        elif rule is None and chooses_experts(site):
+            report.leave(site.name, "its output chooses experts: one flipped choice costs more than its bytes")
+        elif site.kind != "linear":
+            report.leave(site.name, "a stack of expert weights has no quantized kernel yet", site.node.name)
+        else:
+            weight = rule.weight if rule is not None and rule.weight else how.weight
+            act = rule.act if rule is not None and rule.act else how.act
+            _quantize_site(program, site, weight, act, how.clip)
+            report.done.append(site.name)
+    return report
+
+
+def chooses_experts(site: Site) -> bool:
+    """Whether the output of a site reaches a top-k through elementwise operations only."""
+    work, seen = [site.node], set()
+    while work:
+        node = work.pop()
+        if node.target is torch.ops.aten.topk.default:
+            return True
+        shape = node.meta["val"].shape[-1:] if hasattr(node.meta.get("val"), "shape") else None
+        if node in seen or shape != site.node.meta["val"].shape[-1:]:
+            continue
+        seen.add(node)
+        work += [u for u in node.users if u.target is not torch.ops.aten.linear.default]
+    return False
+
+
+def _quantize_site(program: Program, site: Site, weight: Format, act: Format | None, clip: bool) -> None:
+    original = program.weights[site.name]
+    try:
+        q = quantize_tensor(original, weight, clip=clip)
+    except ValueError as error:
+        raise RecipeError(f"Quantize: the weight {site.name} cannot be quantized: {error}") from error
+    dtype = site.node.meta["val"].dtype
+    nodes = add_qtensor(program, site.name, q)
+    numbers = program.insert(
+        ops.dequantize.default, (*nodes, str(weight), site.K, original.dtype), before=site.node
+    )
+    x = site.input
+    if act is not None:
+        codes, scale, zero = quantized_input(program, x, act)
+        x = program.insert(
+            ops.dequantize.default,
+            (codes, scale, zero if act.zero != "none" else None, None, str(act), 0, dtype),
+            before=site.node,
+        )
+    site.node.args = (x, numbers, *site.node.args[2:])
+
+
+def add_qtensor(program: Program, name: str, q: QTensor) -> tuple[object, ...]:
+    """Add codes, scale, zero and group scale as weights "<name>.codes", ...; absent ones are None."""
+    parts = {"codes": q.stored(), "scale": q.scale, "zero": q.zero, "group_scale": q.group_scale}
+    found: list[object] = []
+    for part, tensor in parts.items():
+        full = f"{name}.{part}"
+        if tensor is None:
+            found.append(None)
+        elif full in program.weights:  # two sites on one weight share its codes
+            found.append(program.node_of(full))
+        else:
+            found.append(program.add_weight(full, tensor))
+    return tuple(found)
+
+
+def quantized_input(program: Program, x: object, act: Format) -> tuple[object, object, object]:
+    """The codes, scale and zero of a value: one quantization for all sites that read it."""
+    import operator
+
+    assert isinstance(x, torch.fx.Node)
+    for user in x.users:
+        if user.target is ops.quantize.default and user.args[1] == str(act):
+            parts = sorted(user.users, key=lambda n: n.args[1])
+            return tuple(parts)  # type: ignore[return-value]
+    pair = program.insert(ops.quantize.default, (x, str(act)), after=x)
+    parts: list[object] = []  # type: ignore[no-redef]
+    last = pair
+    for index in range(3):
+        last = program.insert(operator.getitem, (pair, index), after=last)
+        parts.append(last)
+    return tuple(parts)  # type: ignore[return-value]

@@ -1,0 +1,168 @@
+"""Rotate: turn hidden bases by orthogonal matrices folded into the weights.
+
+Source: QuaRot, arXiv:2404.00456 sec. 4; SpinQuant, arXiv:2405.16406 sec. 3 (R1, R2).
+Law:    R R^T = 1.  R1, for a closed stream: readers W := W R, writers W := R^T W, b := R^T b, tables
+        E := E R; norms of unit gain commute with R.  R2, for attention values: each head of the
+        writer's rows W := R^T W, b := R^T b, the matching columns of the reader W := W R.
+Keeps:  the output.   Needs: nothing.   Computed in float64, cast once.
+        R is a randomised Hadamard matrix where its size has one, else a random orthogonal matrix;
+        the choice is in the report.
+Leaves: open streams (the obstacle is named), LayerNorms whose mean is not folded, tied weights,
+        values that leave the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.calibrate import Statistics
+from qcompile.hadamard import rotation
+from qcompile.norms import find_norms
+from qcompile.passes.smooth import Smooth
+from qcompile.program import Program
+from qcompile.recipe import rewrites
+from qcompile.report import PassReport
+from qcompile.rotation_flow import Obstacle, RotationFlow, rotation_flows
+from qcompile.scale_flow import Source, groups_of_readers, scale_source
+from qcompile.sites import Site, find_sites
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """Which bases are turned, and from which seed."""
+
+    stream: bool = True  # R1: the residual stream
+    heads: bool = True  # R2: the values of attention, one matrix for all heads of a site
+    seed: int = 0
+
+
+def rotate_columns(weight: Tensor, matrix: Tensor) -> Tensor:
+    """W [.., n] -> W R for each block of columns, R [b, b] with b dividing n; float64, cast back."""
+    blocks = weight.double().unflatten(-1, (-1, matrix.shape[0]))
+    return (blocks @ matrix).flatten(-2).to(weight.dtype)
+
+
+def rotate_rows(weight: Tensor, matrix: Tensor) -> Tensor:
+    """W [n, K] or b [n] -> R^T W for each block of rows."""
+    wide = weight.double()
+    blocks = wide.unflatten(0, (-1, matrix.shape[0]))
+    return torch.einsum("rs,br...->bs...", matrix, blocks).flatten(0, 1).to(weight.dtype)
+
+
+def _conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:
+    smooths = [p for p in passes if isinstance(p, Smooth) and p.norms]
+    if how.stream and smooths:
+        return [
+            "Smooth(norms=True) puts scales into the norm gains that Rotate(stream=True) needs to be "
+            "one: use Smooth(norms=False) or Rotate(stream=False)"
+        ]
+    return []
+
+
+@rewrites(
+    Rotate,
+    exact=True,
+    after=("Untie", "FoldNorm", "Smooth"),
+    requires=lambda how: ("FoldNorm",) if how.stream else (),
+    conflicts=_conflicts,
+)
+def rotate(program: Program, how: Rotate, seen: Statistics) -> PassReport:
+    """Rotate every closed stream and every head basis, in place."""
+    report = PassReport("Rotate")
+    if how.stream:
+        for index, flow in enumerate(rotation_flows(program)):
+            _rotate_stream(program, flow, how.seed + index, report)
+    if how.heads:
+        _rotate_heads(program, how.seed + 1000, report)
+    return report
+
+
+def _rotate_stream(program: Program, flow: RotationFlow, seed: int, report: PassReport) -> None:
+    label = f"stream of {flow.size} at {flow.norms[0].input.name}"
+    problem = _why_not(program, flow)
+    if problem is not None:
+        report.leave(label, problem.reason, problem.node)
+        return
+    matrix, kind = rotation(flow.size, seed)
+    for site in flow.readers:
+        program.weights[site.name] = rotate_columns(program.weights[site.name], matrix)
+    for site in flow.writers:
+        _rows(program, site, lambda w: rotate_rows(w, matrix))
+    for table in flow.tables:
+        name = program.weight_name(table)
+        assert name is not None
+        program.weights[name] = rotate_columns(program.weights[name], matrix)
+    report.done.append(label)
+    report.notes.append(f"R1 of {flow.size} channels: {kind}, {len(flow.readers)} readers")
+    report.changed |= {value.name for value in flow.values}
+    report.changed |= {node.name for norm in flow.norms for node in norm.inner}
+
+
+def _why_not(program: Program, flow: RotationFlow) -> Obstacle | None:
+    if flow.obstacles:
+        return flow.obstacles[0]
+    if not flow.closed:
+        return Obstacle(flow.norms[0].input.name, "nobody writes or reads this stream")
+    for norm in flow.norms:
+        if norm.kind == "layer":
+            return Obstacle(norm.output.name, "a LayerNorm subtracts a mean that is not folded")
+    users = {site.node for site in find_sites(program)}
+    for site in (*flow.readers, *flow.writers):
+        if site.shared_with:
+            return Obstacle(site.node.name, f"{site.name} is shared with {site.shared_with[0]}: untie it")
+    for table in flow.tables:
+        if any(user in users for user in table.users):
+            return Obstacle(table.name, f"{program.weight_name(table)} is also a linear's weight: untie it")
+    return None
+
+
+def _rotate_heads(program: Program, seed: int, report: PassReport) -> None:
+    norms, sites = find_norms(program), find_sites(program)
+    for readers in groups_of_readers(sites):
+        if len(readers.sites) != 1 or readers.sites[0].shared_with:
+            continue
+        source = scale_source(program, readers, norms, sites)
+        if isinstance(source, Obstacle) or not source.attention or source.site is None:
+            continue
+        reader = readers.sites[0]
+        if not source.pure or not _whole_heads(source):
+            report.leave(reader.name, "its heads are not whole blocks of the value's rows", readers.root.name)
+            continue
+        matrix, kind = rotation(source.head, seed)
+        program.weights[reader.name] = rotate_columns(program.weights[reader.name], matrix)
+        rows = source.channels.unique()
+
+        def turn(weight: Tensor, rows: Tensor = rows, matrix: Tensor = matrix) -> Tensor:
+            turned = weight.clone()
+            turned[rows] = rotate_rows(weight[rows], matrix)
+            return turned
+
+        _rows(program, source.site, turn)
+        report.done.append(f"heads of {source.head} in {reader.name}")
+        note = f"R2 of {source.head} channels: {kind}"
+        if note not in report.notes:
+            report.notes.append(note)
+        report.changed |= {source.site.node.name} | {node.name for node in source.path}
+
+
+def _whole_heads(source: Source) -> bool:
+    """Every head of the reader is one aligned run of the writer's rows, all runs the same grid."""
+    if not source.head or source.channels.numel() % source.head:
+        return False
+    heads = source.channels.reshape(-1, source.head)
+    runs = bool((heads == heads[:, :1] + torch.arange(source.head)).all())
+    rows = source.channels.unique()
+    starts = rows.reshape(-1, source.head)[:, 0] if rows.numel() % source.head == 0 else None
+    return runs and starts is not None and set(heads[:, 0].tolist()) == set(starts.tolist())
+
+
+def _rows(program: Program, site: Site, turn: object) -> None:
+    """Apply `turn` to a site's weight rows and to its bias."""
+    names = [site.name]
+    if len(site.node.args) > 2 and site.node.args[2] is not None:
+        names.append(program.weight_name(site.node.args[2]) or "")
+    for name in names:
+        program.weights[name] = turn(program.weights[name])  # type: ignore[operator]

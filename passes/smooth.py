@@ -1,0 +1,121 @@
+"""SmoothQuant: move activation outliers into the weights.
+
+Source: Xiao et al. 2022, arXiv:2211.10438, eq. 4.
+Law:    s = max|X|^a / max|W|^(1-a) for each input channel;  (X / s)(s W) = X W.
+        1/s folds into the gain of a norm, or into the rows of the linear whose output reaches the
+        site through operations that carry a positive factor (see qcompile/scale_flow.py). Where one
+        producer channel feeds several (grouped-query attention), they share the largest s.
+Keeps:  the output.   Needs: absmax of the input, [K].   Computed in float64, cast once.
+Leaves: sites whose input does not come from a norm gain or from linear rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.calibrate import Statistics
+from qcompile.norms import find_norms
+from qcompile.program import Program
+from qcompile.recipe import RecipeError, rewrites
+from qcompile.report import PassReport
+from qcompile.rotation_flow import Obstacle
+from qcompile.scale_flow import Source, groups_of_readers, scale_source
+from qcompile.sites import Site, find_sites
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """How much of the difficulty moves from the activations into the weights."""
+
+    alpha: float = 0.5  # 0: all stays in X, 1: all moves to W
+    norms: bool = True  # smooth inputs made by a norm, by way of its gain
+    rows: bool = True  # smooth also inputs made by linear rows (after a gate, after attention)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"Smooth: alpha must be between 0 and 1, got {self.alpha}")
+
+
+def smoothing_scale(act: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """max|X| [K] and max|W| [K] -> s [K], float64 and positive; dead channels get 1."""
+    act, weight = act.double(), weight.double()
+    scale = act.clamp_min(1e-5) ** alpha / weight.clamp_min(1e-5) ** (1 - alpha)
+    return torch.where((act > 0) & (weight > 0), scale, torch.ones_like(scale)).clamp_min(1e-5)
+
+
+def shared_scale(scale: Tensor, channels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Make s equal where one producer row feeds several channels.
+
+    Args:
+        scale: [K]. channels: [K] producer row of each channel. rows: number of producer rows.
+
+    Returns:
+        s for each channel, [K], and s for each producer row, [rows] (1 where none is fed).
+    """
+    by_row = torch.zeros(rows, dtype=scale.dtype).scatter_reduce(0, channels, scale, "amax")
+    by_row[by_row == 0] = 1
+    return by_row[channels], by_row
+
+
+@rewrites(Smooth, exact=True, needs=("absmax",), after=("Untie", "FoldNorm"))
+def smooth(program: Program, how: Smooth, seen: Statistics) -> PassReport:
+    """Smooth every group of sites whose input has a place for the scale, in place."""
+    report = PassReport("Smooth")
+    norms, sites = find_norms(program), find_sites(program)
+    for readers in groups_of_readers(sites):
+        label = readers.sites[0].name if readers.sites else readers.root.name
+        shared = [site for site in readers.sites if site.shared_with]
+        if shared:
+            report.leave(label, f"the weight {shared[0].name} is shared: untie it")
+            continue
+        source = scale_source(program, readers, norms, sites)
+        if isinstance(source, Obstacle):
+            report.leave(label, source.reason, source.node)
+        elif source.norm is None and not how.rows:
+            report.leave(label, "made by linear rows, and rows=False")
+        elif source.norm is not None and not how.norms:
+            report.leave(label, "made by a norm, and norms=False")
+        else:
+            weight = torch.stack([_columns_absmax(program, s) for s in readers.sites]).amax(0)
+            scale = smoothing_scale(seen.absmax[readers.root.name], weight, how.alpha)
+            fold_scale(program, source, list(readers.sites), scale)
+            report.done.append(label)
+            report.changed |= {n.name for n in source.path} | {readers.root.name}
+            if source.norm is not None:
+                report.changed |= {n.name for n in source.norm.inner}
+            else:
+                assert source.site is not None
+                report.changed.add(source.site.node.name)
+    return report
+
+
+def fold_scale(program: Program, source: Source, sites: list[Site], scale: Tensor) -> None:
+    """Divide the channels of a value by `scale` [K] at its source, multiply the readers' columns."""
+    if source.norm is not None:
+        gain = source.norm.gain_value(program)
+        source.norm.set_gain(program, gain / scale)
+        bias = program.weight_name(source.norm.bias)
+        if bias is not None:
+            old = program.weights[bias]
+            program.weights[bias] = (old.double() / scale).to(old.dtype)
+    else:
+        producer = source.site
+        assert producer is not None
+        scale, by_row = shared_scale(scale, source.channels, producer.N)
+        names = [producer.name]
+        if len(producer.node.args) > 2:
+            names.append(program.weight_name(producer.node.args[2]) or "")
+        for name in names:
+            old = program.weights[name].double()
+            factor = by_row[:, None] if old.ndim == 2 else by_row
+            program.weights[name] = (old / factor).to(program.weights[name].dtype)
+    for site in sites:
+        old = program.weights[site.name]
+        program.weights[site.name] = (old.double() * scale).to(old.dtype)
+
+
+def _columns_absmax(program: Program, site: Site) -> Tensor:
+    return program.weights[site.name].double().abs().amax(0)

@@ -1,0 +1,159 @@
+"""The pipeline: a recipe's passes over a program, each exact one certified, then a report.
+
+The caller's program is not touched: passes run on a copy, and an exact pass that breaks its law is
+undone and reported.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+import qcompile.ops
+import qcompile.passes  # noqa: F401  registers the passes
+from qcompile.calibrate import Statistics, observe
+from qcompile.passes.quantize import Quantize, quantize
+from qcompile.program import Program
+from qcompile.recipe import Recipe, RecipeError, registered
+from qcompile.report import Report, SiteReport
+from qcompile.sites import Site, find_sites
+from qcompile.verify import certify
+
+Batches = Callable[[], Iterable[Sequence[Any]]]
+
+
+class NothingToQuantize(ValueError):
+    """No site was quantized; the text says why for every site."""
+
+
+def run(
+    program: Program,
+    recipe: Recipe,
+    *,
+    batches: Batches | None = None,
+    example: Sequence[Any] | None = None,
+    verify: bool = True,
+    progress: bool = False,
+) -> tuple[Program, Report]:
+    """Run a recipe.
+
+    Args:
+        program: left as it is. recipe: what to do.
+        batches: gives a fresh iterator of flat inputs, for passes that need statistics.
+        example: flat inputs for the certificates; without it they are not made.
+        verify: certify exact passes. progress: show bars.
+
+    Raises:
+        RecipeError: a recipe that cannot run, a rule that matches nothing, data that is missing,
+            NaN or Inf in a weight. NothingToQuantize: the recipe quantizes and no site was.
+    """
+    started = time.perf_counter()
+    recipe.check()
+    sites = find_sites(program)
+    rules = recipe.resolve(dict.fromkeys(site.name for site in sites))
+    check_data(recipe, batches is not None)
+    check_weights(program, sites)
+    report = Report(recipe.name, breaks=list(program.breaks))
+    current, outputs = program.copy(), None
+    entries = [SiteReport(s.name, s.N, s.K, bytes_before=program.weights[s.name].nbytes) for s in sites]
+    names = {site.node.name: site.name for site in sites}
+    for config in recipe.passes:
+        entry = registered()[type(config)]
+        seen = Statistics()
+        if entry.needs(config):
+            assert batches is not None
+            seen = observe(current, batches(), progress=progress)
+        attempt = current.copy()
+        if isinstance(config, Quantize):
+            _name_untied(attempt, names, rules)
+            done = quantize(attempt, config, seen, rules)
+        else:
+            done = entry.run(attempt, config, seen)
+        attempt.cleanup()
+        if entry.exact and verify and example is not None and done.done:
+            certificate, outputs = certify(
+                done.name, current, attempt, example, changed=done.changed, before_outputs=outputs
+            )
+            report.certificates.append(certificate)
+            if not certificate.holds:
+                warnings.warn(f"pass undone: {certificate}", stacklevel=2)
+                outputs = None
+                continue
+        current = attempt
+        report.passes.append(done)
+    _describe(current, entries, names, report)
+    report.sites = entries
+    report.seconds = time.perf_counter() - started
+    if any(isinstance(c, Quantize) for c in recipe.passes) and not any(s.quantized for s in entries):
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in entries[:8]) or "the graph has no linear"
+        raise NothingToQuantize(f"recipe {recipe.name!r} quantized no site: {reasons}")
+    return current, report
+
+
+def check_data(recipe: Recipe, given: bool) -> None:
+    """Refuse a recipe that needs calibration data and has none, naming the passes and the mend."""
+    if recipe.needs and not given:
+        who = ", ".join(f"{name} ({', '.join(needs)})" for name, needs in recipe.needs.items())
+        raise RecipeError(
+            f"recipe {recipe.name!r} needs calibration data for {who}, and none was given. Mend:\n"
+            f"  batches = qcompile.text.batches(tokenizer)\n"
+            f"  qcompile.quantize(model, {recipe.name!r}, batches)"
+        )
+
+
+def check_weights(program: Program, sites: list[Site]) -> None:
+    """Refuse NaN and Inf in any site's weight, all at once, before work starts."""
+    bad = []
+    for name in dict.fromkeys(site.name for site in sites):
+        wrong = int((~torch.isfinite(program.weights[name])).sum())
+        if wrong:
+            bad.append(f"{name} ({wrong} values)")
+    if bad:
+        raise RecipeError(
+            f"NaN or Inf in the weights of {len(bad)} sites: {', '.join(bad)}. "
+            "Load the model again, or in a wider dtype."
+        )
+
+
+def _name_untied(program: Program, names: dict[str, str], rules: dict[str, Any]) -> None:
+    """A site that a pass gave a weight of its own keeps the rule of its old name."""
+    for site in find_sites(program):
+        old = names.get(site.node.name)
+        if old is not None and site.name not in rules:
+            rules[site.name] = rules.get(old)
+
+
+def _describe(
+    program: Program, entries: list[SiteReport], names: dict[str, str], report: Report
+) -> None:
+    """Fill in formats, bytes and reasons from the final graph."""
+    reasons = {left.site: left.reason for p in report.passes if p.name == "Quantize" for left in p.left}
+    fused = {
+        n.meta["site"]: n
+        for n in program.graph.find_nodes(op="call_function", target=torch.ops.qcompile.qlinear.default)
+    }
+    aliases = {other: name for name, others in program.aliases.items() for other in others}
+    by_site = dict(fused)
+    for site, node in fused.items():
+        by_site.setdefault(aliases.get(site, site), node)
+    order = list(names.values())
+    for index, entry in enumerate(entries):
+        node = by_site.get(entry.name)
+        if node is None and order.count(entry.name) == 1:
+            untied = [s for p in report.passes for s in p.done if s.endswith(f" from {entry.name}")]
+            node = fused.get(untied[0].split(" from ")[0]) if untied else None
+        if node is None:
+            entry.reason = reasons.get(entry.name, "the recipe does not quantize")
+            entry.bytes_after = entry.bytes_before
+            continue
+        entry.weight, entry.act = str(node.args[8]), str(node.args[9]) or "float"
+        entry.bytes_after = sum(
+            program.weights[program.weight_name(a) or ""].nbytes
+            for a in node.args[3:7]
+            if program.weight_name(a) is not None
+        )
+        del index

@@ -1,0 +1,113 @@
+"""Recipes by name, each with its source; `qcompile recipes` lists them."""
+
+from __future__ import annotations
+
+from qcompile.formats import Format
+from qcompile.passes import (
+    FoldNorm,
+    Fuse,
+    Quantize,
+    Rotate,
+    RotateOnline,
+    Smooth,
+    Untie,
+)
+from qcompile.recipe import Recipe, RecipeError
+
+_ROTATIONS = (Untie(), FoldNorm(), Rotate(), RotateOnline())
+
+
+def _recipe(name: str, source: str, *passes: object) -> Recipe:
+    return Recipe(name, tuple(passes), (), source)
+
+
+PRESETS: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _recipe("float", "no rewriting: what the quantized recipes are compared with"),
+        _recipe(
+            "int8",
+            "W8A8, dynamic per token, data-free (arXiv:2411.02355 without its calibrated passes)",
+            Quantize(Format("int8"), Format("int8")),
+            Fuse(),
+        ),
+        _recipe(
+            "int8-smooth",
+            "SmoothQuant W8A8 (arXiv:2211.10438), alpha 0.8; needs calibration",
+            Untie(),
+            Smooth(alpha=0.8),
+            Quantize(Format("int8"), Format("int8")),
+            Fuse(),
+        ),
+        _recipe(
+            "int8-rotated",
+            "W8A8 on rotated bases (QuaRot arXiv:2404.00456, W8A8 row), data-free",
+            *_ROTATIONS,
+            Quantize(Format("int8"), Format("int8")),
+            Fuse(),
+        ),
+        _recipe("w8a16", "weight-only int8 for each output channel", Quantize(Format("int8"), None), Fuse()),
+        _recipe(
+            "fp8",
+            "FP8 dynamic (arXiv:2411.02355): e4m3 weights for each channel, activations for each token",
+            Quantize(Format("fp8"), Format("fp8")),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a16",
+            "weight-only int4, groups of 128, zero points, MSE clip; round to nearest",
+            Quantize(Format.parse("int4/group128/zero"), None, clip=True),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a16-rotated",
+            "w4a16 on rotated bases",
+            Untie(),
+            FoldNorm(),
+            Rotate(),
+            Quantize(Format.parse("int4/group128/zero"), None, clip=True),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a8",
+            "dual-grained int4 in int8, int8 activations (DGQ arXiv:2310.04836, QoQ arXiv:2405.04532)",
+            Quantize(Format.parse("int4/group128/zero/dual"), Format("int8")),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a4",
+            "round to nearest everywhere; shows what rotation is for",
+            Quantize(Format.parse("int4/group128"), Format("int4")),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a4-rotated",
+            "QuaRot without GPTQ (arXiv:2404.00456): R1, R2 folded, a Hadamard before gated products",
+            *_ROTATIONS,
+            Quantize(Format.parse("int4/group128"), Format("int4")),
+            Fuse(),
+        ),
+        _recipe(
+            "exact",
+            "every exact rewriting and no quantization: what `qcompile verify` runs",
+            *_ROTATIONS,
+        ),
+    )
+}
+
+
+def find_recipe(recipe: str | Recipe | dict[str, object]) -> Recipe:
+    """A recipe by preset name, JSON path, plain data or as it is.
+
+    Raises:
+        RecipeError: an unknown name; the text lists the known ones.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, dict):
+        return Recipe.from_json(recipe)
+    if recipe in PRESETS:
+        return PRESETS[recipe]
+    if recipe.endswith(".json"):
+        return Recipe.read(recipe)
+    raise RecipeError(f"unknown recipe {recipe!r}; known: {', '.join(PRESETS)}, or a path to a .json file")

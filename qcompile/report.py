@@ -1,0 +1,168 @@
+"""Reports: what was done, what was left and why, as data.
+
+`str(report)` is aligned text for a terminal, `to_json()` the same as plain data. Nothing is logged
+on the side: a site or a pass that did nothing says so here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Left:
+    """A place that a pass left as it was, and the reason."""
+
+    site: str
+    reason: str
+    node: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.site}: {self.reason}" + (f" (node {self.node})" if self.node else "")
+
+
+@dataclass
+class PassReport:
+    """What one pass did.
+
+    Attributes:
+        name: the pass. done: the places it rewrote. left: the places it did not, with reasons.
+        notes: choices made ("hadamard 16*36 for 576"). changed: names of graph nodes whose values
+            the pass changes on purpose, so that a certificate does not blame them.
+    """
+
+    name: str
+    done: list[str] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    changed: set[str] = field(default_factory=set)
+
+    def leave(self, site: str, reason: str, node: str = "") -> None:
+        """Record a place that stays as it is."""
+        self.left.append(Left(site, reason, node))
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The check of one exact pass on the user's own model and data.
+
+    Attributes:
+        error: relative difference max|after - before| / max|before| over the outputs.
+        tolerance: what was allowed; dtype: the precision that the check ran in.
+        blame: the first node that differs when it failed.
+    """
+
+    name: str
+    error: float
+    tolerance: float
+    dtype: str
+    blame: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the law held."""
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "holds" if self.holds else f"BROKEN, undone; first at {self.blame}"
+        return f"{self.name}: {verdict} ({self.error:.1e} <= {self.tolerance:.0e}, {self.dtype})"
+
+
+@dataclass
+class SiteReport:
+    """One site: its formats, its kernels for each regime of rows, or why it stays float."""
+
+    name: str
+    N: int
+    K: int
+    weight: str = "float"
+    act: str = "float"
+    kernel: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight is quantized."""
+        return self.weight != "float"
+
+
+@dataclass
+class Report:
+    """What one run did to one model."""
+
+    recipe: str
+    sites: list[SiteReport] = field(default_factory=list)
+    passes: list[PassReport] = field(default_factory=list)
+    certificates: list[Certificate] = field(default_factory=list)
+    breaks: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    numbers: dict[str, float] = field(default_factory=dict)  # perplexity, KL, ... when measured
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all site weights before."""
+        return sum(site.bytes_before for site in self.sites)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all site weights after."""
+        return sum(site.bytes_after for site in self.sites)
+
+    @property
+    def left(self) -> list[SiteReport]:
+        """The sites that stay float."""
+        return [site for site in self.sites if not site.quantized]
+
+    def __str__(self) -> str:
+        done = sum(site.quantized for site in self.sites)
+        lines = [
+            f"recipe {self.recipe}: {done} of {len(self.sites)} sites quantized, "
+            f"{_mb(self.bytes_before)} -> {_mb(self.bytes_after)} of site weights, {self.seconds:.1f} s"
+            + (f", peak {_mb(self.peak_bytes)}" if self.peak_bytes else "")
+        ]
+        kinds = Counter((s.weight, s.act, tuple(s.kernel.items())) for s in self.sites if s.quantized)
+        for (weight, act, kernel), count in kinds.most_common():
+            how = ", ".join(f"{regime}: {name}" for regime, name in kernel)
+            lines.append(f"  {count:4d} x  weight {weight:<28s} act {act:<12s} {how}")
+        reasons = Counter(site.reason for site in self.left)
+        for reason, count in reasons.most_common():
+            names = [s.name for s in self.left if s.reason == reason]
+            lines.append(f"  {count:4d} x  float: {reason} ({_some(names)})")
+        for entry in self.passes:
+            lines.append(f"  pass {entry.name}: {len(entry.done)} done, {len(entry.left)} left")
+            lines += [f"       {note}" for note in entry.notes]
+            for reason, count in Counter(item.reason for item in entry.left).most_common(4):
+                places = [f"{i.site} @ {i.node}" if i.node else i.site for i in entry.left if i.reason == reason]
+                lines.append(f"       left {count}: {reason} ({_some(places)})")
+        lines += [f"  law {certificate}" for certificate in self.certificates]
+        lines += [f"  graph break: {where}" for where in self.breaks]
+        lines += [f"  {name}: {value:.4g}" for name, value in self.numbers.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        data = asdict(self)
+        for entry in data["passes"]:
+            entry["changed"] = sorted(entry["changed"])
+        data["bytes_before"], data["bytes_after"] = self.bytes_before, self.bytes_after
+        return data
+
+    def write(self, path: str | Path) -> None:
+        """Write `to_json()` to a file."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    shown = ", ".join(names[:most])
+    return shown + (f", and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,125 @@
+"""Sites: every matmul whose weight is the model's own.
+
+A site is found by its arithmetic, `linear(x, W, b)` with W a weight of the program, or a product
+of routed rows with a 3-D stack of expert weights. Sites that read the same value are siblings:
+they share one activation quantization, one smoothing scale, one Hessian.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import fx
+
+from qcompile.program import Program
+
+aten = torch.ops.aten
+
+_TURNS = (aten.transpose.int, aten.permute.default)
+_STACKED = {aten.bmm.default, aten.baddbmm.default, aten.matmul.default}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight-carrying product.
+
+    Attributes:
+        name: the weight's attribute path; what rules match and reports print.
+        kind: "linear" (weight [N, K]) or "experts" (weight 3-D, one matrix for each expert).
+        node: the product; `input` its left operand; `weight` its placeholder; `bias` or None.
+        siblings: names of the other sites on the same input.
+        shared_with: other readers of the same weight (tied embeddings), as node names.
+    """
+
+    name: str
+    kind: Literal["linear", "experts"]
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    N: int
+    K: int
+    siblings: tuple[str, ...] = ()
+    shared_with: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return f"{self.name} [{self.N}x{self.K}]"
+
+
+def find_sites(program: Program) -> list[Site]:
+    """All sites of a program in graph order, with siblings and sharing filled in."""
+    found: list[Site] = []
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        site = _linear(program, node) or _experts(program, node)
+        if site is not None:
+            found.append(site)
+    by_input: dict[fx.Node, list[str]] = {}
+    for site in found:
+        by_input.setdefault(site.input, []).append(site.name)
+    complete: list[Site] = []
+    for site in found:
+        others = tuple(n for n in by_input[site.input] if n != site.name)
+        readers = tuple(
+            u.name for u in site.weight.users if u is not site.node and site.node not in u.users
+        )
+        complete.append(
+            Site(
+                site.name,
+                site.kind,
+                site.node,
+                site.input,
+                site.weight,
+                site.bias,
+                site.N,
+                site.K,
+                others,
+                readers,
+            )
+        )
+    return complete
+
+
+def _linear(program: Program, node: fx.Node) -> Site | None:
+    if node.target is not aten.linear.default:
+        return None
+    x, weight = node.args[0], node.args[1]
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    name = program.weight_name(weight)
+    if name is None or not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    n, k = weight.meta["val"].shape
+    return Site(name, "linear", node, x, weight, bias, int(n), int(k))  # type: ignore[arg-type]
+
+
+def _experts(program: Program, node: fx.Node) -> Site | None:
+    """A product with a 3-D weight: grouped or batched, straight or through a transpose."""
+    if not _multiplies_stacks(node):
+        return None
+    for operand in node.args:
+        weight = operand
+        while isinstance(weight, fx.Node) and weight.target in _TURNS:
+            weight = weight.args[0]
+        name = program.weight_name(weight)
+        if name is None or weight.meta["val"].ndim != 3:  # type: ignore[union-attr]
+            continue
+        value = node.meta.get("val")
+        first = node.args[0]
+        if not isinstance(value, torch.Tensor) or not isinstance(first, fx.Node) or first is operand:
+            continue
+        k = first.meta["val"].shape[-1]
+        shape = [int(s) for s in weight.meta["val"].shape]  # type: ignore[union-attr]
+        rest = [s for s in shape[1:]]
+        if not isinstance(k, int) or k not in rest:
+            continue
+        n = rest[0] if rest[1] == k else rest[1]
+        return Site(name, "experts", node, first, weight, None, n, k)  # type: ignore[arg-type]
+    return None
+
+
+def _multiplies_stacks(node: fx.Node) -> bool:
+    """Batched products, and the grouped products that libraries register under their own names."""
+    return node.target in _STACKED or "grouped_mm" in str(node.target)
