@@ -43,13 +43,24 @@ class Quantize:
     Quantize, exact=False, after=("Untie", "FoldNorm", "Smooth", "Rotate", "RotateOnline")
 )
 def quantize(
-    program: Program, how: Quantize, seen: Statistics, rules: dict[str, Rule | None] | None = None
+    program: Program,
+    how: Quantize,
+    seen: Statistics,
+    rules: dict[str, Rule | None] | None = None,
+    keep: dict[str, str] | None = None,
 ) -> PassReport:
-    """Insert Q/DQ at every site that no rule keeps, in place."""
+    """Insert Q/DQ at every site that no rule keeps, in place.
+
+    Args:
+        program, how, seen: as for every pass. rules: the rule of each site name, or None.
+        keep: sites to leave float, with the reason.
+    """
     report = PassReport("Quantize")
     for site in find_sites(program):
         rule = (rules or {}).get(site.name)
-        if rule is not None and rule.keep:
+        if keep and site.name in keep:
+            report.leave(site.name, keep[site.name])
+        elif rule is not None and rule.keep:
             report.leave(site.name, f"kept float by the rule {rule.match!r}")
         elif rule is None and chooses_experts(site):
             report.leave(site.name, "its output chooses experts: one flipped choice costs more than its bytes")

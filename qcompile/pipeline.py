@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 import qcompile.ops
 import qcompile.passes  # noqa: F401  registers the passes
@@ -37,6 +38,7 @@ def run(
     batches: Batches | None = None,
     example: Sequence[Any] | None = None,
     verify: bool = True,
+    keep: dict[str, str] | None = None,
     progress: bool = False,
 ) -> tuple[Program, Report]:
     """Run a recipe.
@@ -46,6 +48,7 @@ def run(
         batches: gives a fresh iterator of flat inputs, for passes that need statistics.
         example: flat inputs for the certificates; without it they are not made.
         verify: certify exact passes. progress: show bars.
+        keep: sites to leave float, with the reason for the report.
 
     Raises:
         RecipeError: a recipe that cannot run, a rule that matches nothing, data that is missing,
@@ -54,7 +57,7 @@ def run(
     started = time.perf_counter()
     recipe.check()
     sites = find_sites(program)
-    rules = recipe.resolve(dict.fromkeys(site.name for site in sites))
+    rules = recipe.resolve(dict.fromkeys(site.name for site in sites), program.aliases)
     check_data(recipe, batches is not None)
     check_weights(program, sites)
     report = Report(recipe.name, breaks=list(program.breaks))
@@ -69,8 +72,8 @@ def run(
             seen = observe(current, batches(), progress=progress)
         attempt = current.copy()
         if isinstance(config, Quantize):
-            _name_untied(attempt, names, rules)
-            done = quantize(attempt, config, seen, rules)
+            _name_untied(attempt, names, rules, keep)
+            done = quantize(attempt, config, seen, rules, keep)
         else:
             done = entry.run(attempt, config, seen)
         attempt.cleanup()
@@ -119,41 +122,46 @@ def check_weights(program: Program, sites: list[Site]) -> None:
         )
 
 
-def _name_untied(program: Program, names: dict[str, str], rules: dict[str, Any]) -> None:
+def _name_untied(
+    program: Program, names: dict[str, str], rules: dict[str, Any], keep: dict[str, str] | None
+) -> None:
     """A site that a pass gave a weight of its own keeps the rule of its old name."""
     for site in find_sites(program):
         old = names.get(site.node.name)
         if old is not None and site.name not in rules:
             rules[site.name] = rules.get(old)
+            if keep and old in keep:
+                keep[site.name] = keep[old]
 
 
 def _describe(
     program: Program, entries: list[SiteReport], names: dict[str, str], report: Report
 ) -> None:
-    """Fill in formats, bytes and reasons from the final graph."""
+    """Fill in formats, bytes and reasons from the final graph; add sites that came quantized."""
     reasons = {left.site: left.reason for p in report.passes if p.name == "Quantize" for left in p.left}
-    fused = {
-        n.meta["site"]: n
-        for n in program.graph.find_nodes(op="call_function", target=torch.ops.qcompile.qlinear.default)
-    }
-    aliases = {other: name for name, others in program.aliases.items() for other in others}
-    by_site = dict(fused)
-    for site, node in fused.items():
-        by_site.setdefault(aliases.get(site, site), node)
-    order = list(names.values())
-    for index, entry in enumerate(entries):
-        node = by_site.get(entry.name)
-        if node is None and order.count(entry.name) == 1:
-            untied = [s for p in report.passes for s in p.done if s.endswith(f" from {entry.name}")]
-            node = fused.get(untied[0].split(" from ")[0]) if untied else None
-        if node is None:
-            entry.reason = reasons.get(entry.name, "the recipe does not quantize")
-            entry.bytes_after = entry.bytes_before
-            continue
-        entry.weight, entry.act = str(node.args[8]), str(node.args[9]) or "float"
-        entry.bytes_after = sum(
+    untied = dict(line.split(" from ") for p in report.passes if p.name == "Untie" for line in p.done)
+    spellings = {other: name for name, others in program.aliases.items() for other in others}
+    by_name = {entry.name: entry for entry in entries}
+    for entry in entries:
+        new = next((n for n, old in untied.items() if old == entry.name), entry.name)
+        entry.reason = reasons.get(entry.name) or reasons.get(new, "the recipe does not quantize")
+        entry.bytes_after = entry.bytes_before
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.qcompile.qlinear.default):
+        name = site_name(program, node)
+        known = by_name.get(name) or by_name.get(untied.get(name, "")) or by_name.get(spellings.get(name, ""))
+        if known is None:
+            n = int(node.meta["val"].shape[-1])
+            known = SiteReport(name, n, int(node.args[10]), bytes_before=n * int(node.args[10]) * 2)
+            entries.append(known)
+        known.reason, known.weight, known.act = "", str(node.args[8]), str(node.args[9]) or "float"
+        known.bytes_after = sum(
             program.weights[program.weight_name(a) or ""].nbytes
             for a in node.args[3:7]
             if program.weight_name(a) is not None
         )
-        del index
+
+
+def site_name(program: Program, node: fx.Node) -> str:
+    """The name of a quantized site: what the fuse pass gave it, or where its codes are."""
+    named: str | None = node.meta.get("site")
+    return named or (program.weight_name(node.args[3]) or node.name).removesuffix(".codes")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 WEIGHT = "qcompile_weight"  # node.meta key: the attribute path of a weight placeholder
 
@@ -125,6 +126,40 @@ class Program:
         with self.fake_mode:
             node.meta["val"] = target(*values[0], **values[1])
         return node
+
+    def inline(self, function: Any, args: Sequence[Any], *, before: fx.Node) -> Any:
+        """Trace `function(*args)` to ATen and insert its nodes; returns what it returns, as nodes.
+
+        Args:
+            function: takes and returns tensors; traced on the fake values of `args`.
+            args: nodes, or constants that are baked in. before: where to insert.
+        """
+        nodes = [a for a in args if isinstance(a, fx.Node)]
+
+        def over_nodes(*values: Any) -> Any:
+            rest = iter(values)
+            return function(*[next(rest) if isinstance(a, fx.Node) else a for a in args])
+
+        with self.fake_mode, torch.no_grad():
+            traced = make_fx(over_nodes, tracing_mode="real", _allow_non_fake_inputs=True)(
+                *[n.meta["val"] for n in nodes]
+            )
+        memo: dict[fx.Node, Any] = dict(
+            zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True)
+        )
+        result: Any = None
+        with self.graph.inserting_before(before):
+            for node in traced.graph.nodes:
+                if node.op == "output":
+                    result = fx.node.map_arg(node.args[0], lambda n: memo[n])
+                elif node.op == "get_attr":
+                    name = f"constant_{len(list(self.graph.find_nodes(op='get_attr')))}"
+                    setattr(self.graph_module, name, getattr(traced, node.target))
+                    memo[node] = self.graph.get_attr(name)
+                    memo[node].meta = dict(node.meta)
+                elif node.op != "placeholder":
+                    memo[node] = self.graph.node_copy(node, lambda n: memo[n])
+        return result
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Send every user of `old` to `new`, except `new` itself."""

@@ -103,14 +103,21 @@ class Recipe:
         if faults:
             raise RecipeError(f"recipe {self.name!r} cannot run:\n  " + "\n  ".join(faults))
 
-    def resolve(self, names: Iterable[str]) -> dict[str, Rule | None]:
-        """The first matching rule of every site name.
+    def resolve(
+        self, names: Iterable[str], aliases: dict[str, list[str]] | None = None
+    ) -> dict[str, Rule | None]:
+        """The first matching rule of every site name; `aliases` are a name's other spellings.
 
         Raises:
             RecipeError: a rule that matches no site, with the three nearest names.
         """
         names = list(names)
-        idle = [r for r in self.rules if not any(fnmatch.fnmatchcase(n, r.match) for n in names)]
+
+        def hits(rule: Rule, name: str) -> bool:
+            spellings = (name, *(aliases or {}).get(name, ()))
+            return any(fnmatch.fnmatchcase(spelling, rule.match) for spelling in spellings)
+
+        idle = [r for r in self.rules if not any(hits(r, n) for n in names)]
         if idle:
             lines = []
             for rule in idle:
@@ -118,9 +125,7 @@ class Recipe:
                 near = difflib.get_close_matches(plain, names, n=3, cutoff=0.0)
                 lines.append(f"rule {rule.match!r} matches no site; nearest names: {', '.join(near)}")
             raise RecipeError("\n".join(lines))
-        return {
-            n: next((r for r in self.rules if fnmatch.fnmatchcase(n, r.match)), None) for n in names
-        }
+        return {n: next((r for r in self.rules if hits(r, n)), None) for n in names}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""

@@ -1,0 +1,221 @@
+"""Lower the dialect of a Program to ATen for Inductor, each site by its number of rows.
+
+Rows are the product of the leading dimensions of a site's input: a static number picks its kernel
+exactly; a symbolic one (two or more) is judged at the size that the compiler saw first.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.codegen.cpu import kernels
+from qcompile.codegen.cpu.choose import Choice, choose
+from qcompile.formats import Format, dequantize_codes
+from qcompile.hadamard import apply_hadamard
+from qcompile.packing import unpack
+from qcompile.program import Program
+
+ops = torch.ops.qcompile
+
+
+def rows_of(node: fx.Node) -> tuple[int, bool]:
+    """Rows of a value, and whether the number is symbolic (then the hint is given)."""
+    rows, symbolic = 1, False
+    for size in node.meta["val"].shape[:-1]:
+        symbolic |= isinstance(size, torch.SymInt)
+        rows *= int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    return max(rows, 1), symbolic
+
+
+def regime(node: fx.Node) -> str:
+    """How a report names the rows of a value."""
+    rows, symbolic = rows_of(node)
+    return f"rows {rows}" + (" (dynamic)" if symbolic else "")
+
+
+Remember = Callable[[str, Tensor, Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]
+
+
+def lower(program: Program, remember: Remember) -> dict[str, dict[str, str]]:
+    """Rewrite every dialect node in place.
+
+    Args:
+        program: after fuse.
+        remember: `remember(kernel, codes, make)` returns the prepared tensors, making them once
+            for one weight and kernel whatever the number of graphs.
+
+    Returns:
+        site name -> regime -> kernel, for the report.
+    """
+    chosen: dict[str, dict[str, str]] = {}
+    for node in list(program.graph.nodes):
+        if node.target is ops.qlinear.default:
+            chosen.setdefault(_site(program, node), {})[regime(node)] = str(_qlinear(program, node, remember))
+    for node in list(program.graph.nodes):
+        if node.target is ops.quantize.default and node.args[1] == "int8/row":
+            codes, scale = program.inline(kernels.quantize_rows, (node.args[0],), before=node)
+            for user in list(node.users):
+                if user.target is operator.getitem and user.args[1] < 2:
+                    user.replace_all_uses_with((codes, scale)[user.args[1]])
+        elif node.target is ops.hadamard.default:
+            node.replace_all_uses_with(program.inline(_hadamard, node.args, before=node))
+        elif node.target is ops.dequantize.default:
+            codes, scale, zero, group_scale, form, columns, dtype = node.args
+            run = functools.partial(_dequantize, form=Format.parse(form), columns=columns, dtype=dtype)
+            node.replace_all_uses_with(program.inline(run, (codes, scale, zero, group_scale), before=node))
+    program.cleanup()
+    return chosen
+
+
+def _site(program: Program, node: fx.Node) -> str:
+    return (program.weight_name(node.args[3]) or node.name).removesuffix(".codes")
+
+
+def _qlinear(program: Program, node: fx.Node, remember: Remember) -> Choice:
+    x, x_scale, x_zero, stored, scale, zero, group_scale, bias, text, act, k, dtype = node.args
+    form = Format.parse(text)
+    n = int(stored.meta["val"].shape[0])
+    choice = choose(form, act, dtype, rows_of(node)[0], k, n)
+    build = _BUILDERS.get(choice.kernel)
+    if build is None:
+        out = program.inline(
+            functools.partial(_plain, form=form, act=act, columns=k, dtype=dtype),
+            (x, x_scale, x_zero, stored, scale, zero, group_scale, bias),
+            before=node,
+        )
+    else:
+        out = build(program, node, form, remember)
+    node.replace_all_uses_with(out)
+    return choice
+
+
+# -- one builder for each kernel: which prepared tensors it reads, and what it inlines -------------
+
+
+def _weights(program: Program, node: fx.Node) -> list[Any]:
+    """The tensors behind (weight, scale, zero, group_scale); None where absent."""
+    return [None if a is None else program.weights[program.weight_name(a) or ""] for a in node.args[3:7]]
+
+
+def _prepared(
+    program: Program, node: fx.Node, kernel: str, remember: Remember, make: Callable[[], tuple[Tensor, ...]]
+) -> list[fx.Node]:
+    name = program.weight_name(node.args[3]) or node.name
+    codes = program.weights[name]
+    found = []
+    for index, tensor in enumerate(remember(kernel, codes, make)):
+        full = f"{name}.{kernel}.{index}"
+        found.append(program.node_of(full) if full in program.weights else program.add_weight(full, tensor))
+    return found
+
+
+def _int8_mm(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
+    def run(x: Tensor, x_scale: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return kernels.finish(kernels.int8_mm(x, w), scale, x_scale, bias, dtype)
+
+    dtype: torch.dtype = node.args[11]  # type: ignore[assignment]
+    x, x_scale, _, w, scale, _, _, bias = node.args[:8]
+    return program.inline(run, (x, x_scale, w, scale, bias), before=node)  # type: ignore[no-any-return]
+
+
+def _int8_gemv(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
+    def run(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return kernels.finish(kernels.int8_gemv(x, w), scale, None, bias, dtype)
+
+    dtype: torch.dtype = node.args[11]  # type: ignore[assignment]
+    x, _, _, w, scale, _, _, bias = node.args[:8]
+    return program.inline(run, (x, w, scale, bias), before=node)  # type: ignore[no-any-return]
+
+
+def _nibble(kernel: str) -> Callable[[Program, fx.Node, Format, Remember], fx.Node]:
+    """nibble_gemv, nibble_mm and nibble_dequant_mm differ in the affine terms that they read."""
+
+    def build(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
+        stored, scale, zero, group_scale = _weights(program, node)
+        k: int = node.args[10]  # type: ignore[assignment]
+        dtype: torch.dtype = node.args[11]  # type: ignore[assignment]
+
+        def make() -> tuple[Tensor, ...]:
+            return (kernels.prepare_nibbles(stored, form, k),)
+
+        (nibbles,) = _prepared(program, node, "nibbles", remember, make)
+        x, x_scale, bias = node.args[0], node.args[1], node.args[7]
+        if kernel == "nibble_mm":
+
+            def integer(x: Tensor, x_scale: Tensor, q: Tensor, gs: Tensor, z: Tensor, s: Tensor, b: Tensor | None) -> Tensor:
+                return kernels.finish(kernels.nibble_mm(x, q, gs, z), s, x_scale, b, dtype)
+
+            args = (x, x_scale, nibbles, node.args[6], node.args[5], node.args[4], bias)
+            return program.inline(integer, args, before=node)  # type: ignore[no-any-return]
+        one_row = kernel == "nibble_gemv"
+        product = kernels.nibble_gemv if one_row else kernels.nibble_dequant_mm
+
+        def affine(x: Tensor, x_scale: Tensor | None, q: Tensor, s: Tensor, z: Tensor | None, gs: Tensor | None, b: Tensor | None) -> Tensor:
+            a, c = kernels.group_offsets(gs if form.dual and gs is not None else s, z, form)
+            rows = s if form.dual else torch.ones(1)
+            return kernels.finish(product(x, q, a, c), rows, x_scale, b, dtype)
+
+        args = (x, x_scale, nibbles, node.args[4], node.args[5], node.args[6], bias)
+        return program.inline(affine, args, before=node)  # type: ignore[no-any-return]
+
+    return build
+
+
+def _int4pack(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
+    stored, scale, zero, group_scale = _weights(program, node)
+    k: int = node.args[10]  # type: ignore[assignment]
+    dtype: torch.dtype = node.args[11]  # type: ignore[assignment]
+
+    def make() -> tuple[Tensor, ...]:
+        a = group_scale.float() if form.dual else scale
+        return kernels.prepare_int4pack(stored, a, zero, form, k)
+
+    packed, scales = _prepared(program, node, "int4pack", remember, make)
+
+    def run(x: Tensor, x_scale: Tensor | None, packed: Tensor, both: Tensor, s: Tensor, b: Tensor | None) -> Tensor:
+        rows = s if form.dual else torch.ones(1)
+        return kernels.finish(kernels.int4pack(x, packed, both), rows, x_scale, b, dtype)
+
+    args = (node.args[0], node.args[1], packed, scales, node.args[4], node.args[7])
+    return program.inline(run, args, before=node)  # type: ignore[no-any-return]
+
+
+_BUILDERS: dict[str, Callable[[Program, fx.Node, Format, Remember], fx.Node]] = {
+    "int8_mm": _int8_mm,
+    "int8_gemv": _int8_gemv,
+    "nibble_gemv": _nibble("nibble_gemv"),
+    "nibble_mm": _nibble("nibble_mm"),
+    "nibble_dequant_mm": _nibble("nibble_dequant_mm"),
+    "int4pack": _int4pack,
+}
+
+
+def _plain(
+    x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, stored: Tensor, scale: Tensor, zero: Tensor | None,
+    group_scale: Tensor | None, bias: Tensor | None, *, form: Format, act: str, columns: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Any format: dequantise both sides and multiply in the model's dtype."""
+    if act:
+        assert x_scale is not None
+        x = dequantize_codes(x, x_scale, x_zero, None, Format.parse(act)).to(dtype)
+    weight = kernels.dequantize_weight(stored, scale, zero, group_scale, form, columns).to(dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, group_scale: Tensor | None, *, form: Format, columns: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    if columns and form.bits < 8:
+        unsigned = unpack(codes, form.bits, columns)
+        codes = unsigned if form.zero != "none" else unsigned.to(torch.int8) + form.qmin
+    return dequantize_codes(codes, scale, zero, group_scale, form).to(dtype)
+
+
+def _hadamard(x: Tensor, signs: Tensor) -> Tensor:
+    return apply_hadamard(x.float(), signs.float()).to(x.dtype)

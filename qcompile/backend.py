@@ -1,0 +1,269 @@
+"""The torch.compile backend: `torch.compile(model, backend="qcompile", options={...})`.
+
+Dynamo hands over one graph at a time (prefill, decode, each piece of a broken graph). Each becomes
+a Program, runs through the recipe, is lowered for its device, and goes through Inductor with its
+quantized weights as extra inputs. Prepared weights are made once for one weight and kernel and
+shared by all graphs; a parameter that changes later is noticed by its version counter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.capture import capture_dynamo
+from qcompile.codegen.cpu.choose import choose
+from qcompile.codegen.cpu.lower import lower, regime, rows_of
+from qcompile.passes.quantize import Quantize
+from qcompile.pipeline import NothingToQuantize, run
+from qcompile.presets import find_recipe
+from qcompile.program import WEIGHT, Program
+from qcompile.recipe import Recipe, RecipeError, Rule
+from qcompile.report import Report
+from qcompile.sites import find_sites
+
+OPTIONS = {
+    "recipe": "preset name, JSON path, dict or Recipe; default int8 (W8A8, dynamic per token)",
+    "rules": "list of Rule or dicts, before the recipe's own",
+    "verify": "certify exact passes on the first inputs; default True",
+    "slower": "'float' (default) leaves sites float where no kernel reaches float speed, 'keep' quantizes them",
+    "inductor": "options passed on to Inductor",
+}
+
+reports: deque[Report] = deque(maxlen=64)
+"""Reports of the graphs compiled last, newest last."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options of the backend."""
+
+    recipe: Recipe
+    rules: tuple[Rule, ...] = ()
+    verify: bool = True
+    slower: str = "float"
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def read(options: dict[str, Any] | None) -> Options:
+        """Raises RecipeError for an unknown option, and lists the known ones."""
+        given = dict(options or {})
+        unknown = sorted(set(given) - set(OPTIONS))
+        if unknown:
+            known = "\n".join(f"  {name}: {text}" for name, text in OPTIONS.items())
+            raise RecipeError(f"unknown option {', '.join(map(repr, unknown))} of the qcompile backend; known:\n{known}")
+        slower = given.get("slower", "float")
+        if slower not in ("float", "keep"):
+            raise RecipeError(f"option slower={slower!r}: use 'float' or 'keep'")
+        rules = tuple(r if isinstance(r, Rule) else Rule(**r) for r in given.get("rules", ()))
+        recipe = find_recipe(given.get("recipe", "int8"))
+        if recipe.needs:
+            who = ", ".join(recipe.needs)
+            raise RecipeError(
+                f"recipe {recipe.name!r} needs calibration data for {who}; torch.compile has none. Mend:\n"
+                f"  qcompile.quantize(model, {recipe.name!r}, batches)\n"
+                f"  torch.compile(model, backend='qcompile')"
+            )
+        return Options(recipe, rules, bool(given.get("verify", True)), slower, given.get("inductor", {}))
+
+
+class _Prepared:
+    """The tensors that one kernel reads of one weight; alive as long as some graph uses them."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+
+
+_PREPARED: weakref.WeakValueDictionary[tuple[Any, ...], _Prepared] = weakref.WeakValueDictionary()
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """A hash of dtype, shape and bytes: equal weights are one weight, whoever holds them."""
+    flat = tensor.detach().contiguous().view(-1)
+    data = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest() + str((tensor.dtype, tuple(tensor.shape)))
+
+
+def qcompile(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph; see OPTIONS.
+
+    Raises:
+        RecipeError: bad options, a recipe that needs data, a rule that matches nothing.
+    """
+    how = Options.read(options)
+    if mode not in (None, "default"):
+        raise RecipeError(f"mode={mode!r} is Inductor's: pass options={{'inductor': {{...}}}} instead")
+    if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in example_inputs):
+        _warn_gradients()
+        return _inductor(graph_module, example_inputs, how)
+    return _Compiled(graph_module, example_inputs, how)
+
+
+_warned: list[bool] = []
+
+
+def _warn_gradients() -> None:
+    if not _warned:
+        _warned.append(True)
+        warnings.warn(
+            "qcompile: gradients are enabled, so the float model is compiled. "
+            "Call the model under torch.no_grad() or torch.inference_mode() to quantize it.",
+            stacklevel=3,
+        )
+
+
+def _inductor(graph_module: fx.GraphModule, inputs: Sequence[Any], how: Options) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph_module, list(inputs), config_patches=how.inductor or None)  # type: ignore[no-any-return]
+
+
+class _Compiled:
+    """A compiled graph that recompiles itself when a weight it was made from has changed."""
+
+    def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], how: Options) -> None:
+        self.how = how
+        self.program = capture_dynamo(graph_module, example_inputs)
+        order = [n.meta["dynamo_index"] for n in self.program.placeholders if WEIGHT in n.meta]
+        self.weight_args = {self.program.placeholders[i].meta[WEIGHT]: o for i, o in self._weights_at()}
+        del order
+        self.input_args = [n.meta["dynamo_index"] for n in self.program.inputs]
+        self._compile(example_inputs)
+
+    def _weights_at(self) -> list[tuple[int, int]]:
+        return [
+            (i, n.meta["dynamo_index"])
+            for i, n in enumerate(self.program.placeholders)
+            if WEIGHT in n.meta and "dynamo_index" in n.meta
+        ]
+
+    def _compile(self, args: Sequence[Any]) -> None:
+        for name, index in self.weight_args.items():
+            if name in self.program.weights:
+                fresh = args[index].detach()
+                self.program.weights[name] = fresh.t() if name in self.program.transposed else fresh
+        self.versions = {i: args[i]._version for i in self.weight_args.values()}
+        self.pointers = {i: args[i].data_ptr() for i in self.weight_args.values()}
+        lowered, report, self.keep = compile_program(self.program, args, self.input_args, self.how)
+        reports.append(report)
+        self.order: list[tuple[bool, Any]] = []
+        for node in lowered.placeholders:
+            name = node.meta.get(WEIGHT)
+            if name is None:
+                self.order.append((True, node.meta["dynamo_index"]))
+            else:
+                index = self.weight_args.get(name)
+                same = index is not None and lowered.weights[name] is self.program.weights.get(name)
+                live = same and name not in self.program.transposed
+                self.order.append((True, index) if live else (False, lowered.weights[name].contiguous()))
+        examples = [n.meta["val"] for n in lowered.placeholders]
+        self.call = _inductor(lowered.graph_module, examples, self.how)
+
+    def __call__(self, *args: Any) -> Any:
+        for index, version in self.versions.items():
+            if args[index]._version != version or args[index].data_ptr() != self.pointers[index]:
+                self._compile(args)
+                break
+        return self.call(*[args[what] if live else what for live, what in self.order])
+
+
+def compile_program(
+    program: Program, args: Sequence[Any], input_args: Sequence[int], how: Options
+) -> tuple[Program, Report, list[_Prepared]]:
+    """Run the recipe and lower for the CPU; gives the program, its report and what keeps it alive."""
+    inputs = [args[i] for i in input_args]
+    example = [int(i) if isinstance(i, torch.SymInt) else i for i in inputs]
+    ready = any("qcompile" in str(n.target) for n in program.graph.nodes)
+    recipe = Recipe("already quantized") if ready else _applicable(how, program)
+    keep = _slower_sites(program, recipe) if how.slower == "float" else {}
+    concrete = all(not isinstance(i, Tensor) or type(i) in (Tensor, torch.nn.Parameter) for i in example)
+    try:
+        rewritten, report = run(
+            program, recipe, example=example if concrete else None, verify=how.verify, keep=keep
+        )
+    except NothingToQuantize as reason:
+        rewritten, report = run(program, Recipe(recipe.name), verify=False)
+        for site in report.sites:
+            site.reason = keep.get(site.name, str(reason))
+    alive: list[_Prepared] = []
+
+    def remember(kernel: str, codes: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        key = (kernel, fingerprint(codes))
+        found = _PREPARED.get(key)
+        if found is None:
+            found = _Prepared(make())
+            _PREPARED[key] = found
+        alive.append(found)
+        return found.tensors
+
+    kernels = lower(rewritten, remember)
+    named = {site.name: site for site in report.sites}
+    for name, by_regime in kernels.items():
+        if name in named:
+            named[name].kernel = by_regime
+    rewritten.graph_module.recompile()
+    _share(rewritten, alive)
+    return rewritten, report, alive
+
+
+def _share(program: Program, alive: list[_Prepared]) -> None:
+    """Codes and scales that two graphs hold are one tensor: the second graph drops its own."""
+    for name, tensor in program.weights.items():
+        if name.rsplit(".", 1)[-1] in ("codes", "scale", "zero", "group_scale"):
+            key = ("stored", fingerprint(tensor))
+            found = _PREPARED.get(key)
+            if found is None:
+                found = _Prepared((tensor,))
+                _PREPARED[key] = found
+            program.weights[name] = found.tensors[0]
+            alive.append(found)
+
+
+def _applicable(how: Options, program: Program) -> Recipe:
+    """The recipe with the rules that match here: a model has many graphs, a rule need not match all."""
+    import fnmatch
+
+    names = [site.name for site in find_sites(program)]
+    rules = [r for r in (*how.rules, *how.recipe.rules) if any(fnmatch.fnmatchcase(n, r.match) for n in names)]
+    if names and len(rules) < len(how.rules) + len(how.recipe.rules):
+        how.recipe.with_rules(how.rules).resolve(names)  # raises, with the nearest names
+    return Recipe(how.recipe.name, how.recipe.passes, tuple(rules), how.recipe.source)
+
+
+def _slower_sites(program: Program, recipe: Recipe) -> dict[str, str]:
+    """Sites whose best kernel for these rows is slower than float, with the word for the report."""
+    config = next((c for c in recipe.passes if isinstance(c, Quantize)), None)
+    found: dict[str, str] = {}
+    if config is None:
+        return found
+    rules = recipe.resolve(dict.fromkeys(s.name for s in find_sites(program)))
+    for site in find_sites(program):
+        rule = rules[site.name]
+        weight = rule.weight if rule and rule.weight else config.weight
+        act = rule.act if rule and rule.act else config.act
+        rows, _ = rows_of(site.input)
+        dtype = site.node.meta["val"].dtype
+        choice = choose(weight, str(act) if act else "", dtype, rows, site.K, site.N)
+        if choice.slower:
+            found[site.name] = f"{choice} at {regime(site.input)}: slower than float (options={{'slower': 'keep'}} quantizes it)"
+    return found
+
+
+def describe_options() -> str:
+    """The options as text, for help."""
+    return json.dumps(OPTIONS, indent=1)

@@ -1,0 +1,195 @@
+"""Checkpoints: one safetensors file and JSON, written whole or not at all; nothing is unpickled.
+
+    model.safetensors   every parameter and buffer, packed codes included
+    qcompile.json       schema, recipe, and what stands where: {path: {"kind": ..., sizes, formats}}
+    config.json ...     the model's own configuration and tokenizer, when it has them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from qcompile.formats import Format
+from qcompile.module import QuantLinear, RotatedLinear
+
+SCHEMA = 1
+_TENSORS, _META = "model.safetensors", "qcompile.json"
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be read or written; the text names the file and the mend."""
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `folder` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        CheckpointError: the folder exists and is not empty (before any work).
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not empty: choose another folder or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield work
+        if target.exists():
+            target.rmdir()
+        os.replace(work, target)
+        target.chmod(0o755)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
+    """Write a quantized (or float) model to a new folder.
+
+    Raises:
+        CheckpointError: the folder exists and is not empty.
+    """
+    with atomic_folder(folder) as work:
+        tensors, shared = {}, {}
+        seen: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+        for name, tensor in model.state_dict().items():
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            if tensor.numel() and key in seen:
+                shared[name] = seen[key]
+            else:
+                seen[key] = name
+                tensors[name] = tensor.contiguous()
+        save_file(tensors, str(work / _TENSORS), metadata={"format": "pt"})
+        meta = {
+            "schema": SCHEMA,
+            "recipe": getattr(model, "qcompile_recipe", None),
+            "class": type(model).__name__,
+            "shared": shared,
+            "modules": {path: entry for path, m in model.named_modules() if (entry := _describe(m))},
+        }
+        (work / _META).write_text(json.dumps(meta, indent=1) + "\n")
+        for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained(str(work))
+    return Path(folder)
+
+
+def _describe(module: nn.Module) -> dict[str, Any] | None:
+    if isinstance(module, QuantLinear):
+        has = [n for n in ("codes", "scale", "zero", "group_scale", "bias", "signs") if getattr(module, n) is not None]
+        return {
+            "kind": "QuantLinear",
+            "in": module.in_features,
+            "out": module.out_features,
+            "format": str(module.format),
+            "act": str(module.act) if module.act else None,
+            "has": has,
+        }
+    if isinstance(module, RotatedLinear):
+        return {"kind": "RotatedLinear"}
+    if isinstance(module, nn.RMSNorm):
+        return {"kind": "RMSNorm", "shape": list(module.normalized_shape), "eps": module.eps}
+    return None
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Read a folder that `save` wrote.
+
+    Args:
+        folder: the folder.
+        model: the float model to fill; without it, transformers builds the class that config.json
+            names, with random weights that are then replaced.
+
+    Raises:
+        CheckpointError: a missing, truncated or foreign file, or another model's tensors. A model
+            that was passed in is then unchanged.
+    """
+    root = Path(folder)
+    meta = _read_meta(root)
+    tensors = _read_tensors(root / _TENSORS)
+    target = model if model is not None else _build(root, meta)
+    for name, owner in meta["shared"].items():
+        tensors[name] = tensors[owner]
+    _check(target, meta, tensors, root)
+    for path, entry in meta["modules"].items():
+        _place(target, path, entry)
+    target.load_state_dict(tensors, strict=True, assign=True)
+    target.qcompile_recipe = meta["recipe"]  # type: ignore[assignment]
+    return target.requires_grad_(False).eval()
+
+
+def _read_meta(root: Path) -> dict[str, Any]:
+    path = root / _META
+    if not path.is_file():
+        raise CheckpointError(f"{root} holds no {_META}: it was not written by qcompile.save")
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): save the model again") from error
+    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA or "modules" not in meta:
+        found = meta.get("schema") if isinstance(meta, dict) else None
+        raise CheckpointError(f"{path} has schema {found!r}, this version reads {SCHEMA}")
+    return meta
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): it is truncated or foreign, save again") from error
+
+
+def _build(root: Path, meta: dict[str, Any]) -> nn.Module:
+    try:
+        import transformers
+    except ImportError as error:
+        raise CheckpointError("pass the float model to load(), or pip install transformers") from error
+    if not (root / "config.json").is_file():
+        raise CheckpointError(f"{root} has no config.json: pass the float model, load(folder, model)")
+    kind = getattr(transformers, meta["class"], None)
+    if kind is None:
+        raise CheckpointError(f"transformers has no class {meta['class']}: pass the float model, load(folder, model)")
+    config = transformers.AutoConfig.from_pretrained(str(root))
+    built: nn.Module = kind(config)
+    generation = root / "generation_config.json"
+    if generation.is_file() and hasattr(built, "generation_config"):
+        built.generation_config = transformers.GenerationConfig.from_pretrained(str(root))  # type: ignore[assignment]
+    return built
+
+
+def _check(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tensor], root: Path) -> None:
+    """Everything that could go wrong while filling the model, before touching it."""
+    prefixes = tuple(f"{path}." for path in meta["modules"])
+    own = {n: t for n, t in model.state_dict().items() if not n.startswith(prefixes)}
+    foreign = [n for n, t in own.items() if n not in tensors or tensors[n].shape != t.shape]
+    extra = [n for n in tensors if n not in own and not n.startswith(prefixes) and not n.endswith(".bias")]
+    if foreign or extra:
+        raise CheckpointError(
+            f"{root} holds another model: missing or misshapen {foreign[:4]}, unknown {extra[:4]}"
+        )
+
+
+def _place(model: nn.Module, path: str, entry: dict[str, Any]) -> None:
+    if entry["kind"] == "QuantLinear":
+        act = Format.parse(entry["act"]) if entry["act"] else None
+        form = Format.parse(entry["format"])
+        model.set_submodule(path, QuantLinear.empty(entry["in"], entry["out"], form, act, set(entry["has"])))
+    elif entry["kind"] == "RMSNorm":
+        model.set_submodule(path, nn.RMSNorm(entry["shape"], eps=entry["eps"]))
+    else:
+        inner = model.get_submodule(path)
+        if not isinstance(inner, RotatedLinear):
+            features = inner.weight.shape[1]  # type: ignore[union-attr,index]
+            model.set_submodule(path, RotatedLinear(inner, torch.empty(features)))  # type: ignore[arg-type]

@@ -1,0 +1,57 @@
+"""`export_onnx(model, folder)`: quantize a copy if asked, and write an ONNX folder for CPU runtimes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qcompile.module import QuantLinear
+from qcompile.quantize import quantize
+from qcompile.recipe import Recipe, RecipeError
+from qcompile.report import Report
+
+
+def export_onnx(
+    model: nn.Module,
+    folder: str | Path,
+    recipe: str | Recipe | dict[str, object] | None = None,
+    batches: Iterable[Any] | None = None,
+    *,
+    example: Any = None,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> Report:
+    """Write `folder` with model.onnx, its weights, the tokenizer and a report.
+
+    Args:
+        model: float or already quantized; left as it is.
+        folder: must not exist, or be empty. recipe: quantize a copy first; None exports as it is.
+        batches: calibration data for the recipe. example: inputs to trace an encoder with.
+        tokenizer: saved beside the model, so that `qcompile generate FOLDER` can run.
+        progress: show bars.
+
+    Raises:
+        ValueError: bad recipe, a site without an ONNX form, a folder that is not empty, or an
+            exported model whose output differs from the module's. Nothing is then left behind.
+    """
+    try:
+        from qcompile.codegen.onnx.export import export_module
+    except ImportError as error:
+        raise RecipeError("ONNX export needs: pip install 'torch-qcompile[onnx]'") from error
+    from qcompile.checkpoint import atomic_folder
+
+    with atomic_folder(folder) as work:
+        report = Report("as it is")
+        if recipe is not None:
+            model = copy.deepcopy(model)
+            report = quantize(model, recipe, batches, example=example, progress=progress)
+        elif not any(isinstance(m, QuantLinear) for m in model.modules()):
+            report = Report("float")
+        error = export_module(model, work, example=example, tokenizer=tokenizer)
+        report.numbers["onnx relative error"] = error
+        report.write(work / "qcompile.json")
+    return report

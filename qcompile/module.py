@@ -1,0 +1,127 @@
+"""Modules that hold packed weights and call the dialect, so that they trace, save and compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qcompile.ops  # noqa: F401  registers torch.ops.qcompile
+from qcompile.formats import Format, dequantize_codes, load_codes
+from qcompile.packing import packed_columns
+
+_FLOAT32 = ("scale", "zero", "signs")
+
+
+class QuantLinear(nn.Module):
+    """x -> [Hadamard] -> [quantize] -> qlinear, with stored codes as buffers.
+
+    Buffers: codes [N, packed K], scale, zero, group_scale (see formats.py), bias [N] or None, signs
+    [K] or None (an online Hadamard before the product). The result has the dtype of x. Scales stay
+    float32 whatever dtype the model is cast to.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    group_scale: Tensor | None
+    bias: Tensor | None
+    signs: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: Format,
+        act: Format | None,
+        tensors: dict[str, Tensor | None],
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.format, self.act = format, act
+        for name in ("codes", "scale", "zero", "group_scale", "bias", "signs"):
+            self.register_buffer(name, tensors.get(name))
+
+    @staticmethod
+    def empty(in_features: int, out_features: int, format: Format, act: Format | None, has: set[str]) -> QuantLinear:
+        """A module with unset buffers of the right shapes, for loading."""
+        groups = format.groups(in_features)
+        shape = () if format.per == "tensor" else (out_features, groups if format.per == "group" else 1)
+        packed = packed_columns(in_features, format.bits)
+        code = torch.uint8 if format.bits < 8 or format.zero != "none" else torch.int8
+        code = torch.float8_e4m3fn if format.dtype == "fp8" else code
+        zero = torch.uint8 if format.zero == "int" else torch.float32
+        tensors: dict[str, Tensor | None] = {
+            "codes": torch.empty(out_features, packed, dtype=code),
+            "scale": torch.empty((out_features, 1) if format.dual else shape),
+            "zero": torch.empty(shape, dtype=zero),
+            "group_scale": torch.empty(shape, dtype=torch.int8),
+            "bias": torch.empty(out_features),
+            "signs": torch.empty(in_features),
+        }
+        return QuantLinear(in_features, out_features, format, act, {n: t for n, t in tensors.items() if n in has})
+
+    @property
+    def weight(self) -> Tensor:
+        """The numbers that the codes stand for, [N, K] float32; made anew at each read."""
+        codes = load_codes(self.codes, self.format, self.in_features)
+        return dequantize_codes(codes, self.scale, self.zero, self.group_scale, self.format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., K] -> [.., N]."""
+        dtype = x.dtype
+        if self.signs is not None:
+            x = torch.ops.qcompile.hadamard(x, self.signs)
+        x_scale = x_zero = None
+        if self.act is not None:
+            x, x_scale, zero = torch.ops.qcompile.quantize(x, str(self.act))
+            x_zero = zero if self.act.zero != "none" else None
+        out: Tensor = torch.ops.qcompile.qlinear(
+            x,
+            x_scale,
+            x_zero,
+            self.codes,
+            self.scale,
+            self.zero,
+            self.group_scale,
+            self.bias,
+            str(self.format),
+            "" if self.act is None else str(self.act),
+            self.in_features,
+            dtype,
+        )
+        return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {n: getattr(self, n) for n in _FLOAT32 if getattr(self, n) is not None}
+        codes = self.codes
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in kept.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype:  # a cast, not a move: keep the precision of the scales
+                setattr(self, name, old.to(new.device))
+        if self.codes.dtype != codes.dtype:  # fp8 counts as floating for a cast
+            self.codes = codes.to(self.codes.device)
+        return result
+
+    def extra_repr(self) -> str:
+        """As nn.Linear, with the formats."""
+        turned = ", hadamard" if self.signs is not None else ""
+        act = self.act or "float"
+        return f"{self.in_features}, {self.out_features}, weight={self.format}, act={act}{turned}"
+
+
+class RotatedLinear(nn.Module):
+    """A float linear behind an online Hadamard transform, for a site that stays float."""
+
+    def __init__(self, inner: nn.Module, signs: Tensor) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("signs", signs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., K] -> inner(x diag(signs) H / sqrt(K))."""
+        out: Tensor = self.inner(torch.ops.qcompile.hadamard(x, self.signs))
+        return out
