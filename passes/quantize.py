@@ -21,18 +21,31 @@ from qcompile.report import PassReport
 from qcompile.sites import Site, find_sites
 
 ops = torch.ops.qcompile
+aten = torch.ops.aten
+
+_PRODUCTS = {
+    aten.linear.default,
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.scaled_dot_product_attention.default,
+}
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Formats of weights and activations; None keeps the activation float."""
+    """Formats of weights and activations; None keeps the activation float.
+
+    The last product (the logits) is the most sensitive one and in decoding as large as any: it is
+    quantized weight-only, in `output`; None treats it as every other site.
+    """
 
     weight: Format = Format("int8")
     act: Format | None = Format("int8")
+    output: Format | None = Format("int8")  # weight-only, for sites that write the graph's output
     clip: bool = False  # search the clip of each weight range that minimises sum |e|^2.4
 
     def __post_init__(self) -> None:
-        for name in ("weight", "act"):
+        for name in ("weight", "act", "output"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Format.parse(getattr(self, name)))
         if self.act is not None and self.act.dual:
@@ -67,11 +80,37 @@ def quantize(
         elif site.kind != "linear":
             report.leave(site.name, "a stack of expert weights has no quantized kernel yet", site.node.name)
         else:
-            weight = rule.weight if rule is not None and rule.weight else how.weight
-            act = rule.act if rule is not None and rule.act else how.act
+            weight, act = formats_of(site, how, rule)
             _quantize_site(program, site, weight, act, how.clip)
             report.done.append(site.name)
     return report
+
+
+def formats_of(site: Site, how: Quantize, rule: Rule | None) -> tuple[Format, Format | None]:
+    """Weight and activation format of one site."""
+    weight, act = how.weight, how.act
+    if how.output is not None and writes_output(site):
+        weight, act = how.output, None
+    if rule is not None:
+        weight, act = rule.weight or weight, rule.act or act
+    return weight, act
+
+
+def writes_output(site: Site) -> bool:
+    """Whether what a site computes reaches the graph's outputs and no further product."""
+    work, seen = list(site.node.users), set()
+    meets_output = False
+    while work:
+        node = work.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "output":
+            meets_output = True
+        elif node.target in _PRODUCTS:
+            return False
+        work += list(node.users)
+    return meets_output
 
 
 def chooses_experts(site: Site) -> bool:

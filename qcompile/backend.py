@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from qcompile.capture import capture_dynamo
 from qcompile.codegen.cpu.choose import choose
 from qcompile.codegen.cpu.lower import lower, regime, rows_of
-from qcompile.passes.quantize import Quantize
+from qcompile.passes.quantize import Quantize, formats_of
 from qcompile.pipeline import NothingToQuantize, run
 from qcompile.presets import find_recipe
 from qcompile.program import WEIGHT, Program
@@ -253,9 +253,7 @@ def _slower_sites(program: Program, recipe: Recipe) -> dict[str, str]:
         return found
     rules = recipe.resolve(dict.fromkeys(s.name for s in find_sites(program)))
     for site in find_sites(program):
-        rule = rules[site.name]
-        weight = rule.weight if rule and rule.weight else config.weight
-        act = rule.act if rule and rule.act else config.act
+        weight, act = formats_of(site, config, rules[site.name])
         rows, _ = rows_of(site.input)
         dtype = site.node.meta["val"].dtype
         choice = choose(weight, str(act) if act else "", dtype, rows, site.K, site.N)

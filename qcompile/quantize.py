@@ -7,6 +7,7 @@ whatever happens (an error, Ctrl-C).
 
 from __future__ import annotations
 
+import operator
 import resource
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -207,10 +208,25 @@ class _Plan:
 
     def _linear_behind(self, node: fx.Node) -> fx.Node | None:
         while node.target not in (ops.qlinear.default, aten.linear.default):
-            if node.target not in (ops.quantize.default,) and "getitem" not in str(node.target):
+            if not _only_carries(node) or not node.users:
                 return None
             node = next(iter(node.users))
         return node
+
+
+_CARRIERS = (
+    ops.quantize.default,
+    operator.getitem,
+    aten.view.default,
+    aten.reshape.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+)
+
+
+def _only_carries(node: fx.Node) -> bool:
+    """Whether a node between a transform and its linear is one that QuantLinear redoes by itself."""
+    return node.target in _CARRIERS
 
 
 def _is_plain_linear(module: nn.Module, program: Program, weight: str, bias: str | None) -> bool:
@@ -233,10 +249,9 @@ def _signs(program: Program, x: Any) -> Tensor | None:
     while isinstance(x, fx.Node):
         if x.target is ops.hadamard.default:
             return program.weights[x.args[1].meta[WEIGHT]]  # type: ignore[union-attr]
-        if x.target is not ops.quantize.default and "getitem" not in str(x.target):
-            if x.target not in (aten.view.default, aten.reshape.default, aten._to_copy.default, aten.to.dtype):
-                return None
-        x = x.args[0] if x.args else None
+        if not _only_carries(x):
+            return None
+        x = x.args[0]
     return None
 
 

