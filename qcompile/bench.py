@@ -87,3 +87,99 @@ def _once(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[float
             out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
             decode.append(time.perf_counter() - start)
     return prefill, decode
+
+
+@dataclass
+class Comparison:
+    """Speeds of several candidates in one run; the float ones are the peers."""
+
+    speeds: dict[str, Speed]
+    weight_bytes: dict[str, int]
+
+    def table(self) -> Any:
+        """A rich table; ratios are against the best float peer in that column."""
+        from rich.table import Table
+
+        peers = [s for name, s in self.speeds.items() if name.startswith("inductor")]
+        best_prefill = max(s.prefill_rate for s in peers)
+        best_decode = max(s.decode_rate for s in peers)
+        table = Table("candidate", "weights MB", "prefill tok/s", "x best float", "decode tok/s", "x best float ")
+        for name, s in self.speeds.items():
+            table.add_row(
+                name,
+                f"{self.weight_bytes[name] / 1e6:.0f}",
+                f"{s.prefill_rate:.0f}",
+                f"{s.prefill_rate / best_prefill:.2f}",
+                f"{s.decode_rate:.1f}",
+                f"{s.decode_rate / best_decode:.2f}",
+            )
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data with versions."""
+        return {
+            "versions": versions(),
+            "rows": [
+                {
+                    "candidate": name,
+                    "prompt": s.prompt,
+                    "weight_bytes": self.weight_bytes[name],
+                    "prefill_tokens_per_second": s.prefill_rate,
+                    "decode_tokens_per_second": s.decode_rate,
+                }
+                for name, s in self.speeds.items()
+            ],
+        }
+
+    def write(self, path: Any) -> None:
+        """Write `to_json()`."""
+        import json
+        from pathlib import Path
+
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def compare_with_inductor(
+    model: Any,
+    recipes: list[str],
+    *,
+    also: torch.dtype | None = None,
+    prompt: int = 512,
+    new: int = 16,
+    rounds: int = 5,
+    progress: bool = True,
+) -> Comparison:
+    """Time a causal LM under Inductor in its own dtype (and in `also`) and under qcompile recipes.
+
+    Site weights are counted: what the products read, float or quantized; tables are not.
+    """
+    import copy
+
+    import torch._dynamo
+
+    from qcompile import backend
+
+    torch._dynamo.config.recompile_limit = 256  # every candidate compiles the same code anew
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (1, prompt), generator=generator)
+    own = str(next(model.parameters()).dtype).removeprefix("torch.")
+    candidates = {f"inductor {own}": torch.compile(model, backend="inductor")}
+    if also is not None:
+        other = copy.deepcopy(model).to(also)
+        candidates[f"inductor {str(also).removeprefix('torch.')}"] = torch.compile(other, backend="inductor")
+    for recipe in recipes:
+        candidates[f"qcompile {recipe} {own}"] = torch.compile(model, backend="qcompile", options={"recipe": recipe})
+    backend.reports.clear()
+    speeds = time_models(candidates, ids, new=new, rounds=rounds, progress=progress)
+    size: dict[str, int] = {}
+    for name in candidates:
+        found = [r for r in backend.reports if name.startswith(f"qcompile {r.recipe} ")]
+        width = 2 if name.endswith("bfloat16") else 4
+        if found:  # the decode graph, which was compiled last, reads every site
+            size[name] = found[-1].bytes_after
+        else:
+            some = next(iter(backend.reports)) if backend.reports else None
+            size[name] = sum(s.N * s.K * width for s in some.sites) if some else 0
+    return Comparison(speeds, size)

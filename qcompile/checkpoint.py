@@ -32,6 +32,13 @@ class CheckpointError(ValueError):
     """A folder that cannot be read or written; the text names the file and the mend."""
 
 
+def refuse_full(folder: str | Path) -> None:
+    """Raise CheckpointError if a folder exists and is not empty: asked before long work."""
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not empty: choose another folder or remove it")
+
+
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary sibling that becomes `folder` when the block ends well, and vanishes otherwise.
@@ -39,9 +46,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the folder exists and is not empty (before any work).
     """
+    refuse_full(folder)
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not empty: choose another folder or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

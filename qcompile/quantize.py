@@ -66,13 +66,13 @@ def quantize(
     if held is not None and not held:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
     first = held[0] if held else example if example is not None else _own_example(model)
-    args, kwargs = _call(first)
+    args, kwargs = call_of(first)
     was_training = model.training
     model.eval()
     try:
-        program = capture(model, *_widen_batch(args, kwargs))
+        program = capture(model, *widen_batch(args, kwargs))
         plan = _Plan.of(model, program)
-        flat = [_flat(program, batch, kwargs) for batch in (held or [first])]
+        flat = [flat_inputs(program, batch, kwargs) for batch in (held or [first])]
         rewritten, report = run(
             program,
             how,
@@ -101,7 +101,12 @@ def _own_example(model: nn.Module) -> Any:
     return example
 
 
-def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def traceable_example(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments to trace a model with that brings its own example. Raises RecipeError."""
+    return widen_batch(*call_of(_own_example(model)))
+
+
+def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), {k: v for k, v in batch.items() if v is not None}
     if isinstance(batch, (tuple, list)):
@@ -109,7 +114,7 @@ def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (batch,), {}
 
 
-def _widen_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def widen_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """One row would be specialised by the tracer: trace with two."""
 
     def twice(value: Any) -> Any:
@@ -118,8 +123,8 @@ def _widen_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
     return tuple(twice(a) for a in args), {k: twice(v) for k, v in kwargs.items()}
 
 
-def _flat(program: Program, batch: Any, first: dict[str, Any]) -> Sequence[Any]:
-    args, kwargs = _call(batch)
+def flat_inputs(program: Program, batch: Any, first: dict[str, Any]) -> Sequence[Any]:
+    args, kwargs = call_of(batch)
     missing = [name for name in first if name not in kwargs]
     if missing:
         raise CalibrationError(f"a batch lacks {missing}, which the first batch has")

@@ -1,0 +1,42 @@
+"""`qcompile verify`: every exact pass on the user's own model, in float64, with its certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qcompile.capture import capture
+from qcompile.pipeline import run
+from qcompile.presets import find_recipe
+from qcompile.program import Program
+from qcompile.quantize import call_of, flat_inputs, widen_batch
+from qcompile.recipe import Recipe, registered
+from qcompile.report import Report
+from qcompile.verify import widen
+
+
+def exact_part(recipe: Recipe) -> Recipe:
+    """Only the passes of a recipe that must keep the output."""
+    passes = tuple(c for c in recipe.passes if registered()[type(c)].exact)
+    return Recipe(f"{recipe.name} (exact passes)", passes, (), recipe.source)
+
+
+def verify_model(model: nn.Module, batch: Any, recipe: str | Recipe = "exact") -> Report:
+    """Certify the exact passes of a recipe in float64 (law: relative difference <= 1e-9).
+
+    Args:
+        model: left as it is. batch: one batch, as for quantize. recipe: whose exact passes.
+    """
+    args, kwargs = call_of(batch)
+    program = capture(model, *widen_batch(args, kwargs))
+    return verify_program(program, flat_inputs(program, batch, kwargs), recipe)
+
+
+def verify_program(program: Program, inputs: Sequence[Any], recipe: str | Recipe = "exact") -> Report:
+    """The same for a Program and its flat inputs."""
+    wide = widen(inputs, torch.float64)
+    _, report = run(program.widened(), exact_part(find_recipe(recipe)), batches=lambda: [wide], example=wide)
+    return report

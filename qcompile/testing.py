@@ -1,0 +1,222 @@
+"""Property-testing for rewritings, for this project's own passes and for yours.
+
+    from hypothesis import given
+    from qcompile.testing import assert_equivalent, decoders
+
+    @given(decoders())
+    def test_my_pass(model):
+        before = capture(model, (model.example(),)).widened()
+        after = before.copy()
+        my_pass(after)
+        assert_equivalent(before, after, [model.example()])
+
+The models are small, random and awkward on purpose: gains far from one, biases everywhere, shared
+key/value heads, tied embeddings, gates, residuals, planted outliers. A wrong law fails on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qcompile.program import Program
+from qcompile.verify import first_difference, relative_error, widen
+
+__all__ = ["Decoder", "Shape", "assert_equivalent", "decoders", "mlps", "shapes", "weights"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a random decoder looks like."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head: int
+    inner: int
+    layers: int
+    norm: Literal["rms", "one_plus", "layer"]
+    gated: bool
+    bias: bool
+    tied: bool
+    post_norm: bool
+    seed: int
+    vocabulary: int = 31
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * g, spelled out; with one_plus the gain is 1 + weight."""
+
+    def __init__(self, width: int, one_plus: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.one_plus = one_plus
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., n] -> [.., n]."""
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return y * (1.0 + self.weight) if self.one_plus else self.weight * y
+
+
+class _Block(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.s = s
+        self.first, self.second = _norm(s), _norm(s)
+        self.query = nn.Linear(s.width, s.heads * s.head, bias=s.bias)
+        self.key = nn.Linear(s.width, s.kv_heads * s.head, bias=s.bias)
+        self.value = nn.Linear(s.width, s.kv_heads * s.head, bias=s.bias)
+        self.mix = nn.Linear(s.heads * s.head, s.width, bias=s.bias)
+        self.rise = nn.Linear(s.width, s.inner, bias=s.bias)
+        self.gate = nn.Linear(s.width, s.inner, bias=s.bias) if s.gated else None
+        self.fall = nn.Linear(s.inner, s.width, bias=s.bias)
+        self.after = _norm(s) if s.post_norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, (b, t, _) = self.s, x.shape
+        y = self.first(x)
+
+        def split(z: Tensor, heads: int) -> Tensor:
+            return z.view(b, t, heads, s.head).transpose(1, 2)
+
+        q, k, v = split(self.query(y), s.heads), split(self.key(y), s.kv_heads), split(self.value(y), s.kv_heads)
+        k, v = (z.repeat_interleave(s.heads // s.kv_heads, dim=1) for z in (k, v))
+        z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        z = self.mix(z.transpose(1, 2).reshape(b, t, -1))
+        x = x + (self.after(z) if self.after is not None else z)
+        y = self.second(x)
+        z = self.rise(y)
+        z = torch.nn.functional.silu(self.gate(y)) * z if self.gate is not None else torch.relu(z)
+        return x + self.fall(z)
+
+
+class Decoder(nn.Module):
+    """A small decoder-only transformer with everything that a rewriting may trip over."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.table = nn.Embedding(shape.vocabulary, shape.width)
+        self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.layers))
+        self.last = _norm(shape)
+        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        generator = torch.Generator().manual_seed(shape.seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                fan = parameter.shape[-1] if parameter.ndim > 1 else 4
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan**-0.5)
+                if parameter.ndim == 1:
+                    parameter.add_(0.7)
+            self.blocks[0].first.weight[0] *= 50  # type: ignore[union-attr,index] # an outlier channel
+        if shape.tied:
+            self.head.weight = self.table.weight
+        self.requires_grad_(False).eval()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, T] -> logits [B, T, V]."""
+        x = self.table(ids)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.head(self.last(x))
+        return out
+
+    def example(self, batch: int = 2, length: int = 5) -> Tensor:
+        """Random token ids."""
+        generator = torch.Generator().manual_seed(self.shape.seed + 1)
+        return torch.randint(0, self.shape.vocabulary, (batch, length), generator=generator)
+
+
+def _norm(s: Shape) -> nn.Module:
+    return nn.LayerNorm(s.width) if s.norm == "layer" else RMSNorm(s.width, s.norm == "one_plus")
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    """Random shapes: grouped heads, sizes with and without Hadamard matrices, every norm."""
+    kv_heads = draw(st.integers(1, 2))
+    head = draw(st.sampled_from([4, 6, 8]))
+    return Shape(
+        width=draw(st.sampled_from([8, 12, 20, 22])),
+        heads=kv_heads * draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        head=head,
+        inner=draw(st.sampled_from([12, 16, 24])),
+        layers=draw(st.integers(1, 2)),
+        norm=draw(st.sampled_from(["rms", "one_plus", "layer"])),  # type: ignore[arg-type]
+        gated=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        tied=draw(st.booleans()),
+        post_norm=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def decoders() -> st.SearchStrategy[Decoder]:
+    """Random small decoders."""
+    return shapes().map(Decoder)
+
+
+@st.composite
+def mlps(draw: st.DrawFn) -> nn.Sequential:
+    """Random stacks of linears and ReLUs."""
+    sizes = draw(st.lists(st.sampled_from([4, 7, 12, 16]), min_size=2, max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    layers: list[nn.Module] = []
+    for k, n in zip(sizes, sizes[1:], strict=False):
+        linear = nn.Linear(k, n, bias=draw(st.booleans()))
+        with torch.no_grad():
+            for parameter in linear.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).requires_grad_(False).eval()
+
+
+@st.composite
+def weights(draw: st.DrawFn, rows: int = 6, columns: int = 80) -> Tensor:
+    """Random matrices [N, K], some with outliers, zero rows, or one sign only."""
+    n, k = draw(st.integers(1, rows)), draw(st.integers(1, columns))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    w = torch.randn(n, k, generator=generator) * draw(st.sampled_from([1e-3, 1.0, 30.0]))
+    if draw(st.booleans()):
+        w[0, draw(st.integers(0, k - 1))] *= 100
+    if draw(st.booleans()):
+        w[-1] = 0
+    return w.abs() if draw(st.booleans()) else w
+
+
+def assert_equivalent(
+    before: Program | nn.Module,
+    after: Program | nn.Module,
+    inputs: Sequence[Any],
+    *,
+    tolerance: float = 1e-9,
+    changed: set[str] | frozenset[str] = frozenset(),
+) -> None:
+    """Assert that two programs (or modules) compute the same, relative to the largest output.
+
+    Args:
+        before, after: Programs are run in float64, modules as they are. inputs: flat inputs.
+        tolerance: max|after - before| / max|before|. changed: nodes that were changed on purpose.
+
+    Raises:
+        AssertionError: with the error and, for programs, the first node that differs.
+    """
+    if isinstance(before, Program) and isinstance(after, Program):
+        wide = widen(inputs, torch.float64)
+        first, second = before.widened()(*wide), after.widened()(*wide)
+        error = relative_error(second, first)
+        if error > tolerance:
+            node = first_difference(before, after, wide, set(changed))
+            raise AssertionError(f"the programs differ by {error:.2e} (allowed {tolerance:.0e}), first at node {node}")
+        return
+    with torch.no_grad():
+        want, got = before(*inputs), after(*inputs)
+    flatten = torch.utils._pytree.tree_leaves
+    error = relative_error(flatten(got), flatten(want))
+    if error > tolerance:
+        raise AssertionError(f"the outputs differ by {error:.2e} (allowed {tolerance:.0e})")

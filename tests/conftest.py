@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import os
+import warnings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "qcompile",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("qcompile")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real small LLM; a missing package is a failure, not a skip."""
+    from qcompile.pretrained import load_pretrained
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_pretrained()

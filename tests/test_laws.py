@@ -1,0 +1,116 @@
+"""The laws of the exact passes as properties over random decoders, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from qcompile.calibrate import observe
+from qcompile.capture import capture
+from qcompile.passes import FoldNorm, Rotate, RotateOnline, Smooth, Untie, fold_norm, rotate, rotate_online, smooth, untie
+from qcompile.calibrate import Statistics
+from qcompile.testing import Decoder, assert_equivalent, decoders, mlps
+
+FEW = settings(max_examples=12)
+
+
+def before_and_after(model, *steps, data=False):
+    ids = model.example()
+    before = capture(model, (ids,)).widened()
+    after = before.copy()
+    reports = []
+    for function, how in steps:
+        seen = observe(after, [[ids]]) if data and function is smooth else Statistics()
+        reports.append(function(after, how, seen))
+        after.cleanup()
+    return before, after, ids, reports
+
+
+@given(decoders())
+@FEW
+def test_fold_norm(model):
+    before, after, ids, (_, report) = before_and_after(model, (untie, Untie()), (fold_norm, FoldNorm()))
+    assert report.done
+    assert_equivalent(before, after, [ids])
+    assert_equivalent(before, after, [model.example(3, 9)])
+
+
+@given(decoders())
+@FEW
+def test_smooth(model):
+    before, after, ids, (_, report) = before_and_after(model, (untie, Untie()), (smooth, Smooth()), data=True)
+    assert report.done
+    assert_equivalent(before, after, [ids])
+
+
+@given(decoders())
+@FEW
+def test_rotate(model):
+    steps = (untie, Untie()), (fold_norm, FoldNorm()), (rotate, Rotate(seed=3)), (rotate_online, RotateOnline())
+    before, after, ids, reports = before_and_after(model, *steps)
+    assert_equivalent(before, after, [ids])
+    turned = [d for d in reports[2].done if "stream" in d]
+    assert bool(turned) == (not model.shape.post_norm), reports[2]
+    heads = [d for d in reports[2].done if "heads" in d]
+    assert len(heads) == model.shape.layers
+
+
+@given(mlps())
+def test_mlp(model):
+    x = torch.randn(5, model[0].in_features, dtype=torch.float64)
+    before = capture(model.double(), (x,))
+    after = before.copy()
+    smooth(after, Smooth(), observe(after, [[x]]))
+    rotate_online(after, RotateOnline(), Statistics())
+    after.cleanup()
+    assert_equivalent(before, after, [x])
+
+
+def test_smoothing_moves_the_outlier():
+    model = Decoder(shape(norm="rms"))
+    ids = model.example()
+    program = capture(model, (ids,)).widened()
+    first = next(n for n in observe(program, [[ids]]).absmax.values())
+    smooth(program, Smooth(alpha=0.5), observe(program, [[ids]]))
+    after = next(n for n in observe(program, [[ids]]).absmax.values())
+    assert after.max() / after.median() < first.max() / first.median() / 3
+
+
+def test_rotation_spreads_the_outlier():
+    model = Decoder(shape(norm="rms", width=64))
+    ids = model.example()
+    with torch.no_grad():
+        model.table.weight[:, 5] *= 100
+    program = capture(model, (ids,)).widened()
+    fold_norm(program, FoldNorm(), Statistics())
+    first = next(iter(observe(program, [[ids]]).absmax.values()))
+    rotate(program, Rotate(), Statistics())
+    after = next(iter(observe(program, [[ids]]).absmax.values()))
+    assert first.max() / first.median() > 10 > 4 > after.max() / after.median()
+
+
+def shape(**changes):
+    from qcompile.testing import Shape
+
+    base = dict(
+        width=16, heads=4, kv_heads=2, head=8, inner=24, layers=2, norm="rms", gated=True, bias=True,
+        tied=False, post_norm=False, seed=0,
+    )  # fmt: skip
+    return Shape(**{**base, **changes})
+
+
+@pytest.mark.parametrize("norm", ["rms", "one_plus", "layer"])
+def test_post_norm_is_refused_with_its_node(norm):
+    model = Decoder(shape(norm=norm, post_norm=True))
+    *_, reports = before_and_after(model, (fold_norm, FoldNorm()), (rotate, Rotate()))
+    assert any("read by something that is not a linear" in left.reason and left.node for left in reports[0].left)
+    assert any("gain" in left.reason and left.node for left in reports[1].left if "stream" in left.site)
+
+
+def test_tied_weights_are_refused_until_untied():
+    model = Decoder(shape(tied=True))
+    *_, reports = before_and_after(model, (fold_norm, FoldNorm()), (rotate, Rotate()))
+    assert any("untie" in left.reason for left in reports[0].left)
+    *_, reports = before_and_after(model, (untie, Untie()), (fold_norm, FoldNorm()), (rotate, Rotate()))
+    assert not reports[1].left and any("stream" in d for d in reports[2].done)

@@ -1,0 +1,62 @@
+"""Every architecture: captured, sites found, exact passes certified or refused, W8A8 close to float."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import ZOO, build, example, is_dynamic
+
+from qcompile.capture import capture
+from qcompile.passes import FoldNorm, Rotate, RotateOnline, Smooth, Untie
+from qcompile.pipeline import run
+from qcompile.presets import find_recipe
+from qcompile.program import Program
+from qcompile.recipe import Recipe
+from qcompile.sites import find_sites
+from qcompile.verify import relative_error, widen
+
+# Linears of two tiny layers; expert stacks count one site for each grouped product.
+SITES = {
+    "llama": 15, "mistral": 15, "qwen2": 15, "qwen3": 15, "gemma2": 15, "gemma3": 15, "phi3": 9, "opt": 13,
+    "gpt2": 9, "gpt_neox": 9, "falcon": 9, "mixtral": 15, "qwen2_moe": 23, "bert": 13, "vit": 13,
+    "whisper_encoder": 12, "mlp": 3,
+}  # fmt: skip
+# Streams that can be turned: what norms, outputs and expert stacks allow (see the pass's reasons).
+STREAM_TURNS = {"llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "gpt2", "gpt_neox", "falcon"}
+
+
+def program_of(name: str) -> tuple[Program, list[torch.Tensor]]:
+    inputs = example(name)
+    return capture(build(name), (), inputs, dynamic=is_dynamic(name)), list(inputs.values())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_exact_passes_hold(name):
+    program, inputs = program_of(name)
+    assert len(find_sites(program)) == SITES[name]
+    wide = widen(inputs, torch.float64)
+    for passes in ((Untie(), Smooth()), (Untie(), FoldNorm(), Smooth(norms=False), Rotate(), RotateOnline())):
+        _, report = run(program.widened(), Recipe("x", passes), batches=lambda: [wide], example=wide)
+        assert all(c.holds for c in report.certificates), report
+        assert all(left.reason for p in report.passes for left in p.left)
+    done = [d for p in report.passes if p.name == "Rotate" for d in p.done]
+    assert any("stream" in d for d in done) == (name in STREAM_TURNS), report
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_w8a8_is_close_to_float(name):
+    program, inputs = program_of(name)
+    quantized, report = run(program, find_recipe("int8"), example=inputs)
+    assert relative_error(quantized(*inputs)[:1], program(*inputs)[:1]) < 0.03
+    left = [s for s in report.sites if not s.quantized]
+    assert all("expert" in s.reason for s in left), report
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if is_dynamic(n) and n not in ("vit", "mlp")])
+def test_shapes_stay_symbolic(name):
+    program, _ = program_of(name)
+    model = build(name)
+    ids = torch.randint(3, 128, (3, 11))
+    with torch.no_grad():
+        want = model(input_ids=ids)[0]
+    assert relative_error(program(ids)[:1], [want]) < 1e-5
