@@ -88,8 +88,12 @@ def main() -> None:
                         copies,
                     )
                     short = str(dtype).removeprefix("torch.")
-                    rows.append(dict(kernel=name, dtype=short, M=m, K=k, N=n, us=round(us, 1), float_us=round(float_us, 1)))
-                    table.add_row(name, short, str(m), str(k), str(n), f"{us:.0f}", f"{float_us:.0f}", f"{float_us / us:.2f}")
+                    rows.append(
+                        dict(kernel=name, dtype=short, M=m, K=k, N=n, us=round(us, 1), float_us=round(float_us, 1))
+                    )
+                    table.add_row(
+                        name, short, str(m), str(k), str(n), f"{us:.0f}", f"{float_us:.0f}", f"{float_us / us:.2f}"
+                    )
     Console().print(table)
     result = json.dumps({"versions": versions(), "rows": rows}, indent=0) + "\n"
     (ROOT / "benches/results/cpu_linear.json").write_text(result)

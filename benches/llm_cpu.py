@@ -42,7 +42,10 @@ def main() -> None:
     layers = int(sys.argv[1]) if len(sys.argv) > 1 else 4
     console = Console(width=120)
     results: dict[str, object] = {"versions": versions()}
-    for name, model in ((f"1B shapes, {layers} layers", large(layers)), ("SmolLM2-135M", load_pretrained(dtype=torch.bfloat16)[0])):
+    for name, model in (
+        (f"1B shapes, {layers} layers", large(layers)),
+        ("SmolLM2-135M", load_pretrained(dtype=torch.bfloat16)[0]),
+    ):
         found = compare_with_inductor(model, ["int8", "w4a8", "w4a16"], also=torch.float32)
         console.print(name, found.table())
         results[name] = found.to_json()["rows"]

@@ -38,11 +38,10 @@ def fuse(program: Program, how: Fuse, seen: Statistics) -> PassReport:
         x, act = node.args[0], ""
         x_scale = x_zero = None
         if isinstance(x, torch.fx.Node) and x.target is ops.dequantize.default and x.args[5] == 0:
-            x, x_scale, x_zero, _, act, _, _ = x.args  # type: ignore[assignment]
+            x, x_scale, x_zero, _, act, _, _ = x.args
         fused = program.insert(
             ops.qlinear.default,
-            (x, x_scale, x_zero, codes, scale, zero, group_scale, bias, form, act, columns,
-             node.meta["val"].dtype),
+            (x, x_scale, x_zero, codes, scale, zero, group_scale, bias, form, act, columns, node.meta["val"].dtype),
             before=node,
         )
         fused.meta["site"] = (program.weight_name(codes) or node.name).removesuffix(".codes")

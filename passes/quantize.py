@@ -52,9 +52,7 @@ class Quantize:
             raise RecipeError("Quantize: an activation has no second level (dual)")
 
 
-@rewrites(
-    Quantize, exact=False, after=("Untie", "FoldNorm", "Smooth", "Rotate", "RotateOnline")
-)
+@rewrites(Quantize, exact=False, after=("Untie", "FoldNorm", "Smooth", "Rotate", "RotateOnline"))
 def quantize(
     program: Program,
     how: Quantize,
@@ -136,9 +134,7 @@ def _quantize_site(program: Program, site: Site, weight: Format, act: Format | N
         raise RecipeError(f"Quantize: the weight {site.name} cannot be quantized: {error}") from error
     dtype = site.node.meta["val"].dtype
     nodes = add_qtensor(program, site.name, q)
-    numbers = program.insert(
-        ops.dequantize.default, (*nodes, str(weight), site.K, original.dtype), before=site.node
-    )
+    numbers = program.insert(ops.dequantize.default, (*nodes, str(weight), site.K, original.dtype), before=site.node)
     x = site.input
     if act is not None:
         codes, scale, zero = quantized_input(program, x, act)
@@ -172,12 +168,12 @@ def quantized_input(program: Program, x: object, act: Format) -> tuple[object, o
     assert isinstance(x, torch.fx.Node)
     for user in x.users:
         if user.target is ops.quantize.default and user.args[1] == str(act):
-            parts = sorted(user.users, key=lambda n: n.args[1])
-            return tuple(parts)  # type: ignore[return-value]
+            codes, scale, zero = sorted(user.users, key=lambda n: n.args[1])
+            return codes, scale, zero
     pair = program.insert(ops.quantize.default, (x, str(act)), after=x)
-    parts: list[object] = []  # type: ignore[no-redef]
+    parts: list[object] = []
     last = pair
     for index in range(3):
         last = program.insert(operator.getitem, (pair, index), after=last)
         parts.append(last)
-    return tuple(parts)  # type: ignore[return-value]
+    return tuple(parts)

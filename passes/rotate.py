@@ -165,4 +165,4 @@ def _rows(program: Program, site: Site, turn: object) -> None:
     if len(site.node.args) > 2 and site.node.args[2] is not None:
         names.append(program.weight_name(site.node.args[2]) or "")
     for name in names:
-        program.weights[name] = turn(program.weights[name])  # type: ignore[operator]
+        program.weights[name] = turn(program.weights[name])

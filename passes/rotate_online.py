@@ -64,9 +64,7 @@ def rotate_online(program: Program, how: RotateOnline, seen: Statistics) -> Pass
             if name not in program.weights:
                 program.add_weight(name, signs.float())
             dtype = program.weights[label].dtype
-            turned = program.insert(
-                torch.ops.qcompile.hadamard.default, (root, program.node_of(name)), after=root
-            )
+            turned = program.insert(torch.ops.qcompile.hadamard.default, (root, program.node_of(name)), after=root)
             root.replace_all_uses_with(turned, delete_user_cb=lambda user, new=turned: user is not new)
             for site in readers.sites:
                 weight = program.weights[site.name].double()

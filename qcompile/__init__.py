@@ -1,8 +1,8 @@
 """qcompile: a graph-rewriting compiler that quantizes PyTorch models and proves each rewriting.
 
-    torch.compile(model, backend="qcompile")                 # one line, data-free, runs here
-    report = qcompile.quantize(model, "int8", batches)       # in place
-    qcompile.export_onnx(model, "out/")                      # an ONNX folder for CPU runtimes
+torch.compile(model, backend="qcompile")                 # one line, data-free, runs here
+report = qcompile.quantize(model, "int8", batches)       # in place
+qcompile.export_onnx(model, "out/")                      # an ONNX folder for CPU runtimes
 """
 
 from qcompile.calibrate import CalibrationError

@@ -60,7 +60,9 @@ class Options:
         unknown = sorted(set(given) - set(OPTIONS))
         if unknown:
             known = "\n".join(f"  {name}: {text}" for name, text in OPTIONS.items())
-            raise RecipeError(f"unknown option {', '.join(map(repr, unknown))} of the qcompile backend; known:\n{known}")
+            raise RecipeError(
+                f"unknown option {', '.join(map(repr, unknown))} of the qcompile backend; known:\n{known}"
+            )
         slower = given.get("slower", "float")
         if slower not in ("float", "keep"):
             raise RecipeError(f"option slower={slower!r}: use 'float' or 'keep'")
@@ -130,7 +132,7 @@ def _warn_gradients() -> None:
 def _inductor(graph_module: fx.GraphModule, inputs: Sequence[Any], how: Options) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph_module, list(inputs), config_patches=how.inductor or None)  # type: ignore[no-any-return]
+    return compile_fx(graph_module, list(inputs), config_patches=how.inductor or None)
 
 
 class _Compiled:
@@ -193,9 +195,7 @@ def compile_program(
     keep = _slower_sites(program, recipe) if how.slower == "float" else {}
     concrete = all(not isinstance(i, Tensor) or type(i) in (Tensor, torch.nn.Parameter) for i in example)
     try:
-        rewritten, report = run(
-            program, recipe, example=example if concrete else None, verify=how.verify, keep=keep
-        )
+        rewritten, report = run(program, recipe, example=example if concrete else None, verify=how.verify, keep=keep)
     except NothingToQuantize as reason:
         rewritten, report = run(program, Recipe(recipe.name), verify=False)
         for site in report.sites:
@@ -258,7 +258,9 @@ def _slower_sites(program: Program, recipe: Recipe) -> dict[str, str]:
         dtype = site.node.meta["val"].dtype
         choice = choose(weight, str(act) if act else "", dtype, rows, site.K, site.N)
         if choice.slower:
-            found[site.name] = f"{choice} at {regime(site.input)}: slower than float (options={{'slower': 'keep'}} quantizes it)"
+            found[site.name] = (
+                f"{choice} at {regime(site.input)}: slower than float (options={{'slower': 'keep'}} quantizes it)"
+            )
     return found
 
 

@@ -36,9 +36,7 @@ class Statistics:
     batches: int = 0
 
 
-def observe(
-    program: Program, batches: Iterable[Sequence[Any]], *, progress: bool = False
-) -> Statistics:
+def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: bool = False) -> Statistics:
     """Stream batches through a program and gather the absmax of every site's input.
 
     Args:

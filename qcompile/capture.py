@@ -59,9 +59,7 @@ def capture(
         dynamic_shapes = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
     with _quiet(), _without_cache(module), torch.no_grad():
         try:
-            exported = torch.export.export(
-                module, tuple(args), kwargs, dynamic_shapes=dynamic_shapes, strict=False
-            )
+            exported = torch.export.export(module, tuple(args), kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
             raise CaptureError(
                 f"{type(module).__name__} cannot be traced to one graph: "
@@ -104,9 +102,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     if mode is None:
         raise CaptureError("the graph has no tensor input: nothing to quantize")
     with torch.fx.traceback.preserve_node_meta(), mode, _quiet():
-        aten = make_fx(
-            graph_module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
-        )(*fakes)
+        aten = make_fx(graph_module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
     weights: dict[str, Tensor] = {}
     traced = list(aten.graph.find_nodes(op="placeholder"))
     for index, (node, origin, real) in enumerate(zip(traced, placeholders, example_inputs, strict=True)):

@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file and JSON, written whole or not at all; nothing is unpickled.
 
-    model.safetensors   every parameter and buffer, packed codes included
-    qcompile.json       schema, recipe, and what stands where: {path: {"kind": ..., sizes, formats}}
-    config.json ...     the model's own configuration and tokenizer, when it has them
+model.safetensors   every parameter and buffer, packed codes included
+qcompile.json       schema, recipe, and what stands where: {path: {"kind": ..., sizes, formats}}
+config.json ...     the model's own configuration and tokenizer, when it has them
 """
 
 from __future__ import annotations
@@ -130,8 +130,12 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     _check(target, meta, tensors, root)
     for path, entry in meta["modules"].items():
         _place(target, path, entry)
+    own = target.state_dict()
+    for name in [n for n in tensors if n not in own]:  # a shift that was folded into a linear without bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(target.get_submodule(parent), leaf, nn.Parameter(tensors[name], requires_grad=False))
     target.load_state_dict(tensors, strict=True, assign=True)
-    target.qcompile_recipe = meta["recipe"]  # type: ignore[assignment]
+    target.qcompile_recipe = meta["recipe"]
     return target.requires_grad_(False).eval()
 
 
@@ -171,7 +175,7 @@ def _build(root: Path, meta: dict[str, Any]) -> nn.Module:
     built: nn.Module = kind(config)
     generation = root / "generation_config.json"
     if generation.is_file() and hasattr(built, "generation_config"):
-        built.generation_config = transformers.GenerationConfig.from_pretrained(str(root))  # type: ignore[assignment]
+        built.generation_config = transformers.GenerationConfig.from_pretrained(str(root))
     return built
 
 
@@ -182,9 +186,7 @@ def _check(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tens
     foreign = [n for n, t in own.items() if n not in tensors or tensors[n].shape != t.shape]
     extra = [n for n in tensors if n not in own and not n.startswith(prefixes) and not n.endswith(".bias")]
     if foreign or extra:
-        raise CheckpointError(
-            f"{root} holds another model: missing or misshapen {foreign[:4]}, unknown {extra[:4]}"
-        )
+        raise CheckpointError(f"{root} holds another model: missing or misshapen {foreign[:4]}, unknown {extra[:4]}")
 
 
 def _place(model: nn.Module, path: str, entry: dict[str, Any]) -> None:
@@ -197,5 +199,5 @@ def _place(model: nn.Module, path: str, entry: dict[str, Any]) -> None:
     else:
         inner = model.get_submodule(path)
         if not isinstance(inner, RotatedLinear):
-            features = inner.weight.shape[1]  # type: ignore[union-attr,index]
-            model.set_submodule(path, RotatedLinear(inner, torch.empty(features)))  # type: ignore[arg-type]
+            features = inner.weight.shape[1]
+            model.set_submodule(path, RotatedLinear(inner, torch.empty(features)))

@@ -90,7 +90,9 @@ def explain(model: Model) -> None:
 
 
 @app.command()
-def quantize(model: Model, folder: Out, recipe: RecipeName = "int8", text: TextFile = None, dtype: Dtype = "float32") -> None:
+def quantize(
+    model: Model, folder: Out, recipe: RecipeName = "int8", text: TextFile = None, dtype: Dtype = "float32"
+) -> None:
     """Quantize MODEL and write it to FOLDER (safetensors and JSON)."""
     from qcompile.checkpoint import refuse_full
     from qcompile.checkpoint import save as write
@@ -189,7 +191,9 @@ def generate(
 
 
 @app.command()
-def verify(model: Model, recipe: RecipeName = "exact", length: Annotated[int, typer.Option(help="tokens")] = 64) -> None:
+def verify(
+    model: Model, recipe: RecipeName = "exact", length: Annotated[int, typer.Option(help="tokens")] = 64
+) -> None:
     """Certify every exact pass of a recipe on MODEL, in float64."""
     from qcompile.certify_model import verify_model
     from qcompile.text import batches

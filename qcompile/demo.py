@@ -52,7 +52,10 @@ def run(out: Path, console: Console, *, quick: bool = False) -> dict[str, Any]:
         quantized = copy.deepcopy(model)
         reports[name] = quantize(quantized, name, progress=False)
         losses[name] = perplexity(quantized, pieces)
-        say(f"{name}: perplexity {losses[name]:.2f}, site weights {reports[name].bytes_after / 1e6:.0f} MB, quantized in {reports[name].seconds:.1f} s")
+        say(
+            f"{name}: perplexity {losses[name]:.2f}, site weights {reports[name].bytes_after / 1e6:.0f} MB, "
+            f"quantized in {reports[name].seconds:.1f} s"
+        )
         if name == "w4a16":
             exported = quantized
     proof = verify_model(model, {"input_ids": pieces[0][:, :64]})
@@ -66,7 +69,12 @@ def run(out: Path, console: Console, *, quick: bool = False) -> dict[str, Any]:
     say(f"ONNX Runtime agrees with PyTorch to {onnx.numbers['onnx relative error']:.1e}")
     say("compiling and timing: Inductor and qcompile in turn (the first compilation takes minutes)")
     speeds = compare_with_inductor(
-        half, list(RECIPES), also=torch.float32, prompt=128 if quick else 512, new=8 if quick else 16, rounds=2 if quick else 3
+        half,
+        list(RECIPES),
+        also=torch.float32,
+        prompt=128 if quick else 512,
+        new=8 if quick else 16,
+        rounds=2 if quick else 3,
     )
     table = _table(losses, reports, speeds)
     console.print()
@@ -100,14 +108,18 @@ def _candidate(name: str) -> str:
 
 
 def _table(losses: dict[str, float], reports: dict[str, Report], speeds: Comparison) -> Table:
-    table = Table("model", "perplexity", "site weights MB", "prefill tok/s", "decode tok/s", title="SmolLM2-135M on this machine")
+    table = Table(
+        "model", "perplexity", "site weights MB", "prefill tok/s", "decode tok/s", title="SmolLM2-135M on this machine"
+    )
     sites = next(iter(reports.values())).sites
     for name, loss in losses.items():
         speed = speeds.speeds[_candidate(name)]
         width = {"float32": 4, "bfloat16": 2}.get(name, 0)
         size = reports[name].bytes_after if name in reports else sum(s.N * s.K * width for s in sites)
         label = f"{name} (Inductor)" if width else f"{name} (qcompile)"
-        table.add_row(label, f"{loss:.2f}", f"{size / 1e6:.0f}", f"{speed.prefill_rate:.0f}", f"{speed.decode_rate:.1f}")
+        table.add_row(
+            label, f"{loss:.2f}", f"{size / 1e6:.0f}", f"{speed.prefill_rate:.0f}", f"{speed.decode_rate:.1f}"
+        )
     return table
 
 

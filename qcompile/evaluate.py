@@ -40,7 +40,9 @@ def logits_of(model: Callable[..., Any], ids: Tensor) -> Tensor:
     return found
 
 
-def divergence(model: Callable[..., Any], reference: Callable[..., Any], token_windows: Sequence[Tensor]) -> tuple[float, float]:
+def divergence(
+    model: Callable[..., Any], reference: Callable[..., Any], token_windows: Sequence[Tensor]
+) -> tuple[float, float]:
     """Mean KL(reference || model) in nats for each token, and the share of equal top-1 tokens."""
     total, agree, count = 0.0, 0, 0
     for ids in token_windows:

@@ -51,7 +51,7 @@ def export_onnx(
             report = quantize(model, recipe, batches, example=example, progress=progress)
         elif not any(isinstance(m, QuantLinear) for m in model.modules()):
             report = Report("float")
-        error = export_module(model, work, example=example, tokenizer=tokenizer)
-        report.numbers["onnx relative error"] = error
+        difference = export_module(model, work, example=example, tokenizer=tokenizer)
+        report.numbers["onnx relative error"] = difference
         report.write(work / "qcompile.json")
     return report

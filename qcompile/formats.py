@@ -75,7 +75,7 @@ class Format:
                     f"format {text!r}: {part!r} is unknown; write dtype/granularity/zero, as in "
                     "int4/group128/zero, int8/row, fp8/row, int4/group128/floatzero"
                 )
-        return Format(dtype, per, group, zero, dual)  # type: ignore[arg-type]
+        return Format(dtype, per, group, zero, dual)
 
     @property
     def bits(self) -> int:
@@ -114,9 +114,7 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers that the codes stand for, [.., K]."""
-        return dequantize_codes(
-            self.codes, self.scale, self.zero, self.group_scale, self.format
-        ).to(dtype)
+        return dequantize_codes(self.codes, self.scale, self.zero, self.group_scale, self.format).to(dtype)
 
     def stored(self) -> Tensor:
         """Codes as a checkpoint holds them: unsigned and packed below 8 bits."""

@@ -97,7 +97,7 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {n: getattr(self, n) for n in _FLOAT32 if getattr(self, n) is not None}
         codes = self.codes
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        result = super()._apply(fn, recurse)
         for name, old in kept.items():
             new = getattr(self, name)
             if new.dtype != old.dtype:  # a cast, not a move: keep the precision of the scales

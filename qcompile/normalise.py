@@ -59,12 +59,12 @@ def _inline_grad_scopes(program: Program) -> None:
         ):
             continue
         at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
-        body = getattr(module, str(node.args[at].target))  # type: ignore[union-attr]
+        body = getattr(module, str(node.args[at].target))
         memo = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[at + 1 :], strict=True))
         with graph.inserting_before(node):
             for inner in body.graph.nodes:
                 if inner.op not in ("placeholder", "output"):
-                    memo[inner] = graph.node_copy(inner, lambda n, memo=memo: memo[n])  # type: ignore[misc]
+                    memo[inner] = graph.node_copy(inner, lambda n, memo=memo: memo[n])
         returned = next(iter(body.graph.find_nodes(op="output"))).args[0]
         results = [memo[r] if isinstance(r, fx.Node) else r for r in returned]
         for user in list(node.users):
@@ -166,17 +166,15 @@ def _products_to_linear(program: Program) -> None:
 def _stored_as(program: Program, weight: Any) -> fx.Node | None:
     """The weight placeholder behind a [K, N] operand, straight or through one transpose."""
     if program.weight_name(weight) is not None:
-        return weight  # type: ignore[no-any-return]
+        return weight
     if not isinstance(weight, fx.Node) or weight.target not in _TURNS:
         return None
     source = weight.args[0]
-    if program.weight_name(source) is None or len(source.meta["val"].shape) != 2:  # type: ignore[union-attr]
+    if program.weight_name(source) is None or len(source.meta["val"].shape) != 2:
         return None
     order = weight.args[1:]
     swaps = weight.target in (aten.t.default, aten.numpy_T.default) or (
-        weight.target is aten.permute.default and [d % 2 for d in order[0]] == [1, 0]  # type: ignore[union-attr]
+        weight.target is aten.permute.default and [d % 2 for d in order[0]] == [1, 0]
     )
-    swaps = swaps or (
-        weight.target is aten.transpose.int and order[0] % 2 != order[1] % 2  # type: ignore[operator]
-    )
-    return source if swaps else None  # type: ignore[return-value]
+    swaps = swaps or (weight.target is aten.transpose.int and order[0] % 2 != order[1] % 2)
+    return source if swaps else None

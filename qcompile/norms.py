@@ -19,9 +19,7 @@ from qcompile.program import Program
 
 aten = torch.ops.aten
 
-CASTS = frozenset(
-    {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default, aten.to.other}
-)
+CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default, aten.to.other})
 
 
 def is_cast(node: fx.Node) -> bool:
@@ -32,7 +30,7 @@ def is_cast(node: fx.Node) -> bool:
 def through_casts(node: fx.Node) -> fx.Node:
     """The value before any casts."""
     while is_cast(node):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
@@ -91,16 +89,16 @@ def find_norms(program: Program) -> list[Norm]:
 
 def _single_op(program: Program, node: fx.Node) -> Norm | None:
     args = list(node.args) + [None] * 4
-    if len(args[1]) != 1:  # type: ignore[arg-type]
+    if len(args[1]) != 1:
         return None
     layer = node.target is aten.layer_norm.default
     gain, bias = args[2], args[3] if layer else None
     for weight in (gain, bias):
         if weight is not None and program.weight_name(weight) is None:
             return None
-    source: fx.Node = args[0]  # type: ignore[assignment]
+    source: fx.Node = args[0]
     kind: Literal["rms", "layer"] = "layer" if layer else "rms"
-    return Norm(kind, source, node, gain, bias, False, frozenset({node}))  # type: ignore[arg-type]
+    return Norm(kind, source, node, gain, bias, False, frozenset({node}))
 
 
 def _decomposed_rms(program: Program, rsqrt: fx.Node) -> Norm | None:
@@ -111,7 +109,7 @@ def _decomposed_rms(program: Program, rsqrt: fx.Node) -> Norm | None:
     mean = add.args[0]
     if not isinstance(mean, fx.Node) or mean.target is not aten.mean.dim:
         return None
-    dims = list(mean.args[1])  # type: ignore[arg-type]
+    dims = list(mean.args[1])
     square = mean.args[0]
     if not isinstance(square, fx.Node) or dims not in ([-1], [square.meta["val"].ndim - 1]):
         return None
@@ -135,7 +133,7 @@ def _decomposed_rms(program: Program, rsqrt: fx.Node) -> Norm | None:
     for cast in (wide, other):
         while cast is not source:
             inner.add(cast)
-            cast = cast.args[0]  # type: ignore[assignment]
+            cast = cast.args[0]
     # A model in low precision casts up before the norm and adds the residual in the cast-up value:
     # the cast is then not the norm's own, and the norm reads the cast.
     for cast in [n for n in inner if is_cast(n)]:

@@ -122,9 +122,7 @@ def check_weights(program: Program, sites: list[Site]) -> None:
         )
 
 
-def _name_untied(
-    program: Program, names: dict[str, str], rules: dict[str, Any], keep: dict[str, str] | None
-) -> None:
+def _name_untied(program: Program, names: dict[str, str], rules: dict[str, Any], keep: dict[str, str] | None) -> None:
     """A site that a pass gave a weight of its own keeps the rule of its old name."""
     for site in find_sites(program):
         old = names.get(site.node.name)
@@ -134,9 +132,7 @@ def _name_untied(
                 keep[site.name] = keep[old]
 
 
-def _describe(
-    program: Program, entries: list[SiteReport], names: dict[str, str], report: Report
-) -> None:
+def _describe(program: Program, entries: list[SiteReport], names: dict[str, str], report: Report) -> None:
     """Fill in formats, bytes and reasons from the final graph; add sites that came quantized."""
     reasons = {left.site: left.reason for p in report.passes if p.name == "Quantize" for left in p.left}
     untied = dict(line.split(" from ") for p in report.passes if p.name == "Untie" for line in p.done)

@@ -92,7 +92,7 @@ class Program:
         for node in self.graph.nodes:
             mode = getattr(node.meta.get("val"), "fake_mode", None)
             if mode is not None:
-                return mode  # type: ignore[no-any-return]
+                return mode
         raise ValueError("the program holds no tensor value: nothing to compile")
 
     # -- rewriting -------------------------------------------------------------------------------
@@ -144,9 +144,7 @@ class Program:
             traced = make_fx(over_nodes, tracing_mode="real", _allow_non_fake_inputs=True)(
                 *[n.meta["val"] for n in nodes]
             )
-        memo: dict[fx.Node, Any] = dict(
-            zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True)
-        )
+        memo: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
         result: Any = None
         with self.graph.inserting_before(before):
             for node in traced.graph.nodes:
@@ -209,8 +207,8 @@ class Program:
                     setattr(wide.graph_module, node.target, value.to(dtype))
             elif node.op == "call_function":
                 widen = lambda a: dtype if a in _FLOATS else a  # noqa: E731
-                node.args = fx.node.map_aggregate(node.args, widen)  # type: ignore[assignment]
-                node.kwargs = fx.node.map_aggregate(node.kwargs, widen)  # type: ignore[assignment]
+                node.args = fx.node.map_aggregate(node.args, widen)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, widen)
         wide.graph_module.recompile()
         return wide
 

@@ -87,7 +87,7 @@ def quantize(
         model.train(was_training)
     plan.apply(program, rewritten)
     report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model.qcompile_recipe = how.to_json()  # type: ignore[assignment]
+    model.qcompile_recipe = how.to_json()
     return report
 
 
@@ -107,6 +107,7 @@ def traceable_example(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments and keyword arguments that a calibration batch stands for."""
     if isinstance(batch, Mapping):
         return (), {k: v for k, v in batch.items() if v is not None}
     if isinstance(batch, (tuple, list)):
@@ -124,6 +125,7 @@ def widen_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
 
 
 def flat_inputs(program: Program, batch: Any, first: dict[str, Any]) -> Sequence[Any]:
+    """A batch as the flat inputs of a program; `first` gives the order of keywords."""
     args, kwargs = call_of(batch)
     missing = [name for name in first if name not in kwargs]
     if missing:
@@ -175,7 +177,9 @@ class _Plan:
         for node in after.graph.find_nodes(op="call_function", target=aten.rms_norm.default):
             gain = node.meta.get("replaces_layer_norm")
             if gain is not None and not isinstance(self.model.get_submodule(gain.rpartition(".")[0]), nn.LayerNorm):
-                raise RecipeError(f"the LayerNorm with gain {gain} is no nn.LayerNorm module: use FoldNorm(centre=False)")
+                raise RecipeError(
+                    f"the LayerNorm with gain {gain} is no nn.LayerNorm module: use FoldNorm(centre=False)"
+                )
 
     def apply(self, before: Program, after: Program) -> None:
         """Write weights, norms and linears into the model."""
@@ -198,7 +202,7 @@ class _Plan:
             if node.meta.get("replaces_layer_norm"):
                 path = node.meta["replaces_layer_norm"].rpartition(".")[0]
                 old = self.model.get_submodule(path)
-                norm = nn.RMSNorm(node.args[1], eps=node.args[3], dtype=old.weight.dtype)  # type: ignore[arg-type]
+                norm = nn.RMSNorm(node.args[1], eps=node.args[3], dtype=old.weight.dtype)
                 self.model.set_submodule(path, norm.requires_grad_(False).eval())
         for node in after.graph.find_nodes(op="call_function", target=ops.qlinear.default):
             self.model.set_submodule(self._path(node.meta["site"]), _quant_linear(after, node))
@@ -253,7 +257,7 @@ def _is_plain_linear(module: nn.Module, program: Program, weight: str, bias: str
 def _signs(program: Program, x: Any) -> Tensor | None:
     while isinstance(x, fx.Node):
         if x.target is ops.hadamard.default:
-            return program.weights[x.args[1].meta[WEIGHT]]  # type: ignore[union-attr]
+            return program.weights[x.args[1].meta[WEIGHT]]
         if not _only_carries(x):
             return None
         x = x.args[0]
@@ -263,9 +267,13 @@ def _signs(program: Program, x: Any) -> Tensor | None:
 def _quant_linear(program: Program, node: fx.Node) -> QuantLinear:
     x, _, _, codes, scale, zero, group_scale, bias, form, act, columns, _ = node.args
     parts = {"codes": codes, "scale": scale, "zero": zero, "group_scale": group_scale, "bias": bias}
-    tensors = {k: None if v is None else program.weights[v.meta[WEIGHT]] for k, v in parts.items()}  # type: ignore[union-attr]
+    tensors = {k: None if v is None else program.weights[v.meta[WEIGHT]] for k, v in parts.items()}
     tensors["signs"] = _signs(program, x)
-    rows = tensors["codes"].shape[0]  # type: ignore[union-attr]
+    rows = tensors["codes"].shape[0]
     return QuantLinear(
-        int(columns), rows, Format.parse(str(form)), Format.parse(str(act)) if act else None, tensors  # type: ignore[arg-type]
+        int(columns),
+        rows,
+        Format.parse(str(form)),
+        Format.parse(str(act)) if act else None,
+        tensors,
     )

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from qcompile.formats import Format
 
@@ -64,9 +64,7 @@ class Recipe:
         known = registered()
         for config in self.passes:
             if type(config) not in known:
-                raise RecipeError(
-                    f"{config!r} is not a registered pass config; known: {_names(known)}"
-                )
+                raise RecipeError(f"{config!r} is not a registered pass config; known: {_names(known)}")
 
     def with_rules(self, rules: Iterable[Rule]) -> Recipe:
         """The same recipe with more rules, which come first."""
@@ -103,9 +101,7 @@ class Recipe:
         if faults:
             raise RecipeError(f"recipe {self.name!r} cannot run:\n  " + "\n  ".join(faults))
 
-    def resolve(
-        self, names: Iterable[str], aliases: dict[str, list[str]] | None = None
-    ) -> dict[str, Rule | None]:
+    def resolve(self, names: Iterable[str], aliases: dict[str, list[str]] | None = None) -> dict[str, Rule | None]:
         """The first matching rule of every site name; `aliases` are a name's other spellings.
 
         Raises:
@@ -165,11 +161,8 @@ class Recipe:
             raise RecipeError(f"{path} is not a recipe: {error}") from error
 
 
-class Rewrite(Protocol):
-    """A pass: rewrites a program in place and reports."""
-
-    def __call__(self, program: Any, how: Any, context: Any) -> Any:
-        """Rewrite `program` as `how` says."""
+Rewrite = Callable[..., Any]
+"""A pass: `rewrite(program, how, seen) -> PassReport`, in place."""
 
 
 @dataclass(frozen=True)
@@ -214,9 +207,7 @@ def rewrites(
         return value if callable(value) else lambda _config: value
 
     def keep(run: Rewrite) -> Rewrite:
-        _REGISTRY[config] = Registered(
-            run, exact, constant(needs), after, constant(requires), conflicts
-        )
+        _REGISTRY[config] = Registered(run, exact, constant(needs), after, constant(requires), conflicts)
         return run
 
     return keep

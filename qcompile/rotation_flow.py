@@ -127,7 +127,7 @@ class _Walker:
             table = value.args[0]
             if self.program.weight_name(table) is None:
                 return self._open(flow, value, "looks up a table that is not a weight")
-            flow.tables.append(table)  # type: ignore[arg-type]
+            flow.tables.append(table)
             return []
         sources = self._commutes(flow, value)
         if sources is None:
@@ -184,7 +184,7 @@ class _Walker:
             return tensors[:1] if keeps_last(node, flow.size) else None
         if node.target is aten.cat.default:
             dim = node.args[1] if len(node.args) > 1 else 0
-            return list(node.args[0]) if dim % value.ndim != value.ndim - 1 else None  # type: ignore
+            return list(node.args[0]) if dim % value.ndim != value.ndim - 1 else None
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
             whole = [t for t in tensors if _last(t) == flow.size]
             return whole if len(whole) == 2 else None
@@ -192,9 +192,14 @@ class _Walker:
             whole = [t for t in tensors if _last(t) == flow.size]
             other = [t for t in tensors if t not in whole]
             per_token = all(_last(t) == 1 for t in other)
-            return whole if len(whole) == 1 and per_token and whole[0] is node.args[0] or (
-                len(whole) == 1 and per_token and node.target is aten.mul.Tensor
-            ) else None
+            return (
+                whole
+                if len(whole) == 1
+                and per_token
+                and whole[0] is node.args[0]
+                or (len(whole) == 1 and per_token and node.target is aten.mul.Tensor)
+                else None
+            )
         return None
 
 
@@ -205,7 +210,7 @@ def _last(node: fx.Node) -> int:
 
 def keeps_last(node: fx.Node, size: int) -> bool:
     """Whether a layout op leaves the last dimension whole and in place."""
-    source = node.args[0].meta["val"]  # type: ignore[union-attr]
+    source = node.args[0].meta["val"]
     if not source.ndim or source.shape[-1] != size:
         return False
     last = source.ndim - 1
@@ -218,15 +223,15 @@ def keeps_last(node: fx.Node, size: int) -> bool:
     if node.target is aten.transpose.int:
         return not (touches(node.args[1]) or touches(node.args[2]))
     if node.target is aten.permute.default:
-        return touches(node.args[1][-1])  # type: ignore[index]
+        return touches(node.args[1][-1])
     if node.target is aten.sum.dim_IntList:
-        return not any(touches(d) for d in node.args[1])  # type: ignore[union-attr]
+        return not any(touches(d) for d in node.args[1])
     if node.target is aten.index.Tensor:
-        return len(node.args[1]) < source.ndim  # type: ignore[arg-type]
+        return len(node.args[1]) < source.ndim
     if node.target is aten.unsqueeze.default:
         return not (node.args[1] == source.ndim or node.args[1] == -1)
     if node.target is aten.repeat.default:
-        return node.args[1][-1] == 1  # type: ignore[index]
+        return node.args[1][-1] == 1
     return True
 
 

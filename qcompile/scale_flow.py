@@ -68,8 +68,7 @@ class Source:
 def channel_root(value: fx.Node) -> fx.Node:
     """The earliest value with the same channels: back through casts and layouts of other dims."""
     while value.op == "call_function" and (
-        value.target in CASTS
-        or (value.target in LAYOUT and keeps_last(value, int(value.meta["val"].shape[-1])))
+        value.target in CASTS or (value.target in LAYOUT and keeps_last(value, int(value.meta["val"].shape[-1])))
     ):
         source = value.args[0]
         if not isinstance(source, fx.Node) or source.op == "placeholder":
@@ -115,9 +114,7 @@ def groups_of_readers(sites: list[Site]) -> list[Readers]:
     return [find_readers(root, sites) for root in roots]
 
 
-def scale_source(
-    program: Program, readers: Readers, norms: list[Norm], sites: list[Site]
-) -> Source | Obstacle:
+def scale_source(program: Program, readers: Readers, norms: list[Norm], sites: list[Site]) -> Source | Obstacle:
     """Find where a scale for the channels of a value folds, or say what stops it.
 
     Args:
@@ -128,17 +125,13 @@ def scale_source(
     """
     value = readers.root
     if readers.strangers:
-        return Obstacle(
-            readers.strangers[0].name, "the input is read by something that is not a site too"
-        )
+        return Obstacle(readers.strangers[0].name, "the input is read by something that is not a site too")
     walk = _Walk(program, {n.output: n for n in norms}, {s.node: s for s in sites})
     return walk.back(value, (), value)
 
 
 class _Walk:
-    def __init__(
-        self, program: Program, norms: dict[fx.Node, Norm], sites: dict[fx.Node, Site]
-    ) -> None:
+    def __init__(self, program: Program, norms: dict[fx.Node, Norm], sites: dict[fx.Node, Site]) -> None:
         self.program, self.norms, self.sites = program, norms, sites
 
     def back(self, node: fx.Node, path: tuple[fx.Node, ...], value: fx.Node) -> Source | Obstacle:
@@ -150,20 +143,18 @@ class _Walk:
         inside = (node, *path)
         first = node.args[0] if node.args else None
         if node.target in CASTS or node.target in _SHAPES or node.target in _SPLITS:
-            return self.back(first, inside, value)  # type: ignore[arg-type]
+            return self.back(first, inside, value)
         if node.target in (aten.relu.default, operator.getitem):
-            return self.back(first, inside, value)  # type: ignore[arg-type]
+            return self.back(first, inside, value)
         if node.target is _ATTENTION:
-            return self.back(node.args[2], inside, value)  # type: ignore[arg-type]
+            return self.back(node.args[2], inside, value)
         if node.target in (aten.matmul.default, aten.bmm.default) and len(node.args) == 2:
-            return self.back(node.args[1], inside, value)  # type: ignore[arg-type]
+            return self.back(node.args[1], inside, value)
         if node.target is aten.mul.Tensor:
             return self._through_product(node, inside, value)
         return Obstacle(node.name, f"{node.target} does not carry a scale")
 
-    def _through_product(
-        self, node: fx.Node, path: tuple[fx.Node, ...], value: fx.Node
-    ) -> Source | Obstacle:
+    def _through_product(self, node: fx.Node, path: tuple[fx.Node, ...], value: fx.Node) -> Source | Obstacle:
         answers: list[Source | Obstacle] = []
         width = node.meta["val"].shape[-1]
         for operand in node.args[:2]:
@@ -175,9 +166,7 @@ class _Walk:
                 return answer
         return answers[0] if answers else Obstacle(node.name, "a product with no wide operand")
 
-    def _at_norm(
-        self, node: fx.Node, path: tuple[fx.Node, ...], value: fx.Node
-    ) -> Source | Obstacle:
+    def _at_norm(self, node: fx.Node, path: tuple[fx.Node, ...], value: fx.Node) -> Source | Obstacle:
         norm = self.norms[node]
         if path:
             return Obstacle(node.name, "a norm whose output is reshaped before the site")
@@ -194,8 +183,9 @@ class _Walk:
         nodes = (site.node, *path)
         for node, following in zip(nodes, path, strict=False):
             others = [u for u in node.users if u is not following and u.target not in _SIZES]
-            if others and not all(u.target in {aten.slice.Tensor} | _SPLITS | _SHAPES
-                                  or u.target is operator.getitem for u in others):
+            if others and not all(
+                u.target in {aten.slice.Tensor} | _SPLITS | _SHAPES or u.target is operator.getitem for u in others
+            ):
                 return Obstacle(others[0].name, f"{node.name} is read on another path too")
         try:
             channels = self._send(site, path, value)
@@ -244,16 +234,16 @@ class _Walk:
         if node.target is _ATTENTION:
             repeats = 1
             if node.kwargs.get("enable_gqa"):
-                repeats = node.args[0].meta["val"].shape[1] // node.args[2].meta["val"].shape[1]  # type: ignore
+                repeats = node.args[0].meta["val"].shape[1] // node.args[2].meta["val"].shape[1]
             return self._attend(node, ids, repeats)
         if node.target is operator.getitem:
-            return ids[node.args[1]]  # type: ignore[index]
+            return ids[node.args[1]]
 
         def real(arg: fx.Node) -> object:
             return ids if arg is previous else _hint(arg.meta["val"])
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), real)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
 
     @staticmethod
     def _attend(node: fx.Node, ids: object, repeats: int) -> Tensor:
@@ -275,4 +265,4 @@ def _hint(size: object) -> int:
     """A concrete stand-in for a possibly symbolic size."""
     if isinstance(size, torch.SymInt):
         return int(size.node.hint)
-    return int(size)  # type: ignore[call-overload]
+    return int(size)

@@ -63,9 +63,7 @@ def find_sites(program: Program) -> list[Site]:
     complete: list[Site] = []
     for site in found:
         others = tuple(n for n in by_input[site.input] if n != site.name)
-        readers = tuple(
-            u.name for u in site.weight.users if u is not site.node and site.node not in u.users
-        )
+        readers = tuple(u.name for u in site.weight.users if u is not site.node and site.node not in u.users)
         complete.append(
             Site(
                 site.name,
@@ -92,7 +90,7 @@ def _linear(program: Program, node: fx.Node) -> Site | None:
     if name is None or not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return None
     n, k = weight.meta["val"].shape
-    return Site(name, "linear", node, x, weight, bias, int(n), int(k))  # type: ignore[arg-type]
+    return Site(name, "linear", node, x, weight, bias, int(n), int(k))
 
 
 def _experts(program: Program, node: fx.Node) -> Site | None:
@@ -104,19 +102,19 @@ def _experts(program: Program, node: fx.Node) -> Site | None:
         while isinstance(weight, fx.Node) and weight.target in _TURNS:
             weight = weight.args[0]
         name = program.weight_name(weight)
-        if name is None or weight.meta["val"].ndim != 3:  # type: ignore[union-attr]
+        if name is None or weight.meta["val"].ndim != 3:
             continue
         value = node.meta.get("val")
         first = node.args[0]
         if not isinstance(value, torch.Tensor) or not isinstance(first, fx.Node) or first is operand:
             continue
         k = first.meta["val"].shape[-1]
-        shape = [int(s) for s in weight.meta["val"].shape]  # type: ignore[union-attr]
+        shape = [int(s) for s in weight.meta["val"].shape]
         rest = [s for s in shape[1:]]
         if not isinstance(k, int) or k not in rest:
             continue
         n = rest[0] if rest[1] == k else rest[1]
-        return Site(name, "experts", node, first, weight, None, n, k)  # type: ignore[arg-type]
+        return Site(name, "experts", node, first, weight, None, n, k)
     return None
 
 

@@ -112,7 +112,7 @@ class Decoder(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan**-0.5)
                 if parameter.ndim == 1:
                     parameter.add_(0.7)
-            self.blocks[0].first.weight[0] *= 50  # type: ignore[union-attr,index] # an outlier channel
+            self.blocks[0].first.weight[0] *= 50  # an outlier channel
         if shape.tied:
             self.head.weight = self.table.weight
         self.requires_grad_(False).eval()
@@ -147,7 +147,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         head=head,
         inner=draw(st.sampled_from([12, 16, 24])),
         layers=draw(st.integers(1, 2)),
-        norm=draw(st.sampled_from(["rms", "one_plus", "layer"])),  # type: ignore[arg-type]
+        norm=draw(st.sampled_from(["rms", "one_plus", "layer"])),
         gated=draw(st.booleans()),
         bias=draw(st.booleans()),
         tied=draw(st.booleans()),

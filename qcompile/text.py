@@ -34,11 +34,16 @@ def windows(tokenizer: Any, text: str, *, length: int = 2048, count: int = 4, sk
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     have = ids.numel() // length
     if have < skip + count:
-        raise ValueError(f"the text gives {have} windows of {length} tokens, {skip + count} are needed: give more text or fewer windows")
+        raise ValueError(
+            f"the text gives {have} windows of {length} tokens, {skip + count} are needed: "
+            "give more text or fewer windows"
+        )
     return [ids[(skip + i) * length : (skip + i + 1) * length][None] for i in range(count)]
 
 
-def batches(tokenizer: Any, path: str | Path | None = None, *, length: int = 512, count: int = 16) -> list[dict[str, Tensor]]:
+def batches(
+    tokenizer: Any, path: str | Path | None = None, *, length: int = 512, count: int = 16
+) -> list[dict[str, Tensor]]:
     """Calibration batches: `count` windows of `length` tokens from the end of the text.
 
     The end, because evaluation reads from the beginning. Deterministic.

@@ -2,8 +2,8 @@
 
 Before and after run on the same inputs. Where the weights are float64 (as `qcompile verify` makes
 them) the law must hold to 1e-9; in a narrower storage the folded weights were rounded once, and the
-tolerance is that rounding's, which still catches a wrong law: it errs by percents. If they differ, the first node that differs outside of what the pass changed on purpose is
-named, which is where to look.
+tolerance is that rounding's, which still catches a wrong law: it errs by percents. If they differ,
+the first node that differs outside of what the pass changed on purpose is named.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ def storage_dtype(program: Program) -> torch.dtype:
 
 def widen(inputs: Sequence[Any], dtype: torch.dtype) -> list[Any]:
     """Floating inputs in `dtype`, others as they are."""
-    return [
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
-    ]
+    return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
 
 
 def relative_error(after: Sequence[Any], before: Sequence[Any]) -> float:
@@ -57,7 +55,7 @@ def certify(
     after: Program,
     inputs: Sequence[Any],
     *,
-    changed: set[str] = frozenset(),  # type: ignore[assignment]
+    changed: set[str] = frozenset(),
     before_outputs: Sequence[Any] | None = None,
 ) -> tuple[Certificate, tuple[Any, ...]]:
     """Compare two programs on one batch.
@@ -78,9 +76,7 @@ def certify(
     outputs = after.widened(dtype)(*wide_inputs)
     error = relative_error(outputs, before_outputs)
     tolerance = TOLERANCE[storage]
-    blame = "" if error <= tolerance else first_difference(
-        before, after, wide_inputs, changed, dtype, tolerance
-    )
+    blame = "" if error <= tolerance else first_difference(before, after, wide_inputs, changed, dtype, tolerance)
     label = str(storage).removeprefix("torch.")
     return Certificate(name, error, tolerance, label, blame), outputs
 

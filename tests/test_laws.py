@@ -6,10 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from qcompile.calibrate import observe
+from qcompile.calibrate import Statistics, observe
 from qcompile.capture import capture
-from qcompile.passes import FoldNorm, Rotate, RotateOnline, Smooth, Untie, fold_norm, rotate, rotate_online, smooth, untie
-from qcompile.calibrate import Statistics
+from qcompile.passes import (
+    FoldNorm,
+    Rotate,
+    RotateOnline,
+    Smooth,
+    Untie,
+    fold_norm,
+    rotate,
+    rotate_online,
+    smooth,
+    untie,
+)
 from qcompile.testing import Decoder, assert_equivalent, decoders, mlps
 
 FEW = settings(max_examples=12)

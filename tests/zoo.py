@@ -36,7 +36,9 @@ ZOO = {
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**GPT2)),
     "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**PLAIN)),
     "falcon": lambda: tf.FalconForCausalLM(
-        tf.FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
+        tf.FalconConfig(
+            vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2
+        )
     ),
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(num_local_experts=4, **SIZES)),
     "qwen2_moe": lambda: tf.Qwen2MoeForCausalLM(
@@ -44,11 +46,23 @@ ZOO = {
     ),
     "bert": lambda: tf.BertModel(tf.BertConfig(**{k: v for k, v in PLAIN.items() if "token" not in k})),
     "vit": lambda: tf.ViTModel(
-        tf.ViTConfig(image_size=32, patch_size=8, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        tf.ViTConfig(
+            image_size=32,
+            patch_size=8,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
     ),
     "whisper_encoder": lambda: tf.models.whisper.modeling_whisper.WhisperEncoder(
         tf.WhisperConfig(
-            d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128, num_mel_bins=16, max_source_positions=32
+            d_model=64,
+            encoder_layers=2,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=128,
+            num_mel_bins=16,
+            max_source_positions=32,
         )
     ),
     "mlp": lambda: nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 64), nn.GELU(), nn.Linear(64, 10)),

@@ -85,7 +85,6 @@ def candidates(form: Format, act: str, dtype: torch.dtype, rows: int, k: int, n:
 def choose(form: Format, act: str, dtype: torch.dtype, rows: int, k: int, n: int) -> Choice:
     """The fastest measured kernel for one site and one number of rows."""
     options = [
-        Choice(name, ratio_to_float(name, dtype, rows, k, n))
-        for name in candidates(form, act, dtype, rows, k, n)
+        Choice(name, ratio_to_float(name, dtype, rows, k, n)) for name in candidates(form, act, dtype, rows, k, n)
     ]
     return max(options, key=lambda choice: choice.ratio)

@@ -119,18 +119,18 @@ def _int8_mm(program: Program, node: fx.Node, form: Format, remember: Remember) 
     def run(x: Tensor, x_scale: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         return kernels.finish(kernels.int8_mm(x, w), scale, x_scale, bias, dtype)
 
-    dtype: torch.dtype = node.args[11]  # type: ignore[assignment]
+    dtype: torch.dtype = node.args[11]
     x, x_scale, _, w, scale, _, _, bias = node.args[:8]
-    return program.inline(run, (x, x_scale, w, scale, bias), before=node)  # type: ignore[no-any-return]
+    return program.inline(run, (x, x_scale, w, scale, bias), before=node)
 
 
 def _int8_gemv(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
     def run(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         return kernels.finish(kernels.int8_gemv(x, w), scale, None, bias, dtype)
 
-    dtype: torch.dtype = node.args[11]  # type: ignore[assignment]
+    dtype: torch.dtype = node.args[11]
     x, _, _, w, scale, _, _, bias = node.args[:8]
-    return program.inline(run, (x, w, scale, bias), before=node)  # type: ignore[no-any-return]
+    return program.inline(run, (x, w, scale, bias), before=node)
 
 
 def _nibble(kernel: str) -> Callable[[Program, fx.Node, Format, Remember], fx.Node]:
@@ -138,8 +138,8 @@ def _nibble(kernel: str) -> Callable[[Program, fx.Node, Format, Remember], fx.No
 
     def build(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
         stored, scale, zero, group_scale = _weights(program, node)
-        k: int = node.args[10]  # type: ignore[assignment]
-        dtype: torch.dtype = node.args[11]  # type: ignore[assignment]
+        k: int = node.args[10]
+        dtype: torch.dtype = node.args[11]
 
         def make() -> tuple[Tensor, ...]:
             return (kernels.prepare_nibbles(stored, form, k),)
@@ -148,29 +148,39 @@ def _nibble(kernel: str) -> Callable[[Program, fx.Node, Format, Remember], fx.No
         x, x_scale, bias = node.args[0], node.args[1], node.args[7]
         if kernel == "nibble_mm":
 
-            def integer(x: Tensor, x_scale: Tensor, q: Tensor, gs: Tensor, z: Tensor, s: Tensor, b: Tensor | None) -> Tensor:
+            def integer(
+                x: Tensor, x_scale: Tensor, q: Tensor, gs: Tensor, z: Tensor, s: Tensor, b: Tensor | None
+            ) -> Tensor:
                 return kernels.finish(kernels.nibble_mm(x, q, gs, z), s, x_scale, b, dtype)
 
             args = (x, x_scale, nibbles, node.args[6], node.args[5], node.args[4], bias)
-            return program.inline(integer, args, before=node)  # type: ignore[no-any-return]
+            return program.inline(integer, args, before=node)
         one_row = kernel == "nibble_gemv"
         product = kernels.nibble_gemv if one_row else kernels.nibble_dequant_mm
 
-        def affine(x: Tensor, x_scale: Tensor | None, q: Tensor, s: Tensor, z: Tensor | None, gs: Tensor | None, b: Tensor | None) -> Tensor:
+        def affine(
+            x: Tensor,
+            x_scale: Tensor | None,
+            q: Tensor,
+            s: Tensor,
+            z: Tensor | None,
+            gs: Tensor | None,
+            b: Tensor | None,
+        ) -> Tensor:
             a, c = kernels.group_offsets(gs if form.dual and gs is not None else s, z, form)
             rows = s if form.dual else torch.ones(1)
             return kernels.finish(product(x, q, a, c), rows, x_scale, b, dtype)
 
         args = (x, x_scale, nibbles, node.args[4], node.args[5], node.args[6], bias)
-        return program.inline(affine, args, before=node)  # type: ignore[no-any-return]
+        return program.inline(affine, args, before=node)
 
     return build
 
 
 def _int4pack(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
     stored, scale, zero, group_scale = _weights(program, node)
-    k: int = node.args[10]  # type: ignore[assignment]
-    dtype: torch.dtype = node.args[11]  # type: ignore[assignment]
+    k: int = node.args[10]
+    dtype: torch.dtype = node.args[11]
 
     def make() -> tuple[Tensor, ...]:
         a = group_scale.float() if form.dual else scale
@@ -183,7 +193,7 @@ def _int4pack(program: Program, node: fx.Node, form: Format, remember: Remember)
         return kernels.finish(kernels.int4pack(x, packed, both), rows, x_scale, b, dtype)
 
     args = (node.args[0], node.args[1], packed, scales, node.args[4], node.args[7])
-    return program.inline(run, args, before=node)  # type: ignore[no-any-return]
+    return program.inline(run, args, before=node)
 
 
 _BUILDERS: dict[str, Callable[[Program, fx.Node, Format, Remember], fx.Node]] = {
@@ -209,7 +219,14 @@ def _plain(
 
 
 def _dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, group_scale: Tensor | None, *, form: Format, columns: int, dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_scale: Tensor | None,
+    *,
+    form: Format,
+    columns: int,
+    dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     if columns and form.bits < 8:
         unsigned = unpack(codes, form.bits, columns)

@@ -82,7 +82,9 @@ def check_forms(model: nn.Module) -> None:
     }
     if bad:
         lines = "\n".join(f"  {path}: {reason}" for path, reason in list(bad.items())[:20])
-        raise NoOnnxForm(f"{len(bad)} sites have no ONNX form:\n{lines}\nUse int8, w8a16, w4a16 or w4a8, or a rule that keeps them.")
+        raise NoOnnxForm(
+            f"{len(bad)} sites have no ONNX form:\n{lines}\nUse int8, w8a16, w4a16 or w4a8, or a rule that keeps them."
+        )
 
 
 class _WithCache(nn.Module):
@@ -93,7 +95,9 @@ class _WithCache(nn.Module):
         self.model = model
         with torch.no_grad():
             layers = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values.layers
-        self.shapes = [(tuple(p.shape[1:2]) + tuple(p.shape[3:])) for layer in layers for p in (layer.keys, layer.values)]
+        self.shapes = [
+            (tuple(p.shape[1:2]) + tuple(p.shape[3:])) for layer in layers for p in (layer.keys, layer.values)
+        ]
         names = [f"{i}.{part}" for i in range(len(layers)) for part in ("key", "value")]
         self.input_names = ["input_ids", "attention_mask", *[f"past_key_values.{n}" for n in names]]
         self.output_names = ["logits", *[f"present.{n}" for n in names]]
@@ -114,7 +118,7 @@ class _WithCache(nn.Module):
     def arguments(self, batch: int = 2, length: int = 3, past: int = 5) -> tuple[Any, ...]:
         """Random inputs of given sizes."""
         generator = torch.Generator().manual_seed(0)
-        vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator,union-attr]
+        vocabulary = self.model.get_input_embeddings().num_embeddings
         ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
         mask = torch.ones(batch, past + length, dtype=torch.long)
         cache = [torch.randn(batch, h, past, d, generator=generator) for h, d in self.shapes]
@@ -211,7 +215,9 @@ def _prove(path: Path, wrapper: Any) -> float:
             difference = torch.from_numpy(mine).float() - reference
             error = float(difference.norm()) / max(float(reference.norm()), 1e-6)
             if not error <= tolerance:
-                raise ExportMismatch(f"ONNX output {name} differs from the module by {error:.2e} (allowed {tolerance:.0e})")
+                raise ExportMismatch(
+                    f"ONNX output {name} differs from the module by {error:.2e} (allowed {tolerance:.0e})"
+                )
             worst = max(worst, error)
     return worst
 
@@ -229,7 +235,7 @@ def _onnx_linears(model: nn.Module) -> Iterator[None]:
             else:
                 from qcompile.codegen.onnx.linear import _Hadamard
 
-                model.set_submodule(path, nn.Sequential(_Hadamard(module.signs), module.inner))  # type: ignore[arg-type]
+                model.set_submodule(path, nn.Sequential(_Hadamard(module.signs), module.inner))
         yield
     finally:
         for path, module in found:

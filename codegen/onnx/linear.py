@@ -40,7 +40,9 @@ def refusal(module: QuantLinear) -> str | None:
 
 
 @torch.library.custom_op("qcompile_onnx::matmul_nbits", mutates_args=())
-def matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, n: int, k: int, bits: int, block: int) -> Tensor:
+def matmul_nbits(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, n: int, k: int, bits: int, block: int
+) -> Tensor:
     """MatMulNBits as ONNX Runtime defines it, in float32; zeros packed like codes, or float."""
     unsigned = codes if bits == 8 else torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
     blocks = scales.numel() // n

@@ -42,7 +42,13 @@ def _declare_matmul_nbits() -> None:
             ],
             attributes=[
                 schema.Attribute(name, onnx.defs.OpSchema.AttrType.INT, required=required)
-                for name, required in (("K", True), ("N", True), ("bits", False), ("block_size", True), ("accuracy_level", False))
+                for name, required in (
+                    ("K", True),
+                    ("N", True),
+                    ("bits", False),
+                    ("block_size", True),
+                    ("accuracy_level", False),
+                )
             ],
         )
     )
@@ -56,7 +62,9 @@ def _matmul_nbits(x: Any, codes: Any, scales: Any, zeros: Any, n: int, k: int, b
 
 
 def _matmul_integer(x: Any, weight: Any) -> Any:
-    return op.MatMulInteger(x, weight, op.Constant(value=_scalar(128, np.uint8)), op.Constant(value=_scalar(0, np.int8)))
+    return op.MatMulInteger(
+        x, weight, op.Constant(value=_scalar(128, np.uint8)), op.Constant(value=_scalar(0, np.int8))
+    )
 
 
 def _scalar(value: int, dtype: Any) -> Any:

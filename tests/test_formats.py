@@ -1,0 +1,117 @@
+"""Formats: the laws of rounding, packing and the two-level int4."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.formats import Format, load_codes, quantize_tensor, spread
+from qcompile.packing import pack, unpack
+from qcompile.testing import weights
+
+FORMATS = [
+    "int8/row", "int8/tensor", "int8/row/zero", "int4/group16", "int4/group16/zero", "int4/group16/floatzero",
+    "int4/group16/zero/dual", "int3/group32/zero", "int2/group8", "int2/row", "fp8/row", "fp8/tensor",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_text_round_trip(text):
+    assert str(Format.parse(text)) == text.replace("/zero", "/zero")
+    assert Format.parse(str(Format.parse(text))) == Format.parse(text)
+
+
+@given(weights(), st.sampled_from(FORMATS))
+def test_rounding_error_is_at_most_half_a_step(w, text):
+    form = Format.parse(text)
+    q = quantize_tensor(w, form)
+    error = (q.dequantize() - w).abs()
+    if form.dtype == "fp8":
+        assert bool((error <= w.abs() * 2**-4 + spread(q.scale, form, w.shape[1]) * 2**-10 + 1e-12).all())
+        return
+    step = spread(q.scale, form, w.shape[1])
+    if form.dual:
+        step = q.scale * spread(q.group_scale.float(), form, w.shape[1])
+        # an integer group scale is up to half a level-1 unit short for each of 15 codes: 7.5 units
+        assert bool((error <= 1.01 * step + 8 * q.scale + 1e-7).all())
+        return
+    slack = 1.0 if form.zero == "int" else 0.5  # a rounded zero point shifts the grid by half a step more
+    assert bool((error <= step * slack * (1 + 1e-5) + 1e-7).all())
+
+
+@given(weights(), st.sampled_from(FORMATS))
+def test_codes_are_in_range_and_stored_losslessly(w, text):
+    form = Format.parse(text)
+    q = quantize_tensor(w, form)
+    if form.dtype != "fp8":
+        assert int(q.codes.min()) >= form.qmin and int(q.codes.max()) <= form.qmax
+    back = load_codes(q.stored(), form, w.shape[1])
+    assert torch.equal(back.float(), q.codes.float())
+    assert q.stored().shape[1] == -(-w.shape[1] * form.bits // 8)
+
+
+@given(weights(), st.sampled_from([f for f in FORMATS if "dual" not in f and "zero" not in f]))
+def test_rounding_twice_is_rounding_once(w, text):
+    once = quantize_tensor(w, Format.parse(text)).dequantize()
+    twice = quantize_tensor(once, Format.parse(text)).dequantize()
+    assert torch.allclose(once, twice, rtol=1e-5, atol=1e-9)
+
+
+@given(weights())
+def test_dual_fits_int8(w):
+    form = Format.parse("int4/group16/zero/dual")
+    q = quantize_tensor(w, form)
+    inner = (q.codes.int() - spread(q.zero, form, w.shape[1]).int()) * spread(q.group_scale, form, w.shape[1]).int()
+    assert int(inner.abs().max()) <= 127
+
+
+def test_dual_is_as_good_as_float_scales():
+    w = torch.randn(64, 576)
+    plain = (quantize_tensor(w, Format.parse("int4/group128/zero")).dequantize() - w).norm()
+    dual = (quantize_tensor(w, Format.parse("int4/group128/zero/dual")).dequantize() - w).norm()
+    assert dual < 1.05 * plain
+
+
+@given(weights(), st.sampled_from([f for f in FORMATS if "dual" not in f and "tensor" not in f]))
+def test_clip_never_increases_its_own_loss(w, text):
+    form = Format.parse(text)
+    loss = [float((quantize_tensor(w, form, clip=c).dequantize() - w).abs().pow(2.4).sum()) for c in (False, True)]
+    assert loss[1] <= loss[0] * (1 + 1e-4)
+
+
+def test_ragged_last_group():
+    w = torch.randn(3, 576)
+    q = quantize_tensor(w, Format.parse("int4/group128"))
+    assert q.scale.shape == (3, 5)
+    tail = quantize_tensor(w[:, 512:], Format.parse("int4/group64"))
+    assert torch.equal(q.dequantize()[:, 512:], tail.dequantize())
+
+
+def test_zero_rows_stay_zero():
+    for text in FORMATS:
+        assert not quantize_tensor(torch.zeros(2, 20), Format.parse(text)).dequantize().any()
+
+
+def test_nibble_layout():
+    assert pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x03]]
+    assert pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 3).tolist() == [[0b11010001, 0b0]]
+
+
+@given(st.integers(1, 40), st.sampled_from([2, 3, 4, 8]), st.integers(0, 999))
+def test_unpack_is_the_inverse(k, bits, seed):
+    codes = torch.randint(0, 2**bits, (3, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(unpack(pack(codes, bits), bits, k), codes)
+
+
+@pytest.mark.parametrize("text", ["int5/row", "int4/grup128", "fp8/row/zero", "int8/row/dual", "int4/row/dual"])
+def test_nonsense_is_refused(text):
+    with pytest.raises(ValueError):
+        Format.parse(text)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_is_refused(bad):
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        quantize_tensor(torch.tensor([[1.0, bad]]), Format("int8"))

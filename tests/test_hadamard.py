@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcompile.hadamard import apply_hadamard, factor, hadamard_matrix, random_signs, rotation
+
+SIZES = [1, 2, 4, 12, 20, 24, 28, 36, 44, 60, 64, 576, 1536]
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_rows_are_orthogonal(n):
+    h = hadamard_matrix(n)
+    assert set(h.unique().tolist()) <= {-1.0, 1.0}
+    assert torch.equal(h @ h.t(), n * torch.eye(n, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_butterflies_are_the_matrix(n):
+    x, signs = torch.randn(3, n, dtype=torch.float64), random_signs(n, 1)
+    want = x @ (signs[:, None] * hadamard_matrix(n)) / n**0.5
+    assert torch.allclose(apply_hadamard(x, signs), want, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [22, 52, 576, 64, 11008 // 64])
+def test_rotation_is_orthogonal_and_repeatable(n):
+    matrix, kind = rotation(n, 7)
+    assert torch.allclose(matrix @ matrix.t(), torch.eye(n, dtype=torch.float64), atol=1e-12)
+    assert torch.equal(matrix, rotation(n, 7)[0]) and not torch.equal(matrix, rotation(n, 8)[0])
+    assert ("Hadamard matrix of" in kind) == (factor(n) is None)
+
+
+def test_known_factors():
+    assert factor(576) == (36, 4) and factor(1536) == (12, 7) and factor(2048) == (1, 11) and factor(14336) == (28, 9)
+    assert factor(22) is None

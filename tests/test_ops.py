@@ -1,0 +1,62 @@
+"""The dialect: opcheck, and the fused op against quantize/dequantize written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qcompile.ops  # noqa: F401
+from qcompile.formats import Format, quantize_tensor
+
+ops = torch.ops.qcompile
+WEIGHTS = ["int8/row", "int8/row/zero", "int4/group32", "int4/group32/zero", "int4/group32/floatzero",
+           "int4/group32/zero/dual", "int3/group32/zero", "int2/group16", "fp8/row", "int4/row"]  # fmt: skip
+ACTS = ["", "int8/row", "int8/tensor", "int8/row/zero", "int4/row", "int8/group32", "fp8/row"]
+
+
+def arguments(weight, act, dtype=torch.float32, bias=True):
+    torch.manual_seed(0)
+    n, k = 10, 80
+    form = Format.parse(weight)
+    q = quantize_tensor(torch.randn(n, k), form)
+    x, x_scale, x_zero = torch.randn(2, 3, k).to(dtype), None, None
+    if act:
+        x, x_scale, x_zero = ops.quantize(x, act)
+        x_zero = x_zero if x_zero.numel() else None
+    b = torch.randn(n) if bias else None
+    return (x, x_scale, x_zero, q.stored(), q.scale, q.zero, q.group_scale, b, weight, act, k, dtype)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_qlinear_is_linear_of_dequantized(weight, act):
+    a = arguments(weight, act)
+    x = ops.dequantize(a[0], a[1], a[2], None, act, 0, torch.float32) if act else a[0]
+    w = ops.dequantize(a[3], a[4], a[5], a[6], weight, a[10], torch.float32)
+    want = torch.nn.functional.linear(x.double(), w.double(), a[7].double())
+    assert torch.allclose(ops.qlinear(*a).double(), want, rtol=1e-5, atol=1e-4)
+
+
+def test_integer_sums_are_exact():
+    a = arguments("int8/row", "int8/row", torch.float64, bias=False)
+    want = (a[0].double() @ a[3].double().t()) * a[1].double() * a[4].double().reshape(-1)
+    assert torch.equal(ops.qlinear(*a), want)
+
+
+@pytest.mark.parametrize(
+    "weight,act",
+    [("int8/row", "int8/row"), ("int4/group32/zero/dual", "int8/row"), ("int4/group32", ""), ("fp8/row", "")],
+)
+def test_opcheck(weight, act):
+    torch.library.opcheck(ops.qlinear.default, arguments(weight, act))
+    a = arguments(weight, act)
+    torch.library.opcheck(ops.dequantize.default, (a[3], a[4], a[5], a[6], weight, a[10], torch.float32))
+
+
+@pytest.mark.parametrize("act", [a for a in ACTS if a])
+def test_opcheck_quantize(act):
+    torch.library.opcheck(ops.quantize.default, (torch.randn(2, 3, 64), act))
+
+
+def test_opcheck_hadamard():
+    torch.library.opcheck(ops.hadamard.default, (torch.randn(2, 12), torch.ones(12)))
