@@ -113,7 +113,13 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         if path is not None and isinstance(real, Tensor) and real.device.type != "meta":
             node.meta[WEIGHT] = path if path not in weights else f"{path}#{index}"
             weights[node.meta[WEIGHT]] = real.detach()
-    return normalise(Program(aten, weights))
+    program = normalise(Program(aten, weights))
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        place = reason.user_stack[-1] if reason.user_stack else None
+        where = f" at {place.filename}:{place.lineno}" if place is not None else ""
+        program.breaks.append(f"{str(reason.reason).strip().splitlines()[0]}{where}")
+    return program
 
 
 def attribute_path(source: str) -> str | None:

@@ -7,7 +7,7 @@ it and scales, bias and activation after it. Shapes: x [.., K], weight [N, K], r
     int8_mm      codes int8, one scale for a row        `_int_mm`, exact in int32
     int8_gemv    codes int8, one row of x               a vectorised reduction that Inductor writes
     nibble_gemv  int4 codes, one row of x               unpacks in registers, reads half the bytes
-    nibble_mm    int4 dual codes, many rows             unpacks to int8 (two halves), `_int_mm` twice
+    nibble_mm    int4 dual codes, many rows             unpacks to int8 (unpack.py), `_int_mm` twice
     int4pack     int4 codes, few rows, bfloat16         `_weight_int4pack_mm_for_cpu`
     nibble_dequant_mm  int4 codes, many rows            dequantises both halves, float product
     dequant_mm   any format                             dequantise, then the float product
@@ -24,6 +24,7 @@ import functools
 import torch
 from torch import Tensor
 
+import qcompile.codegen.cpu.unpack  # noqa: F401  registers the unpacking operators
 from qcompile.formats import Format, dequantize_codes, load_codes
 
 aten = torch.ops.aten
@@ -107,14 +108,11 @@ def nibble_gemv(x: Tensor, nibbles: Tensor, a: Tensor, c: Tensor) -> Tensor:
 
 def nibble_mm(x: Tensor, nibbles: Tensor, group_scale: Tensor, zero: Tensor) -> Tensor:
     """x int8 [.., K]; dual codes -> int32 sums of s1 (q - z) x over K, [.., N]."""
-    n = nibbles.shape[0]
-    s, z = group_scale.float()[..., None], zero.float()[..., None]
-    low_w = (((nibbles & 15).float() - z) * s).to(torch.int8).view(n, -1)
-    high_w = (((nibbles >> 4).float() - z) * s).to(torch.int8).view(n, -1)
+    low_w, high_w = torch.ops.qcompile_cpu.unpack_int8(nibbles, group_scale, zero)
     low, high = _halves(x, nibbles)
     sums = torch._int_mm(low.reshape(-1, low_w.shape[1]), low_w.t())
     sums = sums + torch._int_mm(high.reshape(-1, high_w.shape[1]), high_w.t())
-    return sums.reshape(*x.shape[:-1], n)
+    return sums.reshape(*x.shape[:-1], nibbles.shape[0])
 
 
 # -- int4pack: torch's own layout, found by probing ----------------------------------------------
@@ -185,15 +183,10 @@ def int4pack(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
 def nibble_dequant_mm(x: Tensor, nibbles: Tensor, a: Tensor, c: Tensor) -> Tensor:
     """Any rows of numbers, w = a q - c: both halves dequantised to x's dtype, two float products."""
-    n = nibbles.shape[0]
+    low_w, high_w = torch.ops.qcompile_cpu.unpack_float(nibbles, a, c, x.dtype)
     low, high = _halves(x, nibbles)
-    total = None
-    for part, q in ((low, nibbles & 15), (high, nibbles >> 4)):
-        w = (q.float() * a[..., None] - c[..., None]).to(x.dtype).view(n, -1)
-        product = part.reshape(-1, w.shape[1]) @ w.t()
-        total = product if total is None else total + product
-    assert total is not None
-    return total.reshape(*x.shape[:-1], n)
+    total = low.reshape(-1, low_w.shape[1]) @ low_w.t() + high.reshape(-1, high_w.shape[1]) @ high_w.t()
+    return total.reshape(*x.shape[:-1], nibbles.shape[0])
 
 
 def dequantize_weight(

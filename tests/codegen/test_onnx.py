@@ -1,0 +1,96 @@
+"""ONNX: every form against the module, a whole decoder with its cache, and refusals."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from zoo import build, example
+
+import qcompile
+from qcompile.checkpoint import CheckpointError
+from qcompile.codegen.onnx.export import ExportMismatch
+from qcompile.codegen.onnx.linear import NoOnnxForm, OnnxLinear
+from qcompile.codegen.onnx.session import FolderError, Session
+from qcompile.formats import Format, quantize_tensor
+from qcompile.hadamard import random_signs
+from qcompile.module import QuantLinear
+
+
+def linear(form, act, columns, bias=True, signs=False):
+    torch.manual_seed(0)
+    q = quantize_tensor(torch.randn(24, columns), Format.parse(form))
+    tensors = dict(codes=q.stored(), scale=q.scale, zero=q.zero, group_scale=q.group_scale)
+    tensors["bias"] = torch.randn(24) if bias else None
+    tensors["signs"] = random_signs(columns, 0).float() if signs else None
+    return QuantLinear(columns, 24, q.format, Format.parse(act) if act else None, tensors)
+
+
+FORMS = [
+    ("int8/row", "int8/row"), ("int8/row", ""), ("int4/group32", ""), ("int4/group32/zero", ""),
+    ("int4/group32/floatzero", ""), ("int4/group32/zero/dual", "int8/row"), ("int4/group32", "int4/row"), ("int4/row", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form,act", FORMS)
+@pytest.mark.parametrize("columns,bias,signs", [(64, True, False), (80, False, False), (96, True, True)])
+def test_forms(form, act, columns, bias, signs, tmp_path):
+    model = nn.Sequential(linear(form, act, columns, bias, signs))
+    x = torch.randn(2, 3, columns)
+    with torch.no_grad():
+        error = float((OnnxLinear(model[0])(x) - model(x)).abs().max())
+    assert error < 1e-4
+    report = qcompile.export_onnx(model, tmp_path / "m", example=x)
+    assert report.numbers["onnx relative error"] < 1e-3
+    assert isinstance(model[0], QuantLinear)
+
+
+@pytest.mark.parametrize("recipe", [None, "int8", "w4a16", "w4a8"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_decoder_generates_the_same(name, recipe, tmp_path):
+    model = build(name)
+    if recipe:
+        qcompile.quantize(model, recipe, [example(name)], progress=False)
+    qcompile.export_onnx(model, tmp_path / "m", progress=False)
+    ids = torch.tensor([[5, 9, 17, 33]])
+    want = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 4:].tolist()
+    assert list(Session(tmp_path / "m").stream(ids, 12)) == want
+
+
+def test_encoder(tmp_path):
+    report = qcompile.export_onnx(build("bert"), tmp_path / "m", "int8", example=example("bert"), progress=False)
+    assert report.numbers["onnx relative error"] < 0.05
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(NoOnnxForm, match="(?s)2 sites.*0: fp8.*1: int3"):
+        qcompile.export_onnx(nn.Sequential(linear("fp8/row", "", 24), linear("int3/group32/zero", "", 24)), tmp_path / "m")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("x")
+    with pytest.raises(CheckpointError, match="not empty"):
+        qcompile.export_onnx(nn.Sequential(linear("int8/row", "", 24)), tmp_path / "full", example=torch.randn(2, 24))
+    with pytest.raises(FolderError, match="no model.onnx"):
+        Session(tmp_path / "full")
+    assert os.listdir(tmp_path) == ["full"]
+
+
+def test_a_wrong_export_leaves_nothing(tmp_path, monkeypatch):
+    real = OnnxLinear._blocks
+
+    def wrong(self, source):
+        real(self, source)
+        self.scale.mul_(1.1)
+
+    monkeypatch.setattr(OnnxLinear, "_blocks", wrong)
+    model = nn.Sequential(linear("int4/group32", "", 64))
+    checked = model[0]
+
+    class Honest(nn.Module):  # compares with the quantized module, not with its ONNX form
+        def forward(self, x):
+            return checked(x)
+
+    with pytest.raises(ExportMismatch, match="differs from the module"):
+        qcompile.export_onnx(model, tmp_path / "m", example=torch.randn(2, 64))
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,167 @@
+"""The backend: torch.compile(model, backend="qcompile") on small models, as a user calls it."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from zoo import build, example
+
+import qcompile
+from qcompile import backend
+from qcompile.recipe import RecipeError
+from qcompile.verify import relative_error
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(128, 256), nn.SiLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64)).eval().requires_grad_(False)
+
+
+def compiled(model, **options):
+    options.setdefault("slower", "keep")
+    return torch.compile(model, backend="qcompile", options=options)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", ["int8", "w8a16", "w4a16", "w4a8", "fp8", "w4a4-rotated"])
+def test_compiled_is_the_eager_reference(recipe, dtype, rows):
+    model = mlp().to(dtype)
+    x = torch.randn(rows, 128, dtype=dtype)
+    reference = copy.deepcopy(model)
+    qcompile.quantize(reference, recipe, example=x, progress=False, verify=False)
+    with torch.no_grad():
+        error = relative_error([compiled(model, recipe=recipe)(x)], [reference(x)])
+    # Eager rounds to bfloat16 between operations, Inductor does not: coarse codes may fall to the other side.
+    coarse = 8e-2 if recipe in ("fp8", "w4a4-rotated") else 2e-2
+    assert error < (1e-5 if dtype == torch.float32 else coarse)
+
+
+def test_quantized_module_compiles_to_the_same():
+    model = build("llama")
+    qcompile.quantize(model, "w4a8", progress=False)
+    with torch.no_grad():
+        want = model(**example("llama")).logits
+        assert relative_error([torch.compile(model, backend="qcompile")(**example("llama")).logits], [want]) < 1e-5
+    assert backend.reports[-1].recipe == "already quantized"
+
+
+def test_generate_through_compile():
+    model = build("llama")
+    reference = copy.deepcopy(model)
+    qcompile.quantize(reference, "int8", progress=False)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    arguments = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+    model.compile(backend="qcompile", options={"slower": "keep"})
+    assert model.generate(ids, **arguments).tolist() == reference.generate(ids, **arguments).tolist()
+
+
+def test_dynamic_rows_compile_once():
+    model = mlp()
+    run = torch.compile(model, backend="qcompile", dynamic=True, fullgraph=True, options={"recipe": "w4a8", "slower": "keep"})
+    reference = copy.deepcopy(model)
+    qcompile.quantize(reference, "w4a8", example=torch.randn(2, 128), progress=False)
+    backend.reports.clear()
+    with torch.no_grad():
+        for rows in (5, 9, 33):
+            x = torch.randn(rows, 128)
+            assert relative_error([run(x)], [reference(x)]) < 1e-5
+    assert len(backend.reports) == 1 and "dynamic" in str(backend.reports[0])
+
+
+def test_a_changed_parameter_is_noticed():
+    model = mlp()
+    run = compiled(model)
+    x = torch.randn(4, 128)
+    with torch.no_grad():
+        first = run(x)
+        model[0].weight.mul_(2)
+        second = run(x)
+        want = model(x)
+    assert relative_error([second], [want]) < 0.03 < relative_error([first], [want])
+
+
+def test_graphs_share_their_weights():
+    model = mlp()
+    run = compiled(model, recipe="w4a8")
+    with torch.no_grad():
+        run(torch.randn(4, 128))
+        before = len(backend._PREPARED)
+        run(torch.randn(1, 128))
+        grown = len(backend._PREPARED)
+        torch._dynamo.reset()
+    assert grown == before
+
+
+def test_gradients_get_float_and_one_warning(monkeypatch):
+    monkeypatch.setattr(backend, "_warned", [])
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    run = compiled(model)
+    x = torch.randn(3, 8)
+    with pytest.warns(UserWarning, match="gradients are enabled.*no_grad"):
+        run(x).sum().backward()
+    assert model[0].weight.grad is not None
+    assert torch.allclose(run(x), model(x))
+    with torch.no_grad():
+        assert not torch.equal(run(x), model(x))
+
+
+def test_graph_breaks_are_compiled_piece_by_piece():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            x = self.a(x)
+            torch._dynamo.graph_break()
+            return self.b(x)
+
+    model = Broken().eval().requires_grad_(False)
+    backend.reports.clear()
+    with torch.no_grad():
+        x = torch.randn(4, 64)
+        assert relative_error([compiled(model)(x)], [model(x)]) < 0.03
+    assert [s.name for r in backend.reports for s in r.sites] == ["a.weight", "b.weight"]
+    assert any("graph break" in str(r) and "test_backend.py" in str(r) for r in backend.reports)
+
+
+def test_slower_sites_stay_float_and_say_so():
+    model = mlp().to(torch.bfloat16)
+    with torch.no_grad():
+        x = torch.randn(64, 128, dtype=torch.bfloat16)
+        torch.compile(model, backend="qcompile", options={"recipe": "fp8"})(x)
+    assert all(not s.quantized and "slower than float" in s.reason for s in backend.reports[-1].sites)
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ({"recipie": "int8"}, "unknown option 'recipie'.*recipe: preset"),
+        ({"recipe": "int9"}, "unknown recipe 'int9'; known"),
+        ({"recipe": "int8-smooth"}, "needs calibration data for Smooth"),
+        ({"slower": "maybe"}, "use 'float' or 'keep'"),
+        ({"rules": [{"match": "nothing.*", "keep": True}]}, "matches no site; nearest"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(Exception, match=f"(?s){words}") as caught, torch.no_grad():
+        torch.compile(mlp(), backend="qcompile", options=options)(torch.randn(2, 128))
+    assert isinstance(caught.value, RecipeError) or "RecipeError" in str(caught.value)
+
+
+def test_found_without_importing_qcompile():
+    code = (
+        "import torch, sys\n"
+        "m = torch.nn.Linear(64, 64).requires_grad_(False)\n"
+        "f = torch.compile(m, backend='qcompile')\n"
+        "assert 'qcompile' not in sys.modules\n"
+        "with torch.no_grad(): y = f(torch.randn(2, 64))\n"
+        "assert 'qcompile' in sys.modules and y.shape == (2, 64)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
