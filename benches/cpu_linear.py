@@ -52,6 +52,7 @@ def cases(k: int, n: int, m: int, dtype: torch.dtype) -> dict[str, tuple[Callabl
         found["nibble_gemv"] = (kernels.nibble_gemv, [x, na, slope, offset])
     if dtype == torch.bfloat16 and m <= 8 and kernels.int4pack_block():
         packed, scales = kernels.prepare_int4pack(d.stored(), d.group_scale.float(), d.zero, DUAL, k)
+        found["int8pack"] = (kernels.int8pack, [x, i.codes, torch.ones(n).bfloat16()])
         found["int4pack"] = (kernels.int4pack, [codes, packed, scales])
     return found
 

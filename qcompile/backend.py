@@ -9,7 +9,6 @@ shared by all graphs; a parameter that changes later is noticed by its version c
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 import weakref
 from collections import deque
@@ -141,18 +140,9 @@ class _Compiled:
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], how: Options) -> None:
         self.how = how
         self.program = capture_dynamo(graph_module, example_inputs)
-        order = [n.meta["dynamo_index"] for n in self.program.placeholders if WEIGHT in n.meta]
-        self.weight_args = {self.program.placeholders[i].meta[WEIGHT]: o for i, o in self._weights_at()}
-        del order
+        self.weight_args = {n.meta[WEIGHT]: n.meta["dynamo_index"] for n in self.program.placeholders if WEIGHT in n.meta}
         self.input_args = [n.meta["dynamo_index"] for n in self.program.inputs]
         self._compile(example_inputs)
-
-    def _weights_at(self) -> list[tuple[int, int]]:
-        return [
-            (i, n.meta["dynamo_index"])
-            for i, n in enumerate(self.program.placeholders)
-            if WEIGHT in n.meta and "dynamo_index" in n.meta
-        ]
 
     def _compile(self, args: Sequence[Any]) -> None:
         for name, index in self.weight_args.items():
@@ -263,7 +253,3 @@ def _slower_sites(program: Program, recipe: Recipe) -> dict[str, str]:
             )
     return found
 
-
-def describe_options() -> str:
-    """The options as text, for help."""
-    return json.dumps(OPTIONS, indent=1)

@@ -66,10 +66,10 @@ def time_models(
         ids: the prompt. new: tokens. rounds: counted rounds. progress: show a bar.
     """
     speeds = {name: Speed(name, ids.shape[1]) for name in models}
-    for run in track(range(rounds + 2), "timing", disable=not progress, transient=True):
+    for run in track(range(rounds + 1), "compiling and timing", disable=not progress, transient=True):
         for name, model in models.items():
             prefill, decode = _once(model, ids, new)
-            if run >= 2:  # two rounds compile static and dynamic shapes
+            if run:  # the first round compiles
                 speeds[name].prefill.append(prefill)
                 speeds[name].decode += decode
     return speeds
@@ -165,12 +165,16 @@ def compare_with_inductor(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (1, prompt), generator=generator)
     own = str(next(model.parameters()).dtype).removeprefix("torch.")
-    candidates = {f"inductor {own}": torch.compile(model, backend="inductor")}
+    candidates = {f"inductor {own}": torch.compile(model, backend="inductor", dynamic=True)}
     if also is not None:
         other = copy.deepcopy(model).to(also)
-        candidates[f"inductor {str(also).removeprefix('torch.')}"] = torch.compile(other, backend="inductor")
+        candidates[f"inductor {str(also).removeprefix('torch.')}"] = torch.compile(
+            other, backend="inductor", dynamic=True
+        )
     for recipe in recipes:
-        candidates[f"qcompile {recipe} {own}"] = torch.compile(model, backend="qcompile", options={"recipe": recipe})
+        candidates[f"qcompile {recipe} {own}"] = torch.compile(
+            model, backend="qcompile", dynamic=True, options={"recipe": recipe}
+        )
     backend.reports.clear()
     speeds = time_models(candidates, ids, new=new, rounds=rounds, progress=progress)
     size: dict[str, int] = {}

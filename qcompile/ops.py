@@ -115,7 +115,7 @@ def qlinear(
         assert x_scale is not None
         if form.dual:
             codes = _second_level(codes, zero, group_scale, form)
-        flat = x.reshape(-1, columns)
+        flat = x.reshape(-1).view(-1, columns)  # dense: torch's CPU _int_mm misreads a lone row's stride
         sums = torch._int_mm(flat, codes.t()).reshape(*x.shape[:-1], -1)
         out = sums.to(wide) * x_scale.to(wide) * scale.squeeze(-1).to(wide)
     else:

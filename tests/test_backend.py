@@ -19,7 +19,11 @@ from qcompile.verify import relative_error
 
 def mlp():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(128, 256), nn.SiLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64)).eval().requires_grad_(False)
+    return (
+        nn.Sequential(nn.Linear(128, 256), nn.SiLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64))
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def compiled(model, **options):
@@ -63,7 +67,9 @@ def test_generate_through_compile():
 
 def test_dynamic_rows_compile_once():
     model = mlp()
-    run = torch.compile(model, backend="qcompile", dynamic=True, fullgraph=True, options={"recipe": "w4a8", "slower": "keep"})
+    run = torch.compile(
+        model, backend="qcompile", dynamic=True, fullgraph=True, options={"recipe": "w4a8", "slower": "keep"}
+    )
     reference = copy.deepcopy(model)
     qcompile.quantize(reference, "w4a8", example=torch.randn(2, 128), progress=False)
     backend.reports.clear()

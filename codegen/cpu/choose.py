@@ -77,8 +77,11 @@ def candidates(form: Format, act: str, dtype: torch.dtype, rows: int, k: int, n:
             found.append("nibble_gemv")
         found.append("nibble_mm" if form.dual else "nibble_dequant_mm")
         return [name for name in found if not (name == "nibble_mm" and rows == 1)]
-    if not act and form == Format("int8") and rows == 1:
-        found.append("int8_gemv")
+    if not act and form == Format("int8"):
+        if rows == 1:
+            found.append("int8_gemv")
+        if dtype == torch.bfloat16 and rows <= FEW:
+            found.append("int8pack")
     return [*found, "dequant_mm"]
 
 

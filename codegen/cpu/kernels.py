@@ -6,6 +6,7 @@ it and scales, bias and activation after it. Shapes: x [.., K], weight [N, K], r
 
     int8_mm      codes int8, one scale for a row        `_int_mm`, exact in int32
     int8_gemv    codes int8, one row of x               a vectorised reduction that Inductor writes
+    int8pack     codes int8, few rows, bfloat16         `_weight_int8pack_mm`
     nibble_gemv  int4 codes, one row of x               unpacks in registers, reads half the bytes
     nibble_mm    int4 dual codes, many rows             unpacks to int8 (unpack.py), `_int_mm` twice
     int4pack     int4 codes, few rows, bfloat16         `_weight_int4pack_mm_for_cpu`
@@ -52,6 +53,18 @@ def finish(sums: Tensor, scale: Tensor, x_scale: Tensor | None, bias: Tensor | N
     return out.to(dtype)
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """[M, K] with a row stride of K even for one row.
+
+    torch 2.13's CPU `_int_mm` reads the stride of a single row, which any view may leave at 1 or
+    whatever it likes, and then computes something else.
+    """
+    rows = _rows(x)
+    if isinstance(rows.shape[0], int) and rows.shape[0] == 1:
+        return rows.reshape(-1).as_strided((1, x.shape[-1]), (x.shape[-1], 1))
+    return rows
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -61,13 +74,21 @@ def _rows(x: Tensor) -> Tensor:
 
 def int8_mm(x: Tensor, weight: Tensor) -> Tensor:
     """x int8 [.., K], weight int8 [N, K] -> int32 [.., N]."""
-    return torch._int_mm(_rows(x), weight.t()).reshape(*x.shape[:-1], weight.shape[0])
+    return torch._int_mm(dense_rows(x), weight.t()).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def int8_gemv(x: Tensor, weight: Tensor) -> Tensor:
     """x float or int8 with one row, weight int8 [N, K] -> float32 [.., N]."""
     sums = (x.reshape(1, -1).float() * weight.float()).sum(-1)
     return sums.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def int8pack(x: Tensor, weight: Tensor, ones: Tensor) -> Tensor:
+    """x bfloat16 [.., K], few rows, weight int8 [N, K], ones bfloat16 [N] -> bfloat16 sums [.., N].
+
+    The row scales are applied afterwards in float32: bfloat16 would round them.
+    """
+    return aten._weight_int8pack_mm(_rows(x), weight, ones).reshape(*x.shape[:-1], weight.shape[0])
 
 
 # -- nibbles, in halves of a group: byte j of a group holds its columns j (low) and j + G/2 (high) --

@@ -133,6 +133,18 @@ def _int8_gemv(program: Program, node: fx.Node, form: Format, remember: Remember
     return program.inline(run, (x, w, scale, bias), before=node)
 
 
+def _int8pack(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
+    def run(x: Tensor, w: Tensor, ones: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return kernels.finish(kernels.int8pack(x, w, ones), scale, None, bias, dtype)
+
+    dtype: torch.dtype = node.args[11]
+    x, _, _, w, scale, _, _, bias = node.args[:8]
+    n = int(w.meta["val"].shape[0])
+    name = f"ones{n}"
+    ones = program.node_of(name) if name in program.weights else program.add_weight(name, torch.ones(n).bfloat16())
+    return program.inline(run, (x, w, ones, scale, bias), before=node)
+
+
 def _nibble(kernel: str) -> Callable[[Program, fx.Node, Format, Remember], fx.Node]:
     """nibble_gemv, nibble_mm and nibble_dequant_mm differ in the affine terms that they read."""
 
@@ -199,6 +211,7 @@ def _int4pack(program: Program, node: fx.Node, form: Format, remember: Remember)
 _BUILDERS: dict[str, Callable[[Program, fx.Node, Format, Remember], fx.Node]] = {
     "int8_mm": _int8_mm,
     "int8_gemv": _int8_gemv,
+    "int8pack": _int8pack,
     "nibble_gemv": _nibble("nibble_gemv"),
     "nibble_mm": _nibble("nibble_mm"),
     "nibble_dequant_mm": _nibble("nibble_dequant_mm"),

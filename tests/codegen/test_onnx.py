@@ -30,7 +30,8 @@ def linear(form, act, columns, bias=True, signs=False):
 
 FORMS = [
     ("int8/row", "int8/row"), ("int8/row", ""), ("int4/group32", ""), ("int4/group32/zero", ""),
-    ("int4/group32/floatzero", ""), ("int4/group32/zero/dual", "int8/row"), ("int4/group32", "int4/row"), ("int4/row", ""),
+    ("int4/group32/floatzero", ""), ("int4/group32/zero/dual", "int8/row"), ("int4/group32", "int4/row"),
+    ("int4/row", ""),
 ]  # fmt: skip
 
 
@@ -66,7 +67,9 @@ def test_encoder(tmp_path):
 
 def test_refusals(tmp_path):
     with pytest.raises(NoOnnxForm, match="(?s)2 sites.*0: fp8.*1: int3"):
-        qcompile.export_onnx(nn.Sequential(linear("fp8/row", "", 24), linear("int3/group32/zero", "", 24)), tmp_path / "m")
+        qcompile.export_onnx(
+            nn.Sequential(linear("fp8/row", "", 24), linear("int3/group32/zero", "", 24)), tmp_path / "m"
+        )
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").write_text("x")
     with pytest.raises(CheckpointError, match="not empty"):

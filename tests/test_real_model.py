@@ -1,0 +1,59 @@
+"""The real small LLM: what the README claims, on the text that every checkout has."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import qcompile
+from qcompile.certify_model import verify_model
+from qcompile.evaluate import perplexity
+from qcompile.text import batches, embedded_text, windows
+
+
+@pytest.fixture(scope="module")
+def pieces(smollm2):
+    return windows(smollm2[1], embedded_text(), length=512, count=2)
+
+
+@pytest.fixture(scope="module")
+def float_perplexity(smollm2, pieces):
+    return perplexity(smollm2[0], pieces, progress=False)
+
+
+@pytest.mark.parametrize("recipe,most", [("int8", 1.06), ("w8a16", 1.01), ("int8-rotated", 1.04), ("w4a16", 1.8)])
+def test_perplexity(smollm2, pieces, float_perplexity, recipe, most):
+    model = copy.deepcopy(smollm2[0])
+    report = qcompile.quantize(model, recipe, progress=False)
+    assert perplexity(model, pieces, progress=False) < most * float_perplexity
+    assert all(s.quantized for s in report.sites) and len(report.sites) == 211
+    assert report.seconds < 60  # a hang, not a speed: speeds are measured in benches/
+
+
+def test_rotation_rescues_w4a4(smollm2, pieces):
+    found = {}
+    for recipe in ("w4a4", "w4a4-rotated"):
+        model = copy.deepcopy(smollm2[0])
+        qcompile.quantize(model, recipe, progress=False)
+        found[recipe] = perplexity(model, pieces[:1], progress=False)
+    assert found["w4a4"] > 20 * found["w4a4-rotated"]
+
+
+def test_every_exact_pass_holds_in_float64(smollm2):
+    report = verify_model(smollm2[0], batches(smollm2[1], length=16, count=1)[0])
+    assert {c.name for c in report.certificates} == {"Untie", "FoldNorm", "Rotate", "RotateOnline"}
+    assert all(c.error <= 1e-9 and c.dtype == "float64" for c in report.certificates)
+
+
+def test_onnx_and_eager_choose_the_same_tokens(smollm2, tmp_path):
+    from qcompile.codegen.onnx.session import Session
+
+    model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
+    qcompile.quantize(model, "w4a16", progress=False)
+    qcompile.export_onnx(model, tmp_path / "m", tokenizer=tokenizer, progress=False)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        want = model.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert list(Session(tmp_path / "m").stream(ids, len(want))) == want
