@@ -140,7 +140,9 @@ class _Compiled:
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], how: Options) -> None:
         self.how = how
         self.program = capture_dynamo(graph_module, example_inputs)
-        self.weight_args = {n.meta[WEIGHT]: n.meta["dynamo_index"] for n in self.program.placeholders if WEIGHT in n.meta}
+        self.weight_args = {
+            n.meta[WEIGHT]: n.meta["dynamo_index"] for n in self.program.placeholders if WEIGHT in n.meta
+        }
         self.input_args = [n.meta["dynamo_index"] for n in self.program.inputs]
         self._compile(example_inputs)
 
@@ -149,8 +151,7 @@ class _Compiled:
             if name in self.program.weights:
                 fresh = args[index].detach()
                 self.program.weights[name] = fresh.t() if name in self.program.transposed else fresh
-        self.versions = {i: args[i]._version for i in self.weight_args.values()}
-        self.pointers = {i: args[i].data_ptr() for i in self.weight_args.values()}
+        self.versions = {i: _version(args[i]) for i in self.weight_args.values()}
         lowered, report, self.keep = compile_program(self.program, args, self.input_args, self.how)
         reports.append(report)
         self.order: list[tuple[bool, Any]] = []
@@ -162,16 +163,24 @@ class _Compiled:
                 index = self.weight_args.get(name)
                 same = index is not None and lowered.weights[name] is self.program.weights.get(name)
                 live = same and name not in self.program.transposed
-                self.order.append((True, index) if live else (False, lowered.weights[name].contiguous()))
+                tensor = lowered.weights[name]
+                self.order.append((True, index) if live else (False, tensor))
+                if not live:  # a pass may have left other strides than the placeholder was traced with
+                    node.meta["val"] = lowered.fake_mode.from_tensor(tensor, static_shapes=True)
         examples = [n.meta["val"] for n in lowered.placeholders]
         self.call = _inductor(lowered.graph_module, examples, self.how)
 
     def __call__(self, *args: Any) -> Any:
         for index, version in self.versions.items():
-            if args[index]._version != version or args[index].data_ptr() != self.pointers[index]:
+            if _version(args[index]) != version:
                 self._compile(args)
                 break
         return self.call(*[args[what] if live else what for live, what in self.order])
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a parameter is written to or replaced; inference tensors are never written."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def compile_program(
@@ -252,4 +261,3 @@ def _slower_sites(program: Program, recipe: Recipe) -> dict[str, str]:
                 f"{choice} at {regime(site.input)}: slower than float (options={{'slower': 'keep'}} quantizes it)"
             )
     return found
-
