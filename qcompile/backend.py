@@ -138,8 +138,11 @@ class _Compiled:
     """A compiled graph that recompiles itself when a weight it was made from has changed."""
 
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], how: Options) -> None:
-        self.how = how
-        self.program = capture_dynamo(graph_module, example_inputs)
+        self.how, self.graph_module = how, graph_module
+        self._capture(example_inputs)
+
+    def _capture(self, example_inputs: Sequence[Any]) -> None:
+        self.program = capture_dynamo(self.graph_module, example_inputs)
         self.weight_args = {
             n.meta[WEIGHT]: n.meta["dynamo_index"] for n in self.program.placeholders if WEIGHT in n.meta
         }
@@ -171,6 +174,8 @@ class _Compiled:
         self.call = _inductor(lowered.graph_module, examples, self.how)
 
     def __call__(self, *args: Any) -> Any:
+        if any(args[index].item() != value for index, value in self.program.scalars.items()):
+            self._capture(args)
         for index, version in self.versions.items():
             if _version(args[index]) != version:
                 self._compile(args)
@@ -188,7 +193,8 @@ def compile_program(
 ) -> tuple[Program, Report, list[_Prepared]]:
     """Run the recipe and lower for the CPU; gives the program, its report and what keeps it alive."""
     inputs = [args[i] for i in input_args]
-    example = [int(i) if isinstance(i, torch.SymInt) else i for i in inputs]
+    # int(i) would pin the symbol to this one value, and every new length would recompile.
+    example = [i.node.hint if isinstance(i, torch.SymInt) else i for i in inputs]
     ready = any("qcompile" in str(n.target) for n in program.graph.nodes)
     recipe = Recipe("already quantized") if ready else _applicable(how, program)
     keep = _slower_sites(program, recipe) if how.slower == "float" else {}

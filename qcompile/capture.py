@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompile.normalise import normalise
-from qcompile.program import WEIGHT, Program
+from qcompile.program import WEIGHT, Program, copy_graph
 
 _SEGMENT = re.compile(r"\[(?:'([^']+)'|\"([^\"]+)\"|(\d+))\]|\.(\w+)")
 _CONTAINERS = {"_modules", "_parameters", "_buffers"}
@@ -96,11 +96,14 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     Tracing runs inside the fake mode of the placeholders' own fakes, which keeps Dynamo's symbols.
     The Program's placeholders keep Dynamo's order; `meta["dynamo_index"]` remembers it.
     """
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    graph_module = copy_graph(graph_module)
     placeholders = list(graph_module.graph.find_nodes(op="placeholder"))
     fakes = [n.meta["example_value"] for n in placeholders]
     mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
     if mode is None:
         raise CaptureError("the graph has no tensor input: nothing to quantize")
+    baked = _bake_scalars(graph_module, placeholders, example_inputs)
     with torch.fx.traceback.preserve_node_meta(), mode, _quiet():
         aten = make_fx(graph_module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
     weights: dict[str, Tensor] = {}
@@ -114,12 +117,32 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
             node.meta[WEIGHT] = path if path not in weights else f"{path}#{index}"
             weights[node.meta[WEIGHT]] = real.detach()
     program = normalise(Program(aten, weights))
-    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    program.scalars = baked
     if reason is not None and reason.graph_break:
         place = reason.user_stack[-1] if reason.user_stack else None
         where = f" at {place.filename}:{place.lineno}" if place is not None else ""
         program.breaks.append(f"{str(reason.reason).strip().splitlines()[0]}{where}")
     return program
+
+
+def _bake_scalars(
+    graph_module: fx.GraphModule, placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]
+) -> dict[int, float]:
+    """Python numbers that Dynamo passes as 0-d tensors and reads by `.item()` become constants.
+
+    The caller compares them at every call: index among the inputs -> value.
+    """
+    baked: dict[int, float] = {}
+    for index, (node, real) in enumerate(zip(placeholders, example_inputs, strict=True)):
+        if not isinstance(real, Tensor) or real.ndim or real.device.type != "cpu":
+            continue
+        for user in [u for u in node.users if u.op == "call_method" and u.target == "item"]:
+            baked[index] = real.item()
+            user.replace_all_uses_with(baked[index])
+            graph_module.graph.erase_node(user)
+    if baked:
+        graph_module.recompile()
+    return baked
 
 
 def attribute_path(source: str) -> str | None:

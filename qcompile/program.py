@@ -12,6 +12,7 @@ No module class, no layer and no architecture is known here or below.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,17 @@ WEIGHT = "qcompile_weight"  # node.meta key: the attribute path of a weight plac
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph module whose nodes can be rewritten; tensors and fake values are shared, not copied."""
+    graph = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, memo))
+    memo[next(iter(module.graph.find_nodes(op="output")))] = next(iter(graph.find_nodes(op="output")))
+    for old, new in memo.items():
+        new.meta = copy.copy(old.meta)
+    return fx.GraphModule(module, graph)
+
+
 @dataclass
 class Program:
     """A graph of ATen calls, its weights by attribute path, and what is shared between them.
@@ -38,6 +50,7 @@ class Program:
         transposed: weights that the module stores as [K, N]; `weights` holds them turned round.
         cache_pairs: (input index, output index) of state that a caller feeds back unchanged.
         breaks: where the frontend had to split the model, as text.
+        scalars: Dynamo inputs that were baked in as numbers: index -> value.
     """
 
     graph_module: fx.GraphModule
@@ -46,6 +59,7 @@ class Program:
     transposed: set[str] = field(default_factory=set)
     cache_pairs: list[tuple[int, int]] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
+    scalars: dict[int, float] = field(default_factory=dict)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -151,7 +165,7 @@ class Program:
                 if node.op == "output":
                     result = fx.node.map_arg(node.args[0], lambda n: memo[n])
                 elif node.op == "get_attr":
-                    name = f"constant_{len(list(self.graph.find_nodes(op='get_attr')))}"
+                    name = next(c for i in itertools.count() if not hasattr(self.graph_module, c := f"constant_{i}"))
                     setattr(self.graph_module, name, getattr(traced, node.target))
                     memo[node] = self.graph.get_attr(name)
                     memo[node].meta = dict(node.meta)
@@ -175,22 +189,14 @@ class Program:
 
     def copy(self) -> Program:
         """A program that can be rewritten without touching this one; tensors are shared."""
-        graph = fx.Graph()
-        memo: dict[fx.Node, fx.Node] = {}
-        returned = graph.graph_copy(self.graph, memo)
-        graph.output(returned)
-        for old, new in memo.items():
-            new.meta = copy.copy(old.meta)
-        new_output = next(iter(graph.find_nodes(op="output")))
-        new_output.meta = copy.copy(self.output_node.meta)
-        module = fx.GraphModule(self.graph_module, graph)
         return Program(
-            module,
+            copy_graph(self.graph_module),
             dict(self.weights),
             {name: list(others) for name, others in self.aliases.items()},
             set(self.transposed),
             list(self.cache_pairs),
             list(self.breaks),
+            dict(self.scalars),
         )
 
     def widened(self, dtype: torch.dtype = torch.float64) -> Program:

@@ -165,8 +165,8 @@ def test_found_without_importing_qcompile():
     code = (
         "import torch, sys\n"
         "m = torch.nn.Linear(64, 64).requires_grad_(False)\n"
-        "f = torch.compile(m, backend='qcompile')\n"
         "assert 'qcompile' not in sys.modules\n"
+        "f = torch.compile(m, backend='qcompile')\n"
         "with torch.no_grad(): y = f(torch.randn(2, 64))\n"
         "assert 'qcompile' in sys.modules and y.shape == (2, 64)\n"
     )
