@@ -12,12 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from qcompile.calibrate import Statistics
-from qcompile.formats import Format, QTensor, quantize_tensor
+from qcompile.formats import Format, quantize_tensor
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, Rule, rewrites
 from qcompile.report import PassReport
+from qcompile.sharing import fingerprint, shared
 from qcompile.sites import Site, find_sites
 
 ops = torch.ops.qcompile
@@ -128,12 +130,18 @@ def chooses_experts(site: Site) -> bool:
 
 def _quantize_site(program: Program, site: Site, weight: Format, act: Format | None, clip: bool) -> None:
     original = program.weights[site.name]
-    try:
-        q = quantize_tensor(original, weight, clip=clip)
-    except ValueError as error:
-        raise RecipeError(f"Quantize: the weight {site.name} cannot be quantized: {error}") from error
+
+    def make() -> tuple[Tensor | None, ...]:
+        try:
+            q = quantize_tensor(original, weight, clip=clip)
+        except ValueError as error:
+            raise RecipeError(f"Quantize: the weight {site.name} cannot be quantized: {error}") from error
+        return q.stored(), q.scale, q.zero, q.group_scale
+
+    made = shared(("codes", fingerprint(original), str(weight), clip), make)
+    program.alive.append(made)
     dtype = site.node.meta["val"].dtype
-    nodes = add_qtensor(program, site.name, q)
+    nodes = add_stored(program, site.name, made.tensors)
     numbers = program.insert(ops.dequantize.default, (*nodes, str(weight), site.K, original.dtype), before=site.node)
     x = site.input
     if act is not None:
@@ -146,11 +154,10 @@ def _quantize_site(program: Program, site: Site, weight: Format, act: Format | N
     site.node.args = (x, numbers, *site.node.args[2:])
 
 
-def add_qtensor(program: Program, name: str, q: QTensor) -> tuple[object, ...]:
-    """Add codes, scale, zero and group scale as weights "<name>.codes", ...; absent ones are None."""
-    parts = {"codes": q.stored(), "scale": q.scale, "zero": q.zero, "group_scale": q.group_scale}
+def add_stored(program: Program, name: str, tensors: tuple[Tensor | None, ...]) -> tuple[object, ...]:
+    """Add stored codes, scale, zero and group scale as weights "<name>.codes", ..; absent ones are None."""
     found: list[object] = []
-    for part, tensor in parts.items():
+    for part, tensor in zip(("codes", "scale", "zero", "group_scale"), tensors, strict=True):
         full = f"{name}.{part}"
         if tensor is None:
             found.append(None)

@@ -8,9 +8,7 @@ shared by all graphs; a parameter that changes later is noticed by its version c
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +26,7 @@ from qcompile.presets import find_recipe
 from qcompile.program import WEIGHT, Program
 from qcompile.recipe import Recipe, RecipeError, Rule
 from qcompile.report import Report
+from qcompile.sharing import fingerprint, shared
 from qcompile.sites import find_sites
 
 OPTIONS = {
@@ -75,23 +74,6 @@ class Options:
                 f"  torch.compile(model, backend='qcompile')"
             )
         return Options(recipe, rules, bool(given.get("verify", True)), slower, given.get("inductor", {}))
-
-
-class _Prepared:
-    """The tensors that one kernel reads of one weight; alive as long as some graph uses them."""
-
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self.tensors = tensors
-
-
-_PREPARED: weakref.WeakValueDictionary[tuple[Any, ...], _Prepared] = weakref.WeakValueDictionary()
-
-
-def fingerprint(tensor: Tensor) -> str:
-    """A hash of dtype, shape and bytes: equal weights are one weight, whoever holds them."""
-    flat = tensor.detach().contiguous().view(-1)
-    data = flat.view(torch.uint8).numpy() if flat.numel() else b""
-    return hashlib.sha1(data, usedforsecurity=False).hexdigest() + str((tensor.dtype, tuple(tensor.shape)))
 
 
 def qcompile(
@@ -155,7 +137,8 @@ class _Compiled:
                 fresh = args[index].detach()
                 self.program.weights[name] = fresh.t() if name in self.program.transposed else fresh
         self.versions = {i: _version(args[i]) for i in self.weight_args.values()}
-        lowered, report, self.keep = compile_program(self.program, args, self.input_args, self.how)
+        lowered, report = compile_program(self.program, args, self.input_args, self.how)
+        self.keep = lowered.alive
         reports.append(report)
         self.order: list[tuple[bool, Any]] = []
         for node in lowered.placeholders:
@@ -190,8 +173,8 @@ def _version(tensor: Tensor) -> tuple[int, int]:
 
 def compile_program(
     program: Program, args: Sequence[Any], input_args: Sequence[int], how: Options
-) -> tuple[Program, Report, list[_Prepared]]:
-    """Run the recipe and lower for the CPU; gives the program, its report and what keeps it alive."""
+) -> tuple[Program, Report]:
+    """Run the recipe and lower for the CPU."""
     inputs = [args[i] for i in input_args]
     # int(i) would pin the symbol to this one value, and every new length would recompile.
     example = [i.node.hint if isinstance(i, torch.SymInt) else i for i in inputs]
@@ -205,16 +188,11 @@ def compile_program(
         rewritten, report = run(program, Recipe(recipe.name), verify=False)
         for site in report.sites:
             site.reason = keep.get(site.name, str(reason))
-    alive: list[_Prepared] = []
 
     def remember(kernel: str, codes: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        key = (kernel, fingerprint(codes))
-        found = _PREPARED.get(key)
-        if found is None:
-            found = _Prepared(make())
-            _PREPARED[key] = found
-        alive.append(found)
-        return found.tensors
+        made = shared((kernel, fingerprint(codes)), make)
+        rewritten.alive.append(made)
+        return made.tensors
 
     kernels = lower(rewritten, remember)
     named = {site.name: site for site in report.sites}
@@ -222,21 +200,7 @@ def compile_program(
         if name in named:
             named[name].kernel = by_regime
     rewritten.graph_module.recompile()
-    _share(rewritten, alive)
-    return rewritten, report, alive
-
-
-def _share(program: Program, alive: list[_Prepared]) -> None:
-    """Codes and scales that two graphs hold are one tensor: the second graph drops its own."""
-    for name, tensor in program.weights.items():
-        if name.rsplit(".", 1)[-1] in ("codes", "scale", "zero", "group_scale"):
-            key = ("stored", fingerprint(tensor))
-            found = _PREPARED.get(key)
-            if found is None:
-                found = _Prepared((tensor,))
-                _PREPARED[key] = found
-            program.weights[name] = found.tensors[0]
-            alive.append(found)
+    return rewritten, report
 
 
 def _applicable(how: Options, program: Program) -> Recipe:

@@ -51,6 +51,7 @@ class Program:
         cache_pairs: (input index, output index) of state that a caller feeds back unchanged.
         breaks: where the frontend had to split the model, as text.
         scalars: Dynamo inputs that were baked in as numbers: index -> value.
+        alive: what keeps shared tensors alive (see sharing.py).
     """
 
     graph_module: fx.GraphModule
@@ -60,6 +61,7 @@ class Program:
     cache_pairs: list[tuple[int, int]] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
     scalars: dict[int, float] = field(default_factory=dict)
+    alive: list[object] = field(default_factory=list)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -197,6 +199,7 @@ class Program:
             list(self.cache_pairs),
             list(self.breaks),
             dict(self.scalars),
+            list(self.alive),
         )
 
     def widened(self, dtype: torch.dtype = torch.float64) -> Program:

@@ -12,7 +12,7 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
-from qcompile import backend
+from qcompile import backend, sharing
 from qcompile.recipe import RecipeError
 from qcompile.verify import relative_error
 
@@ -97,9 +97,9 @@ def test_graphs_share_their_weights():
     run = compiled(model, recipe="w4a8")
     with torch.no_grad():
         run(torch.randn(4, 128))
-        before = len(backend._PREPARED)
+        before = sharing.count()
         run(torch.randn(1, 128))
-        grown = len(backend._PREPARED)
+        grown = sharing.count()
         torch._dynamo.reset()
     assert grown == before
 
