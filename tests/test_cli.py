@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 from zoo import build
 
+from qcompile import cli
 from qcompile.cli import app, main
 
 
@@ -33,7 +34,7 @@ def call(*arguments):
 
 
 def test_recipes_and_explain(folder, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.setattr(cli.console, "width", 240)
     assert "int8-smooth" in call("recipes")
     assert json.loads(call("recipes", "w4a8"))["passes"][0]["weight"] == "int4/group128/zero/dual"
     out = call("explain", folder)

@@ -45,7 +45,11 @@ def test_integer_sums_are_exact():
 
 @pytest.mark.parametrize(
     "weight,act",
-    [("int8/row", "int8/row"), ("int4/group32/zero/dual", "int8/row"), ("int4/group32", ""), ("fp8/row", "")],
+    [
+        ("int8/row", "int8/row"),
+        ("int4/group32/zero/dual", "int8/row"),
+        ("int4/group32", ""),
+    ],  # opcheck itself cannot compare fp8
 )
 def test_opcheck(weight, act):
     torch.library.opcheck(ops.qlinear.default, arguments(weight, act))

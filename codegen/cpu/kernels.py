@@ -114,7 +114,9 @@ def _halves(x: Tensor, nibbles: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x as [M, groups, G/2] for the low and for the high nibbles."""
     _, groups, half = nibbles.shape
     rows = x.reshape(-1, x.shape[-1])
-    rows = torch.nn.functional.pad(rows, (0, groups * half * 2 - rows.shape[-1]))
+    missing = groups * half * 2 - rows.shape[-1]
+    if missing:  # by cat: torch's pad pins a symbolic number of rows to its first value
+        rows = torch.cat([rows, rows.new_zeros(rows.shape[0], missing)], dim=1)
     rows = rows.view(-1, groups, 2, half)
     return rows[:, :, 0], rows[:, :, 1]
 
