@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from torch import Tensor, fx
 
 from qcompile.capture import capture_dynamo
@@ -210,7 +211,9 @@ def _applicable(how: Options, program: Program) -> Recipe:
     names = [site.name for site in find_sites(program)]
     rules = [r for r in (*how.rules, *how.recipe.rules) if any(fnmatch.fnmatchcase(n, r.match) for n in names)]
     if names and len(rules) < len(how.rules) + len(how.recipe.rules):
-        how.recipe.with_rules(how.rules).resolve(names)  # raises, with the nearest names
+        # In one whole graph an idle rule is a mistake; in a piece of a broken one it may be for another.
+        if not (program.breaks or torch._dynamo.utils.counters["graph_break"]):
+            how.recipe.with_rules(how.rules).resolve(names)  # raises, with the nearest names
     return Recipe(how.recipe.name, how.recipe.passes, tuple(rules), how.recipe.source)
 
 

@@ -135,6 +135,11 @@ def test_graph_breaks_are_compiled_piece_by_piece():
         assert relative_error([compiled(model)(x)], [model(x)]) < 0.03
     assert [s.name for r in backend.reports for s in r.sites] == ["a.weight", "b.weight"]
     assert any("graph break" in str(r) and "test_backend.py" in str(r) for r in backend.reports)
+    torch._dynamo.reset()
+    backend.reports.clear()
+    with torch.no_grad():  # a rule for one piece is no mistake in the other
+        compiled(model, rules=[{"match": "b.*", "keep": True}])(x)
+    assert [s.quantized for r in backend.reports for s in r.sites] == [True, False]
 
 
 def test_slower_sites_stay_float_and_say_so():
@@ -156,6 +161,7 @@ def test_slower_sites_stay_float_and_say_so():
     ],
 )
 def test_bad_options(options, words):
+    torch._dynamo.utils.counters.clear()
     with pytest.raises(Exception, match=f"(?s){words}") as caught, torch.no_grad():
         torch.compile(mlp(), backend="qcompile", options=options)(torch.randn(2, 128))
     assert isinstance(caught.value, RecipeError) or "RecipeError" in str(caught.value)
