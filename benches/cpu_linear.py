@@ -1,10 +1,12 @@
-"""Times every CPU kernel against the float product; writes the table that kernel choice reads.
+"""Times every CPU kernel against the float product and torch's own quantized product.
 
     python benches/cpu_linear.py            prints the table, writes benches/results/cpu_linear.json
-    python benches/cpu_linear.py --commit   also writes codegen/cpu/table.json
+    python benches/cpu_linear.py --commit   also writes codegen/cpu/table.json, which kernel choice reads
 
-Weights are cold: each run rotates over copies that together exceed the last-level cache. Kernel and
-float product are interleaved and compared by their medians.
+Weights are cold: each run rotates over copies that together exceed the last-level cache. Kernel,
+float product and peer are interleaved and compared by their medians. The peers are what torch ships
+for the same weight: `_int_mm` (int8 x int8), `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`
+(bfloat16 only); the dual format has none of its own, so it is set against the int4 one.
 """
 
 from __future__ import annotations
@@ -18,84 +20,87 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from qcompile.bench import versions
 from qcompile.codegen.cpu import kernels
-from qcompile.formats import Format, quantize_tensor
+from qcompile.formats import Format, load_codes, quantize_tensor
 
 SHAPES = [(576, 576), (576, 1536), (2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096)]
-ROWS = [1, 4, 8, 32, 128, 512]
+ROWS = [1, 2, 4, 8, 32, 128, 512]
 CACHE = 96 * 2**20
 DUAL, AFFINE, INT8 = (Format.parse(t) for t in ("int4/group64/zero/dual", "int4/group64/zero", "int8"))
 ROOT = Path(__file__).parents[1]
 
+Case = tuple[Callable[..., object], list[torch.Tensor]]
 
-def cases(k: int, n: int, m: int, dtype: torch.dtype) -> dict[str, tuple[Callable[..., object], list[torch.Tensor]]]:
-    """Kernel -> (function, arguments), the first argument after x being the big weight."""
+
+def cases(k: int, n: int, m: int, dtype: torch.dtype) -> dict[str, tuple[Case, Case | None]]:
+    """Kernel -> (function, arguments) and the same of its peer; the second argument is the weight."""
+    aten = torch.ops.aten
     w = torch.randn(n, k)
     codes = torch.randint(-127, 128, (m, k), dtype=torch.int8)
     x = torch.randn(m, k).to(dtype)
     d, a, i = (quantize_tensor(w, f) for f in (DUAL, AFFINE, INT8))
     assert d.group_scale is not None and d.zero is not None and a.zero is not None
     nd, na = (kernels.prepare_nibbles(q.stored(), q.format, k) for q in (d, a))
-    slope, offset = kernels.group_offsets(a.scale, a.zero, AFFINE)
-    found: dict[str, tuple[Callable[..., object], list[torch.Tensor]]] = {
-        "int8_mm": (kernels.int8_mm, [codes, i.codes]),
-        "nibble_dequant_mm": (kernels.nibble_dequant_mm, [x, na, slope, offset]),
-        "dequant_mm": (lambda x, w, s: x @ (w.float() * s).to(x.dtype).t(), [x, i.codes, i.scale]),
+    slope, offset = kernels.group_offsets(a.scale, a.zero)
+    int4 = eight = None
+    if dtype == torch.bfloat16:
+        packed = aten._convert_weight_to_int4pack_for_cpu(load_codes(a.stored(), AFFINE, k).int(), 1)
+        terms = torch.stack((a.scale.t(), (a.scale * (8 - a.zero.float())).t()), dim=-1).bfloat16().contiguous()
+        int4 = (lambda x, w, t: aten._weight_int4pack_mm_for_cpu(x, w, 64, t), [x, packed, terms])
+        eight = (aten._weight_int8pack_mm.default, [x, i.codes, i.scale.reshape(-1).bfloat16()])
+    return {
+        "int8_mm": ((kernels.int8_mm, [codes, i.codes]), (lambda x, w: torch._int_mm(x, w.t()), [codes, i.codes])),
+        "dual_mm": ((kernels.dual_mm, [codes, nd, d.group_scale, d.zero]), int4),
+        "int8_float": ((kernels.int8_float, [x, i.codes]), eight),
+        "nibble_float": ((kernels.nibble_float, [x, na, slope, offset]), int4),
+        "dequant_mm": ((lambda x, w, s: x @ (w.float() * s).to(x.dtype).t(), [x, i.codes, i.scale]), None),
     }
-    if m > 1:
-        found["nibble_mm"] = (kernels.nibble_mm, [codes, nd, d.group_scale, d.zero])
-    else:
-        found["int8_gemv"] = (kernels.int8_gemv, [x, i.codes])
-        found["nibble_gemv"] = (kernels.nibble_gemv, [x, na, slope, offset])
-    if dtype == torch.bfloat16 and m <= 8 and kernels.int4pack_block():
-        packed, scales = kernels.prepare_int4pack(d.stored(), d.group_scale.float(), d.zero, DUAL, k)
-        found["int8pack"] = (kernels.int8pack, [x, i.codes, torch.ones(n).bfloat16()])
-        found["int4pack"] = (kernels.int4pack, [codes, packed, scales])
-    return found
 
 
-def interleaved(first: Callable[[int], object], second: Callable[[int], object], copies: int) -> tuple[float, float]:
-    """Median microseconds of two calls run in turn."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for run in range(14):
-        for call, kept in zip((first, second), times, strict=True):
+def interleaved(calls: list[Callable[[int], object]], copies: int) -> list[float]:
+    """Median microseconds of calls run in turn."""
+    times: list[list[float]] = [[] for _ in calls]
+    for run in range(18):
+        for call, kept in zip(calls, times, strict=True):
             start = time.perf_counter()
             call(run % copies)
             if run >= 3:
                 kept.append(time.perf_counter() - start)
-    return statistics.median(times[0]) * 1e6, statistics.median(times[1]) * 1e6
+    return [statistics.median(kept) * 1e6 for kept in times]
+
+
+def over_copies(case: Case, copies: int) -> Callable[[int], object]:
+    """A compiled call that takes another copy of the weight each time."""
+    function, args = case
+    compiled = torch.compile(function, dynamic=False)
+    weights = [args[1].clone() for _ in range(copies)]
+    return lambda i: compiled(args[0], weights[i % copies], *args[2:])
 
 
 def main() -> None:
     """Measure, print, write."""
     rows: list[dict[str, object]] = []
-    table = Table("kernel", "dtype", "M", "K", "N", "us", "float us", "float/kernel")
-    for dtype in (torch.bfloat16, torch.float32):
-        for k, n in SHAPES:
-            for m in ROWS:
-                copies = max(2, min(64, CACHE // (k * n // 2)))
-                floats = [torch.randn(n, k).to(dtype) for _ in range(max(2, copies // 2))]
-                x = torch.randn(m, k).to(dtype)
-                for name, (function, args) in cases(k, n, m, dtype).items():
-                    torch._dynamo.reset()
-                    compiled = torch.compile(function, dynamic=False)
-                    weights = [args[1].clone() for _ in range(copies)]
-                    us, float_us = interleaved(
-                        lambda i: compiled(args[0], weights[i], *args[2:]),  # noqa: B023
-                        lambda i: x @ floats[i % len(floats)].t(),  # noqa: B023
-                        copies,
-                    )
-                    short = str(dtype).removeprefix("torch.")
-                    rows.append(
-                        dict(kernel=name, dtype=short, M=m, K=k, N=n, us=round(us, 1), float_us=round(float_us, 1))
-                    )
-                    table.add_row(
-                        name, short, str(m), str(k), str(n), f"{us:.0f}", f"{float_us:.0f}", f"{float_us / us:.2f}"
-                    )
-    Console().print(table)
+    table = Table("kernel", "dtype", "M", "K", "N", "us", "float us", "torch's own us", "float/kernel", "own/kernel")
+    places = [(d, k, n, m) for d in (torch.bfloat16, torch.float32) for k, n in SHAPES for m in ROWS]
+    for dtype, k, n, m in track(places, "measuring"):
+        copies = max(2, min(64, CACHE // (k * n // 2)))
+        x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+        for name, (ours, peer) in cases(k, n, m, dtype).items():
+            torch._dynamo.reset()
+            product: Case = (lambda x, w: x @ w.t(), [x, weight])
+            calls = [over_copies(c, copies) for c in (ours, product, peer) if c]
+            us, float_us, *own = interleaved(calls, copies)
+            short = str(dtype).removeprefix("torch.")
+            row: dict[str, object] = dict(kernel=name, dtype=short, M=m, K=k, N=n, us=round(us, 1))
+            rows.append(row | dict(float_us=round(float_us, 1), own_us=round(own[0], 1) if own else None))
+            numbers = [f"{us:.0f}", f"{float_us:.0f}", f"{own[0]:.0f}" if own else ""]
+            ratios = [f"{float_us / us:.2f}", f"{own[0] / us:.2f}" if own else ""]
+            table.add_row(name, short, str(m), str(k), str(n), *numbers, *ratios)
+    Console(width=120).print(table)
     result = json.dumps({"versions": versions(), "rows": rows}, indent=0) + "\n"
     (ROOT / "benches/results/cpu_linear.json").write_text(result)
     if "--commit" in sys.argv:

@@ -80,6 +80,10 @@ def _once(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[float
         start = time.perf_counter()
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         prefill = time.perf_counter() - start
+        for layer in getattr(out.past_key_values, "layers", ()):
+            # The prompt's cache is a transposed view, later ones are dense: without this every
+            # candidate compiles its decoding twice.
+            layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
         decode = []
         for _ in range(new):
             token = out.logits[:, -1:].argmax(-1)

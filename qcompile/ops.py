@@ -116,7 +116,9 @@ def qlinear(
         if form.dual:
             codes = _second_level(codes, zero, group_scale, form)
         flat = x.reshape(-1).view(-1, columns)  # dense: torch's CPU _int_mm misreads a lone row's stride
-        sums = torch._int_mm(flat, codes.t()).reshape(*x.shape[:-1], -1)
+        # .. and the strides of a lone column
+        product = torch._int_mm(flat, codes.t()) if columns > 1 else flat.int() * codes.t().int()
+        sums = product.reshape(*x.shape[:-1], -1)
         out = sums.to(wide) * x_scale.to(wide) * scale.squeeze(-1).to(wide)
     else:
         if act:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import qcompile
+from qcompile.backend import reports
 from qcompile.certify_model import verify_model
 from qcompile.evaluate import perplexity
 from qcompile.text import batches, embedded_text, windows
@@ -47,13 +48,23 @@ def test_every_exact_pass_holds_in_float64(smollm2):
     assert all(c.error <= 1e-9 and c.dtype == "float64" for c in report.certificates)
 
 
-def test_onnx_and_eager_choose_the_same_tokens(smollm2, tmp_path):
+@pytest.mark.parametrize("recipe", ["w4a16", "int8"])
+def test_eager_compiled_and_onnx_choose_the_same_tokens(smollm2, tmp_path, recipe):
     from qcompile.codegen.onnx.session import Session
 
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
-    qcompile.quantize(model, "w4a16", progress=False)
-    qcompile.export_onnx(model, tmp_path / "m", tokenizer=tokenizer, progress=False)
+    qcompile.quantize(model, recipe, progress=False)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
-    with torch.no_grad():
-        want = model.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :].tolist()
-    assert list(Session(tmp_path / "m").stream(ids, len(want))) == want
+
+    def greedy() -> list[int]:
+        with torch.no_grad():
+            return model.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :].tolist()
+
+    want = greedy()
+    if recipe == "w4a16":
+        qcompile.export_onnx(model, tmp_path / "m", tokenizer=tokenizer, progress=False)
+        assert list(Session(tmp_path / "m").stream(ids, len(want))) == want
+    model.compile(backend="qcompile")
+    assert greedy() == want
+    kernels = {k for report in reports for s in report.sites for k in s.kernel.values()}
+    assert any("nibble_float" in k if recipe == "w4a16" else "int8_mm" in k for k in kernels)

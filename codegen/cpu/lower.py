@@ -1,7 +1,7 @@
-"""Lower the dialect of a Program to ATen for Inductor, each site by its number of rows.
+"""Lower the dialect of a Program to ATen and the operators of native.py, for Inductor.
 
-Rows are the product of the leading dimensions of a site's input: a static number picks its kernel
-exactly; a symbolic one (two or more) is judged at the size that the compiler saw first.
+A site's rows are the product of the leading dimensions of its input; the report judges a symbolic
+number at the size that the compiler saw first. The operators themselves look at the rows they get.
 """
 
 from __future__ import annotations
@@ -124,98 +124,50 @@ def _int8_mm(program: Program, node: fx.Node, form: Format, remember: Remember) 
     return program.inline(run, (x, x_scale, w, scale, bias), before=node)
 
 
-def _int8_gemv(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
+def _int8_float(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
     def run(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return kernels.finish(kernels.int8_gemv(x, w), scale, None, bias, dtype)
+        return kernels.finish(kernels.int8_float(x, w), scale, None, bias, dtype)
 
     dtype: torch.dtype = node.args[11]
     x, _, _, w, scale, _, _, bias = node.args[:8]
     return program.inline(run, (x, w, scale, bias), before=node)
 
 
-def _int8pack(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
-    def run(x: Tensor, w: Tensor, ones: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return kernels.finish(kernels.int8pack(x, w, ones), scale, None, bias, dtype)
-
+def _dual_mm(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
+    stored, _, _, _ = _weights(program, node)
+    k: int = node.args[10]
     dtype: torch.dtype = node.args[11]
-    x, _, _, w, scale, _, _, bias = node.args[:8]
-    n = int(w.meta["val"].shape[0])
-    name = f"ones{n}"
-    ones = program.node_of(name) if name in program.weights else program.add_weight(name, torch.ones(n).bfloat16())
-    return program.inline(run, (x, w, ones, scale, bias), before=node)
+
+    def run(x: Tensor, x_scale: Tensor, q: Tensor, gs: Tensor, z: Tensor, s: Tensor, b: Tensor | None) -> Tensor:
+        return kernels.finish(kernels.dual_mm(x, q, gs, z), s, x_scale, b, dtype)
+
+    (nibbles,) = _prepared(program, node, "nibbles", remember, lambda: (kernels.prepare_nibbles(stored, form, k),))
+    x, x_scale, _, _, scale, zero, group_scale, bias = node.args[:8]
+    return program.inline(run, (x, x_scale, nibbles, group_scale, zero, scale, bias), before=node)
 
 
-def _nibble(kernel: str) -> Callable[[Program, fx.Node, Format, Remember], fx.Node]:
-    """nibble_gemv, nibble_mm and nibble_dequant_mm differ in the affine terms that they read."""
-
-    def build(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
-        stored, scale, zero, group_scale = _weights(program, node)
-        k: int = node.args[10]
-        dtype: torch.dtype = node.args[11]
-
-        def make() -> tuple[Tensor, ...]:
-            return (kernels.prepare_nibbles(stored, form, k),)
-
-        (nibbles,) = _prepared(program, node, "nibbles", remember, make)
-        x, x_scale, bias = node.args[0], node.args[1], node.args[7]
-        if kernel == "nibble_mm":
-
-            def integer(
-                x: Tensor, x_scale: Tensor, q: Tensor, gs: Tensor, z: Tensor, s: Tensor, b: Tensor | None
-            ) -> Tensor:
-                return kernels.finish(kernels.nibble_mm(x, q, gs, z), s, x_scale, b, dtype)
-
-            args = (x, x_scale, nibbles, node.args[6], node.args[5], node.args[4], bias)
-            return program.inline(integer, args, before=node)
-        one_row = kernel == "nibble_gemv"
-        product = kernels.nibble_gemv if one_row else kernels.nibble_dequant_mm
-
-        def affine(
-            x: Tensor,
-            x_scale: Tensor | None,
-            q: Tensor,
-            s: Tensor,
-            z: Tensor | None,
-            gs: Tensor | None,
-            b: Tensor | None,
-        ) -> Tensor:
-            a, c = kernels.group_offsets(gs if form.dual and gs is not None else s, z, form)
-            rows = s if form.dual else torch.ones(1)
-            return kernels.finish(product(x, q, a, c), rows, x_scale, b, dtype)
-
-        args = (x, x_scale, nibbles, node.args[4], node.args[5], node.args[6], bias)
-        return program.inline(affine, args, before=node)
-
-    return build
-
-
-def _int4pack(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
+def _nibble_float(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
     stored, scale, zero, group_scale = _weights(program, node)
     k: int = node.args[10]
     dtype: torch.dtype = node.args[11]
 
     def make() -> tuple[Tensor, ...]:
-        a = group_scale.float() if form.dual else scale
-        return kernels.prepare_int4pack(stored, a, zero, form, k)
+        return kernels.prepare_nibbles(stored, form, k), *kernels.group_offsets(
+            group_scale if form.dual else scale, zero
+        )
 
-    packed, scales = _prepared(program, node, "int4pack", remember, make)
+    def run(x: Tensor, q: Tensor, a: Tensor, c: Tensor, s: Tensor, b: Tensor | None) -> Tensor:
+        return kernels.finish(kernels.nibble_float(x, q, a, c), s if form.dual else torch.ones(1), None, b, dtype)
 
-    def run(x: Tensor, x_scale: Tensor | None, packed: Tensor, both: Tensor, s: Tensor, b: Tensor | None) -> Tensor:
-        rows = s if form.dual else torch.ones(1)
-        return kernels.finish(kernels.int4pack(x, packed, both), rows, x_scale, b, dtype)
-
-    args = (node.args[0], node.args[1], packed, scales, node.args[4], node.args[7])
-    return program.inline(run, args, before=node)
+    nibbles, a, c = _prepared(program, node, "affine nibbles", remember, make)
+    return program.inline(run, (node.args[0], nibbles, a, c, node.args[4], node.args[7]), before=node)
 
 
 _BUILDERS: dict[str, Callable[[Program, fx.Node, Format, Remember], fx.Node]] = {
     "int8_mm": _int8_mm,
-    "int8_gemv": _int8_gemv,
-    "int8pack": _int8pack,
-    "nibble_gemv": _nibble("nibble_gemv"),
-    "nibble_mm": _nibble("nibble_mm"),
-    "nibble_dequant_mm": _nibble("nibble_dequant_mm"),
-    "int4pack": _int4pack,
+    "dual_mm": _dual_mm,
+    "int8_float": _int8_float,
+    "nibble_float": _nibble_float,
 }
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qcompile.codegen.cpu import kernels
-from qcompile.codegen.cpu.choose import candidates, choose
-from qcompile.formats import Format, load_codes, quantize_tensor
+from qcompile.codegen.cpu import kernels, native
+from qcompile.codegen.cpu.choose import choose, kernel_of
+from qcompile.formats import Format, quantize_tensor
 
 DUAL = Format.parse("int4/group128/zero/dual")
+ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 17, 33]  # every block of rows, both sides of FEW
 
 
 @pytest.mark.parametrize("stride", [1, 7, 64])
@@ -18,49 +21,94 @@ def test_a_lone_row_with_any_stride(stride):
     x = torch.empty_strided((1, 64), (stride, 1), dtype=torch.int8).copy_(base)
     want = (base.long() @ w.long().t()).int()
     assert torch.equal(kernels.int8_mm(x, w), want)
-    q = quantize_tensor(w.float(), Format("int8"))
     got = torch.ops.qcompile.qlinear(
         x, torch.ones(1, 1), None, w, torch.ones(32, 1), None, None, None, "int8/row", "int8/row", 64, torch.float32
     )
-    assert torch.equal(got, want.float()) and q.columns == 64
+    assert torch.equal(got, want.float())
 
 
-@pytest.mark.parametrize("columns", [128, 576, 96])
-@pytest.mark.parametrize("rows", [2, 5])
-def test_dual_sums_are_exact(columns, rows):
-    q = quantize_tensor(torch.randn(64, columns), DUAL)
-    x = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
-    inner = (q.dequantize().double() / q.scale.double()).round()
-    nibbles = kernels.prepare_nibbles(q.stored(), DUAL, columns)
-    assert torch.equal(kernels.nibble_mm(x, nibbles, q.group_scale, q.zero).double(), x.double() @ inner.t())
+@pytest.mark.parametrize("columns", [64, 100, 576])
+@pytest.mark.parametrize("rows", ROWS)
+def test_int8_sums_are_exact(rows, columns):
+    x, w = (torch.randint(-128, 128, (n, columns), dtype=torch.int8) for n in (rows, 41))
+    assert torch.equal(kernels.int8_mm(x, w).long(), x.long() @ w.long().t())
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(ROWS), st.integers(1, 300), st.sampled_from([32, 64, 128, 192]), st.integers(0, 2**30))
+def test_dual_sums_are_exact(rows, columns, group, seed):
+    generator = torch.Generator().manual_seed(seed)
+    form = Format("int4", "group", group, "int", dual=True)
+    q = quantize_tensor(torch.randn(37, columns, generator=generator), form)
+    # Every code, zero and scale that the format allows, not only those that a bell curve brings.
+    zero = torch.randint(0, 16, q.zero.shape, generator=generator).to(torch.uint8)
+    scale = torch.randint(1, 17, q.group_scale.shape, generator=generator).to(torch.int8)
+    codes = torch.randint(0, 16, q.codes.shape, generator=generator)
+    z, s = (t.long().repeat_interleave(group, 1)[:, :columns] for t in (zero, scale))
+    codes = torch.minimum(torch.maximum(codes, z - 127 // s), z + 127 // s).clamp(0, 15)
+    stored = type(q)(codes.to(torch.uint8), q.scale, zero, scale, form).stored()
+    x = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
+    nibbles = kernels.prepare_nibbles(stored, form, columns)
+    assert torch.equal(kernels.dual_mm(x, nibbles, scale, zero).long(), x.long() @ ((codes - z) * s).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "text", ["int4/group128/zero/dual", "int4/group64/zero", "int4/group32", "int4/group64/floatzero"]
+    "text", ["int4/group128/zero/dual", "int4/group64/zero", "int4/group32", "int4/group96/floatzero"]
 )
 @pytest.mark.parametrize("columns", [128, 576])
-def test_nibbles_and_packs(text, columns):
+def test_nibbles_times_floats(text, columns, dtype):
     form = Format.parse(text)
     q = quantize_tensor(torch.randn(64, columns), form)
-    x = torch.randn(1, columns)
-    a, c = kernels.group_offsets(q.group_scale if form.dual else q.scale, q.zero, form)
+    a, c = kernels.group_offsets(q.group_scale if form.dual else q.scale, q.zero)
     scale = q.scale.reshape(-1) if form.dual else torch.ones(1)
-    want = x @ q.dequantize().t()
     nibbles = kernels.prepare_nibbles(q.stored(), form, columns)
-    assert torch.allclose(kernels.nibble_gemv(x, nibbles, a, c) * scale, want, rtol=1e-4, atol=1e-3)
-    assert torch.allclose(kernels.nibble_dequant_mm(x, nibbles, a, c) * scale, want, rtol=1e-4, atol=1e-3)
-    if kernels.int4pack_block():
-        packed, both = kernels.prepare_int4pack(q.stored(), a, q.zero, form, columns)
-        got = kernels.int4pack(x.bfloat16(), packed, both).float() * scale
-        assert (got - want).norm() / want.norm() < 1e-2
+    for rows in ROWS:
+        x = torch.randn(rows, columns).to(dtype)
+        want = x.double() @ q.dequantize().double().t()
+        got = kernels.nibble_float(x, nibbles, a, c).double() * scale
+        bound = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+        assert (got - want).norm() / want.norm() < bound, rows
 
 
-def test_float_codes_round_trip_through_blocks():
-    if not kernels.int4pack_block():
-        return
-    codes = torch.randint(0, 16, (128, 64), dtype=torch.uint8)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-    assert torch.equal(kernels.pack_int4_blocks(codes, kernels.int4pack_block()).view(packed.shape), packed)
+@pytest.mark.parametrize("rows", ROWS)
+def test_int8_times_floats(rows):
+    w, x = torch.randint(-127, 128, (33, 100), dtype=torch.int8), torch.randn(rows, 100)
+    want = x.double() @ w.double().t()
+    assert (kernels.int8_float(x, w) - want).norm() / want.norm() < 1e-5
+
+
+def test_large_weights_go_by_chunks(monkeypatch):
+    w, x = torch.randint(-127, 128, (300, 100), dtype=torch.int8), torch.randn(9, 100)
+    whole = kernels.int8_float(x, w)
+    monkeypatch.setattr(native, "_CHUNK", 64 * 100 * 4)
+    assert torch.allclose(kernels.int8_float(x, w), whole, rtol=1e-5, atol=1e-3)
+
+
+def test_bfloat16_is_rounded_to_nearest_even():
+    form = Format.parse("int4/group32/zero")
+    q = quantize_tensor(torch.randn(8, 96), form)
+    nibbles = kernels.prepare_nibbles(q.stored(), form, 96)
+    a, c = kernels.group_offsets(q.scale, q.zero)
+    exact = native.unpack_nibble(nibbles, a, c, 96, torch.float32)
+    assert torch.allclose(exact, q.dequantize(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(native.unpack_nibble(nibbles, a, c, 96, torch.bfloat16), exact.bfloat16())
+
+
+def test_operators_are_well_behaved():
+    ops = torch.ops.qcompile_cpu
+    q = quantize_tensor(torch.randn(16, 64), Format.parse("int4/group32/zero/dual"))
+    nibbles = kernels.prepare_nibbles(q.stored(), q.format, 64)
+    a, c = kernels.group_offsets(q.group_scale, q.zero)
+    for rows in (2, 20):
+        codes, x = torch.randint(-127, 128, (rows, 64), dtype=torch.int8), torch.randn(rows, 64)
+        for op, args in (
+            (ops.int8_mm.default, (codes, codes)),
+            (ops.dual_mm.default, (codes, nibbles, q.group_scale, q.zero)),
+            (ops.int8_float.default, (x, codes)),
+            (ops.nibble_float.default, (x, nibbles, a, c)),
+        ):
+            torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 def test_activation_codes_are_the_reference():
@@ -75,6 +123,14 @@ def test_choices(dtype):
     eight = choose(Format("int8"), "int8/row", dtype, 512, 2048, 2048)
     assert eight.kernel == "int8_mm" and eight.ratio > 1
     assert choose(Format("fp8"), "fp8/row", torch.bfloat16, 8, 2048, 2048).slower
-    assert "nibble_mm" not in candidates(DUAL, "int8/row", dtype, 1, 576, 576)
-    stored = quantize_tensor(torch.randn(2, 32), Format.parse("int3/group32/zero"))
-    assert load_codes(stored.stored(), stored.format, 32).shape == (2, 32)
+    assert kernel_of(DUAL, "int8/row") == "dual_mm"
+    assert kernel_of(Format.parse("int4/group100"), "") == "dequant_mm"  # halves are not whole vectors
+    assert kernel_of(Format.parse("int4/group128/zero"), "int8/row") == "dequant_mm"  # float group scales
+
+
+def test_a_lone_column():
+    w, x = torch.randint(-127, 127, (32, 1), dtype=torch.int8), torch.randint(-127, 127, (20, 1), dtype=torch.int8)
+    want = (x.long() @ w.long().t()).float()
+    assert torch.equal(kernels.int8_mm(x, w).float(), want)
+    one = torch.ones(20, 1), None, w, torch.ones(32, 1), None, None, None, "int8/row", "int8/row", 1, torch.float32
+    assert torch.equal(torch.ops.qcompile.qlinear(x, *one), want)
