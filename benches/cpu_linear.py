@@ -5,7 +5,7 @@
 
 Weights are cold: each run rotates over copies that together exceed the last-level cache. Kernel,
 float product and peer are interleaved and compared by their medians. The peers are what torch ships
-for the same weight: `_int_mm` (int8 x int8), `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`
+for the same weight: `_int_mm` and its scales (int8 x int8), `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`
 (bfloat16 only); the dual format has none of its own, so it is set against the int4 one.
 """
 
@@ -41,7 +41,7 @@ def cases(k: int, n: int, m: int, dtype: torch.dtype) -> dict[str, tuple[Case, C
     aten = torch.ops.aten
     w = torch.randn(n, k)
     codes = torch.randint(-127, 128, (m, k), dtype=torch.int8)
-    x = torch.randn(m, k).to(dtype)
+    x, x_scale = torch.randn(m, k).to(dtype), torch.rand(m, 1)
     d, a, i = (quantize_tensor(w, f) for f in (DUAL, AFFINE, INT8))
     assert d.group_scale is not None and d.zero is not None and a.zero is not None
     nd, na = (kernels.prepare_nibbles(q.stored(), q.format, k) for q in (d, a))
@@ -53,8 +53,17 @@ def cases(k: int, n: int, m: int, dtype: torch.dtype) -> dict[str, tuple[Case, C
         int4 = (lambda x, w, t: aten._weight_int4pack_mm_for_cpu(x, w, 64, t), [x, packed, terms])
         eight = (aten._weight_int8pack_mm.default, [x, i.codes, i.scale.reshape(-1).bfloat16()])
     return {
-        "int8_mm": ((kernels.int8_mm, [codes, i.codes]), (lambda x, w: torch._int_mm(x, w.t()), [codes, i.codes])),
-        "dual_mm": ((kernels.dual_mm, [codes, nd, d.group_scale, d.zero]), int4),
+        "int8_mm": (
+            (lambda x, w, xs, s: kernels.int8_mm(x, xs, w, s, None, dtype), [codes, i.codes, x_scale, i.scale]),
+            (lambda x, w, xs, s: (torch._int_mm(x, w.t()) * xs * s).to(dtype), [codes, i.codes, x_scale, i.scale.t()]),
+        ),
+        "dual_mm": (
+            (
+                lambda x, w, xs, gs, z, s: kernels.dual_mm(x, xs, w, gs, z, s, None, dtype),
+                [codes, nd, x_scale, d.group_scale, d.zero, d.scale],
+            ),
+            int4,
+        ),
         "int8_float": ((kernels.int8_float, [x, i.codes]), eight),
         "nibble_float": ((kernels.nibble_float, [x, na, slope, offset]), int4),
         "dequant_mm": ((lambda x, w, s: x @ (w.float() * s).to(x.dtype).t(), [x, i.codes, i.scale]), None),

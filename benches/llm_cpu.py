@@ -39,7 +39,7 @@ def large(layers: int) -> torch.nn.Module:
 
 def main() -> None:
     """Measure, print, write."""
-    layers = int(sys.argv[1]) if len(sys.argv) > 1 else 4
+    layers = int(sys.argv[1]) if len(sys.argv) > 1 else 6
     console = Console(width=120)
     results: dict[str, object] = {"versions": versions()}
     for name, model in (

@@ -1,8 +1,8 @@
 """Kernels: a quantized product as the compiler sees it, for any number of rows.
 
-Each is traced into the graph around an operator of native.py, so that Inductor fuses activation
-quantization before it and scales, bias and activation after it. Shapes: x [.., K], weight [N, K],
-result [.., N].
+Each is traced into the graph around an operator of native.py, so that Inductor fuses the
+quantization of activations with what comes before it. Shapes: x [.., K], weight [N, K], result
+[.., N].
 
     int8_mm       int8 codes of both, one scale for a row
     dual_mm       int8 codes of x, dual int4 codes of the weight (formats.py)
@@ -32,12 +32,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).round().clamp(-128, 127).to(torch.int8), scale
 
 
-def finish(sums: Tensor, scale: Tensor, x_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Integer or float sums [.., N] times the row scales, plus bias, cast once."""
-    out = sums.float()
-    if x_scale is not None:
-        out = out * x_scale
-    out = out * scale.reshape(-1)
+def finish(sums: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Sums [.., N] times the scale of each channel, plus bias, cast once."""
+    out = sums.float() * scale.reshape(-1)
     if bias is not None:
         out = out + bias.float()
     return out.to(dtype)
@@ -62,14 +59,25 @@ def _like(x: Tensor, out: Tensor) -> Tensor:
 # -- products ------------------------------------------------------------------------------------
 
 
-def int8_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """x int8, weight int8 -> int32."""
-    return _like(x, ops.int8_mm(_rows(x), weight))
+def int8_mm(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """x int8 with one scale a row [.., 1], weight int8 with one scale a channel [N, 1]."""
+    return _like(x, ops.int8_mm(_rows(x), _rows(x_scale), weight, scale, bias, dtype))
 
 
-def dual_mm(x: Tensor, nibbles: Tensor, group_scale: Tensor, zero: Tensor) -> Tensor:
-    """x int8, dual codes -> int32 sums of s1 (q - z) x."""
-    return _like(x, ops.dual_mm(_rows(x), nibbles, group_scale, zero))
+def dual_mm(
+    x: Tensor,
+    x_scale: Tensor,
+    nibbles: Tensor,
+    group_scale: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x int8 with one scale a row [.., 1], dual codes of the weight."""
+    return _like(x, ops.dual_mm(_rows(x), _rows(x_scale), nibbles, group_scale, zero, scale, bias, dtype))
 
 
 def int8_float(x: Tensor, weight: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _prepared(
 
 def _int8_mm(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
     def run(x: Tensor, x_scale: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return kernels.finish(kernels.int8_mm(x, w), scale, x_scale, bias, dtype)
+        return kernels.int8_mm(x, x_scale, w, scale, bias, dtype)
 
     dtype: torch.dtype = node.args[11]
     x, x_scale, _, w, scale, _, _, bias = node.args[:8]
@@ -126,7 +126,7 @@ def _int8_mm(program: Program, node: fx.Node, form: Format, remember: Remember) 
 
 def _int8_float(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
     def run(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return kernels.finish(kernels.int8_float(x, w), scale, None, bias, dtype)
+        return kernels.finish(kernels.int8_float(x, w), scale, bias, dtype)
 
     dtype: torch.dtype = node.args[11]
     x, _, _, w, scale, _, _, bias = node.args[:8]
@@ -139,7 +139,7 @@ def _dual_mm(program: Program, node: fx.Node, form: Format, remember: Remember) 
     dtype: torch.dtype = node.args[11]
 
     def run(x: Tensor, x_scale: Tensor, q: Tensor, gs: Tensor, z: Tensor, s: Tensor, b: Tensor | None) -> Tensor:
-        return kernels.finish(kernels.dual_mm(x, q, gs, z), s, x_scale, b, dtype)
+        return kernels.dual_mm(x, x_scale, q, gs, z, s, b, dtype)
 
     (nibbles,) = _prepared(program, node, "nibbles", remember, lambda: (kernels.prepare_nibbles(stored, form, k),))
     x, x_scale, _, _, scale, zero, group_scale, bias = node.args[:8]
@@ -157,7 +157,7 @@ def _nibble_float(program: Program, node: fx.Node, form: Format, remember: Remem
         )
 
     def run(x: Tensor, q: Tensor, a: Tensor, c: Tensor, s: Tensor, b: Tensor | None) -> Tensor:
-        return kernels.finish(kernels.nibble_float(x, q, a, c), s if form.dual else torch.ones(1), None, b, dtype)
+        return kernels.finish(kernels.nibble_float(x, q, a, c), s if form.dual else torch.ones(1), b, dtype)
 
     nibbles, a, c = _prepared(program, node, "affine nibbles", remember, make)
     return program.inline(run, (node.args[0], nibbles, a, c, node.args[4], node.args[7]), before=node)

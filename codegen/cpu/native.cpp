@@ -202,6 +202,15 @@ inline void take_off(const std::vector<Sum>& sums, i64 m, i64 groups, Offset off
   }
 }
 
+// float32 -> bfloat16, to nearest even. A NaN that arithmetic makes stays one.
+inline void brief_floats(const float* from, uint16_t* to, i64 count) {
+  for (i64 j = 0; j < count; j++) {
+    uint32_t bits;
+    std::memcpy(&bits, from + j, 4);
+    to[j] = uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -268,6 +277,34 @@ void few_nibble(const float* x, const uint8_t* nibbles, const float* a, const fl
   }
 }
 
+// Integer sums [m, count] -> columns first .. first + count of out [m, n]: sums x_scale[row] scale[column]
+// + bias[column], as float32 or, when `brief`, bfloat16 rounded to nearest even. bias may be null.
+void finish(const int32_t* sums, const float* x_scale, const float* scale, const float* bias, void* out, i64 brief,
+            i64 m, i64 count, i64 first, i64 n, i64 threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (m * count > 16384)
+  for (i64 r = 0; r < m; r++) {
+    const int32_t* from = sums + r * count;
+    const float row = x_scale[r];
+    if (!brief) {
+      float* to = static_cast<float*>(out) + r * n + first;
+      for (i64 j = 0; j < count; j++) to[j] = float(from[j]) * row * scale[j];
+      if (bias)
+        for (i64 j = 0; j < count; j++) to[j] += bias[j];
+      continue;
+    }
+    uint16_t* to = static_cast<uint16_t*>(out) + r * n + first;
+    constexpr i64 strip = 256;
+    float values[strip];
+    for (i64 start = 0; start < count; start += strip) {
+      const i64 some = std::min(strip, count - start);
+      for (i64 j = 0; j < some; j++) values[j] = float(from[start + j]) * row * scale[start + j];
+      if (bias)
+        for (i64 j = 0; j < some; j++) values[j] += bias[start + j];
+      brief_floats(values, to + start, some);
+    }
+  }
+}
+
 // -> s (q - z), int8 [n, k].
 void unpack_dual(const uint8_t* nibbles, const int8_t* scale, const uint8_t* zero, int8_t* out, i64 k, i64 n,
                  i64 groups, i64 half, i64 threads) {
@@ -302,9 +339,7 @@ void unpack_nibble(const uint8_t* nibbles, const float* a, const float* c, void*
         std::memcpy(static_cast<float*>(out) + channel * k, row.data(), k * sizeof(float));
         continue;
       }
-      uint16_t* to = static_cast<uint16_t*>(out) + channel * k;
-      const uint32_t* bits = reinterpret_cast<const uint32_t*>(row.data());
-      for (i64 j = 0; j < k; j++) to[j] = uint16_t((bits[j] + 0x7FFF + ((bits[j] >> 16) & 1)) >> 16);
+      brief_floats(row.data(), static_cast<uint16_t*>(out) + channel * k, k);
     }
   }
 }

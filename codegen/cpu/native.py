@@ -5,13 +5,13 @@ product, on weights unpacked by native.cpp. The operator looks at the rows it is
 with a dynamic number of rows is fast at every number. native.cpp is compiled once for each machine,
 with Inductor's compiler and into Inductor's cache.
 
-    int8_mm      x int8, w int8                                        -> int32   exact
-    dual_mm      x int8, w = s (q - z): nibbles, integer scale and zero -> int32   exact
-    int8_float   x float, w int8, without its scale                    -> x's dtype
-    nibble_float x float, w = a q - c: nibbles, float a and c          -> x's dtype
+    int8_mm      x int8, w int8                                            exact up to the scales
+    dual_mm      x int8, w = s (q - z): nibbles, integer scale and zero    exact up to the scales
+    int8_float   x float, w int8
+    nibble_float x float, w = a q - c: nibbles, float a and c
 
-Shapes: x [M, K], weight [N, K], nibbles [N, groups, G/2] as native.cpp draws them, scale, zero, a
-and c [N, groups], result [M, N].
+Shapes: x [M, K], x_scale [M, 1], weight [N, K], nibbles [N, groups, G/2] as native.cpp draws them,
+group scale, zero, a and c [N, groups], scale [N, 1], bias [N], result [M, N].
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from torch import Tensor
 # Rows up to which native.cpp multiplies, measured by benches/cpu_linear.py: beyond, unpacking costs
 # less than a second pass over the expanded weight. Integer rows are short enough for the first cache.
 FEW_INTEGER, FEW_FLOAT = 8, 4
-_CHUNK = 2**23  # bytes unpacked at a time: larger allocations are mapped and faulted in at every call
+_CHUNK = 2**24  # bytes unpacked at a time: larger allocations are mapped and faulted in at every call
+_SUMS = 2**22  # bytes of integer sums at a time: their scales are applied while they are in a cache
 
 _DEFINITIONS = {
-    "int8_mm": "(Tensor x, Tensor weight) -> Tensor",
-    "dual_mm": "(Tensor x, Tensor nibbles, Tensor scale, Tensor zero) -> Tensor",
+    "int8_mm": "(Tensor x, Tensor x_scale, Tensor weight, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor",
+    "dual_mm": "(Tensor x, Tensor x_scale, Tensor nibbles, Tensor group_scale, Tensor zero, Tensor scale, "
+    "Tensor? bias, ScalarType dtype) -> Tensor",
     "int8_float": "(Tensor x, Tensor weight) -> Tensor",
     "nibble_float": "(Tensor x, Tensor nibbles, Tensor a, Tensor c) -> Tensor",
 }
@@ -47,27 +49,71 @@ def _library() -> Any:
     return CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize",))
 
 
-def _call(name: str, *args: Tensor | int) -> None:
-    at = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in args]
+def _call(name: str, *args: Tensor | int | None) -> None:
+    at = [
+        ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args
+    ]
     getattr(_library(), name)(*at, ctypes.c_int64(torch.get_num_threads()))
 
 
-def _int8_mm(x: Tensor, weight: Tensor) -> Tensor:
-    (m, k), n = x.shape, weight.shape[0]
-    if m > FEW_INTEGER and k > 1:  # `_int_mm` mistakes the strides of a single column
-        return torch._int_mm(x, weight.t())
-    out = torch.empty(m, n, dtype=torch.int32)
-    _call("few_int8", x.contiguous(), weight, out, m, k, n)
-    return out
+def _int8_mm(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    m, k = x.shape
+
+    def few(sums: Tensor) -> None:
+        _call("few_int8", x.contiguous(), weight, sums, m, k, weight.shape[0])
+
+    return _integer(x, x_scale, scale, bias, dtype, few, lambda part: weight[part])
 
 
-def _dual_mm(x: Tensor, nibbles: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def _dual_mm(
+    x: Tensor,
+    x_scale: Tensor,
+    nibbles: Tensor,
+    group_scale: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     (m, k), (n, groups, half) = x.shape, nibbles.shape
-    if m > FEW_INTEGER and k > 1:  # `_int_mm` mistakes the strides of a single column
-        return torch._int_mm(x, unpack_dual(nibbles, scale, zero, k).t())
-    out = torch.empty(m, n, dtype=torch.int32)
-    _call("few_dual", x.contiguous(), nibbles, scale, zero, out, m, k, n, groups, half)
-    return out
+
+    def few(sums: Tensor) -> None:
+        _call("few_dual", x.contiguous(), nibbles, group_scale, zero, sums, m, k, n, groups, half)
+
+    return _integer(
+        x, x_scale, scale, bias, dtype, few, lambda part: unpack_dual(nibbles[part], group_scale[part], zero[part], k)
+    )
+
+
+def _integer(
+    x: Tensor,
+    x_scale: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    few: Callable[[Tensor], None],
+    weight: Callable[[slice], Tensor],
+) -> Tensor:
+    """Integer sums of x with int8 channels, some channels at a time, and their scales."""
+    (m, k), n = x.shape, scale.shape[0]
+    out = torch.empty(m, n, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    brief = int(dtype == torch.bfloat16)
+    x_scale, scale = x_scale.contiguous(), scale.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    if m <= FEW_INTEGER or k == 1:  # `_int_mm` mistakes the strides of a single column
+        sums = torch.empty(m, n, dtype=torch.int32)
+        few(sums)
+        _call("finish", sums, x_scale, scale, bias, out, brief, m, n, 0, n)
+        return out.to(dtype)
+    step = max(256, min(_SUMS // (4 * m), _CHUNK // k) // 64 * 64)
+    for first in range(0, n, step):
+        part = slice(first, min(first + step, n))
+        sums = torch._int_mm(x, weight(part).t())
+        shift = None if bias is None else bias[part]
+        _call("finish", sums, x_scale, scale[part], shift, out, brief, m, sums.shape[1], first, n)
+    return out.to(dtype)
 
 
 def _int8_float(x: Tensor, weight: Tensor) -> Tensor:
@@ -122,8 +168,8 @@ for _name, _schema in _DEFINITIONS.items():
 
 @torch.library.register_fake("qcompile_cpu::int8_mm")
 @torch.library.register_fake("qcompile_cpu::dual_mm")
-def _integer_fake(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.int32)
+def _integer_fake(x: Tensor, x_scale: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=rest[-1])
 
 
 @torch.library.register_fake("qcompile_cpu::int8_float")

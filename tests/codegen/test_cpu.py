@@ -15,12 +15,22 @@ DUAL = Format.parse("int4/group128/zero/dual")
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 17, 33]  # every block of rows, both sides of FEW
 
 
+def int8_sums(x, w):
+    """Integer sums, exact in float64 as long as the scales are one."""
+    return kernels.int8_mm(x, torch.ones(len(x), 1), w, torch.ones(len(w), 1), None, torch.float32)
+
+
+def dual_sums(x, nibbles, scale, zero):
+    ones = torch.ones(len(nibbles), 1)
+    return kernels.dual_mm(x, torch.ones(len(x), 1), nibbles, scale, zero, ones, None, torch.float32)
+
+
 @pytest.mark.parametrize("stride", [1, 7, 64])
 def test_a_lone_row_with_any_stride(stride):
     w, base = torch.randint(-127, 127, (32, 64), dtype=torch.int8), torch.randint(-127, 127, (1, 64), dtype=torch.int8)
     x = torch.empty_strided((1, 64), (stride, 1), dtype=torch.int8).copy_(base)
     want = (base.long() @ w.long().t()).int()
-    assert torch.equal(kernels.int8_mm(x, w), want)
+    assert torch.equal(int8_sums(x, w), want.float())
     got = torch.ops.qcompile.qlinear(
         x, torch.ones(1, 1), None, w, torch.ones(32, 1), None, None, None, "int8/row", "int8/row", 64, torch.float32
     )
@@ -31,7 +41,30 @@ def test_a_lone_row_with_any_stride(stride):
 @pytest.mark.parametrize("rows", ROWS)
 def test_int8_sums_are_exact(rows, columns):
     x, w = (torch.randint(-128, 128, (n, columns), dtype=torch.int8) for n in (rows, 41))
-    assert torch.equal(kernels.int8_mm(x, w).long(), x.long() @ w.long().t())
+    assert torch.equal(int8_sums(x, w).long(), x.long() @ w.long().t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_scales_and_bias_after_the_sums(monkeypatch, rows, bias, dtype):
+    """The operator is the dialect's reference, by chunks of channels too."""
+    x, x_scale, _ = torch.ops.qcompile.quantize(torch.randn(rows, 64), "int8/row")
+    shift = torch.randn(600) if bias else None
+    for text in ("int8", "int4/group32/zero/dual"):
+        q = quantize_tensor(torch.randn(600, 64), Format.parse(text))
+        want = torch.ops.qcompile.qlinear(
+            x, x_scale, None, q.stored(), q.scale, q.zero, q.group_scale, shift, str(q.format), "int8/row", 64, dtype
+        )
+        for limit in (native._SUMS, 1):
+            monkeypatch.setattr(native, "_SUMS", limit)
+            if text == "int8":
+                got = kernels.int8_mm(x, x_scale, q.codes, q.scale, shift, dtype)
+            else:
+                nibbles = kernels.prepare_nibbles(q.stored(), q.format, 64)
+                got = kernels.dual_mm(x, x_scale, nibbles, q.group_scale, q.zero, q.scale, shift, dtype)
+            assert got.dtype == dtype
+            assert torch.allclose(got.float(), want.float(), rtol={torch.float32: 1e-5}.get(dtype, 1e-2), atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,7 +82,7 @@ def test_dual_sums_are_exact(rows, columns, group, seed):
     stored = type(q)(codes.to(torch.uint8), q.scale, zero, scale, form).stored()
     x = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
     nibbles = kernels.prepare_nibbles(stored, form, columns)
-    assert torch.equal(kernels.dual_mm(x, nibbles, scale, zero).long(), x.long() @ ((codes - z) * s).t())
+    assert torch.equal(dual_sums(x, nibbles, scale, zero).long(), x.long() @ ((codes - z) * s).t())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -102,9 +135,10 @@ def test_operators_are_well_behaved():
     a, c = kernels.group_offsets(q.group_scale, q.zero)
     for rows in (2, 20):
         codes, x = torch.randint(-127, 128, (rows, 64), dtype=torch.int8), torch.randn(rows, 64)
+        scale = torch.rand(rows, 1)
         for op, args in (
-            (ops.int8_mm.default, (codes, codes)),
-            (ops.dual_mm.default, (codes, nibbles, q.group_scale, q.zero)),
+            (ops.int8_mm.default, (codes, scale, codes, scale, None, torch.bfloat16)),
+            (ops.dual_mm.default, (codes, scale, nibbles, q.group_scale, q.zero, q.scale, None, torch.float32)),
             (ops.int8_float.default, (x, codes)),
             (ops.nibble_float.default, (x, nibbles, a, c)),
         ):
@@ -131,6 +165,6 @@ def test_choices(dtype):
 def test_a_lone_column():
     w, x = torch.randint(-127, 127, (32, 1), dtype=torch.int8), torch.randint(-127, 127, (20, 1), dtype=torch.int8)
     want = (x.long() @ w.long().t()).float()
-    assert torch.equal(kernels.int8_mm(x, w).float(), want)
+    assert torch.equal(int8_sums(x, w), want)
     one = torch.ones(20, 1), None, w, torch.ones(32, 1), None, None, None, "int8/row", "int8/row", 1, torch.float32
     assert torch.equal(torch.ops.qcompile.qlinear(x, *one), want)
