@@ -6,8 +6,12 @@ Importing this package registers every pass by its config type (see qcompile/rec
 if __name__ == "passes":  # a second copy with a registry of its own would break isinstance checks
     raise ImportError("import qcompile.passes, not passes")
 
+from qcompile.passes.awq import AWQ, awq
 from qcompile.passes.fold_norm import FoldNorm, fold_norm
 from qcompile.passes.fuse import Fuse, fuse
+from qcompile.passes.gptq import GPTQ, gptq
+from qcompile.passes.hqq import HQQ, hqq
+from qcompile.passes.lorc import LoRC, lorc
 from qcompile.passes.quantize import Quantize, quantize
 from qcompile.passes.rotate import Rotate, rotate
 from qcompile.passes.rotate_online import RotateOnline, rotate_online
@@ -15,6 +19,10 @@ from qcompile.passes.smooth import Smooth, smooth
 from qcompile.passes.untie import Untie, untie
 
 __all__ = [
+    "AWQ",
+    "GPTQ",
+    "HQQ",
+    "LoRC",
     "FoldNorm",
     "Fuse",
     "Quantize",
@@ -22,8 +30,12 @@ __all__ = [
     "RotateOnline",
     "Smooth",
     "Untie",
+    "awq",
     "fold_norm",
     "fuse",
+    "gptq",
+    "hqq",
+    "lorc",
     "quantize",
     "rotate",
     "rotate_online",

@@ -25,7 +25,7 @@ class Fuse:
     """Fuse every quantized site."""
 
 
-@rewrites(Fuse, exact=False, after=("Quantize",), requires=("Quantize",))
+@rewrites(Fuse, exact=False, after=("Quantize", "LoRC"), requires=("Quantize",))
 def fuse(program: Program, how: Fuse, seen: Statistics) -> PassReport:
     """Replace Q/DQ and linear by qlinear, in place."""
     report = PassReport("Fuse")
@@ -44,6 +44,7 @@ def fuse(program: Program, how: Fuse, seen: Statistics) -> PassReport:
             (x, x_scale, x_zero, codes, scale, zero, group_scale, bias, form, act, columns, node.meta["val"].dtype),
             before=node,
         )
+        fused.meta["low_rank"] = node.meta.get("low_rank")
         fused.meta["site"] = (program.weight_name(codes) or node.name).removesuffix(".codes")
         program.replace(node, fused)
         report.done.append(fused.meta["site"])

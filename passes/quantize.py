@@ -9,7 +9,9 @@ Needs:  nothing.   Leaves: sites that a rule keeps, expert stacks, weights share
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,9 @@ _PRODUCTS = {
 }
 
 
+BEFORE = ("Untie", "FoldNorm", "Smooth", "AWQ", "Rotate", "RotateOnline")  # rewritings of the float model
+
+
 @dataclass(frozen=True)
 class Quantize:
     """Formats of weights and activations; None keeps the activation float.
@@ -54,25 +59,62 @@ class Quantize:
             raise RecipeError("Quantize: an activation has no second level (dual)")
 
 
-@rewrites(Quantize, exact=False, after=("Untie", "FoldNorm", "Smooth", "Rotate", "RotateOnline"))
-def quantize(
-    program: Program,
-    how: Quantize,
-    seen: Statistics,
-    rules: dict[str, Rule | None] | None = None,
-    keep: dict[str, str] | None = None,
-) -> PassReport:
-    """Insert Q/DQ at every site that no rule keeps, in place.
+@dataclass(frozen=True)
+class SitePlan:
+    """What a recipe's rules and the caller say of single sites, and the data to choose codes with.
 
-    Args:
-        program, how, seen: as for every pass. rules: the rule of each site name, or None.
-        keep: sites to leave float, with the reason.
+    Attributes:
+        rules: the first matching rule of a site name, or None. keep: sites to leave float -> reason.
+        batches: a fresh iterator of the program's flat inputs, for passes that need data.
+        corrected: a later pass compares the codes with the float weights: hold these.
+        progress: show bars.
     """
+
+    rules: dict[str, Rule | None] = field(default_factory=dict)
+    keep: dict[str, str] = field(default_factory=dict)
+    batches: Callable[[], Iterable[Sequence[Any]]] | None = None
+    corrected: bool = False
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A site to quantize, and its formats."""
+
+    site: Site
+    weight: Format
+    act: Format | None
+
+
+@rewrites(Quantize, exact=False, sitewise=True, after=BEFORE)
+def quantize(program: Program, how: Quantize, seen: Statistics, plan: SitePlan) -> PassReport:
+    """Insert Q/DQ at every wanted site, rounding to nearest, in place."""
     report = PassReport("Quantize")
+    for wanted in wanted_sites(program, how, plan, report):
+        name, original = wanted.site.name, program.weights[wanted.site.name]
+
+        def make(original: Tensor = original, wanted: Wanted = wanted) -> tuple[Tensor | None, ...]:
+            try:
+                q = quantize_tensor(original, wanted.weight, clip=how.clip)
+            except ValueError as error:
+                name = wanted.site.name
+                raise RecipeError(f"Quantize: the weight {name} cannot be quantized: {error}") from error
+            return q.stored(), q.scale, q.zero, q.group_scale
+
+        made = shared(("codes", fingerprint(original), str(wanted.weight), how.clip), make)
+        program.alive.append(made)
+        put_codes(program, wanted, made.tensors, plan)
+        report.done.append(name)
+    return report
+
+
+def wanted_sites(program: Program, how: Quantize, plan: SitePlan, report: PassReport) -> list[Wanted]:
+    """The sites to quantize, in graph order; the others are left with their reasons."""
+    found = []
     for site in find_sites(program):
-        rule = (rules or {}).get(site.name)
-        if keep and site.name in keep:
-            report.leave(site.name, keep[site.name])
+        rule = plan.rules.get(site.name)
+        if site.name in plan.keep:
+            report.leave(site.name, plan.keep[site.name])
         elif rule is not None and rule.keep:
             report.leave(site.name, f"kept float by the rule {rule.match!r}")
         elif rule is None and chooses_experts(site):
@@ -80,10 +122,29 @@ def quantize(
         elif site.kind != "linear":
             report.leave(site.name, "a stack of expert weights has no quantized kernel yet", site.node.name)
         else:
-            weight, act = formats_of(site, how, rule)
-            _quantize_site(program, site, weight, act, how.clip)
-            report.done.append(site.name)
-    return report
+            found.append(Wanted(site, *formats_of(site, how, rule)))
+    return found
+
+
+def corrected_sites(program: Program) -> list[tuple[torch.fx.Node, Tensor, Tensor]]:
+    """The products of quantized sites with the float weight and what the codes stand for, [N, K] each."""
+    found = []
+    for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
+        if "original" in node.meta:
+            args = [
+                program.weights[program.weight_name(a) or ""] if isinstance(a, torch.fx.Node) else a
+                for a in node.args[1].args
+            ]
+            found.append((node, node.meta["original"], ops.dequantize(*args)))
+    return found
+
+
+def float_input(product: torch.fx.Node) -> torch.fx.Node:
+    """What a quantized product reads, before the quantization of activations."""
+    x = product.args[0]
+    if x.target is ops.dequantize.default:
+        x = x.args[0].args[0].args[0]  # dequantize(codes = getitem(quantize(x), 0))
+    return x
 
 
 def formats_of(site: Site, how: Quantize, rule: Rule | None) -> tuple[Format, Format | None]:
@@ -128,21 +189,18 @@ def chooses_experts(site: Site) -> bool:
     return False
 
 
-def _quantize_site(program: Program, site: Site, weight: Format, act: Format | None, clip: bool) -> None:
+def put_codes(program: Program, wanted: Wanted, tensors: tuple[Tensor | None, ...], plan: SitePlan) -> None:
+    """Make a site read stored codes (with scale, zero, group scale) and a quantized input."""
+    site, act = wanted.site, wanted.act
     original = program.weights[site.name]
-
-    def make() -> tuple[Tensor | None, ...]:
-        try:
-            q = quantize_tensor(original, weight, clip=clip)
-        except ValueError as error:
-            raise RecipeError(f"Quantize: the weight {site.name} cannot be quantized: {error}") from error
-        return q.stored(), q.scale, q.zero, q.group_scale
-
-    made = shared(("codes", fingerprint(original), str(weight), clip), make)
-    program.alive.append(made)
-    dtype = site.node.meta["val"].dtype
-    nodes = add_stored(program, site.name, made.tensors)
-    numbers = program.insert(ops.dequantize.default, (*nodes, str(weight), site.K, original.dtype), before=site.node)
+    dtype, weight_dtype = site.node.meta["val"].dtype, original.dtype
+    site.node.meta["site"] = site.name
+    if plan.corrected:
+        site.node.meta["original"] = original
+    nodes = add_stored(program, site.name, tensors)
+    numbers = program.insert(
+        ops.dequantize.default, (*nodes, str(wanted.weight), site.K, weight_dtype), before=site.node
+    )
     x = site.input
     if act is not None:
         codes, scale, zero = quantized_input(program, x, act)

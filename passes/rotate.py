@@ -21,6 +21,7 @@ from torch import Tensor
 from qcompile.calibrate import Statistics
 from qcompile.hadamard import rotation
 from qcompile.norms import find_norms
+from qcompile.passes.awq import AWQ
 from qcompile.passes.smooth import Smooth
 from qcompile.program import Program
 from qcompile.recipe import rewrites
@@ -53,11 +54,11 @@ def rotate_rows(weight: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:
-    smooths = [p for p in passes if isinstance(p, Smooth) and p.norms]
+    smooths = [type(p).__name__ for p in passes if isinstance(p, (AWQ, Smooth)) and p.norms]
     if how.stream and smooths:
         return [
-            "Smooth(norms=True) puts scales into the norm gains that Rotate(stream=True) needs to be "
-            "one: use Smooth(norms=False) or Rotate(stream=False)"
+            f"{smooths[0]}(norms=True) puts scales into the norm gains that Rotate(stream=True) needs to be "
+            f"one: use {smooths[0]}(norms=False) or Rotate(stream=False)"
         ]
     return []
 
@@ -65,7 +66,7 @@ def _conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:
 @rewrites(
     Rotate,
     exact=True,
-    after=("Untie", "FoldNorm", "Smooth"),
+    after=("Untie", "FoldNorm", "Smooth", "AWQ"),
     requires=lambda how: ("FoldNorm",) if how.stream else (),
     conflicts=_conflicts,
 )

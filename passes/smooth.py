@@ -22,7 +22,7 @@ from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
 from qcompile.rotation_flow import Obstacle
-from qcompile.scale_flow import Source, groups_of_readers, scale_source
+from qcompile.scale_flow import Readers, Source, groups_of_readers, scale_source
 from qcompile.sites import Site, find_sites
 
 
@@ -83,13 +83,17 @@ def smooth(program: Program, how: Smooth, seen: Statistics) -> PassReport:
             scale = smoothing_scale(seen.absmax[readers.root.name], weight, how.alpha)
             fold_scale(program, source, list(readers.sites), scale)
             report.done.append(label)
-            report.changed |= {n.name for n in source.path} | {readers.root.name}
-            if source.norm is not None:
-                report.changed |= {n.name for n in source.norm.inner}
-            else:
-                assert source.site is not None
-                report.changed.add(source.site.node.name)
+            report.changed |= changed_by(source, readers)
     return report
+
+
+def changed_by(source: Source, readers: Readers) -> set[str]:
+    """The nodes whose values a fold changes on purpose: from the source to the readers."""
+    nodes = {n.name for n in source.path} | {readers.root.name}
+    if source.norm is not None:
+        return nodes | {n.name for n in source.norm.inner}
+    assert source.site is not None
+    return nodes | {source.site.node.name}
 
 
 def fold_scale(program: Program, source: Source, sites: list[Site], scale: Tensor) -> None:

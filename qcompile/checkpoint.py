@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qcompile.formats import Format
-from qcompile.module import QuantLinear, RotatedLinear
+from qcompile.module import PARTS, QuantLinear, RotatedLinear
 
 SCHEMA = 1
 _TENSORS, _META = "model.safetensors", "qcompile.json"
@@ -93,7 +93,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
 
 def _describe(module: nn.Module) -> dict[str, Any] | None:
     if isinstance(module, QuantLinear):
-        has = [n for n in ("codes", "scale", "zero", "group_scale", "bias", "signs") if getattr(module, n) is not None]
+        has = [n for n in PARTS if getattr(module, n) is not None]
         return {
             "kind": "QuantLinear",
             "in": module.in_features,
@@ -101,6 +101,7 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
             "format": str(module.format),
             "act": str(module.act) if module.act else None,
             "has": has,
+            "rank": 0 if module.low_in is None else module.low_in.shape[0],
         }
     if isinstance(module, RotatedLinear):
         return {"kind": "RotatedLinear"}
@@ -193,7 +194,8 @@ def _place(model: nn.Module, path: str, entry: dict[str, Any]) -> None:
     if entry["kind"] == "QuantLinear":
         act = Format.parse(entry["act"]) if entry["act"] else None
         form = Format.parse(entry["format"])
-        model.set_submodule(path, QuantLinear.empty(entry["in"], entry["out"], form, act, set(entry["has"])))
+        rank = entry.get("rank", 0)
+        model.set_submodule(path, QuantLinear.empty(entry["in"], entry["out"], form, act, set(entry["has"]), rank))
     elif entry["kind"] == "RMSNorm":
         model.set_submodule(path, nn.RMSNorm(entry["shape"], eps=entry["eps"]))
     else:

@@ -136,6 +136,42 @@ def evaluate(
     console.print(f"perplexity {value:.4f}  ({windows} windows of {length} tokens of {text or 'the embedded text'})")
 
 
+@app.command()
+def compare(
+    model: Model,
+    recipes: Annotated[str, typer.Option(help="names or .json files, separated by commas")] = "int8,w4a16,w4a16-gptq",
+    text: TextFile = None,
+    calibration: Annotated[Path | None, typer.Option(help="text to calibrate on; default: the embedded text")] = None,
+    windows: Annotated[int, typer.Option(help="windows of the text")] = 4,
+    length: Annotated[int, typer.Option(help="tokens in a window")] = 2048,
+    twin: Annotated[bool, typer.Option(help="on a randomly rotated copy, off the grid of a quantized file")] = False,
+    dtype: Dtype = "float32",
+    out: Annotated[Path | None, typer.Option(help="JSON to write and to continue; the plot goes beside it")] = None,
+) -> None:
+    """Perplexity, divergence from float, size and time of several recipes; goes on where it stopped."""
+    from qcompile.compare import compare as measure
+    from qcompile.compare import plot, rotated_twin, table
+    from qcompile.text import batches, read_text
+    from qcompile.text import windows as cut
+
+    loaded, tokenizer = _load(model, dtype)
+    pieces = cut(tokenizer, read_text(text), length=length, count=windows)
+    label = f"{model}{' (rotated twin)' if twin else ''} on {text.name if text else 'the embedded text'}"
+    rows = measure(
+        rotated_twin(loaded) if twin else loaded,
+        [name.strip() for name in recipes.split(",")],
+        pieces,
+        lambda: batches(tokenizer, calibration),
+        out=out,
+        label=label,
+    )
+    console.print(f"{label}, {windows} windows of {length} tokens")
+    console.print(table(rows))
+    if out is not None:
+        plot(rows, out.with_suffix(".png"))
+        console.print(f"written: {out}, {out.with_suffix('.png')}")
+
+
 @app.command("export-onnx")
 def export_onnx(model: Model, folder: Out, recipe: RecipeName = "w4a16", text: TextFile = None) -> None:
     """Quantize MODEL and write an ONNX folder, checked against PyTorch before it appears."""

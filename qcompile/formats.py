@@ -116,6 +116,15 @@ class QTensor:
         """The numbers that the codes stand for, [.., K]."""
         return dequantize_codes(self.codes, self.scale, self.zero, self.group_scale, self.format).to(dtype)
 
+    def split(self, rows: list[int]) -> list[QTensor]:
+        """Matrices [N, K] that were quantized as one, apart again; `rows` are their N."""
+        per_tensor = self.format.per == "tensor"
+        parts = [
+            [None] * len(rows) if t is None else [t] * len(rows) if per_tensor and not t.ndim else list(t.split(rows))
+            for t in (self.codes, self.scale, self.zero, self.group_scale)
+        ]
+        return [QTensor(c.contiguous(), s, z, g, self.format) for c, s, z, g in zip(*parts, strict=True)]
+
     def stored(self) -> Tensor:
         """Codes as a checkpoint holds them: unsigned and packed below 8 bits."""
         return store_codes(self.codes, self.format)
@@ -163,7 +172,7 @@ def dequantize_codes(
     return value * spread(scale, format, columns)
 
 
-def _grouped(x: Tensor, format: Format) -> Tensor:
+def group_columns(x: Tensor, format: Format) -> Tensor:
     """[.., K] -> [.., groups, width]; a ragged last group is padded with zeros."""
     if format.per == "tensor":
         return x.reshape(1, -1) if x.ndim else x.reshape(1, 1)
@@ -171,6 +180,11 @@ def _grouped(x: Tensor, format: Format) -> Tensor:
         return x[..., None, :]
     x = torch.nn.functional.pad(x, (0, -x.shape[-1] % format.group))
     return x.unflatten(-1, (-1, format.group))
+
+
+def ungroup_columns(groups: Tensor, columns: int) -> Tensor:
+    """The inverse of `group_columns` for rows and groups: [.., groups, width] -> [.., K]."""
+    return groups.flatten(-2)[..., :columns]
 
 
 def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor:
@@ -189,14 +203,14 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor
     wide = x.float()
     if format.dual:
         return _quantize_dual(wide, format)
-    groups = _grouped(wide, format)
+    groups = group_columns(wide, format)
     low, high = _range(groups, format)
     if clip:
         low, high = _clip(groups, low, high, format)
     scale, zero = _scale(low, high, format)
     shape = x.shape[:-1] + (format.groups(x.shape[-1]),) if format.per != "tensor" else ()
     codes = encode(groups, scale[..., None], None if zero is None else zero[..., None], format)
-    codes = codes.reshape(x.shape) if format.per == "tensor" else codes.flatten(-2)[..., : x.shape[-1]]
+    codes = codes.reshape(x.shape) if format.per == "tensor" else ungroup_columns(codes, x.shape[-1])
     stored_zero = None
     if zero is not None:
         stored_zero = (zero.to(torch.uint8) if format.zero == "int" else zero).reshape(shape)
@@ -236,6 +250,30 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Ten
     return steps.clamp_(format.qmin, format.qmax).to(torch.uint8)
 
 
+def decode(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Codes -> float32, for scales and zeros of the codes' shape; the inverse of `encode`."""
+    value = codes.float()
+    return (value if zero is None else value - zero) * scale
+
+
+def level_grid(q: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The grid that each number of a matrix was rounded on: scale, zero, least and greatest code, [N, K].
+
+    Least and greatest are given only where they bind more tightly than the format's own (dual).
+    """
+    shape, form = q.codes.shape, q.format
+    scale = spread(q.scale, form, q.columns) if not form.dual else q.scale
+    zero = None if q.zero is None else spread(q.zero, form, q.columns).float()
+    zero = None if zero is None else zero.expand(shape)
+    if not form.dual:
+        return scale.expand(shape), zero, None, None
+    assert q.group_scale is not None and zero is not None
+    group = spread(q.group_scale, form, q.columns).float()
+    reach = (127 / group).floor()
+    low, high = (zero - reach).clamp_min(0), (zero + reach).clamp_max(form.qmax)
+    return scale * group, zero, low.to(torch.uint8), high.to(torch.uint8)
+
+
 def _clip(groups: Tensor, low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """For each group the shrink in 1.00, 0.99 .. 0.80 with the least sum |e|^2.4 (GPTQ's mse=True)."""
     rows = groups.flatten(0, -3) if groups.ndim > 2 else groups[None]
@@ -262,18 +300,18 @@ def _quantize_dual(x: Tensor, format: Format) -> QTensor:
     """Two levels: int8 for a row inside the protective range, then int4 with integer group scales."""
     high = x.abs().amax(-1, keepdim=True)
     scale = torch.where(high > 1e-30, high / _PROTECTED, torch.ones_like(high))
-    groups = _grouped((x / scale).round(), format)
+    groups = group_columns((x / scale).round(), format)
     top, bottom = groups.amax(-1).clamp_min(0), groups.amin(-1).clamp_max(0)
     group_scale = ((top - bottom) / 15).round().clamp_min(1)
     zero = (-bottom / group_scale).round().clamp(0, 15)
     # q - z stays where s1 (q - z) fits int8; for protected codes this binds only at the very edge.
     reach = (127 / group_scale).floor()
-    wide = _grouped(x / scale, format)  # round once, from the real numbers, not from level 1
+    wide = group_columns(x / scale, format)  # round once, from the real numbers, not from level 1
     codes = (wide / group_scale[..., None]).round() + zero[..., None]
     low = (zero - reach).clamp_min(0)[..., None]
     codes = codes.clamp(low, (zero + reach).clamp_max(15)[..., None])
     return QTensor(
-        codes.flatten(-2)[..., : x.shape[-1]].to(torch.uint8).contiguous(),
+        ungroup_columns(codes, x.shape[-1]).to(torch.uint8).contiguous(),
         scale,
         zero.to(torch.uint8),
         group_scale.to(torch.int8),

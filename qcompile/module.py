@@ -12,15 +12,17 @@ import qcompile.ops  # noqa: F401  registers torch.ops.qcompile
 from qcompile.formats import Format, dequantize_codes, load_codes
 from qcompile.packing import packed_columns
 
+PARTS = ("codes", "scale", "zero", "group_scale", "bias", "signs", "low_in", "low_out")
 _FLOAT32 = ("scale", "zero", "signs")
 
 
 class QuantLinear(nn.Module):
-    """x -> [Hadamard] -> [quantize] -> qlinear, with stored codes as buffers.
+    """x -> [Hadamard] -> [quantize] -> qlinear [+ low rank], with stored codes as buffers.
 
     Buffers: codes [N, packed K], scale, zero, group_scale (see formats.py), bias [N] or None, signs
-    [K] or None (an online Hadamard before the product). The result has the dtype of x. Scales stay
-    float32 whatever dtype the model is cast to.
+    [K] or None (an online Hadamard before the product), low_in [m, K] and low_out [N, m] or None (a
+    correction of the weight, passes/lorc.py). The result has the dtype of x. Scales stay float32
+    whatever dtype the model is cast to.
     """
 
     codes: Tensor
@@ -29,6 +31,8 @@ class QuantLinear(nn.Module):
     group_scale: Tensor | None
     bias: Tensor | None
     signs: Tensor | None
+    low_in: Tensor | None
+    low_out: Tensor | None
 
     def __init__(
         self,
@@ -41,11 +45,13 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.format, self.act = format, act
-        for name in ("codes", "scale", "zero", "group_scale", "bias", "signs"):
+        for name in PARTS:
             self.register_buffer(name, tensors.get(name))
 
     @staticmethod
-    def empty(in_features: int, out_features: int, format: Format, act: Format | None, has: set[str]) -> QuantLinear:
+    def empty(
+        in_features: int, out_features: int, format: Format, act: Format | None, has: set[str], rank: int = 0
+    ) -> QuantLinear:
         """A module with unset buffers of the right shapes, for loading."""
         groups = format.groups(in_features)
         shape = () if format.per == "tensor" else (out_features, groups if format.per == "group" else 1)
@@ -60,6 +66,8 @@ class QuantLinear(nn.Module):
             "group_scale": torch.empty(shape, dtype=torch.int8),
             "bias": torch.empty(out_features),
             "signs": torch.empty(in_features),
+            "low_in": torch.empty(rank, in_features),
+            "low_out": torch.empty(out_features, rank),
         }
         return QuantLinear(in_features, out_features, format, act, {n: t for n, t in tensors.items() if n in has})
 
@@ -74,7 +82,7 @@ class QuantLinear(nn.Module):
         dtype = x.dtype
         if self.signs is not None:
             x = torch.ops.qcompile.hadamard(x, self.signs)
-        x_scale = x_zero = None
+        numbers, x_scale, x_zero = x, None, None
         if self.act is not None:
             x, x_scale, zero = torch.ops.qcompile.quantize(x, str(self.act))
             x_zero = zero if self.act.zero != "none" else None
@@ -92,6 +100,9 @@ class QuantLinear(nn.Module):
             self.in_features,
             dtype,
         )
+        if self.low_in is not None and self.low_out is not None:
+            inner = torch.nn.functional.linear(numbers, self.low_in.to(dtype))
+            out = out + torch.nn.functional.linear(inner, self.low_out.to(dtype))
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -109,6 +120,7 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         """As nn.Linear, with the formats."""
         turned = ", hadamard" if self.signs is not None else ""
+        turned += f", low rank {self.low_in.shape[0]}" if self.low_in is not None else ""
         act = self.act or "float"
         return f"{self.in_features}, {self.out_features}, weight={self.format}, act={act}{turned}"
 

@@ -17,7 +17,8 @@ from torch import fx
 import qcompile.ops
 import qcompile.passes  # noqa: F401  registers the passes
 from qcompile.calibrate import Statistics, observe
-from qcompile.passes.quantize import Quantize, quantize
+from qcompile.passes.lorc import LoRC
+from qcompile.passes.quantize import Quantize, SitePlan
 from qcompile.program import Program
 from qcompile.recipe import Recipe, RecipeError, registered
 from qcompile.report import Report, SiteReport
@@ -64,16 +65,18 @@ def run(
     current, outputs = program.copy(), None
     entries = [SiteReport(s.name, s.N, s.K, bytes_before=program.weights[s.name].nbytes) for s in sites]
     names = {site.node.name: site.name for site in sites}
+    corrected = any(isinstance(config, LoRC) for config in recipe.passes)
     for config in recipe.passes:
         entry = registered()[type(config)]
         seen = Statistics()
-        if entry.needs(config):
+        if "absmax" in entry.needs(config):
             assert batches is not None
             seen = observe(current, batches(), progress=progress)
         attempt = current.copy()
-        if isinstance(config, Quantize):
+        if entry.sitewise:
             _name_untied(attempt, names, rules, keep)
-            done = quantize(attempt, config, seen, rules, keep)
+            plan = SitePlan(rules, keep or {}, batches, corrected, progress)
+            done = entry.run(attempt, config, seen, plan)
         else:
             done = entry.run(attempt, config, seen)
         attempt.cleanup()
@@ -134,7 +137,8 @@ def _name_untied(program: Program, names: dict[str, str], rules: dict[str, Any],
 
 def _describe(program: Program, entries: list[SiteReport], names: dict[str, str], report: Report) -> None:
     """Fill in formats, bytes and reasons from the final graph; add sites that came quantized."""
-    reasons = {left.site: left.reason for p in report.passes if p.name == "Quantize" for left in p.left}
+    quantizers = {config.__name__ for config in registered() if issubclass(config, Quantize)}
+    reasons = {left.site: left.reason for p in report.passes if p.name in quantizers for left in p.left}
     untied = dict(line.split(" from ") for p in report.passes if p.name == "Untie" for line in p.done)
     spellings = {other: name for name, others in program.aliases.items() for other in others}
     by_name = {entry.name: entry for entry in entries}
@@ -155,6 +159,7 @@ def _describe(program: Program, entries: list[SiteReport], names: dict[str, str]
             for a in node.args[3:7]
             if program.weight_name(a) is not None
         )
+        known.bytes_after += sum(program.weights[part].nbytes for part in node.meta.get("low_rank") or ())
 
 
 def site_name(program: Program, node: fx.Node) -> str:

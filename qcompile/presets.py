@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from qcompile.formats import Format
 from qcompile.passes import (
+    AWQ,
+    GPTQ,
+    HQQ,
     FoldNorm,
     Fuse,
+    LoRC,
     Quantize,
     Rotate,
     RotateOnline,
@@ -46,6 +50,14 @@ PRESETS: dict[str, Recipe] = {
             Quantize(Format("int8"), Format("int8")),
             Fuse(),
         ),
+        _recipe(
+            "int8-gptq",
+            "the INT8 of arXiv:2411.02355: SmoothQuant, GPTQ, activations dynamic per token; needs calibration",
+            Untie(),
+            Smooth(alpha=0.8),
+            GPTQ(Format("int8"), Format("int8")),
+            Fuse(),
+        ),
         _recipe("w8a16", "weight-only int8 for each output channel", Quantize(Format("int8"), None), Fuse()),
         _recipe(
             "fp8",
@@ -60,12 +72,49 @@ PRESETS: dict[str, Recipe] = {
             Fuse(),
         ),
         _recipe(
+            "w4a16-gptq",
+            "GPTQ int4, groups of 128, zero points, MSE clip (arXiv:2210.17323; the W4A16 of arXiv:2411.02355)",
+            GPTQ(Format.parse("int4/group128/zero"), None, clip=True),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a16-awq",
+            "AWQ scales (arXiv:2306.00978), then w4a16; needs calibration",
+            Untie(),
+            AWQ(),
+            Quantize(Format.parse("int4/group128/zero"), None, clip=True),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a16-lorc",
+            "w4a16 with a correction of rank 8 (ZeroQuant-V2, arXiv:2303.08302), data-free",
+            Quantize(Format.parse("int4/group128/zero"), None, clip=True),
+            LoRC(),
+            Fuse(),
+        ),
+        _recipe("w4a16-hqq", "HQQ int4, groups of 64, real zeros (mobiusml 2023), data-free", HQQ(), Fuse()),
+        _recipe(
             "w4a16-rotated",
             "w4a16 on rotated bases",
             Untie(),
             FoldNorm(),
             Rotate(),
             Quantize(Format.parse("int4/group128/zero"), None, clip=True),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a16-rotated-gptq",
+            "w4a16-gptq on rotated bases",
+            Untie(),
+            FoldNorm(),
+            Rotate(),
+            GPTQ(Format.parse("int4/group128/zero"), None, clip=True),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a8-gptq",
+            "w4a8 with its codes chosen by GPTQ; needs calibration",
+            GPTQ(Format.parse("int4/group128/zero/dual"), Format("int8")),
             Fuse(),
         ),
         _recipe(

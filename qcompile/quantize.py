@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from qcompile.calibrate import CalibrationError
 from qcompile.capture import capture
 from qcompile.formats import Format
-from qcompile.module import QuantLinear, RotatedLinear
+from qcompile.module import PARTS, QuantLinear, RotatedLinear
 from qcompile.pipeline import check_data, run
 from qcompile.presets import find_recipe
 from qcompile.program import WEIGHT, Program
@@ -185,7 +185,7 @@ class _Plan:
         """Write weights, norms and linears into the model."""
         for name, tensor in after.weights.items():
             parent, _, leaf = name.rpartition(".")
-            if before.weights.get(name) is tensor or leaf in ("codes", "scale", "zero", "group_scale", "signs"):
+            if before.weights.get(name) is tensor or leaf in PARTS and leaf != "bias":
                 continue
             stored = tensor.t().contiguous() if name in after.transposed else tensor
             module = self.model.get_submodule(parent)
@@ -269,6 +269,8 @@ def _quant_linear(program: Program, node: fx.Node) -> QuantLinear:
     parts = {"codes": codes, "scale": scale, "zero": zero, "group_scale": group_scale, "bias": bias}
     tensors = {k: None if v is None else program.weights[v.meta[WEIGHT]] for k, v in parts.items()}
     tensors["signs"] = _signs(program, x)
+    for part, weight in zip(("low_in", "low_out"), node.meta.get("low_rank") or (), strict=False):
+        tensors[part] = program.weights[weight]
     rows = tensors["codes"].shape[0]
     return QuantLinear(
         int(columns),

@@ -85,10 +85,10 @@ class Recipe:
         faults: list[str] = []
         place: dict[str, int] = {}
         for index, config in enumerate(self.passes):
-            name = type(config).__name__
-            if name in place:
-                faults.append(f"{name} stands twice (places {place[name] + 1} and {index + 1}): drop one")
-            place[name] = index
+            for name in kinds(config):
+                if name in place:
+                    faults.append(f"{name} stands twice (places {place[name] + 1} and {index + 1}): drop one")
+                place[name] = index
         for config in self.passes:
             entry, name = registered()[type(config)], type(config).__name__
             for before in entry.after:
@@ -171,6 +171,7 @@ class Registered:
 
     Attributes:
         run: the function. exact: whether it must keep the output (then it is certified).
+        sitewise: it also takes what the rules and the caller say of single sites, as a last argument.
         needs: statistics it must be given, by config. after: passes that must stand before it.
         requires: passes without which it cannot run, by config.
         conflicts: faults of the config beside the other configs of a recipe, as text.
@@ -178,6 +179,7 @@ class Registered:
 
     run: Rewrite
     exact: bool
+    sitewise: bool
     needs: Callable[[Any], tuple[str, ...]]
     after: tuple[str, ...]
     requires: Callable[[Any], tuple[str, ...]]
@@ -196,6 +198,7 @@ def rewrites(
     config: type,
     *,
     exact: bool,
+    sitewise: bool = False,
     needs: Callable[[Any], tuple[str, ...]] | tuple[str, ...] = (),
     after: tuple[str, ...] = (),
     requires: Callable[[Any], tuple[str, ...]] | tuple[str, ...] = (),
@@ -207,10 +210,15 @@ def rewrites(
         return value if callable(value) else lambda _config: value
 
     def keep(run: Rewrite) -> Rewrite:
-        _REGISTRY[config] = Registered(run, exact, constant(needs), after, constant(requires), conflicts)
+        _REGISTRY[config] = Registered(run, exact, sitewise, constant(needs), after, constant(requires), conflicts)
         return run
 
     return keep
+
+
+def kinds(config: Any) -> list[str]:
+    """What a pass counts as: its own name, and those of the passes that it is a kind of."""
+    return [cls.__name__ for cls in type(config).__mro__ if cls in registered()]
 
 
 def _plain(config: Any) -> dict[str, Any]:

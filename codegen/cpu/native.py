@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor
 # Rows up to which native.cpp multiplies, measured by benches/cpu_linear.py: beyond, unpacking costs
 # less than a second pass over the expanded weight. Integer rows are short enough for the first cache.
 FEW_INTEGER, FEW_FLOAT = 8, 4
-_CHUNK = 2**24  # bytes unpacked at a time: larger allocations are mapped and faulted in at every call
+_CHUNK = 2**23  # bytes unpacked at a time
 _SUMS = 2**22  # bytes of integer sums at a time: their scales are applied while they are in a cache
 
 _DEFINITIONS = {
@@ -47,6 +48,27 @@ def _library() -> Any:
     source = (Path(__file__).parent / "native.cpp").read_text()
     # Inductor turns loop vectorisation off for its own, already vectorised text.
     return CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize",))
+
+
+class _Scratch(threading.local):
+    """Buffers that every call uses again, one set for each thread.
+
+    Fresh memory of several megabytes is mapped, faulted in page by page and given back at every
+    call, and takes the allocator's cached pages with it: a quarter of the time of a whole model.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+    def __call__(self, what: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised [rows, columns]; valid until the same thread asks for `what` again."""
+        held = self.held.get(what)
+        if held is None or held.numel() < rows * columns or held.dtype != dtype:
+            held = self.held[what] = torch.empty(rows * columns, dtype=dtype)
+        return held[: rows * columns].view(rows, columns)
+
+
+_scratch = _Scratch()
 
 
 def _call(name: str, *args: Tensor | int | None) -> None:
@@ -110,7 +132,8 @@ def _integer(
     step = max(256, min(_SUMS // (4 * m), _CHUNK // k) // 64 * 64)
     for first in range(0, n, step):
         part = slice(first, min(first + step, n))
-        sums = torch._int_mm(x, weight(part).t())
+        sums = _scratch("sums", m, part.stop - first, torch.int32)
+        torch._int_mm(x, weight(part).t(), out=sums)
         shift = None if bias is None else bias[part]
         _call("finish", sums, x_scale, scale[part], shift, out, brief, m, sums.shape[1], first, n)
     return out.to(dtype)
@@ -119,7 +142,7 @@ def _integer(
 def _int8_float(x: Tensor, weight: Tensor) -> Tensor:
     (m, k), n = x.shape, weight.shape[0]
     if m > FEW_FLOAT:
-        return _by_chunks(x, n, lambda part: weight[part].to(x.dtype))
+        return _by_chunks(x, n, lambda part: _scratch("float", part.stop - part.start, k, x.dtype).copy_(weight[part]))
     out = torch.empty(m, n)
     _call("few_int8_float", x.float().contiguous(), weight, out, m, k, n)
     return out.to(x.dtype)
@@ -137,23 +160,25 @@ def _nibble_float(x: Tensor, nibbles: Tensor, a: Tensor, c: Tensor) -> Tensor:
 def _by_chunks(x: Tensor, n: int, weight: Callable[[slice], Tensor]) -> Tensor:
     """x [M, K] times the transposed weight [N, K], some channels at a time."""
     step = max(64, _CHUNK // (x.shape[1] * x.element_size()))
-    if step >= n:
-        return x @ weight(slice(0, n)).t()
-    return torch.cat([x @ weight(slice(at, min(at + step, n))).t() for at in range(0, n, step)], dim=1)
+    out = x.new_empty(x.shape[0], n)
+    for at in range(0, n, step):
+        part = slice(at, min(at + step, n))
+        torch.mm(x, weight(part).t(), out=out[:, part])
+    return out
 
 
 def unpack_dual(nibbles: Tensor, scale: Tensor, zero: Tensor, k: int) -> Tensor:
-    """s (q - z), int8 [N, K]."""
+    """s (q - z), int8 [N, K], in scratch memory."""
     n, groups, half = nibbles.shape
-    out = torch.empty(n, k, dtype=torch.int8)
+    out = _scratch("int8", n, k, torch.int8)
     _call("unpack_dual", nibbles, scale, zero, out, k, n, groups, half)
     return out
 
 
 def unpack_nibble(nibbles: Tensor, a: Tensor, c: Tensor, k: int, dtype: torch.dtype) -> Tensor:
-    """a q - c in dtype, [N, K]."""
+    """a q - c in dtype, [N, K], in scratch memory."""
     n, groups, half = nibbles.shape
-    out = torch.empty(n, k, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    out = _scratch("float", n, k, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     _call("unpack_nibble", nibbles, a, c, out, int(dtype == torch.bfloat16), k, n, groups, half)
     return out.to(dtype)
 

@@ -80,6 +80,9 @@ class OnnxLinear(nn.Module):
         super().__init__()
         self.n, self.k, self.act = source.out_features, source.in_features, source.act
         self.turn = None if source.signs is None else _Hadamard(source.signs)
+        for part in ("low_in", "low_out"):
+            held = getattr(source, part)
+            self.register_buffer(part, None if held is None else held.float())
         self.register_buffer("bias", None if source.bias is None else source.bias.float())
         self.integer = source.format == Format("int8") and source.act == Format("int8")
         if self.integer:
@@ -118,6 +121,14 @@ class OnnxLinear(nn.Module):
         """x [.., K] float32 -> [.., N]."""
         if self.turn is not None:
             x = self.turn(x)
+        out = self._product(x)
+        if self.bias is not None:
+            out = out + self.bias
+        if self.low_in is not None:
+            out = out + nn.functional.linear(nn.functional.linear(x, self.low_in), self.low_out)
+        return out
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.act is not None:
             high = self.act.qmax
             peak = x.abs().amax(-1, keepdim=True) if self.act.per == "row" else x.abs().amax()
@@ -126,13 +137,12 @@ class OnnxLinear(nn.Module):
             steps = (x / x_scale).round().clamp(-high - 1, high)
             if self.integer:
                 sums = torch.ops.qcompile_onnx.matmul_integer((steps + 128).to(torch.uint8), self.weight)
-                out = sums.float() * x_scale * self.scale
-                return out if self.bias is None else out + self.bias
+                return sums.float() * x_scale * self.scale
             x = steps * x_scale
-        out = torch.ops.qcompile_onnx.matmul_nbits(
+        product: Tensor = torch.ops.qcompile_onnx.matmul_nbits(
             x, self.codes, self.scale, self.zeros, self.n, self.k, self.bits, self.block
         )
-        return out if self.bias is None else out + self.bias
+        return product
 
 
 class _Hadamard(nn.Module):

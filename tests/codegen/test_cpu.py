@@ -123,7 +123,7 @@ def test_bfloat16_is_rounded_to_nearest_even():
     q = quantize_tensor(torch.randn(8, 96), form)
     nibbles = kernels.prepare_nibbles(q.stored(), form, 96)
     a, c = kernels.group_offsets(q.scale, q.zero)
-    exact = native.unpack_nibble(nibbles, a, c, 96, torch.float32)
+    exact = native.unpack_nibble(nibbles, a, c, 96, torch.float32).clone()
     assert torch.allclose(exact, q.dequantize(), rtol=1e-5, atol=1e-6)
     assert torch.equal(native.unpack_nibble(nibbles, a, c, 96, torch.bfloat16), exact.bfloat16())
 

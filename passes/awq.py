@@ -1,0 +1,114 @@
+"""AWQ: scale up the weight columns that large activations meet, by a searched exponent.
+
+Source: Lin et al. 2023, arXiv:2306.00978 sec. 3.2, and the authors' code (mean |X|, normalisation,
+        grid of 20).
+Law:    s = mean|X|^r / sqrt(max min) for each input channel; (X / s)(s W) = X W. r is the one of
+        0, 1/20 .. 19/20 with the least sum over the readers of tr(E H E^T), E = Q(W s) / s - W and
+        H = sum x x^T: the exact squared error of the products. r = 0 is no scaling, so the search
+        is never worse than none on its calibration data.
+        Folding is that of smooth.py; where one producer row feeds several channels they share s.
+Keeps:  the output.   Needs: the sites' inputs, one group of readers at a time (qcompile/walk.py).
+Leaves: what Smooth leaves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.progress import track
+from torch import Tensor
+
+from qcompile.calibrate import CalibrationError, Statistics
+from qcompile.formats import Format, quantize_tensor
+from qcompile.norms import find_norms
+from qcompile.passes.gptq import hessian_of
+from qcompile.passes.quantize import SitePlan
+from qcompile.passes.smooth import changed_by, fold_scale, shared_scale
+from qcompile.program import Program
+from qcompile.recipe import RecipeError, rewrites
+from qcompile.report import PassReport
+from qcompile.rotation_flow import Obstacle
+from qcompile.scale_flow import Readers, Source, groups_of_readers, scale_source
+from qcompile.sites import Site, find_sites
+from qcompile.walk import Walk
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """The format to protect, and the search."""
+
+    weight: Format = Format("int4", "group", 128, "int")  # what the Quantize pass behind it rounds to
+    steps: int = 20  # exponents tried, from 0
+    norms: bool = True  # scale inputs made by a norm, by way of its gain
+    rows: bool = True  # scale also inputs made by linear rows (after a gate, after attention)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, str):
+            object.__setattr__(self, "weight", Format.parse(self.weight))
+        if self.steps < 2:
+            raise RecipeError(f"AWQ: at least 2 steps are needed, got {self.steps}")
+
+
+def awq_scale(mean: Tensor, exponent: float) -> Tensor:
+    """mean|X| [K] -> s [K], float64, of geometric middle 1; exponent 0 gives ones."""
+    scale = mean.double().pow(exponent).clamp_min(1e-4)
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+def scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format) -> float:
+    """tr(E H E^T) of one weight [N, K] rounded after scaling its columns by `scale` [K]."""
+    rounded = quantize_tensor(weight.double().mul(scale).float(), form).dequantize().double() / scale
+    error = rounded - weight.double()
+    return float(((error @ hessian) * error).sum())
+
+
+@rewrites(AWQ, exact=True, sitewise=True, needs=("inputs",), after=("Untie", "FoldNorm"))
+def awq(program: Program, how: AWQ, seen: Statistics, plan: SitePlan) -> PassReport:
+    """Search and fold a scale for every group of readers that has a place for one, in place."""
+    report = PassReport("AWQ")
+    norms, sites = find_norms(program), find_sites(program)
+    assert plan.batches is not None
+    walk = Walk(program, plan.batches())
+    if not walk.values:
+        raise CalibrationError("the calibration iterator is empty: give at least one batch")
+    found: list[tuple[Readers, Source, Tensor]] = []
+    exponents: list[float] = []
+    for readers in track(groups_of_readers(sites), "AWQ", disable=not plan.progress, transient=True):
+        label = readers.sites[0].name if readers.sites else readers.root.name
+        shared = [site for site in readers.sites if site.shared_with]
+        source = scale_source(program, readers, norms, sites)
+        if shared:
+            report.leave(label, f"the weight {shared[0].name} is shared: untie it")
+        elif isinstance(source, Obstacle):
+            report.leave(label, source.reason, source.node)
+        elif not (how.rows if source.norm is None else how.norms):
+            kind = "linear rows, and rows" if source.norm is None else "a norm, and norms"
+            report.leave(label, f"made by {kind}=False")
+        else:
+            walk.advance(readers.sites[0].node)
+            hessian, mean = hessian_of(walk, readers.sites[0])
+            exponent, scale = _search(program, readers.sites, source, hessian, mean, how)
+            exponents.append(exponent)
+            found.append((readers, source, scale))
+    for readers, source, scale in found:  # after the walk, which must see the model as it was
+        fold_scale(program, source, list(readers.sites), scale)
+        report.done.append(readers.sites[0].name)
+        report.changed |= changed_by(source, readers)
+    if exponents:
+        report.notes.append(f"exponents {min(exponents):.2f} to {max(exponents):.2f}")
+    return report
+
+
+def _search(
+    program: Program, sites: tuple[Site, ...], source: Source, hessian: Tensor, mean: Tensor, how: AWQ
+) -> tuple[float, Tensor]:
+    best: tuple[float, float, Tensor] | None = None
+    for step in range(how.steps):
+        scale = awq_scale(mean, step / how.steps)
+        if source.site is not None:
+            scale, _ = shared_scale(scale, source.channels, source.site.N)
+        error = sum(scaled_error(program.weights[s.name], hessian, scale, how.weight) for s in sites)
+        if best is None or error < best[0]:
+            best = (error, step / how.steps, scale)
+    assert best is not None
+    return best[1], best[2]

@@ -1,0 +1,154 @@
+"""GPTQ's law, and the walk that gives it inputs from a quantized upstream."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from zoo import build, example
+
+import qcompile
+from qcompile.calibrate import CalibrationError, Statistics
+from qcompile.capture import capture
+from qcompile.formats import Format, decode, level_grid, quantize_tensor
+from qcompile.passes.gptq import GPTQ, gptq, gptq_sites, inverse_factor, loss
+from qcompile.passes.quantize import SitePlan
+from qcompile.quantize import flat_inputs
+from qcompile.recipe import Recipe
+from qcompile.sites import find_sites
+from qcompile.walk import Walk
+
+FORMATS = [
+    "int8",
+    "int4/group32",
+    "int4/group32/zero",
+    "int4/group32/floatzero",
+    "int4/group32/zero/dual",
+    "int3/group32/zero",
+    "fp8",
+]
+
+
+def correlated(seed, columns, rows=400):
+    """Inputs with few strong directions, as a model's are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    mix *= torch.logspace(0, -2, columns, dtype=torch.float64)[:, None]
+    x = torch.randn(rows, columns, generator=generator, dtype=torch.float64) @ mix
+    return x.t() @ x
+
+
+def solve(weight, hessian, form, *, block=128, order=True):
+    grid = quantize_tensor(weight, Format.parse(form))
+    by = hessian.diagonal().argsort(descending=True) if order else torch.arange(len(hessian))
+    upper = inverse_factor(hessian[by][:, by], 0.01)
+    return gptq(weight, hessian, grid, upper, by, block), grid
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_grids_reproduce_the_numbers(form):
+    q = quantize_tensor(torch.randn(6, 80), Format.parse(form))
+    scale, zero, low, high = level_grid(q)
+    assert torch.allclose(decode(q.codes, scale, zero), q.dequantize(), rtol=1e-5, atol=1e-6)
+    if low is not None:
+        assert bool((q.codes >= low).all() and (q.codes <= high).all())
+
+
+@given(st.sampled_from(FORMATS), st.integers(0, 2**20), st.floats(0.01, 100), st.booleans())
+def test_without_correlation_it_is_round_to_nearest(form, seed, size, order):
+    weight = torch.randn(5, 80, generator=torch.Generator().manual_seed(seed))
+    found, grid = solve(weight, size * torch.eye(80, dtype=torch.float64), form, order=order)
+    assert torch.equal(found.codes.float(), grid.codes.float())
+
+
+@given(st.sampled_from(FORMATS), st.integers(0, 2**20), st.booleans())
+def test_it_is_never_worse_and_usually_much_better(form, seed, order):
+    weight, hessian = torch.randn(24, 96, generator=torch.Generator().manual_seed(seed)), correlated(seed, 96)
+    found, grid = solve(weight, hessian, form, order=order)
+    ours, nearest = (loss(weight, q.dequantize(), hessian) for q in (found, grid))
+    assert bool((ours <= nearest * (1 + 1e-9)).all())
+    assert ours.sum() < 0.6 * nearest.sum()
+    scale, zero, low, high = level_grid(found)
+    if low is not None:  # int8 stays int8
+        assert bool((found.codes >= low).all() and (found.codes <= high).all())
+
+
+@given(st.integers(0, 2**20), st.sampled_from([1, 7, 32, 96]))
+def test_blocks_change_nothing_but_rounding(seed, block):
+    weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    hessian = correlated(seed, 96)
+    found, _ = solve(weight, hessian, "int4/group32/zero", block=block)
+    want, _ = solve(weight, hessian, "int4/group32/zero", block=96)
+    assert torch.equal(found.codes, want.codes)
+
+
+def test_a_singular_hessian_has_no_factor_and_a_damped_one_has():
+    assert inverse_factor(torch.zeros(8, 8), 0.01) is None
+    one = torch.ones(8, 1) @ torch.ones(1, 8)
+    assert inverse_factor(one, 0.01) is not None
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "phi3", "mixtral"])
+def test_a_walk_computes_what_a_run_computes(name):
+    model = build(name)
+    program = capture(model, (), example(name))
+    batches = [flat_inputs(program, example(name), example(name)) for _ in range(2)]
+    walk = Walk(program, batches)
+    for site in find_sites(program):
+        walk.advance(site.node)
+        seen = {}
+        program.watch([site.input], batches[1], lambda n, v, seen=seen: seen.setdefault(n, v.clone()))
+        values = list(walk.see(site.input))
+        assert len(values) == 2 and torch.equal(values[1], seen[site.input])
+        held = {n for v in walk.values for n in v}
+        assert all(any(u not in walk.done for u in n.users) for n in held)  # nothing is kept for nobody
+
+
+def test_later_sites_see_quantized_inputs():
+    model = build("llama")
+    program = capture(model, (), example("llama"))
+    batch = flat_inputs(program, example("llama"), example("llama"))
+    how = GPTQ(Format.parse("int3/group32/zero"), None, output=None)
+    after = program.copy()
+    gptq_sites(after, how, Statistics(), SitePlan(batches=lambda: [batch]))
+    after.cleanup()
+    # The last site, solved by hand on what the quantized program gives it.
+    last = find_sites(program)[-1]
+    node = next(n for n in after.graph.nodes if n.name == last.node.name)
+    seen = {}
+    after.watch([node.args[0]], batch, lambda n, v: seen.setdefault("x", v))
+    rows = seen["x"].flatten(0, -2)
+    hessian = (rows.t() @ rows).double()
+    order = hessian.diagonal().argsort(descending=True)
+    grid = quantize_tensor(program.weights[last.name], how.weight)
+    want = gptq(program.weights[last.name], hessian, grid, inverse_factor(hessian[order][:, order], 0.01), order)
+    assert torch.equal(after.weights[f"{last.name}.codes"], want.stored())
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-gptq", "int8-gptq"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3", "mixtral", "bert"])
+def test_in_place_and_better_than_nearest(name, recipe):
+    def error(how):
+        model = build(name)
+        qcompile.quantize(model, how, [example(name)] * 2, progress=False)
+        with torch.no_grad():
+            got, want = model(**example(name))[0], build(name)(**example(name))[0]
+        return float((got - want).norm() / want.norm())
+
+    nearest = {"w4a16-gptq": "w4a16", "int8-gptq": "int8"}[recipe]
+    assert error(recipe) < 1.05 * error(nearest)
+
+
+def test_bad_input():
+    model = build("llama")
+    with pytest.raises(ValueError, match="needs calibration data for GPTQ"):
+        qcompile.quantize(model, "w4a16-gptq")
+    with pytest.raises(CalibrationError, match="empty"):
+        qcompile.quantize(model, "w4a16-gptq", [], progress=False)
+    with pytest.raises(ValueError, match="damping and block must be positive"):
+        GPTQ(damping=0)
+    with pytest.raises(ValueError, match="stands twice"):
+        Recipe("two", (GPTQ(), qcompile.passes.Quantize())).check()
+    again = Recipe.from_json(qcompile.find_recipe("w4a16-gptq").to_json())
+    assert again == qcompile.find_recipe("w4a16-gptq")

@@ -1,0 +1,120 @@
+"""Laws of the data-free weight algorithms: HQQ and LoRC."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from zoo import build, example
+
+import qcompile
+from qcompile.formats import Format, quantize_tensor
+from qcompile.module import QuantLinear
+from qcompile.passes.hqq import HQQ, hqq, shrink
+from qcompile.passes.lorc import LoRC, low_rank
+from qcompile.passes.quantize import Quantize
+from qcompile.recipe import Recipe
+
+FLOAT_ZERO = Format.parse("int4/group64/floatzero")
+
+
+def heavy(seed, rows=12, columns=160):
+    """Weights with outliers: what HQQ's norm is for. 160 columns leave a ragged group."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, columns, generator=generator)
+    return w + (torch.rand(rows, columns, generator=generator) < 0.03) * 5 * w.sign()
+
+
+@given(st.integers(0, 2**20), st.sampled_from([2, 3, 4]))
+def test_no_group_is_worse_than_nearest(seed, bits):
+    weight = heavy(seed)
+    form = Format(f"int{bits}", "group", 64, "float")
+    nearest = quantize_tensor(weight, form)
+    found = hqq(weight, nearest)
+
+    def by_group(q):
+        error = (q.dequantize() - weight).abs()
+        return torch.nn.functional.pad(error, (0, -160 % 64)).unflatten(-1, (-1, 64)).sum(-1)
+
+    assert bool((by_group(found) <= by_group(nearest) * (1 + 1e-5)).all())
+    assert by_group(found).sum() < 0.99 * by_group(nearest).sum()
+    assert torch.equal(found.scale, nearest.scale)
+
+
+@given(st.floats(-10, 10), st.floats(0.1, 0.9), st.floats(1, 100))
+def test_shrink_is_a_contraction_with_the_sign_of_the_error(value, norm, beta):
+    found = float(shrink(torch.tensor(value), norm, beta))
+    assert abs(found) <= abs(value) + 1e-6 and found * value >= 0
+
+
+@given(st.integers(0, 2**20), st.integers(1, 10), st.sampled_from([(24, 40), (40, 24), (32, 32)]))
+def test_eckart_and_young(seed, rank, shape):
+    error = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    inner, outer = low_rank(error, rank)
+    assert inner.shape == (rank, shape[1]) and outer.shape == (shape[0], rank)
+    dropped = torch.linalg.svdvals(error.double())[rank:].square().sum()
+    left = (error - outer @ inner).double().square().sum()
+    assert torch.allclose(left, dropped, rtol=1e-4)
+    # The square root of the singular values goes to each side.
+    assert torch.allclose(inner.norm(dim=1), outer.norm(dim=0), rtol=1e-3)
+
+
+def test_full_rank_restores_the_weight_and_zero_error_needs_none():
+    error = torch.randn(24, 40)
+    inner, outer = low_rank(error, 24)
+    assert torch.allclose(outer @ inner, error, atol=1e-4)
+    inner, outer = low_rank(torch.zeros(8, 8), 2)
+    assert torch.equal(outer @ inner, torch.zeros(8, 8))
+
+
+def logits(model, name):
+    with torch.no_grad():
+        return model(**example(name))[0]
+
+
+@pytest.mark.parametrize("act", [None, "int8"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_a_correction_helps_and_a_full_one_is_the_float_model(name, act):
+    want, errors = logits(build(name), name), []
+    for rank in (0, 4, 1000):
+        model = build(name)
+        how = Quantize(Format.parse("int3/row"), None if act is None else Format.parse(act), output=None)
+        passes = (how, *([LoRC(rank)] if rank else []), qcompile.passes.Fuse())
+        qcompile.quantize(model, Recipe("test", passes), [example(name)], progress=False)
+        errors.append(float((logits(model, name) - want).norm() / want.norm()))
+    assert errors[1] < errors[0]
+    if act is None:
+        assert errors[2] < 1e-4
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-lorc", "w4a16-hqq"])
+def test_saves_loads_compiles_and_exports(recipe, tmp_path):
+    model = build("llama")
+    report = qcompile.quantize(model, recipe, [example("llama")], progress=False)
+    want = logits(model, "llama")
+    if recipe == "w4a16-lorc":
+        assert any(m.low_in is not None for m in model.modules() if isinstance(m, QuantLinear))
+        assert "bits a weight" in str(report)
+    qcompile.save(model, tmp_path / "q")
+    again = qcompile.load(tmp_path / "q", build("llama"))
+    assert torch.equal(logits(again, "llama"), want)
+    compiled = torch.compile(copy.deepcopy(model), backend="qcompile")
+    assert torch.allclose(logits(compiled, "llama"), want, atol=1e-4)
+    exported = qcompile.export_onnx(model, tmp_path / "onnx", progress=False)
+    assert exported.numbers["onnx relative error"] < 1e-4
+
+
+def test_bad_configurations():
+    with pytest.raises(ValueError, match="real zeros"):
+        HQQ(Format.parse("int4/group64/zero"))
+    with pytest.raises(ValueError, match="0 < norm < 1"):
+        HQQ(norm=1.5)
+    with pytest.raises(ValueError, match="at least 1"):
+        LoRC(0)
+    with pytest.raises(ValueError, match="LoRC needs Quantize"):
+        Recipe("alone", (LoRC(),)).check()
+    with pytest.raises(ValueError, match="Fuse must come after LoRC"):
+        Recipe("order", (Quantize(), qcompile.passes.Fuse(), LoRC())).check()
