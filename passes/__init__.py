@@ -7,6 +7,7 @@ if __name__ == "passes":  # a second copy with a registry of its own would break
     raise ImportError("import qcompile.passes, not passes")
 
 from qcompile.passes.awq import AWQ, awq
+from qcompile.passes.finequant import FineQuant, finequant
 from qcompile.passes.fold_norm import FoldNorm, fold_norm
 from qcompile.passes.fuse import Fuse, fuse
 from qcompile.passes.gptq import GPTQ, gptq
@@ -23,6 +24,7 @@ __all__ = [
     "GPTQ",
     "HQQ",
     "LoRC",
+    "FineQuant",
     "FoldNorm",
     "Fuse",
     "Quantize",
@@ -31,6 +33,7 @@ __all__ = [
     "Smooth",
     "Untie",
     "awq",
+    "finequant",
     "fold_norm",
     "fuse",
     "gptq",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from rich.progress import track
 from torch import Tensor
 
@@ -57,9 +58,9 @@ def awq_scale(mean: Tensor, exponent: float) -> Tensor:
 
 def scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format) -> float:
     """tr(E H E^T) of one weight [N, K] rounded after scaling its columns by `scale` [K]."""
-    rounded = quantize_tensor(weight.double().mul(scale).float(), form).dequantize().double() / scale
-    error = rounded - weight.double()
-    return float(((error @ hessian) * error).sum())
+    scale = scale.float()
+    error = quantize_tensor(weight.float() * scale, form).dequantize() / scale - weight.float()
+    return float(((error @ hessian.float()) * error).sum(dtype=torch.float64))
 
 
 @rewrites(AWQ, exact=True, sitewise=True, needs=("inputs",), after=("Untie", "FoldNorm"))

@@ -104,7 +104,12 @@ def gptq_sites(program: Program, how: GPTQ, seen: Statistics, plan: SitePlan) ->
     report = PassReport("GPTQ")
     groups: dict[tuple[torch.fx.Node, Format], list[Wanted]] = {}
     for wanted in wanted_sites(program, how, plan, report):
-        groups.setdefault((wanted.site.input, wanted.weight), []).append(wanted)
+        if wanted.weight == how.output != how.weight:  # the logits: the largest matrix, and 8 bits lose nothing
+            q = quantize_tensor(program.weights[wanted.site.name], wanted.weight, clip=how.clip)
+            put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+            report.done.append(wanted.site.name)
+        else:
+            groups.setdefault((wanted.site.input, wanted.weight), []).append(wanted)
     assert plan.batches is not None
     walk = Walk(program, plan.batches())
     if not walk.values:
@@ -123,6 +128,17 @@ def gptq_sites(program: Program, how: GPTQ, seen: Statistics, plan: SitePlan) ->
     return report
 
 
+def gram(x: Tensor) -> Tensor:
+    """x^T x [K, K] of x [T, K]; the blocks below the diagonal are copies, which saves a third."""
+    columns = x.shape[1]
+    if columns < 256:
+        return x.t() @ x
+    half = columns // 2
+    left, right = x[:, :half], x[:, half:]
+    corner = left.t() @ right
+    return torch.cat([torch.cat([gram(left), corner], 1), torch.cat([corner.t(), gram(right)], 1)])
+
+
 def hessian_of(walk: Walk, site: Site) -> tuple[Tensor, Tensor]:
     """Of a site's input over all batches: sum x x^T, float64 [K, K], and mean |x|, float64 [K].
 
@@ -130,17 +146,17 @@ def hessian_of(walk: Walk, site: Site) -> tuple[Tensor, Tensor]:
         CalibrationError: NaN or Inf, with the batch and the site.
     """
     total, size, rows = torch.zeros(site.K, site.K, dtype=torch.float64), torch.zeros(site.K, dtype=torch.float64), 0
-    for index, value in enumerate(walk.see(site.input)):
+    for value in walk.see(site.input):
         x = value.flatten(0, -2).float()
-        gram = x.t() @ x
-        if not bool(torch.isfinite(gram).all()):
-            raise CalibrationError(
-                f"batch {index + 1} brings NaN or Inf to {site.name} (node {site.input.name}): "
-                "drop that batch, or calibrate in float32"
-            )
-        total += gram
+        total += gram(x)
         size += x.abs().sum(0)
         rows += len(x)
+    if not bool(torch.isfinite(total.diagonal()).all()):
+        bad = [i + 1 for i, value in enumerate(walk.see(site.input)) if not bool(torch.isfinite(value).all())]
+        raise CalibrationError(
+            f"batches {bad} bring NaN or Inf to {site.name} (node {site.input.name}): "
+            "drop them, or calibrate in float32"
+        )
     return total, size / rows
 
 

@@ -7,6 +7,7 @@ from qcompile.passes import (
     AWQ,
     GPTQ,
     HQQ,
+    FineQuant,
     FoldNorm,
     Fuse,
     LoRC,
@@ -83,6 +84,12 @@ PRESETS: dict[str, Recipe] = {
             Untie(),
             AWQ(),
             Quantize(Format.parse("int4/group128/zero"), None, clip=True),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a16-finequant",
+            "FineQuant (arXiv:2308.09723): a group size for each matrix under 4.4 bits a weight, data-free",
+            FineQuant(clip=True),
             Fuse(),
         ),
         _recipe(

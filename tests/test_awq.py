@@ -33,7 +33,7 @@ def test_the_error_is_that_of_the_product(seed):
     scale = torch.rand(64, generator=generator).double() + 0.5
     rounded = quantize_tensor((w.double() * scale).float(), FORM).dequantize().double()
     want = (x.double() / scale @ rounded.t() - x.double() @ w.double().t()).square().sum()
-    assert abs(scaled_error(w, x.t().double() @ x.double(), scale, FORM) / float(want) - 1) < 1e-4
+    assert abs(scaled_error(w, x.t().double() @ x.double(), scale, FORM) / float(want) - 1) < 1e-3
 
 
 def test_outliers_are_protected():

@@ -12,7 +12,7 @@ import qcompile
 from qcompile.calibrate import CalibrationError, Statistics
 from qcompile.capture import capture
 from qcompile.formats import Format, decode, level_grid, quantize_tensor
-from qcompile.passes.gptq import GPTQ, gptq, gptq_sites, inverse_factor, loss
+from qcompile.passes.gptq import GPTQ, gptq, gptq_sites, gram, inverse_factor, loss
 from qcompile.passes.quantize import SitePlan
 from qcompile.quantize import flat_inputs
 from qcompile.recipe import Recipe
@@ -89,6 +89,12 @@ def test_a_singular_hessian_has_no_factor_and_a_damped_one_has():
     assert inverse_factor(one, 0.01) is not None
 
 
+@pytest.mark.parametrize("columns", [5, 255, 256, 601])
+def test_gram(columns):
+    x = torch.randn(40, columns, dtype=torch.float64)
+    assert torch.allclose(gram(x), x.t() @ x)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "phi3", "mixtral"])
 def test_a_walk_computes_what_a_run_computes(name):
     model = build(name)
@@ -119,7 +125,7 @@ def test_later_sites_see_quantized_inputs():
     seen = {}
     after.watch([node.args[0]], batch, lambda n, v: seen.setdefault("x", v))
     rows = seen["x"].flatten(0, -2)
-    hessian = (rows.t() @ rows).double()
+    hessian = gram(rows).double()
     order = hessian.diagonal().argsort(descending=True)
     grid = quantize_tensor(program.weights[last.name], how.weight)
     want = gptq(program.weights[last.name], hessian, grid, inverse_factor(hessian[order][:, order], 0.01), order)

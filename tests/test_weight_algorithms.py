@@ -1,4 +1,4 @@
-"""Laws of the data-free weight algorithms: HQQ and LoRC."""
+"""Laws of the data-free weight algorithms: FineQuant, HQQ and LoRC."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from zoo import build, example
 import qcompile
 from qcompile.formats import Format, quantize_tensor
 from qcompile.module import QuantLinear
+from qcompile.passes.finequant import FineQuant, spend
 from qcompile.passes.hqq import HQQ, hqq, shrink
 from qcompile.passes.lorc import LoRC, low_rank
 from qcompile.passes.quantize import Quantize
@@ -90,7 +91,7 @@ def test_a_correction_helps_and_a_full_one_is_the_float_model(name, act):
         assert errors[2] < 1e-4
 
 
-@pytest.mark.parametrize("recipe", ["w4a16-lorc", "w4a16-hqq"])
+@pytest.mark.parametrize("recipe", ["w4a16-lorc", "w4a16-hqq", "w4a16-finequant"])
 def test_saves_loads_compiles_and_exports(recipe, tmp_path):
     model = build("llama")
     report = qcompile.quantize(model, recipe, [example("llama")], progress=False)
@@ -105,6 +106,35 @@ def test_saves_loads_compiles_and_exports(recipe, tmp_path):
     assert torch.allclose(logits(compiled, "llama"), want, atol=1e-4)
     exported = qcompile.export_onnx(model, tmp_path / "onnx", progress=False)
     assert exported.numbers["onnx relative error"] < 1e-4
+
+
+@given(st.integers(0, 2**20), st.integers(1, 12), st.floats(0, 1))
+def test_the_budget_is_kept_and_no_single_size_is_better(seed, matrices, generosity):
+    generator = torch.Generator().manual_seed(seed)
+    costs = torch.randint(1, 50, (matrices, 4), generator=generator).sort(1).values.tolist()
+    errors = torch.rand(matrices, 4, generator=generator).sort(1, descending=True).values.tolist()
+    least, most = sum(min(c) for c in costs), sum(max(c) for c in costs)
+    budget = least + generosity * (most - least)
+    chosen = spend(errors, costs, budget)
+    assert sum(c[i] for c, i in zip(costs, chosen, strict=True)) <= budget
+    total = sum(e[i] for e, i in zip(errors, chosen, strict=True))
+    for size in range(4):
+        if sum(c[size] for c in costs) <= budget:
+            assert total <= sum(e[size] for e in errors) + 1e-12
+
+
+def test_matrices_with_outliers_get_finer_groups():
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256)).eval()
+    with torch.no_grad():
+        model[2].weight[torch.rand(256, 256) < 0.01] *= 30
+    how = FineQuant(output=None, bits=5.0)
+    report = qcompile.quantize(model, Recipe("f", (how, qcompile.passes.Fuse())), example=torch.randn(4, 256))
+    assert model[2].format.group < model[0].format.group
+    assert "bits a weight" in report.passes[0].notes[0]
+    with pytest.raises(ValueError, match="already take"):
+        tight = FineQuant(output=None, bits=4.01)
+        fresh = torch.nn.Sequential(torch.nn.Linear(256, 256))
+        qcompile.quantize(fresh, Recipe("f", (tight,)), example=torch.randn(4, 256))
 
 
 def test_bad_configurations():
