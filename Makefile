@@ -24,7 +24,7 @@ check: $(READY) ## style and types
 	$(BIN)/mypy
 
 test: check ## everything that CI runs
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(READY) ## measure kernels and whole models; writes benches/results
 	$(BIN)/python benches/cpu_linear.py

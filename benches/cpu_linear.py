@@ -25,7 +25,8 @@ from rich.table import Table
 
 from qcompile.bench import versions
 from qcompile.codegen.cpu import kernels
-from qcompile.formats import Format, load_codes, quantize_tensor
+from qcompile.formats import Format, load_codes
+from qcompile.rounding import quantize_tensor
 
 SHAPES = [(576, 576), (576, 1536), (2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096)]
 ROWS = [1, 2, 4, 8, 32, 128, 512]

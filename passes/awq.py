@@ -20,7 +20,7 @@ from rich.progress import track
 from torch import Tensor
 
 from qcompile.calibrate import CalibrationError, Statistics
-from qcompile.formats import Format, quantize_tensor
+from qcompile.formats import Format
 from qcompile.norms import find_norms
 from qcompile.passes.gptq import hessian_of
 from qcompile.passes.quantize import SitePlan
@@ -29,6 +29,7 @@ from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
 from qcompile.rotation_flow import Obstacle
+from qcompile.rounding import quantize_tensor
 from qcompile.scale_flow import Readers, Source, groups_of_readers, scale_source
 from qcompile.sites import Site, find_sites
 from qcompile.walk import Walk

@@ -19,11 +19,12 @@ from rich.progress import track
 from torch import Tensor
 
 from qcompile.calibrate import Statistics
-from qcompile.formats import Format, quantize_tensor
+from qcompile.formats import Format
 from qcompile.passes.quantize import BEFORE, Quantize, SitePlan, put_codes, wanted_sites
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
+from qcompile.rounding import quantize_tensor
 
 
 @dataclass(frozen=True)

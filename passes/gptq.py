@@ -20,11 +20,12 @@ from rich.progress import track
 from torch import Tensor
 
 from qcompile.calibrate import CalibrationError, Statistics
-from qcompile.formats import Format, QTensor, decode, encode, level_grid, quantize_tensor
+from qcompile.formats import Format, QTensor
 from qcompile.passes.quantize import BEFORE, Quantize, SitePlan, Wanted, put_codes, wanted_sites
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
+from qcompile.rounding import decode, encode, level_grid, quantize_tensor
 from qcompile.sites import Site
 from qcompile.walk import Walk
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from qcompile.calibrate import Statistics
-from qcompile.formats import Format, QTensor, group_columns, quantize_tensor, ungroup_columns
+from qcompile.formats import Format, QTensor, group_columns, ungroup_columns
 from qcompile.passes.quantize import BEFORE, Quantize, SitePlan, put_codes, wanted_sites
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
+from qcompile.rounding import quantize_tensor
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from qcompile.calibrate import Statistics
-from qcompile.formats import Format, quantize_tensor
+from qcompile.formats import Format
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, Rule, rewrites
 from qcompile.report import PassReport
+from qcompile.rounding import quantize_tensor
 from qcompile.sharing import fingerprint, shared
 from qcompile.sites import Site, find_sites
 

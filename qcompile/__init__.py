@@ -9,7 +9,7 @@ from qcompile.calibrate import CalibrationError
 from qcompile.capture import CaptureError, capture
 from qcompile.checkpoint import CheckpointError, load, save
 from qcompile.export import export_onnx
-from qcompile.formats import Format, QTensor, quantize_tensor
+from qcompile.formats import Format, QTensor
 from qcompile.module import QuantLinear
 from qcompile.pipeline import NothingToQuantize
 from qcompile.presets import PRESETS, find_recipe
@@ -17,6 +17,7 @@ from qcompile.program import Program
 from qcompile.quantize import quantize
 from qcompile.recipe import Recipe, RecipeError, Rule
 from qcompile.report import Report
+from qcompile.rounding import quantize_tensor
 
 __version__ = "0.1.0"
 

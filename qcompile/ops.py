@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.formats import Format, dequantize_codes, load_codes, quantize_tensor
+from qcompile.formats import Format, dequantize_codes, load_codes
 from qcompile.hadamard import apply_hadamard
 from qcompile.packing import packed_columns
+from qcompile.rounding import quantize_tensor
 
 
 def code_dtype(format: Format) -> torch.dtype:

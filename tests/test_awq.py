@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from zoo import build, example
 
 import qcompile
-from qcompile.formats import Format, quantize_tensor
+from qcompile.formats import Format
 from qcompile.passes import AWQ, Rotate
 from qcompile.passes.awq import awq_scale, scaled_error
 from qcompile.recipe import Recipe
+from qcompile.rounding import quantize_tensor
 
 FORM = Format.parse("int4/group32/zero")
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompile.formats import Format, load_codes, quantize_tensor, spread
+from qcompile.formats import Format, load_codes, spread
 from qcompile.packing import pack, unpack
+from qcompile.rounding import quantize_tensor
 from qcompile.testing import weights
 
 FORMATS = [

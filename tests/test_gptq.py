@@ -11,11 +11,12 @@ from zoo import build, example
 import qcompile
 from qcompile.calibrate import CalibrationError, Statistics
 from qcompile.capture import capture
-from qcompile.formats import Format, decode, level_grid, quantize_tensor
+from qcompile.formats import Format
 from qcompile.passes.gptq import GPTQ, gptq, gptq_sites, gram, inverse_factor, loss
 from qcompile.passes.quantize import SitePlan
 from qcompile.quantize import flat_inputs
 from qcompile.recipe import Recipe
+from qcompile.rounding import decode, level_grid, quantize_tensor
 from qcompile.sites import find_sites
 from qcompile.walk import Walk
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from qcompile.codegen.cpu import kernels, native
 from qcompile.codegen.cpu.choose import choose, kernel_of
-from qcompile.formats import Format, quantize_tensor
+from qcompile.formats import Format
+from qcompile.rounding import quantize_tensor
 
 DUAL = Format.parse("int4/group128/zero/dual")
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 17, 33]  # every block of rows, both sides of FEW

@@ -14,9 +14,10 @@ from qcompile.checkpoint import CheckpointError
 from qcompile.codegen.onnx.export import ExportMismatch
 from qcompile.codegen.onnx.linear import NoOnnxForm, OnnxLinear
 from qcompile.codegen.onnx.session import FolderError, Session
-from qcompile.formats import Format, quantize_tensor
+from qcompile.formats import Format
 from qcompile.hadamard import random_signs
 from qcompile.module import QuantLinear
+from qcompile.rounding import quantize_tensor
 
 
 def linear(form, act, columns, bias=True, signs=False):

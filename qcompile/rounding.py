@@ -1,0 +1,146 @@
+"""Rounding numbers to a format: ranges, clip search, codes, and the grid that codes stand on.
+
+|w - dq(q(w))| <= s / 2 inside the range, for every format but fp8, whose step is relative.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.formats import Format, QTensor, group_columns, spread, ungroup_columns
+
+_FP8_MAX = 448.0
+_PROTECTED = 119.0  # level-1 codes of a dual format: level 2 may round one int4 step past them
+
+
+def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor:
+    """Round to nearest in a format.
+
+    Args:
+        x: float, [.., K].
+        format: the format.
+        clip: shrink each range to the one of 20 that minimises sum |e|^2.4 (GPTQ's MSE clip).
+
+    Raises:
+        ValueError: x holds NaN or Inf.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"the tensor holds {int((~torch.isfinite(x)).sum())} NaN or Inf of {x.numel()} values")
+    wide = x.float()
+    if format.dual:
+        return _quantize_dual(wide, format)
+    groups = group_columns(wide, format)
+    low, high = _range(groups, format)
+    if clip:
+        low, high = _clip(groups, low, high, format)
+    scale, zero = _scale(low, high, format)
+    shape = x.shape[:-1] + (format.groups(x.shape[-1]),) if format.per != "tensor" else ()
+    codes = encode(groups, scale[..., None], None if zero is None else zero[..., None], format)
+    codes = codes.reshape(x.shape) if format.per == "tensor" else ungroup_columns(codes, x.shape[-1])
+    stored_zero = None
+    if zero is not None:
+        stored_zero = (zero.to(torch.uint8) if format.zero == "int" else zero).reshape(shape)
+    return QTensor(codes.contiguous(), scale.reshape(shape), stored_zero, None, format)
+
+
+def _range(groups: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    if format.zero == "none":
+        high = groups.abs().amax(-1)
+        return -high, high
+    return groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+
+
+def _scale(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+    if format.dtype == "fp8":
+        scale = high / _FP8_MAX
+    elif format.zero == "none":
+        scale = high / format.qmax
+    else:
+        scale = (high - low) / format.qmax
+    # Subnormal scales would turn x / s into infinity: such a group is zero.
+    scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
+    if format.zero == "none":
+        return scale, None
+    zero = -low / scale
+    return scale, zero.round().clamp(0, format.qmax) if format.zero == "int" else zero
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
+    """x / scale -> codes, rounding half to even."""
+    if format.dtype == "fp8":
+        return (x / scale).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+    if zero is None:
+        return (x / scale).round_().clamp_(format.qmin, format.qmax).to(torch.int8)
+    # Round before adding an integer zero (the law), after adding a real one.
+    steps = (x / scale).round_() + zero if format.zero == "int" else (x / scale + zero).round_()
+    return steps.clamp_(format.qmin, format.qmax).to(torch.uint8)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Codes -> float32, for scales and zeros of the codes' shape; the inverse of `encode`."""
+    value = codes.float()
+    return (value if zero is None else value - zero) * scale
+
+
+def level_grid(q: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The grid that each number of a matrix was rounded on: scale, zero, least and greatest code, [N, K].
+
+    Least and greatest are given only where they bind more tightly than the format's own (dual).
+    """
+    shape, form = q.codes.shape, q.format
+    scale = spread(q.scale, form, q.columns) if not form.dual else q.scale
+    zero = None if q.zero is None else spread(q.zero, form, q.columns).float()
+    zero = None if zero is None else zero.expand(shape)
+    if not form.dual:
+        return scale.expand(shape), zero, None, None
+    assert q.group_scale is not None and zero is not None
+    group = spread(q.group_scale, form, q.columns).float()
+    reach = (127 / group).floor()
+    low, high = (zero - reach).clamp_min(0), (zero + reach).clamp_max(form.qmax)
+    return scale * group, zero, low.to(torch.uint8), high.to(torch.uint8)
+
+
+def _clip(groups: Tensor, low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """For each group the shrink in 1.00, 0.99 .. 0.80 with the least sum |e|^2.4 (GPTQ's mse=True)."""
+    rows = groups.flatten(0, -3) if groups.ndim > 2 else groups[None]
+    lows, highs = low.reshape(rows.shape[:-1]).clone(), high.reshape(rows.shape[:-1]).clone()
+    step = max(1, 2**22 // max(1, rows[0].numel()))
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step]
+        low0, high0 = lows[start : start + step].clone(), highs[start : start + step].clone()
+        best = torch.full_like(low0, torch.inf)
+        for shrink in range(21):
+            keep = 1 - shrink / 100
+            scale, zero = _scale(low0 * keep, high0 * keep, format)
+            z = None if zero is None else zero[..., None]
+            codes = encode(part, scale[..., None], z, format).float()
+            error = ((codes - (0 if z is None else z)) * scale[..., None] - part).abs_().pow_(2.4).sum(-1)
+            better = error < best
+            best = torch.where(better, error, best)
+            lows[start : start + step][better] = (low0 * keep)[better]
+            highs[start : start + step][better] = (high0 * keep)[better]
+    return lows.reshape(low.shape), highs.reshape(high.shape)
+
+
+def _quantize_dual(x: Tensor, format: Format) -> QTensor:
+    """Two levels: int8 for a row inside the protective range, then int4 with integer group scales."""
+    high = x.abs().amax(-1, keepdim=True)
+    scale = torch.where(high > 1e-30, high / _PROTECTED, torch.ones_like(high))
+    groups = group_columns((x / scale).round(), format)
+    top, bottom = groups.amax(-1).clamp_min(0), groups.amin(-1).clamp_max(0)
+    group_scale = ((top - bottom) / 15).round().clamp_min(1)
+    zero = (-bottom / group_scale).round().clamp(0, 15)
+    # q - z stays where s1 (q - z) fits int8; for protected codes this binds only at the very edge.
+    reach = (127 / group_scale).floor()
+    wide = group_columns(x / scale, format)  # round once, from the real numbers, not from level 1
+    codes = (wide / group_scale[..., None]).round() + zero[..., None]
+    low = (zero - reach).clamp_min(0)[..., None]
+    codes = codes.clamp(low, (zero + reach).clamp_max(15)[..., None])
+    return QTensor(
+        ungroup_columns(codes, x.shape[-1]).to(torch.uint8).contiguous(),
+        scale,
+        zero.to(torch.uint8),
+        group_scale.to(torch.int8),
+        format,
+    )
