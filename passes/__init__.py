@@ -17,6 +17,7 @@ from qcompile.passes.quantize import Quantize, quantize
 from qcompile.passes.rotate import Rotate, rotate
 from qcompile.passes.rotate_online import RotateOnline, rotate_online
 from qcompile.passes.smooth import Smooth, smooth
+from qcompile.passes.smoothquant_plus import SmoothQuantPlus, smoothquant_plus
 from qcompile.passes.untie import Untie, untie
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Rotate",
     "RotateOnline",
     "Smooth",
+    "SmoothQuantPlus",
     "Untie",
     "awq",
     "finequant",
@@ -43,5 +45,6 @@ __all__ = [
     "rotate",
     "rotate_online",
     "smooth",
+    "smoothquant_plus",
     "untie",
 ]

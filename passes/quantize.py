@@ -36,7 +36,8 @@ _PRODUCTS = {
 }
 
 
-BEFORE = ("Untie", "FoldNorm", "Smooth", "AWQ", "Rotate", "RotateOnline")  # rewritings of the float model
+# Rewritings of the float model.
+BEFORE = ("Untie", "FoldNorm", "Smooth", "SmoothQuantPlus", "AWQ", "Rotate", "RotateOnline")
 
 
 @dataclass(frozen=True)

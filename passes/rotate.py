@@ -23,6 +23,7 @@ from qcompile.hadamard import rotation
 from qcompile.norms import find_norms
 from qcompile.passes.awq import AWQ
 from qcompile.passes.smooth import Smooth
+from qcompile.passes.smoothquant_plus import SmoothQuantPlus
 from qcompile.program import Program
 from qcompile.recipe import rewrites
 from qcompile.report import PassReport
@@ -54,19 +55,23 @@ def rotate_rows(weight: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:
-    smooths = [type(p).__name__ for p in passes if isinstance(p, (AWQ, Smooth)) and p.norms]
-    if how.stream and smooths:
-        return [
-            f"{smooths[0]}(norms=True) puts scales into the norm gains that Rotate(stream=True) needs to be "
-            f"one: use {smooths[0]}(norms=False) or Rotate(stream=False)"
-        ]
-    return []
+    faults = []
+    for other in passes if how.stream else ():
+        name = type(other).__name__
+        if isinstance(other, SmoothQuantPlus):
+            faults.append(f"{name} puts scales into the norm gains that Rotate(stream=True) needs to be one: drop one")
+        elif isinstance(other, (AWQ, Smooth)) and other.norms:
+            faults.append(
+                f"{name}(norms=True) puts scales into the norm gains that Rotate(stream=True) needs to be one: "
+                f"use {name}(norms=False) or Rotate(stream=False)"
+            )
+    return faults
 
 
 @rewrites(
     Rotate,
     exact=True,
-    after=("Untie", "FoldNorm", "Smooth", "AWQ"),
+    after=("Untie", "FoldNorm", "Smooth", "SmoothQuantPlus", "AWQ"),
     requires=lambda how: ("FoldNorm",) if how.stream else (),
     conflicts=_conflicts,
 )

@@ -21,9 +21,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from qcompile.bench import versions
-from qcompile.evaluate import divergence, perplexity
+from qcompile.evaluate import agreement, perplexity
 from qcompile.presets import find_recipe
 from qcompile.quantize import quantize
+from qcompile.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,26 @@ def compare(
     rows: list[Row] = []
     for name, recipe in track(list(zip(names, found, strict=True)), "comparing", disable=not progress, transient=True):
         if name not in known:
-            candidate, seconds, site_bytes = model, 0.0, 0
-            if recipe.passes:
-                candidate, start = copy.deepcopy(model), time.perf_counter()
-                report = quantize(candidate, recipe, calibration() if recipe.needs else None, progress=False)
-                seconds, site_bytes = time.perf_counter() - start, report.bytes_after
-            value = perplexity(candidate, token_windows, progress=False)
-            kl, agreement = (0.0, 1.0) if candidate is model else divergence(candidate, model, token_windows)
-            known[name] = Row(name, value, kl, agreement, site_bytes, seconds)
+            known[name] = _measure(name, recipe, model, token_windows, calibration)
             _write(out, label, token_windows, known)
         rows.append(known[name])
     return rows
+
+
+def _measure(
+    name: str,
+    recipe: Recipe,
+    model: nn.Module,
+    token_windows: Sequence[Tensor],
+    calibration: Callable[[], Sequence[Any]],
+) -> Row:
+    if not recipe.passes:
+        return Row(name, perplexity(model, token_windows, progress=False), 0.0, 1.0, 0, 0.0)
+    candidate, start = copy.deepcopy(model), time.perf_counter()
+    report = quantize(candidate, recipe, calibration() if recipe.needs else None, progress=False)
+    seconds = time.perf_counter() - start
+    found = agreement(candidate, model, token_windows)
+    return Row(name, found.perplexity, found.kl, found.top1, report.bytes_after, seconds)
 
 
 def _key(label: str, token_windows: Sequence[Tensor]) -> dict[str, Any]:
@@ -153,7 +163,6 @@ def rotated_twin(model: nn.Module) -> nn.Module:
     the twin's do not, so it is what weight formats should be judged on.
     """
     from qcompile.passes import FoldNorm, Rotate, Untie
-    from qcompile.recipe import Recipe
 
     twin = copy.deepcopy(model)
     with torch.no_grad():

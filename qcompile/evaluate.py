@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,15 +41,32 @@ def logits_of(model: Callable[..., Any], ids: Tensor) -> Tensor:
     return found
 
 
-def divergence(
-    model: Callable[..., Any], reference: Callable[..., Any], token_windows: Sequence[Tensor]
-) -> tuple[float, float]:
-    """Mean KL(reference || model) in nats for each token, and the share of equal top-1 tokens."""
-    total, agree, count = 0.0, 0, 0
+@dataclass(frozen=True)
+class Agreement:
+    """How a model does on a text, and how near it is to a reference.
+
+    Attributes:
+        perplexity: as `perplexity`. kl: mean KL(reference || model), nats for each token.
+        top1: share of tokens whose most likely successor is the reference's.
+    """
+
+    perplexity: float
+    kl: float
+    top1: float
+
+
+def agreement(model: Callable[..., Any], reference: Callable[..., Any], token_windows: Sequence[Tensor]) -> Agreement:
+    """Run both models over the windows, one forward of each, in pieces of 512 tokens after that."""
+    loss, total, agree, count, predicted = 0.0, 0.0, 0, 0, 0
     for ids in token_windows:
-        ours, theirs = logits_of(model, ids)[0].float(), logits_of(reference, ids)[0].float()
-        p = theirs.log_softmax(-1)
-        total += float((p.exp() * (p - ours.log_softmax(-1))).sum())
-        agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        ours, theirs = logits_of(model, ids)[0], logits_of(reference, ids)[0]
+        for start in range(0, ours.shape[0], 512):
+            q = ours[start : start + 512].float().log_softmax(-1)
+            p = theirs[start : start + 512].float().log_softmax(-1)
+            total += float((p.exp() * (p - q)).sum())
+            agree += int((q.argmax(-1) == p.argmax(-1)).sum())
+            target = ids[0, 1 + start : 1 + start + q.shape[0]]
+            loss -= float(q[: len(target)].gather(1, target[:, None]).sum())
+            predicted += len(target)
         count += ours.shape[0]
-    return total / count, agree / count
+    return Agreement(math.exp(loss / predicted), total / count, agree / count)

@@ -15,6 +15,7 @@ from qcompile.passes import (
     Rotate,
     RotateOnline,
     Smooth,
+    SmoothQuantPlus,
     Untie,
 )
 from qcompile.recipe import Recipe, RecipeError
@@ -83,6 +84,14 @@ PRESETS: dict[str, Recipe] = {
             "AWQ scales (arXiv:2306.00978), then w4a16; needs calibration",
             Untie(),
             AWQ(),
+            Quantize(Format.parse("int4/group128/zero"), None, clip=True),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a16-smooth",
+            "SmoothQuant+ (arXiv:2312.03788): one searched alpha, then w4a16; needs calibration",
+            Untie(),
+            SmoothQuantPlus(),
             Quantize(Format.parse("int4/group128/zero"), None, clip=True),
             Fuse(),
         ),

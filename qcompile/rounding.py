@@ -127,16 +127,16 @@ def _quantize_dual(x: Tensor, format: Format) -> QTensor:
     """Two levels: int8 for a row inside the protective range, then int4 with integer group scales."""
     high = x.abs().amax(-1, keepdim=True)
     scale = torch.where(high > 1e-30, high / _PROTECTED, torch.ones_like(high))
-    groups = group_columns((x / scale).round(), format)
-    top, bottom = groups.amax(-1).clamp_min(0), groups.amin(-1).clamp_max(0)
-    group_scale = ((top - bottom) / 15).round().clamp_min(1)
-    zero = (-bottom / group_scale).round().clamp(0, 15)
+    wide = group_columns(x / scale, format)
+    # Rounding keeps order: the extremes of the level-1 codes are the rounded extremes.
+    top, bottom = wide.amax(-1).round_().clamp_min_(0), wide.amin(-1).round_().clamp_max_(0)
+    group_scale = ((top - bottom) / 15).round_().clamp_min_(1)
+    zero = (-bottom / group_scale).round_().clamp_(0, 15)
     # q - z stays where s1 (q - z) fits int8; for protected codes this binds only at the very edge.
-    reach = (127 / group_scale).floor()
-    wide = group_columns(x / scale, format)  # round once, from the real numbers, not from level 1
-    codes = (wide / group_scale[..., None]).round() + zero[..., None]
-    low = (zero - reach).clamp_min(0)[..., None]
-    codes = codes.clamp(low, (zero + reach).clamp_max(15)[..., None])
+    reach = (127 / group_scale).floor_()
+    # Round once, from the real numbers, not from level 1.
+    codes = wide.div_(group_scale[..., None]).round_().add_(zero[..., None])
+    codes.clamp_((zero - reach).clamp_min_(0)[..., None], (zero + reach).clamp_max_(15)[..., None])
     return QTensor(
         ungroup_columns(codes, x.shape[-1]).to(torch.uint8).contiguous(),
         scale,

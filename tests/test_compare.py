@@ -10,6 +10,7 @@ from zoo import build, example
 
 import qcompile.compare as module
 from qcompile.compare import compare, plot, rotated_twin, table
+from qcompile.evaluate import agreement, perplexity
 
 
 def pieces():
@@ -52,3 +53,16 @@ def test_the_twin_is_the_same_function_of_other_weights():
     assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
     mine, its = (dict(m.named_parameters())["model.layers.0.mlp.up_proj.weight"] for m in (model, twin))
     assert not torch.allclose(mine, its, atol=1e-3)
+
+
+def test_agreement_is_perplexity_and_divergence():
+    ours, theirs, windows = build("llama"), build("llama"), pieces()
+    with torch.no_grad():
+        theirs.lm_head.weight.mul_(1.5)
+        both = [(ours(input_ids=w).logits[0], theirs(input_ids=w).logits[0]) for w in windows]
+    found = agreement(ours, theirs, windows)
+    assert found.perplexity == pytest.approx(perplexity(ours, windows, progress=False), rel=1e-5)
+    a, b = (torch.cat([pair[i] for pair in both]).log_softmax(-1) for i in (0, 1))
+    want = torch.nn.functional.kl_div(a, b, log_target=True, reduction="batchmean")
+    assert found.kl == pytest.approx(float(want), rel=1e-4)
+    assert found.top1 == pytest.approx(float((a.argmax(1) == b.argmax(1)).float().mean()))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qcompile.evaluate import divergence, perplexity
+from qcompile.evaluate import agreement, perplexity
 from qcompile.text import batches, embedded_text, windows
 
 
@@ -24,7 +24,8 @@ def test_uniform_guess_has_the_vocabulary_as_perplexity():
     pieces = windows(Letters(), embedded_text(), length=64, count=3)
     assert [p.shape for p in pieces] == [(1, 64)] * 3
     assert math.isclose(perplexity(uniform, pieces, progress=False), 50, rel_tol=1e-5)
-    assert divergence(uniform, uniform, pieces) == (0.0, 1.0)
+    same = agreement(uniform, uniform, pieces)
+    assert (same.kl, same.top1) == (0.0, 1.0)
 
 
 def test_windows_do_not_overlap_and_short_text_is_refused():

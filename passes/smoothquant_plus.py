@@ -1,0 +1,101 @@
+"""SmoothQuant+: one smoothing strength for the whole model, searched with errors accumulated.
+
+Source: Pan et al. 2023, arXiv:2312.03788 sec. 3. The authors published no search; theirs is described
+        as the alpha with the least loss of the whole quantized model. Here the loss is the squared
+        error of the model's outputs, quantized layers feeding later ones.
+Law:    s = max|X|^a / max|W|^(1-a) as in smooth.py, for a in 0, step .. 1, and *no smoothing* as a
+        candidate of its own (a = 0 is not it: it equalises the weights). The winner's loss is not
+        above the identity's on the calibration data.
+Keeps:  the output.   Needs: absmax of the inputs and the batches.   Leaves: what Smooth leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.progress import track
+from torch import Tensor
+
+from qcompile.calibrate import Statistics
+from qcompile.formats import Format
+from qcompile.passes.quantize import Quantize, SitePlan, quantize
+from qcompile.passes.smooth import Smooth, smooth
+from qcompile.program import Program
+from qcompile.recipe import RecipeError, rewrites
+from qcompile.report import PassReport
+
+
+@dataclass(frozen=True)
+class SmoothQuantPlus:
+    """The format that the search rounds to, and the grid of alpha."""
+
+    weight: Format = Format("int4", "group", 128, "int")
+    step: float = 0.1  # of alpha; the paper's is 0.05
+    batches: int = 4  # of the calibration data, for the loss
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, str):
+            object.__setattr__(self, "weight", Format.parse(self.weight))
+        if not 0 < self.step <= 1 or self.batches < 1:
+            raise RecipeError(f"SmoothQuantPlus: 0 < step <= 1 and batches >= 1, got {self.step} and {self.batches}")
+
+
+@rewrites(
+    SmoothQuantPlus,
+    exact=True,
+    sitewise=True,
+    needs=("absmax", "inputs"),
+    after=("Untie", "FoldNorm"),
+    conflicts=lambda how, passes: (
+        ["SmoothQuantPlus and Smooth do the same twice: drop Smooth"]
+        if any(isinstance(p, Smooth) for p in passes)
+        else []
+    ),
+)
+def smoothquant_plus(program: Program, how: SmoothQuantPlus, seen: Statistics, plan: SitePlan) -> PassReport:
+    """Search alpha on quantized copies, then smooth the program with the winner, in place."""
+    assert plan.batches is not None
+    data = [batch for _, batch in zip(range(how.batches), plan.batches(), strict=False)]
+    want = [outputs_of(program, batch) for batch in data]
+    losses: dict[float | None, float] = {}
+    count = round(1 / how.step)
+    candidates: list[float | None] = [None, *[min(1.0, i * how.step) for i in range(count + 1)]]
+    for alpha in track(candidates, "SmoothQuant+", disable=not plan.progress, transient=True):
+        losses[alpha] = loss_of(program, how, seen, plan, alpha, data, want)
+    best = min(losses, key=losses.__getitem__)
+    report = PassReport("SmoothQuantPlus")
+    if best is not None:
+        report = dataclasses.replace(smooth(program, Smooth(alpha=best), seen), name="SmoothQuantPlus")
+    chosen = "no smoothing" if best is None else f"alpha {best:.2f}"
+    report.notes.append(f"{chosen}: loss {losses[best]:.4g}, without smoothing {losses[None]:.4g}")
+    return report
+
+
+def loss_of(
+    program: Program,
+    how: SmoothQuantPlus,
+    seen: Statistics,
+    plan: SitePlan,
+    alpha: float | None,
+    data: list[Sequence[Any]],
+    want: list[list[Tensor]],
+) -> float:
+    """Squared error of the outputs after smoothing with alpha (None: not) and rounding all weights."""
+    candidate = program.copy()
+    if alpha is not None:
+        smooth(candidate, Smooth(alpha=alpha), seen)
+    quantize(candidate, Quantize(how.weight, None, output=how.weight), seen, dataclasses.replace(plan, corrected=False))
+    candidate.cleanup()
+    total = 0.0
+    for batch, values in zip(data, want, strict=True):
+        got = outputs_of(candidate, batch)
+        total += sum(float((a - b).double().square().sum()) for a, b in zip(got, values, strict=True))
+    return total
+
+
+def outputs_of(program: Program, batch: Sequence[Any]) -> list[Tensor]:
+    """The outputs of one batch. (A hidden value would not do: smoothing rescales those on purpose.)"""
+    return [y.float() for y in program(*batch) if isinstance(y, Tensor) and y.is_floating_point()]

@@ -1,0 +1,68 @@
+"""SmoothQuant+: an exact rewriting whose search is never worse than none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import build, example
+
+import qcompile
+from qcompile.calibrate import observe
+from qcompile.capture import capture
+from qcompile.formats import Format
+from qcompile.passes import Smooth, SmoothQuantPlus, Untie
+from qcompile.passes.quantize import SitePlan
+from qcompile.passes.smoothquant_plus import loss_of, outputs_of, smoothquant_plus
+from qcompile.passes.untie import untie
+from qcompile.quantize import flat_inputs
+from qcompile.recipe import Recipe
+
+HOW = SmoothQuantPlus(Format.parse("int4/group32/zero"), step=0.25, batches=1)
+
+
+def outliers(model):
+    """Large activations in few channels, function kept: norm gains times 100, the columns behind them by 100."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for norm, readers in (
+                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            ):
+                norm.weight[:3] *= 100
+                for linear in readers:
+                    linear.weight[:, :3] /= 100
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "phi3"])
+def test_exact(name):
+    model = build(name)
+    report = qcompile.quantize(model, Recipe("s", (Untie(), HOW)), [example(name)], progress=False)
+    with torch.no_grad():
+        got, want = model(**example(name))[0], build(name)(**example(name))[0]
+    assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
+    assert all(c.holds for c in report.certificates)
+
+
+def test_the_winner_is_the_least_loss_and_outliers_make_it_smooth():
+    program = capture(outliers(build("llama")), (), example("llama"))
+    untie(program, Untie(), None)
+    batch = flat_inputs(program, example("llama"), example("llama"))
+    seen, plan = observe(program, [batch]), SitePlan(batches=lambda: [batch])
+    after = program.copy()
+    report = smoothquant_plus(after, HOW, seen, plan)
+    assert report.done and "alpha" in report.notes[-1]
+    want = [outputs_of(program, batch)]
+    losses = {a: loss_of(program, HOW, seen, plan, a, [batch], want) for a in (None, 0.0, 0.25, 0.5, 0.75, 1.0)}
+    best = min(losses, key=losses.get)
+    assert f"alpha {best:.2f}" in report.notes[-1] and losses[best] < losses[None]
+
+
+def test_bad_recipes():
+    with pytest.raises(ValueError, match="0 < step"):
+        SmoothQuantPlus(step=0)
+    with pytest.raises(ValueError, match="the same twice"):
+        Recipe("two", (Smooth(), SmoothQuantPlus())).check()
+    with pytest.raises(ValueError, match="needs calibration data for SmoothQuantPlus"):
+        qcompile.quantize(build("llama"), "w4a16-smooth")
