@@ -7,7 +7,8 @@ import torch
 from zoo import ZOO, build, example, is_dynamic
 
 from qcompile.capture import capture
-from qcompile.passes import FoldNorm, Rotate, RotateOnline, Smooth, Untie
+from qcompile.formats import Format
+from qcompile.passes import AWQ, GPTQ, FoldNorm, Fuse, LoRC, Quantize, Rotate, RotateOnline, Smooth, Untie
 from qcompile.pipeline import run
 from qcompile.presets import find_recipe
 from qcompile.program import Program
@@ -50,6 +51,21 @@ def test_w8a8_is_close_to_float(name):
     assert relative_error(quantized(*inputs)[:1], program(*inputs)[:1]) < 0.03
     left = [s for s in report.sites if not s.quantized]
     assert all("expert" in s.reason for s in left), report
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_everything_composes(name):
+    """AWQ scales, an online rotation, GPTQ codes and a correction in one recipe, on every architecture."""
+    program, inputs = program_of(name)
+    form = Format.parse("int4/group32/zero")
+    passes = (Untie(), AWQ(form, steps=4), RotateOnline(), GPTQ(form, None, output=form), LoRC(4), Fuse())
+    errors = {}
+    for label, how in (("all", passes), ("nearest", (Quantize(form, None, output=form), Fuse()))):
+        quantized, report = run(program, Recipe(label, how), batches=lambda: [inputs], example=inputs)
+        errors[label] = relative_error(quantized(*inputs)[:1], program(*inputs)[:1])
+        assert all(c.holds for c in report.certificates), report
+        assert all("expert" in s.reason for s in report.sites if not s.quantized), report
+    assert errors["all"] < 1.1 * errors["nearest"], errors
 
 
 @pytest.mark.parametrize("name", [n for n in ZOO if is_dynamic(n) and n not in ("vit", "mlp")])
