@@ -50,6 +50,18 @@ def shrink(error: Tensor, norm: float, beta: float) -> Tensor:
     return error.sign() * (size - size.clamp_min(1e-8).pow(norm - 1) / beta).clamp_min(0)
 
 
+def best_zero(target: Tensor, codes: Tensor, scale: Tensor, inside: Tensor) -> Tensor:
+    """The z of each group that minimises sum (target - s (q - z))^2: the mean of q - target / s.
+
+    Args:
+        target, codes: [N, groups, G]. scale: [N, groups, 1]. inside: 1 where a column exists, else 0.
+
+    Returns:
+        [N, groups, 1].
+    """
+    return ((codes - target / scale) * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True)
+
+
 def hqq(weight: Tensor, grid: QTensor, *, norm: float = 0.7, beta: float = 10.0, steps: int = 20) -> QTensor:
     """Better zeros, and the codes that go with them.
 
@@ -60,7 +72,6 @@ def hqq(weight: Tensor, grid: QTensor, *, norm: float = 0.7, beta: float = 10.0,
     assert grid.zero is not None
     w = group_columns(weight.float(), form)  # [N, groups, G]
     inside = group_columns(torch.ones_like(weight, dtype=torch.float32), form)  # a ragged end does not count
-    count = inside.sum(-1, keepdim=True)
     s, z = grid.scale[..., None], grid.zero[..., None].clone()
 
     def rounded(zero: Tensor) -> Tensor:
@@ -70,19 +81,19 @@ def hqq(weight: Tensor, grid: QTensor, *, norm: float = 0.7, beta: float = 10.0,
         return (error.abs() * inside).sum(-1, keepdim=True)
 
     codes = rounded(z)
-    best_zero, best_codes, best = z.clone(), codes, size(w - (codes - z) * s)
+    kept_zero, kept_codes, best = z.clone(), codes, size(w - (codes - z) * s)
     for _ in range(steps):
         error = shrink(w - (codes - z) * s, norm, beta)
-        z = ((codes - (w - error) / s) * inside).sum(-1, keepdim=True) / count
+        z = best_zero(w - error, codes, s, inside)
         codes = rounded(z)
         now = size(w - (codes - z) * s)
         better = now < best
         if not bool(better.any()):
             break
-        best_zero, best = torch.where(better, z, best_zero), torch.where(better, now, best)
-        best_codes = torch.where(better, codes, best_codes)
-    codes = ungroup_columns(best_codes, columns).to(torch.uint8).contiguous()
-    return QTensor(codes, grid.scale, best_zero.squeeze(-1), None, form)
+        kept_zero, best = torch.where(better, z, kept_zero), torch.where(better, now, best)
+        kept_codes = torch.where(better, codes, kept_codes)
+    codes = ungroup_columns(kept_codes, columns).to(torch.uint8).contiguous()
+    return QTensor(codes, grid.scale, kept_zero.squeeze(-1), None, form)
 
 
 @rewrites(HQQ, exact=False, sitewise=True, after=BEFORE)

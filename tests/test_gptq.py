@@ -75,6 +75,19 @@ def test_it_is_never_worse_and_usually_much_better(form, seed, order):
         assert bool((found.codes >= low).all() and (found.codes <= high).all())
 
 
+@given(st.integers(0, 2**20))
+def test_where_greed_loses_nearest_is_kept(seed):
+    """With weakly correlated inputs some rows come out worse than rounded to nearest."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, x = torch.randn(300, 8, generator=generator), torch.randn(60, 8, generator=generator).double()
+    hessian = x.t() @ x
+    found, grid = solve(weight, hessian, "int3/row")
+    ours, nearest = (loss(weight, q.dequantize(), hessian) for q in (found, grid))
+    assert bool((ours <= nearest * (1 + 1e-9)).all())
+    kept = (found.codes == grid.codes).all(1)
+    assert bool((ours[~kept] <= nearest[~kept]).all()) and bool(kept.any())
+
+
 @given(st.integers(0, 2**20), st.sampled_from([1, 7, 32, 96]))
 def test_blocks_change_nothing_but_rounding(seed, block):
     weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -14,7 +14,7 @@ import qcompile
 from qcompile.formats import Format
 from qcompile.module import QuantLinear
 from qcompile.passes.finequant import FineQuant, spend
-from qcompile.passes.hqq import HQQ, hqq, shrink
+from qcompile.passes.hqq import HQQ, best_zero, hqq, shrink
 from qcompile.passes.lorc import LoRC, low_rank
 from qcompile.passes.quantize import Quantize
 from qcompile.recipe import Recipe
@@ -44,6 +44,20 @@ def test_no_group_is_worse_than_nearest(seed, bits):
     assert bool((by_group(found) <= by_group(nearest) * (1 + 1e-5)).all())
     assert by_group(found).sum() < 0.99 * by_group(nearest).sum()
     assert torch.equal(found.scale, nearest.scale)
+
+
+@given(st.integers(0, 2**20))
+def test_the_zero_is_the_least_squares_one(seed):
+    generator = torch.Generator().manual_seed(seed)
+    target, scale = torch.randn(3, 2, 16, generator=generator).double(), torch.rand(3, 2, 1, generator=generator) + 0.1
+    codes, inside = torch.randint(0, 16, (3, 2, 16), generator=generator).double(), torch.ones(3, 2, 16).double()
+    inside[:, 1, 10:] = 0  # a ragged group
+    zero = best_zero(target, codes, scale, inside)
+
+    def size(z):
+        return ((target - scale * (codes - z)).square() * inside).sum(-1, keepdim=True)
+
+    assert bool((size(zero) < size(zero + 1e-3)).all() and (size(zero) < size(zero - 1e-3)).all())
 
 
 @given(st.floats(-10, 10), st.floats(0.1, 0.9), st.floats(1, 100))
