@@ -7,6 +7,7 @@ if __name__ == "passes":  # a second copy with a registry of its own would break
     raise ImportError("import qcompile.passes, not passes")
 
 from qcompile.passes.awq import AWQ, awq
+from qcompile.passes.dgq import DGQ, dgq
 from qcompile.passes.finequant import FineQuant, finequant
 from qcompile.passes.fold_norm import FoldNorm, fold_norm
 from qcompile.passes.fuse import Fuse, fuse
@@ -22,6 +23,7 @@ from qcompile.passes.untie import Untie, untie
 
 __all__ = [
     "AWQ",
+    "DGQ",
     "GPTQ",
     "HQQ",
     "LoRC",
@@ -35,6 +37,7 @@ __all__ = [
     "SmoothQuantPlus",
     "Untie",
     "awq",
+    "dgq",
     "finequant",
     "fold_norm",
     "fuse",

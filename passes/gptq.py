@@ -16,18 +16,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
-from qcompile.calibrate import CalibrationError, Statistics
+from qcompile.calibrate import Statistics
 from qcompile.formats import Format, QTensor
-from qcompile.passes.quantize import BEFORE, Quantize, SitePlan, Wanted, put_codes, wanted_sites
+from qcompile.passes.quantize import BEFORE, Quantize, SitePlan
+from qcompile.passes.sequential import quantize_sequentially
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
 from qcompile.rounding import decode, encode, level_grid, quantize_tensor
-from qcompile.sites import Site
-from qcompile.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
             code = encode(part[:, k], s, z, form)
             if low is not None and high is not None:
                 code = torch.minimum(torch.maximum(code, low[:, at]), high[:, at])
-            errors[:, k] = (part[:, k] - decode(code, s, z)) / factor[k, k]
+            errors[:, k] = (part[:, k] - decode(code, s, z, form)) / factor[k, k]
             part[:, k:].addr_(errors[:, k], factor[k, k:], alpha=-1)
             codes[:, order[at]] = code
         w[:, last:] -= errors @ u[first:last, last:]
@@ -102,67 +100,21 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
 @rewrites(GPTQ, exact=False, needs=("hessian",), sitewise=True, after=BEFORE)
 def gptq_sites(program: Program, how: GPTQ, seen: Statistics, plan: SitePlan) -> PassReport:
     """Quantize every wanted site, in the order of the graph, each on quantized upstream inputs."""
-    report = PassReport("GPTQ")
-    groups: dict[tuple[torch.fx.Node, Format], list[Wanted]] = {}
-    for wanted in wanted_sites(program, how, plan, report):
-        if wanted.weight == how.output != how.weight:  # the logits: the largest matrix, and 8 bits lose nothing
-            q = quantize_tensor(program.weights[wanted.site.name], wanted.weight, clip=how.clip)
-            put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
-            report.done.append(wanted.site.name)
-        else:
-            groups.setdefault((wanted.site.input, wanted.weight), []).append(wanted)
-    assert plan.batches is not None
-    walk = Walk(program, plan.batches())
-    if not walk.values:
-        raise CalibrationError("the calibration iterator is empty: give at least one batch")
     nearest: list[str] = []
-    for (_, form), members in track(groups.items(), "GPTQ", disable=not plan.progress, transient=True):
-        walk.advance(members[0].site.node)
-        hessian, _ = hessian_of(walk, members[0].site)
-        weights = torch.cat([program.weights[w.site.name].float() for w in members])
-        results = _round(weights, hessian, form, how, [w.site.name for w in members], nearest)
-        for wanted, q in zip(members, results.split([w.site.N for w in members]), strict=True):
-            put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
-            report.done.append(wanted.site.name)
+
+    def choose(weight: Tensor, hessian: Tensor, form: Format, names: list[str]) -> QTensor:
+        return compensate(weight, hessian, quantize_tensor(weight, form, clip=how.clip), how, names, nearest)
+
+    report = quantize_sequentially(program, how, plan, PassReport("GPTQ"), choose)
     if nearest:
         report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(nearest)}")
     return report
 
 
-def gram(x: Tensor) -> Tensor:
-    """x^T x [K, K] of x [T, K]; the blocks below the diagonal are copies, which saves a third."""
-    columns = x.shape[1]
-    if columns < 256:
-        return x.t() @ x
-    half = columns // 2
-    left, right = x[:, :half], x[:, half:]
-    corner = left.t() @ right
-    return torch.cat([torch.cat([gram(left), corner], 1), torch.cat([corner.t(), gram(right)], 1)])
-
-
-def hessian_of(walk: Walk, site: Site) -> tuple[Tensor, Tensor]:
-    """Of a site's input over all batches: sum x x^T, float64 [K, K], and mean |x|, float64 [K].
-
-    Raises:
-        CalibrationError: NaN or Inf, with the batch and the site.
-    """
-    total, size, rows = torch.zeros(site.K, site.K, dtype=torch.float64), torch.zeros(site.K, dtype=torch.float64), 0
-    for value in walk.see(site.input):
-        x = value.flatten(0, -2).float()
-        total += gram(x)
-        size += x.abs().sum(0)
-        rows += len(x)
-    if not bool(torch.isfinite(total.diagonal()).all()):
-        bad = [i + 1 for i, value in enumerate(walk.see(site.input)) if not bool(torch.isfinite(value).all())]
-        raise CalibrationError(
-            f"batches {bad} bring NaN or Inf to {site.name} (node {site.input.name}): "
-            "drop them, or calibrate in float32"
-        )
-    return total, size / rows
-
-
-def _round(weight: Tensor, hessian: Tensor, form: Format, how: GPTQ, names: list[str], nearest: list[str]) -> QTensor:
-    grid = quantize_tensor(weight, form, clip=how.clip)
+def compensate(
+    weight: Tensor, hessian: Tensor, grid: QTensor, how: GPTQ, names: list[str], nearest: list[str]
+) -> QTensor:
+    """GPTQ on the scales of `grid`, with more damping where needed; adds `names` to `nearest` if none helps."""
     hessian = hessian.clone()
     dead = hessian.diagonal() == 0  # never seen: such a column is rounded to nearest by itself
     hessian[dead, dead] = hessian.diagonal().max().clamp_min(1)

@@ -57,8 +57,10 @@ class Quantize:
         for name in ("weight", "act", "output"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Format.parse(getattr(self, name)))
-        if self.act is not None and self.act.dual:
-            raise RecipeError("Quantize: an activation has no second level (dual)")
+        if self.act is not None and self.act.two_level:
+            raise RecipeError(f"Quantize: an activation has no second level ({self.act})")
+        if self.weight.smooth:
+            raise RecipeError(f"Quantize: smooth is for activations, not for a weight ({self.weight})")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """SmoothQuant: move activation outliers into the weights.
 
 Source: Xiao et al. 2022, arXiv:2211.10438, eq. 4.
+        DGQ's percentile clip: arXiv:2310.04836 sec. 3.3 (baseline's rank from the authors' code).
 Law:    s = max|X|^a / max|W|^(1-a) for each input channel;  (X / s)(s W) = X W.
+        With `percentile` p instead s = max(1, max|X| / a) with a the largest |X| of all but the
+        top share p of the channels: only outlier channels are touched.
         1/s folds into the gain of a norm, or into the rows of the linear whose output reaches the
         site through operations that carry a positive factor (see qcompile/scale_flow.py). Where one
         producer channel feeds several (grouped-query attention), they share the largest s.
@@ -33,10 +36,13 @@ class Smooth:
     alpha: float = 0.5  # 0: all stays in X, 1: all moves to W
     norms: bool = True  # smooth inputs made by a norm, by way of its gain
     rows: bool = True  # smooth also inputs made by linear rows (after a gate, after attention)
+    percentile: float | None = None  # share of channels to bring down to the others, as 0.005
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"Smooth: alpha must be between 0 and 1, got {self.alpha}")
+        if self.percentile is not None and not 0 < self.percentile < 1:
+            raise RecipeError(f"Smooth: percentile is a share between 0 and 1, got {self.percentile}")
 
 
 def smoothing_scale(act: Tensor, weight: Tensor, alpha: float) -> Tensor:
@@ -44,6 +50,13 @@ def smoothing_scale(act: Tensor, weight: Tensor, alpha: float) -> Tensor:
     act, weight = act.double(), weight.double()
     scale = act.clamp_min(1e-5) ** alpha / weight.clamp_min(1e-5) ** (1 - alpha)
     return torch.where((act > 0) & (weight > 0), scale, torch.ones_like(scale)).clamp_min(1e-5)
+
+
+def clip_scale(act: Tensor, share: float) -> Tensor:
+    """max|X| [K] -> s [K], float64: one but for the top share of channels."""
+    ranked = act.double().sort(descending=True).values
+    baseline = ranked[min(int(share * len(act) + 1.5), len(act) - 1)]
+    return (act.double() / baseline).clamp_min(1) if baseline > 0 else torch.ones_like(ranked)
 
 
 def shared_scale(scale: Tensor, channels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -79,8 +92,12 @@ def smooth(program: Program, how: Smooth, seen: Statistics) -> PassReport:
         elif source.norm is not None and not how.norms:
             report.leave(label, "made by a norm, and norms=False")
         else:
-            weight = torch.stack([_columns_absmax(program, s) for s in readers.sites]).amax(0)
-            scale = smoothing_scale(seen.absmax[readers.root.name], weight, how.alpha)
+            act = seen.absmax[readers.root.name]
+            if how.percentile is not None:
+                scale = clip_scale(act, how.percentile)
+            else:
+                weight = torch.stack([_columns_absmax(program, s) for s in readers.sites]).amax(0)
+                scale = smoothing_scale(act, weight, how.alpha)
             fold_scale(program, source, list(readers.sites), scale)
             report.done.append(label)
             report.changed |= changed_by(source, readers)

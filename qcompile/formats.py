@@ -8,6 +8,10 @@
                   |s1 (q - z)| <= 127, so that s1 (q - z) is int8 (DGQ, arXiv:2310.04836 eq. 5;
                   QoQ's protective range, arXiv:2405.04532 sec. 4.1)
     fp8           e4m3fn of w / s                                   s = max|w| / 448
+    fp4           e2m1 of w / s                                     s = max|w| / 6
+    fp4 m1, m2    w ~ s 2^k e2m1: s float for a row, k <= 0 an integer for a group (minifloat.py)
+    smooth        of an activation: the scales of groups are s_t r_g, one s for a token, one r for a
+                  group of channels (Rotated Runtime Smooth, arXiv:2409.20361)
 
 One scale per tensor, per row of the last dimension (a weight's output channel, an activation's
 token) or per group of `group` columns; a last group may be ragged.
@@ -22,20 +26,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qcompile.minifloat import E2M1_MAX, decode_e2m1, power_of_two
 from qcompile.packing import pack, unpack
 
-_BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "fp8": 8}
+_BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "fp4": 4, "fp8": 8}
+_POWERS = ("m1", "m2", "m1ceil", "m2ceil")
 
 
 @dataclass(frozen=True)
 class Format:
     """dtype, granularity and zero point of a quantized tensor; `str(f)` reads back by `parse`."""
 
-    dtype: Literal["int2", "int3", "int4", "int8", "fp8"]
+    dtype: Literal["int2", "int3", "int4", "int8", "fp4", "fp8"]
     per: Literal["tensor", "row", "group"] = "row"
     group: int = 0
     zero: Literal["none", "int", "float"] = "none"
     dual: bool = False
+    powers: Literal["", "m1", "m2", "m1ceil", "m2ceil"] = ""
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _BITS:
@@ -44,21 +52,26 @@ class Format:
             raise ValueError(f"format granularity {self.per!r} is unknown; known: tensor, row, group")
         if (self.per == "group") != (self.group > 0):
             raise ValueError(f"format {self.dtype}: a group size goes with per='group', got {self.group}")
-        if self.dtype == "fp8" and (self.zero != "none" or self.dual):
-            raise ValueError("fp8 has neither zero points nor a second level")
+        if self.is_float and (self.zero != "none" or self.dual):
+            raise ValueError(f"{self.dtype} has neither zero points nor integer group scales")
+        if self.powers and (self.dtype != "fp4" or self.per != "group" or self.powers not in _POWERS):
+            raise ValueError(f"scales that are powers of two ({', '.join(_POWERS)}) are for fp4 with groups")
+        if self.smooth and (self.is_float or self.per != "group" or self.zero != "none"):
+            raise ValueError("a smooth format is a symmetric integer with groups, as int4/group128/smooth")
         if self.dual and (self.dtype != "int4" or self.per != "group" or self.zero != "int"):
             raise ValueError("a dual format is int4 with groups and integer zero points")
 
     def __str__(self) -> str:
         parts = [self.dtype, f"group{self.group}" if self.per == "group" else self.per]
         parts += {"none": [], "int": ["zero"], "float": ["floatzero"]}[self.zero]
-        return "/".join(parts + (["dual"] if self.dual else []))
+        parts += ["dual"] * self.dual + [self.powers] * bool(self.powers) + ["smooth"] * self.smooth
+        return "/".join(parts)
 
     @staticmethod
     def parse(text: str) -> Format:
         """Read "int4/group128/zero", "int8/row", "fp8/row", "int4/group64/zero/dual", ..."""
         dtype, *parts = text.split("/")
-        per, group, zero, dual = "row", 0, "none", False
+        per, group, zero, dual, powers, smooth = "row", 0, "none", False, "", False
         for part in parts:
             if part.startswith("group") and part[5:].isdigit():
                 per, group = "group", int(part[5:])
@@ -68,12 +81,38 @@ class Format:
                 zero = "int" if part == "zero" else "float"
             elif part == "dual":
                 dual = True
+            elif part in _POWERS:
+                powers = part
+            elif part == "smooth":
+                smooth = True
             else:
                 raise ValueError(
                     f"format {text!r}: {part!r} is unknown; write dtype/granularity/zero, as in "
-                    "int4/group128/zero, int8/row, fp8/row, int4/group128/floatzero"
+                    "int4/group128/zero, int8/row, fp8/row, int4/group128/floatzero, fp4/group128/m2"
                 )
-        return Format(dtype, per, group, zero, dual)
+        return Format(dtype, per, group, zero, dual, powers, smooth)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether codes are small floats."""
+        return self.dtype in ("fp4", "fp8")
+
+    @property
+    def two_level(self) -> bool:
+        """Whether a row has a float scale and a group an integer one."""
+        return self.dual or bool(self.powers)
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The dtype of unpacked codes."""
+        if self.dtype == "fp8":
+            return torch.float8_e4m3fn
+        return torch.uint8 if self.zero != "none" or self.dtype == "fp4" else torch.int8
+
+    @property
+    def reach(self) -> float:
+        """The largest number that a code can stand for at scale one."""
+        return {"fp4": E2M1_MAX, "fp8": 448.0}.get(self.dtype, float(self.qmax))
 
     @property
     def bits(self) -> int:
@@ -83,12 +122,12 @@ class Format:
     @property
     def qmin(self) -> int:
         """The smallest code."""
-        return 0 if self.zero != "none" else -(2 ** (self.bits - 1))
+        return 0 if self.code_dtype == torch.uint8 else -(2 ** (self.bits - 1))
 
     @property
     def qmax(self) -> int:
         """The largest code."""
-        return 2**self.bits - 1 if self.zero != "none" else 2 ** (self.bits - 1) - 1
+        return 2**self.bits - 1 if self.code_dtype == torch.uint8 else 2 ** (self.bits - 1) - 1
 
     def groups(self, columns: int) -> int:
         """Scales in a row of `columns`."""
@@ -138,7 +177,7 @@ def store_codes(codes: Tensor, format: Format) -> Tensor:
     """Unpacked codes -> the stored form: packed unsigned below 8 bits, else as they are."""
     if format.bits == 8:
         return codes
-    return pack(codes if format.zero != "none" else codes.to(torch.int16) - format.qmin, format.bits)
+    return pack(codes if format.qmin == 0 else codes.to(torch.int16) - format.qmin, format.bits)
 
 
 def load_codes(stored: Tensor, format: Format, columns: int) -> Tensor:
@@ -146,7 +185,7 @@ def load_codes(stored: Tensor, format: Format, columns: int) -> Tensor:
     if format.bits == 8:
         return stored
     unsigned = unpack(stored, format.bits, columns)
-    return unsigned if format.zero != "none" else (unsigned.to(torch.int8) + format.qmin)
+    return unsigned if format.qmin == 0 else (unsigned.to(torch.int8) + format.qmin)
 
 
 def spread(scale: Tensor, format: Format, columns: int) -> Tensor:
@@ -161,12 +200,15 @@ def dequantize_codes(
 ) -> Tensor:
     """Unpacked codes -> float32."""
     columns = codes.shape[-1]
-    value = codes.to(torch.float32)
+    value = decode_e2m1(codes) if format.dtype == "fp4" else codes.to(torch.float32)
     if zero is not None:
         value = value - spread(zero, format, columns).to(torch.float32)
     if format.dual:
         assert group_scale is not None
         return value * spread(group_scale, format, columns).to(torch.float32) * scale
+    if format.powers:
+        assert group_scale is not None
+        return value * (spread(power_of_two(group_scale), format, columns) * scale)
     return value * spread(scale, format, columns)
 
 

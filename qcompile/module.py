@@ -56,12 +56,11 @@ class QuantLinear(nn.Module):
         groups = format.groups(in_features)
         shape = () if format.per == "tensor" else (out_features, groups if format.per == "group" else 1)
         packed = packed_columns(in_features, format.bits)
-        code = torch.uint8 if format.bits < 8 or format.zero != "none" else torch.int8
-        code = torch.float8_e4m3fn if format.dtype == "fp8" else code
+        code = torch.uint8 if format.bits < 8 else format.code_dtype
         zero = torch.uint8 if format.zero == "int" else torch.float32
         tensors: dict[str, Tensor | None] = {
             "codes": torch.empty(out_features, packed, dtype=code),
-            "scale": torch.empty((out_features, 1) if format.dual else shape),
+            "scale": torch.empty((out_features, 1) if format.two_level else shape),
             "zero": torch.empty(shape, dtype=zero),
             "group_scale": torch.empty(shape, dtype=torch.int8),
             "bias": torch.empty(out_features),

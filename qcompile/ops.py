@@ -20,13 +20,6 @@ from qcompile.packing import packed_columns
 from qcompile.rounding import quantize_tensor
 
 
-def code_dtype(format: Format) -> torch.dtype:
-    """The dtype of unpacked codes."""
-    if format.dtype == "fp8":
-        return torch.float8_e4m3fn
-    return torch.int8 if format.zero == "none" else torch.uint8
-
-
 @torch.library.custom_op("qcompile::quantize", mutates_args=())
 def quantize(x: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize an activation [.., K] to codes of the same shape, scale and zero (empty if none)."""
@@ -41,7 +34,7 @@ def _(x: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
     shape = () if form.per == "tensor" else (*x.shape[:-1], form.groups(x.shape[-1]))
     scale = x.new_empty(shape, dtype=torch.float32)
     zero = x.new_empty(shape if form.zero != "none" else (0,), dtype=torch.float32)
-    return torch.empty_like(x, dtype=code_dtype(form)).contiguous(), scale, zero
+    return torch.empty_like(x, dtype=form.code_dtype).contiguous(), scale, zero
 
 
 @torch.library.custom_op("qcompile::dequantize", mutates_args=())

@@ -1,6 +1,6 @@
 """Rounding numbers to a format: ranges, clip search, codes, and the grid that codes stand on.
 
-|w - dq(q(w))| <= s / 2 inside the range, for every format but fp8, whose step is relative.
+|w - dq(q(w))| <= s / 2 inside the range, for every format of integers; a float's step is relative.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from qcompile.formats import Format, QTensor, group_columns, spread, ungroup_columns
+from qcompile.minifloat import constrain, decode_e2m1, encode_e2m1, power_of_two
 
-_FP8_MAX = 448.0
+_TINY = 1e-30  # a smaller range is zero: x / s must not become infinite
+_PIVOT = 8.0  # a token whose largest value is this many times the median token's is a pivot
 _PROTECTED = 119.0  # level-1 codes of a dual format: level 2 may round one int4 step past them
 
 
@@ -29,12 +31,16 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor
         raise ValueError(f"the tensor holds {int((~torch.isfinite(x)).sum())} NaN or Inf of {x.numel()} values")
     wide = x.float()
     if format.dual:
-        return _quantize_dual(wide, format)
+        return _quantize_dual(wide, format, clip)
+    if format.smooth:
+        return _quantize_smooth(wide, format)
     groups = group_columns(wide, format)
     low, high = _range(groups, format)
     if clip:
         low, high = _clip(groups, low, high, format)
     scale, zero = _scale(low, high, format)
+    if format.powers:
+        return _quantize_powers(groups, scale, x.shape[-1], format)
     shape = x.shape[:-1] + (format.groups(x.shape[-1]),) if format.per != "tensor" else ()
     codes = encode(groups, scale[..., None], None if zero is None else zero[..., None], format)
     codes = codes.reshape(x.shape) if format.per == "tensor" else ungroup_columns(codes, x.shape[-1])
@@ -52,14 +58,8 @@ def _range(groups: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 
 def _scale(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-    if format.dtype == "fp8":
-        scale = high / _FP8_MAX
-    elif format.zero == "none":
-        scale = high / format.qmax
-    else:
-        scale = (high - low) / format.qmax
-    # Subnormal scales would turn x / s into infinity: such a group is zero.
-    scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
+    scale = high / format.reach if format.zero == "none" else (high - low) / format.qmax
+    scale = torch.where(scale > _TINY, scale, torch.ones_like(scale))
     if format.zero == "none":
         return scale, None
     zero = -low / scale
@@ -69,7 +69,9 @@ def _scale(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | 
 def encode(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
     """x / scale -> codes, rounding half to even."""
     if format.dtype == "fp8":
-        return (x / scale).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+        return (x / scale).clamp(-format.reach, format.reach).to(torch.float8_e4m3fn)
+    if format.dtype == "fp4":
+        return encode_e2m1(x / scale)
     if zero is None:
         return (x / scale).round_().clamp_(format.qmin, format.qmax).to(torch.int8)
     # Round before adding an integer zero (the law), after adding a real one.
@@ -77,9 +79,9 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Ten
     return steps.clamp_(format.qmin, format.qmax).to(torch.uint8)
 
 
-def decode(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
     """Codes -> float32, for scales and zeros of the codes' shape; the inverse of `encode`."""
-    value = codes.float()
+    value = decode_e2m1(codes) if format.dtype == "fp4" else codes.float()
     return (value if zero is None else value - zero) * scale
 
 
@@ -89,6 +91,9 @@ def level_grid(q: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor
     Least and greatest are given only where they bind more tightly than the format's own (dual).
     """
     shape, form = q.codes.shape, q.format
+    if form.powers:
+        assert q.group_scale is not None
+        return q.scale * spread(power_of_two(q.group_scale), form, q.columns), None, None, None
     scale = spread(q.scale, form, q.columns) if not form.dual else q.scale
     zero = None if q.zero is None else spread(q.zero, form, q.columns).float()
     zero = None if zero is None else zero.expand(shape)
@@ -114,8 +119,8 @@ def _clip(groups: Tensor, low: Tensor, high: Tensor, format: Format) -> tuple[Te
             keep = 1 - shrink / 100
             scale, zero = _scale(low0 * keep, high0 * keep, format)
             z = None if zero is None else zero[..., None]
-            codes = encode(part, scale[..., None], z, format).float()
-            error = ((codes - (0 if z is None else z)) * scale[..., None] - part).abs_().pow_(2.4).sum(-1)
+            codes = encode(part, scale[..., None], z, format)
+            error = (decode(codes, scale[..., None], z, format) - part).abs_().pow_(2.4).sum(-1)
             better = error < best
             best = torch.where(better, error, best)
             lows[start : start + step][better] = (low0 * keep)[better]
@@ -123,20 +128,48 @@ def _clip(groups: Tensor, low: Tensor, high: Tensor, format: Format) -> tuple[Te
     return lows.reshape(low.shape), highs.reshape(high.shape)
 
 
-def _quantize_dual(x: Tensor, format: Format) -> QTensor:
+def _quantize_powers(groups: Tensor, scale: Tensor, columns: int, format: Format) -> QTensor:
+    """Codes on scales that are powers of two, or powers of two below the row's."""
+    row, exponent = constrain(scale, format.powers)
+    codes = encode(groups, (row * power_of_two(exponent))[..., None], None, format)
+    return QTensor(ungroup_columns(codes, columns).contiguous(), row, None, exponent, format)
+
+
+def _quantize_smooth(x: Tensor, format: Format) -> QTensor:
+    """Activations [.., T, K]: r for a group of channels over all tokens, then s for each token.
+
+    Pivot tokens, whose values are far above all others, are left out of r: one of them would shrink
+    every other token's codes in its channels. Their own s covers them.
+    """
+    groups = group_columns(x, format)
+    peaks = groups.abs().amax(-1)  # [.., T, groups]
+    token = peaks.amax(-1, keepdim=True)
+    ordinary = token <= _PIVOT * token.median(-2, keepdim=True).values if x.ndim > 1 else torch.ones_like(token) > 0
+    smooth = (peaks * ordinary).amax(-2, keepdim=True) if x.ndim > 1 else torch.ones_like(peaks)
+    smooth = torch.where(smooth > _TINY, smooth, torch.ones_like(smooth))
+    scale = (peaks / smooth).amax(-1, keepdim=True) / format.reach * smooth
+    scale = torch.where(scale > _TINY, scale, torch.ones_like(scale))
+    codes = encode(groups, scale[..., None], None, format)
+    return QTensor(ungroup_columns(codes, x.shape[-1]).contiguous(), scale, None, None, format)
+
+
+def _quantize_dual(x: Tensor, format: Format, clip: bool) -> QTensor:
     """Two levels: int8 for a row inside the protective range, then int4 with integer group scales."""
     high = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(high > 1e-30, high / _PROTECTED, torch.ones_like(high))
+    scale = torch.where(high > _TINY, high / _PROTECTED, torch.ones_like(high))
     wide = group_columns(x / scale, format)
     # Rounding keeps order: the extremes of the level-1 codes are the rounded extremes.
     top, bottom = wide.amax(-1).round_().clamp_min_(0), wide.amin(-1).round_().clamp_max_(0)
-    group_scale = ((top - bottom) / 15).round_().clamp_min_(1)
-    zero = (-bottom / group_scale).round_().clamp_(0, 15)
-    # q - z stays where s1 (q - z) fits int8; for protected codes this binds only at the very edge.
-    reach = (127 / group_scale).floor_()
-    # Round once, from the real numbers, not from level 1.
-    codes = wide.div_(group_scale[..., None]).round_().add_(zero[..., None])
-    codes.clamp_((zero - reach).clamp_min_(0)[..., None], (zero + reach).clamp_max_(15)[..., None])
+    found = _second_level(wide, bottom, top)
+    if clip:
+        best = _level_error(wide, *found)
+        for shrink in range(1, 21):
+            tried = _second_level(wide, bottom * (1 - shrink / 100), top * (1 - shrink / 100))
+            error = _level_error(wide, *tried)
+            better, best = error < best, torch.minimum(error, best)
+            for old, new in zip(found, tried, strict=True):
+                old[better] = new[better]
+    group_scale, zero, codes = found
     return QTensor(
         ungroup_columns(codes, x.shape[-1]).to(torch.uint8).contiguous(),
         scale,
@@ -144,3 +177,19 @@ def _quantize_dual(x: Tensor, format: Format) -> QTensor:
         group_scale.to(torch.int8),
         format,
     )
+
+
+def _second_level(wide: Tensor, bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Integer scale and zero of each group for a range, and the codes, in units of level 1."""
+    group_scale = ((top - bottom) / 15).round_().clamp_min_(1)
+    zero = (-bottom / group_scale).round_().clamp_(0, 15)
+    # q - z stays where s1 (q - z) fits int8; for protected codes this binds only at the very edge.
+    reach = (127 / group_scale).floor_()
+    # Round once, from the real numbers, not from level 1.
+    codes = (wide / group_scale[..., None]).round_().add_(zero[..., None])
+    codes.clamp_((zero - reach).clamp_min_(0)[..., None], (zero + reach).clamp_max_(15)[..., None])
+    return group_scale, zero, codes
+
+
+def _level_error(wide: Tensor, group_scale: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
+    return ((codes - zero[..., None]) * group_scale[..., None]).sub_(wide).abs_().pow_(2.4).sum(-1)

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from qcompile.formats import Format, load_codes, spread
 from qcompile.packing import pack, unpack
-from qcompile.rounding import quantize_tensor
+from qcompile.minifloat import constrain, decode_e2m1, encode_e2m1
+from qcompile.rounding import level_grid, quantize_tensor
 from qcompile.testing import weights
 
 FORMATS = [
     "int8/row", "int8/tensor", "int8/row/zero", "int4/group16", "int4/group16/zero", "int4/group16/floatzero",
     "int4/group16/zero/dual", "int3/group32/zero", "int2/group8", "int2/row", "fp8/row", "fp8/tensor",
+    "fp4/row", "fp4/group16", "fp4/group16/m1", "fp4/group16/m2", "fp4/group16/m1ceil", "fp4/group16/m2ceil",
 ]  # fmt: skip
 
 
@@ -32,6 +34,14 @@ def test_rounding_error_is_at_most_half_a_step(w, text):
     if form.dtype == "fp8":
         assert bool((error <= w.abs() * 2**-4 + spread(q.scale, form, w.shape[1]) * 2**-10 + 1e-12).all())
         return
+    if form.dtype == "fp4":
+        scale, _, _, _ = level_grid(q)
+        inside = w.abs() <= 6 * scale
+        assert bool((error <= w.abs() / 4 + scale / 4 + 1e-12)[inside].all())
+        assert (
+            "m2" in text or text == "fp4/group16/m1" or bool((w.abs() <= 6.001 * scale).all())
+        )  # these never saturate
+        return
     step = spread(q.scale, form, w.shape[1])
     if form.dual:
         step = q.scale * spread(q.group_scale.float(), form, w.shape[1])
@@ -46,14 +56,14 @@ def test_rounding_error_is_at_most_half_a_step(w, text):
 def test_codes_are_in_range_and_stored_losslessly(w, text):
     form = Format.parse(text)
     q = quantize_tensor(w, form)
-    if form.dtype != "fp8":
+    if not form.is_float:
         assert int(q.codes.min()) >= form.qmin and int(q.codes.max()) <= form.qmax
     back = load_codes(q.stored(), form, w.shape[1])
     assert torch.equal(back.float(), q.codes.float())
     assert q.stored().shape[1] == -(-w.shape[1] * form.bits // 8)
 
 
-@given(weights(), st.sampled_from([f for f in FORMATS if "dual" not in f and "zero" not in f]))
+@given(weights(), st.sampled_from([f for f in FORMATS if "dual" not in f and "zero" not in f and "/m" not in f]))
 def test_rounding_twice_is_rounding_once(w, text):
     once = quantize_tensor(w, Format.parse(text)).dequantize()
     twice = quantize_tensor(once, Format.parse(text)).dequantize()
@@ -75,7 +85,7 @@ def test_dual_is_as_good_as_float_scales():
     assert dual < 1.05 * plain
 
 
-@given(weights(), st.sampled_from([f for f in FORMATS if "dual" not in f and "tensor" not in f]))
+@given(weights(), st.sampled_from([f for f in FORMATS if "tensor" not in f and "/m" not in f]))
 def test_clip_never_increases_its_own_loss(w, text):
     form = Format.parse(text)
     loss = [float((quantize_tensor(w, form, clip=c).dequantize() - w).abs().pow(2.4).sum()) for c in (False, True)]
@@ -88,6 +98,63 @@ def test_ragged_last_group():
     assert q.scale.shape == (3, 5)
     tail = quantize_tensor(w[:, 512:], Format.parse("int4/group64"))
     assert torch.equal(q.dequantize()[:, 512:], tail.dequantize())
+
+
+def test_e2m1_is_the_standard_format():
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    codes = torch.arange(16, dtype=torch.uint8)
+    assert decode_e2m1(codes).tolist() == [*values, *[-v for v in values]]
+    assert torch.equal(encode_e2m1(decode_e2m1(codes)), codes)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 99.0])
+    assert decode_e2m1(encode_e2m1(ties)).tolist() == [0, 1, 1, 2, 2, 4, 4, 6]
+    assert decode_e2m1(encode_e2m1(-ties.double())).tolist() == [-0.0, -1, -1, -2, -2, -4, -4, -6]
+
+
+@given(st.floats(-8, 8))
+def test_e2m1_is_the_nearest(x):
+    got = float(decode_e2m1(encode_e2m1(torch.tensor([x])))[0])
+    assert abs(got - x) <= min(abs(v * s - x) for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6) for s in (1, -1)) + 1e-6
+
+
+def test_e2m1_times_a_power_of_two_is_e4m3():
+    """ZeroQuant-FP's cast: exact for every exponent that `constrain` gives, and not one further."""
+    values = decode_e2m1(torch.arange(16, dtype=torch.uint8))
+    exact = [bool((values * 2.0**k == (values * 2.0**k).to(torch.float8_e4m3fn).float()).all()) for k in range(-9, 8)]
+    assert exact == [False, *[True] * 15, False]  # -8 .. 6
+    _, exponents = constrain(torch.tensor([[1.0, 1e-9, 0.3]]), "m2")
+    assert exponents.tolist() == [[0, -8, -2]]
+
+
+def test_free_scales_beat_constrained_ones_and_nearest_beats_the_papers_ceil():
+    w = torch.distributions.StudentT(5.0).sample((64, 16 * 256))
+    loss = {m: float((quantize_tensor(w, Format.parse(f"fp4/group256{m}")).dequantize() - w).square().sum())
+            for m in ("", "/m1", "/m2", "/m1ceil", "/m2ceil")}  # fmt: skip
+    assert loss[""] < loss["/m1"] < 1.25 * loss[""] and loss[""] < loss["/m2"] < 1.25 * loss[""], loss
+    assert loss["/m2"] < loss["/m2ceil"] < loss["/m1ceil"], loss
+
+
+def test_ceil_constraints_are_the_papers():
+    scale = torch.tensor([[3.0, 1.1, 0.5]])
+    row, exponent = constrain(scale, "m1ceil")
+    assert (row * 2.0**exponent).tolist() == [[4, 2, 0.5]]
+    row, exponent = constrain(scale, "m2ceil")
+    assert (row * 2.0**exponent).tolist() == [[3, 0.75, 0.375]]  # s_max / 2^ceil(log2(s_max / s))
+
+
+@given(st.integers(0, 999))
+def test_smooth_scales_have_rank_one_and_pivots_do_not_matter(seed):
+    x = torch.randn(2, 7, 40, generator=torch.Generator().manual_seed(seed))
+    form = Format.parse("int4/group16/smooth")
+    plain = quantize_tensor(x, form)
+    assert plain.scale.shape == (2, 7, 3)
+    assert bool((torch.linalg.svdvals(plain.scale.double())[:, 1:] < 1e-6).all())
+    assert bool(((plain.dequantize() - x).abs() <= 0.5001 * spread(plain.scale, form, 40)).all())  # nothing saturates
+    x[0, 3] *= 0.1  # so that this token gives no maximum
+    calm, (spiked, others) = quantize_tensor(x, form), (x.clone(), [0, 1, 2, 4, 5, 6])
+    spiked[0, 3, 5] = 1000.0
+    after = quantize_tensor(spiked, form)
+    assert torch.equal(after.codes[0, others], calm.codes[0, others])
+    assert torch.equal(after.scale[0, others], calm.scale[0, others])
 
 
 def test_zero_rows_stay_zero():
@@ -106,7 +173,22 @@ def test_unpack_is_the_inverse(k, bits, seed):
     assert torch.equal(unpack(pack(codes, bits), bits, k), codes)
 
 
-@pytest.mark.parametrize("text", ["int5/row", "int4/grup128", "fp8/row/zero", "int8/row/dual", "int4/row/dual"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int5/row",
+        "int4/grup128",
+        "fp8/row/zero",
+        "int8/row/dual",
+        "int4/row/dual",
+        "fp4/row/m2",
+        "int4/group16/m1",
+        "fp4/group16/zero",
+        "fp8/group16/smooth",
+        "int4/group16/zero/smooth",
+        "int4/row/smooth",
+    ],
+)
 def test_nonsense_is_refused(text):
     with pytest.raises(ValueError):
         Format.parse(text)

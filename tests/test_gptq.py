@@ -12,7 +12,8 @@ import qcompile
 from qcompile.calibrate import CalibrationError, Statistics
 from qcompile.capture import capture
 from qcompile.formats import Format
-from qcompile.passes.gptq import GPTQ, gptq, gptq_sites, gram, inverse_factor, loss
+from qcompile.passes.gptq import GPTQ, gptq, gptq_sites, inverse_factor, loss
+from qcompile.passes.sequential import gram
 from qcompile.passes.quantize import SitePlan
 from qcompile.quantize import flat_inputs
 from qcompile.recipe import Recipe
@@ -51,7 +52,7 @@ def solve(weight, hessian, form, *, block=128, order=True):
 def test_grids_reproduce_the_numbers(form):
     q = quantize_tensor(torch.randn(6, 80), Format.parse(form))
     scale, zero, low, high = level_grid(q)
-    assert torch.allclose(decode(q.codes, scale, zero), q.dequantize(), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(decode(q.codes, scale, zero, q.format), q.dequantize(), rtol=1e-5, atol=1e-6)
     if low is not None:
         assert bool((q.codes >= low).all() and (q.codes <= high).all())
 

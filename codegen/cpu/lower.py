@@ -195,7 +195,7 @@ def _dequantize(
 ) -> Tensor:  # fmt: skip
     if columns and form.bits < 8:
         unsigned = unpack(codes, form.bits, columns)
-        codes = unsigned if form.zero != "none" else unsigned.to(torch.int8) + form.qmin
+        codes = unsigned if form.qmin == 0 else unsigned.to(torch.int8) + form.qmin
     return dequantize_codes(codes, scale, zero, group_scale, form).to(dtype)
 
 

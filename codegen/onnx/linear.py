@@ -28,13 +28,13 @@ class NoOnnxForm(ValueError):
 def refusal(module: QuantLinear) -> str | None:
     """Why a site has no ONNX form, or None."""
     form, act = module.format, module.act
-    if form.bits not in (4, 8) or form.dtype == "fp8":
+    if form.bits not in (4, 8) or form.is_float:
         return f"{form}: ONNX Runtime's CPU operators take int4 and int8 weights"
     if form.per == "tensor":
         return f"{form}: a scale for the whole weight (use int8/row)"
     if form.per == "group" and (form.group < 16 or form.group & (form.group - 1)):
         return f"{form}: blocks must be a power of two of at least 16"
-    if act is not None and (act.per == "group" or act.zero != "none" or act.dtype == "fp8"):
+    if act is not None and (act.per == "group" or act.zero != "none" or act.is_float):
         return f"activation {act}: only int8 or int4, symmetric, per row or tensor"
     return None
 

@@ -1,0 +1,88 @@
+"""Quantizing site after site, each on the inputs that the quantized part of the model gives it.
+
+What GPTQ, DGQ and every algorithm share that chooses codes by the second moments of a site's input:
+a walk in graph order (qcompile/walk.py), one Hessian for all sites that read the same value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from qcompile.calibrate import CalibrationError
+from qcompile.formats import Format, QTensor
+from qcompile.passes.quantize import Quantize, SitePlan, Wanted, put_codes, wanted_sites
+from qcompile.program import Program
+from qcompile.report import PassReport
+from qcompile.rounding import quantize_tensor
+from qcompile.sites import Site
+from qcompile.walk import Walk
+
+Choose = Callable[[Tensor, Tensor, Format, list[str]], QTensor]
+"""weight [N, K] float32 (sites on one input, stacked), Hessian [K, K], format, names -> codes."""
+
+
+def quantize_sequentially(
+    program: Program, how: Quantize, plan: SitePlan, report: PassReport, choose: Choose
+) -> PassReport:
+    """Quantize every wanted site in place, in the order of the graph.
+
+    The logits, in their own 8-bit format, are rounded to nearest: the largest matrix of a small
+    model, and eight bits lose nothing that a search could win back.
+    """
+    groups: dict[tuple[torch.fx.Node, Format], list[Wanted]] = {}
+    for wanted in wanted_sites(program, how, plan, report):
+        if wanted.weight == how.output != how.weight:
+            q = quantize_tensor(program.weights[wanted.site.name], wanted.weight, clip=how.clip)
+            put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+            report.done.append(wanted.site.name)
+        else:
+            groups.setdefault((wanted.site.input, wanted.weight), []).append(wanted)
+    assert plan.batches is not None
+    walk = Walk(program, plan.batches())
+    if not walk.values:
+        raise CalibrationError("the calibration iterator is empty: give at least one batch")
+    for (_, form), members in track(groups.items(), report.name, disable=not plan.progress, transient=True):
+        walk.advance(members[0].site.node)
+        hessian, _ = hessian_of(walk, members[0].site)
+        weights = torch.cat([program.weights[w.site.name].float() for w in members])
+        results = choose(weights, hessian, form, [w.site.name for w in members])
+        for wanted, q in zip(members, results.split([w.site.N for w in members]), strict=True):
+            put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+            report.done.append(wanted.site.name)
+    return report
+
+
+def gram(x: Tensor) -> Tensor:
+    """x^T x [K, K] of x [T, K]; the blocks below the diagonal are copies, which saves a third."""
+    columns = x.shape[1]
+    if columns < 256:
+        return x.t() @ x
+    half = columns // 2
+    left, right = x[:, :half], x[:, half:]
+    corner = left.t() @ right
+    return torch.cat([torch.cat([gram(left), corner], 1), torch.cat([corner.t(), gram(right)], 1)])
+
+
+def hessian_of(walk: Walk, site: Site) -> tuple[Tensor, Tensor]:
+    """Of a site's input over all batches: sum x x^T, float64 [K, K], and mean |x|, float64 [K].
+
+    Raises:
+        CalibrationError: NaN or Inf, with the batch and the site.
+    """
+    total, size, rows = torch.zeros(site.K, site.K, dtype=torch.float64), torch.zeros(site.K, dtype=torch.float64), 0
+    for value in walk.see(site.input):
+        x = value.flatten(0, -2).float()
+        total += gram(x)
+        size += x.abs().sum(0)
+        rows += len(x)
+    if not bool(torch.isfinite(total.diagonal()).all()):
+        bad = [i + 1 for i, value in enumerate(walk.see(site.input)) if not bool(torch.isfinite(value).all())]
+        raise CalibrationError(
+            f"batches {bad} bring NaN or Inf to {site.name} (node {site.input.name}): "
+            "drop them, or calibrate in float32"
+        )
+    return total, size / rows
