@@ -18,6 +18,7 @@ from qcompile.passes.quantize import Quantize, quantize
 from qcompile.passes.rotate import Rotate, rotate
 from qcompile.passes.rotate_online import RotateOnline, rotate_online
 from qcompile.passes.smooth import Smooth, smooth
+from qcompile.passes.smooth_attention import SmoothAttention, smooth_attention
 from qcompile.passes.smoothquant_plus import SmoothQuantPlus, smoothquant_plus
 from qcompile.passes.untie import Untie, untie
 
@@ -34,6 +35,7 @@ __all__ = [
     "Rotate",
     "RotateOnline",
     "Smooth",
+    "SmoothAttention",
     "SmoothQuantPlus",
     "Untie",
     "awq",
@@ -48,6 +50,7 @@ __all__ = [
     "rotate",
     "rotate_online",
     "smooth",
+    "smooth_attention",
     "smoothquant_plus",
     "untie",
 ]

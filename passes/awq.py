@@ -22,8 +22,8 @@ from torch import Tensor
 from qcompile.calibrate import CalibrationError, Statistics
 from qcompile.formats import Format
 from qcompile.norms import find_norms
-from qcompile.passes.sequential import hessian_of
 from qcompile.passes.quantize import SitePlan
+from qcompile.passes.sequential import hessian_of
 from qcompile.passes.smooth import changed_by, fold_scale, shared_scale
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites

@@ -72,7 +72,7 @@ def search_rows(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, fo
     peak = wide.abs().amax(-1, keepdim=True)
     peak = torch.where(peak > 1e-30, peak, torch.ones_like(peak))
     best = quantize_tensor(wide, form, clip=True)
-    parts = [best.codes, best.scale, best.zero, best.group_scale]
+    assert best.zero is not None and best.group_scale is not None
     lost = loss(wide, best.dequantize(), hessian).float()
     for step in range(1, ROW_STEPS + 1):
         row = peak * (1.02 - 0.82 * step / ROW_STEPS) / 127
@@ -85,10 +85,9 @@ def search_rows(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, fo
         now = ((error @ h) * error).sum(-1)
         better = now < lost
         lost = torch.where(better, now, lost)
-        for old, new in zip(parts, (flat, row, zero, group_scale), strict=True):
-            assert old is not None
+        for old, new in ((best.codes, flat), (best.scale, row), (best.zero, zero), (best.group_scale, group_scale)):
             old[better] = new[better].to(old.dtype)
-    return QTensor(*parts, form)  # type: ignore[arg-type]
+    return best
 
 
 @rewrites(DGQ, exact=False, needs=("hessian",), sitewise=True, after=BEFORE)

@@ -37,7 +37,7 @@ _PRODUCTS = {
 
 
 # Rewritings of the float model.
-BEFORE = ("Untie", "FoldNorm", "Smooth", "SmoothQuantPlus", "AWQ", "Rotate", "RotateOnline")
+BEFORE = ("Untie", "FoldNorm", "Smooth", "SmoothAttention", "SmoothQuantPlus", "AWQ", "Rotate", "RotateOnline")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from qcompile.attention_flow import products
 from qcompile.program import Program
 from qcompile.scale_flow import groups_of_readers
 from qcompile.sites import find_sites
@@ -29,15 +30,17 @@ class Statistics:
 
     Attributes:
         absmax: node name -> max |value| for each channel, [K] float32.
+        keys: node name -> max |key| for each head and channel of an attention, [heads, D] float32.
         batches: how many batches were seen.
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, Tensor] = field(default_factory=dict)
     batches: int = 0
 
 
 def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: bool = False) -> Statistics:
-    """Stream batches through a program and gather the absmax of every site's input.
+    """Stream batches through a program and gather the absmax of every site's input and of all keys.
 
     Args:
         program: the program. batches: flat inputs of the program, one sequence for each batch.
@@ -49,8 +52,16 @@ def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: boo
     seen = Statistics()
     groups = groups_of_readers(find_sites(program))
     label = {g.root: (g.sites[0].name if g.sites else g.root.name) for g in groups}
+    turned = {keys: is_turned for _, _, keys, is_turned in products(program)}
 
     def see(node: Any, value: Any) -> None:
+        if node in turned:
+            peak = value.detach().abs().amax(-1 if turned[node] else -2)  # [.., heads, D]
+            peak = peak.flatten(0, -3).amax(0) if peak.ndim > 2 else peak[:, None] if peak.ndim == 1 else peak
+            old = seen.keys.get(node.name)
+            seen.keys[node.name] = peak.float() if old is None else torch.maximum(old, peak.float())
+        if node not in label:
+            return
         peak = value.detach().abs().flatten(0, -2).amax(0).float()
         if not bool(torch.isfinite(peak).all()):
             raise CalibrationError(
@@ -61,7 +72,7 @@ def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: boo
         seen.absmax[node.name] = peak if old is None else torch.maximum(old, peak)
 
     for batch in track(batches, "calibrating", disable=not progress, transient=True):
-        program.watch(label, batch, see)
+        program.watch({*label, *turned}, batch, see)
         seen.batches += 1
     if not seen.batches:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")

@@ -69,7 +69,7 @@ def run(
     for config in recipe.passes:
         entry = registered()[type(config)]
         seen = Statistics()
-        if "absmax" in entry.needs(config):
+        if {"absmax", "keys"} & set(entry.needs(config)):
             assert batches is not None
             seen = observe(current, batches(), progress=progress)
         attempt = current.copy()

@@ -47,6 +47,8 @@ class Shape:
     post_norm: bool
     seed: int
     vocabulary: int = 31
+    rotary: Literal["none", "half", "interleaved"] = "none"
+    qk_norm: bool = False
 
 
 class RMSNorm(nn.Module):
@@ -63,6 +65,18 @@ class RMSNorm(nn.Module):
         return y * (1.0 + self.weight) if self.one_plus else self.weight * y
 
 
+def rotary(x: Tensor, pairs: str) -> Tensor:
+    """A rotary position embedding of x [B, H, T, D] over channels (i, i + D/2) or (2i, 2i + 1)."""
+    half = x.shape[-1] // 2
+    at = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * 0.3 ** torch.arange(half, dtype=x.dtype)
+    if pairs == "half":
+        cos, sin = (torch.cat([f(at), f(at)], -1) for f in (torch.cos, torch.sin))
+        return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack([even * at.cos() - odd * at.sin(), even * at.sin() + odd * at.cos()], -1)
+    return turned.flatten(-2)
+
+
 class _Block(nn.Module):
     def __init__(self, s: Shape) -> None:
         super().__init__()
@@ -76,6 +90,7 @@ class _Block(nn.Module):
         self.gate = nn.Linear(s.width, s.inner, bias=s.bias) if s.gated else None
         self.fall = nn.Linear(s.inner, s.width, bias=s.bias)
         self.after = _norm(s) if s.post_norm else None
+        self.of_query, self.of_key = (RMSNorm(s.head, False) if s.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         s, (b, t, _) = self.s, x.shape
@@ -85,6 +100,9 @@ class _Block(nn.Module):
             return z.view(b, t, heads, s.head).transpose(1, 2)
 
         q, k, v = split(self.query(y), s.heads), split(self.key(y), s.kv_heads), split(self.value(y), s.kv_heads)
+        q, k = self.of_query(q), self.of_key(k)
+        if s.rotary != "none":
+            q, k = rotary(q, s.rotary), rotary(k, s.rotary)
         k, v = (z.repeat_interleave(s.heads // s.kv_heads, dim=1) for z in (k, v))
         z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         z = self.mix(z.transpose(1, 2).reshape(b, t, -1))
@@ -153,6 +171,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         tied=draw(st.booleans()),
         post_norm=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
+        rotary=draw(st.sampled_from(["none", "half", "interleaved"])),
     )
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.formats import Format, load_codes, spread
-from qcompile.packing import pack, unpack
 from qcompile.minifloat import constrain, decode_e2m1, encode_e2m1
+from qcompile.packing import pack, unpack
 from qcompile.rounding import level_grid, quantize_tensor
 from qcompile.testing import weights
 

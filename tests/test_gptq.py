@@ -13,8 +13,8 @@ from qcompile.calibrate import CalibrationError, Statistics
 from qcompile.capture import capture
 from qcompile.formats import Format
 from qcompile.passes.gptq import GPTQ, gptq, gptq_sites, inverse_factor, loss
-from qcompile.passes.sequential import gram
 from qcompile.passes.quantize import SitePlan
+from qcompile.passes.sequential import gram
 from qcompile.quantize import flat_inputs
 from qcompile.recipe import Recipe
 from qcompile.rounding import decode, level_grid, quantize_tensor

@@ -13,11 +13,13 @@ from qcompile.passes import (
     Rotate,
     RotateOnline,
     Smooth,
+    SmoothAttention,
     Untie,
     fold_norm,
     rotate,
     rotate_online,
     smooth,
+    smooth_attention,
     untie,
 )
 from qcompile.testing import Decoder, assert_equivalent, decoders, mlps
@@ -31,7 +33,7 @@ def before_and_after(model, *steps, data=False):
     after = before.copy()
     reports = []
     for function, how in steps:
-        seen = observe(after, [[ids]]) if data and function is smooth else Statistics()
+        seen = observe(after, [[ids]]) if data and function in (smooth, smooth_attention) else Statistics()
         reports.append(function(after, how, seen))
         after.cleanup()
     return before, after, ids, reports
@@ -52,6 +54,41 @@ def test_smooth(model):
     before, after, ids, (_, report) = before_and_after(model, (untie, Untie()), (smooth, Smooth()), data=True)
     assert report.done
     assert_equivalent(before, after, [ids])
+
+
+@given(decoders())
+@FEW
+def test_smooth_attention(model):
+    before, after, ids, (report,) = before_and_after(model, (smooth_attention, SmoothAttention()), data=True)
+    assert len(report.done) == 2 * model.shape.layers, report
+    assert_equivalent(before, after, [ids])
+    assert_equivalent(before, after, [model.example(3, 9)])
+    query, key = "blocks.0.query.weight", "blocks.0.key.weight"
+    ratio = after.weights[key] / before.weights[key]
+    assert bool((ratio > 0).all()) and not torch.allclose(ratio, torch.ones_like(ratio)), "nothing was moved"
+    factor = (after.weights[query] / before.weights[query])[:, 0].view(-1, model.shape.head)
+    partner = {"half": factor.roll(model.shape.head // 2, 1), "interleaved": factor.view(-1, 2).flip(1)}
+    if model.shape.rotary != "none":
+        assert torch.allclose(factor, partner[model.shape.rotary].reshape(factor.shape))
+
+
+def test_smooth_attention_evens_the_keys():
+    model = Decoder(shape(rotary="half"))
+    ids = model.example()
+    with torch.no_grad():
+        model.blocks[0].key.weight[3] *= 60
+    program = capture(model, (ids,)).widened()
+    first = next(iter(observe(program, [[ids]]).keys.values()))
+    smooth_attention(program, SmoothAttention(), observe(program, [[ids]]))
+    after = next(iter(observe(program, [[ids]]).keys.values()))
+    assert after[0].max() / after[0].median() < first[0].max() / first[0].median() / 3
+
+
+def test_smooth_attention_refuses_a_norm_of_queries():
+    model = Decoder(shape(rotary="half", qk_norm=True))
+    before, after, ids, (report,) = before_and_after(model, (smooth_attention, SmoothAttention()), data=True)
+    assert not report.done and all("not linear in each channel" in left.reason and left.node for left in report.left)
+    assert len(report.left) == model.shape.layers
 
 
 @given(decoders())

@@ -8,7 +8,19 @@ from zoo import ZOO, build, example, is_dynamic
 
 from qcompile.capture import capture
 from qcompile.formats import Format
-from qcompile.passes import AWQ, GPTQ, FoldNorm, Fuse, LoRC, Quantize, Rotate, RotateOnline, Smooth, Untie
+from qcompile.passes import (
+    AWQ,
+    GPTQ,
+    FoldNorm,
+    Fuse,
+    LoRC,
+    Quantize,
+    Rotate,
+    RotateOnline,
+    Smooth,
+    SmoothAttention,
+    Untie,
+)
 from qcompile.pipeline import run
 from qcompile.presets import find_recipe
 from qcompile.program import Program
@@ -36,7 +48,10 @@ def test_exact_passes_hold(name):
     program, inputs = program_of(name)
     assert len(find_sites(program)) == SITES[name]
     wide = widen(inputs, torch.float64)
-    for passes in ((Untie(), Smooth()), (Untie(), FoldNorm(), Smooth(norms=False), Rotate(), RotateOnline())):
+    for passes in (
+        (Untie(), Smooth(), SmoothAttention()),
+        (Untie(), FoldNorm(), Smooth(norms=False), Rotate(), RotateOnline()),
+    ):
         _, report = run(program.widened(), Recipe("x", passes), batches=lambda: [wide], example=wide)
         assert all(c.holds for c in report.certificates), report
         assert all(left.reason for p in report.passes for left in p.left)
