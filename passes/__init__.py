@@ -15,6 +15,7 @@ from qcompile.passes.gptq import GPTQ, gptq
 from qcompile.passes.hqq import HQQ, hqq
 from qcompile.passes.lorc import LoRC, lorc
 from qcompile.passes.quantize import Quantize, quantize
+from qcompile.passes.quantize_kv import QuantizeKV, quantize_kv
 from qcompile.passes.rotate import Rotate, rotate
 from qcompile.passes.rotate_online import RotateOnline, rotate_online
 from qcompile.passes.smooth import Smooth, smooth
@@ -32,6 +33,7 @@ __all__ = [
     "FoldNorm",
     "Fuse",
     "Quantize",
+    "QuantizeKV",
     "Rotate",
     "RotateOnline",
     "Smooth",
@@ -47,6 +49,7 @@ __all__ = [
     "hqq",
     "lorc",
     "quantize",
+    "quantize_kv",
     "rotate",
     "rotate_online",
     "smooth",

@@ -32,9 +32,11 @@ _MOVES = {
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 _JOINS = {aten.cat.default, aten.stack.default}
 _SIZES = {aten.sym_size.int, aten.sym_size.default}
-_BETWEEN = {
+_MATMULS = {aten.matmul.default, aten.bmm.default}
+_BETWEEN = {  # what stands between scores and the product with the values
     aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.tanh.default, aten.to.dtype, aten._to_copy.default,
-    aten.masked_fill.Scalar, aten.where.self,
+    aten.masked_fill.Scalar, aten.where.self, aten.softmax.int, aten._softmax.default, aten.dropout.default,
+    aten.view.default, aten.expand.default, aten.clone.default, aten.detach.default,
 }  # fmt: skip
 
 Terms = list[Tensor]
@@ -63,42 +65,68 @@ class Scores:
     between: frozenset[str]
 
 
-def products(program: Program) -> list[tuple[fx.Node, fx.Node, fx.Node, bool]]:
-    """Every q k^T: (node, queries, keys, whether the keys are [.., D, T])."""
+@dataclass(frozen=True)
+class Product:
+    """Where an attention multiplies: queries [.., T, D], keys [.., T, D] or turned [.., D, T], values."""
+
+    node: fx.Node
+    queries: fx.Node
+    keys: fx.Node
+    turned: bool
+    reader: fx.Node  # who reads the values, as argument `values_at`
+    values_at: int
+
+    @property
+    def values(self) -> fx.Node:
+        """The values, [.., T, D]."""
+        found: fx.Node = self.reader.args[self.values_at]
+        return found
+
+
+def products(program: Program) -> list[Product]:
+    """Every attention of a program, fused or spelled out as two products around a softmax."""
     found = []
     for node in program.graph.nodes:
         if node.target is ATTENTION:
-            found.append((node, node.args[0], node.args[1], False))
-        elif node.target in (aten.matmul.default, aten.bmm.default) and _meets_softmax(node):
-            found.append((node, node.args[0], node.args[1], True))
+            found.append(Product(node, node.args[0], node.args[1], False, node, 2))
+        elif node.target in _MATMULS:
+            reader = _beyond_softmax(node)
+            if reader is not None:
+                found.append(Product(node, node.args[0], node.args[1], True, reader, 1))
     return found
 
 
-def _meets_softmax(node: fx.Node) -> bool:
+def _beyond_softmax(node: fx.Node) -> fx.Node | None:
+    """The product with the values, if `node` makes scores."""
+    passed = False
     while len(node.users) == 1:
         node = next(iter(node.users))
-        if node.target in (aten.softmax.int, aten._softmax.default):
-            return True
+        passed |= node.target in (aten.softmax.int, aten._softmax.default)
+        if passed and node.target in _MATMULS:
+            return node
         if node.target not in _BETWEEN:
-            return False
-    return False
+            return None
+    return None
 
 
 def scores(program: Program, sites: list[Site]) -> list[Scores | Obstacle]:
     """The classes of every attention, or what stops the flow."""
-    return [_classes(sites, *product) for product in products(program)]
+    return [_classes(program, sites, p.node, p.queries, p.keys, p.turned) for p in products(program)]
 
 
-def _classes(sites: list[Site], node: fx.Node, q: fx.Node, k: fx.Node, turned: bool) -> Scores | Obstacle:
-    walk = _Walk({s.node: s for s in sites if s.kind == "linear"})
+def _classes(
+    program: Program, sites: list[Site], node: fx.Node, q: fx.Node, k: fx.Node, turned: bool
+) -> Scores | Obstacle:
+    walk = _Walk(program, {s.node: s for s in sites if s.kind == "linear"})
     try:
         queries = _heads(walk.terms(q), False)
         keys = _heads(walk.terms(k), turned)
         walk.check_readers(node)
     except _Stop as stop:
         return Obstacle(*stop.args)
-    grouped = bool(node.kwargs.get("enable_gqa"))
-    repeats = queries[0].shape[0] // keys[0].shape[0] if grouped else 1
+    heads, of_keys = queries[0].shape[0], keys[0].shape[0]
+    shared_heads = of_keys == 1 or bool(node.kwargs.get("enable_gqa"))
+    repeats = heads // of_keys if shared_heads else 1
     count = walk.rows
     shared = [m.name for m, _ in walk.makers if m.shared_with]
     if shared:
@@ -149,8 +177,8 @@ class _Stop(Exception):
 
 
 class _Walk:
-    def __init__(self, sites: dict[fx.Node, Site]) -> None:
-        self.sites = sites
+    def __init__(self, program: Program, sites: dict[fx.Node, Site]) -> None:
+        self.program, self.sites = program, sites
         self.makers: list[tuple[Site, int]] = []
         self.rows = 0
         self.memo: dict[fx.Node, Terms | list[Terms] | None] = {}
@@ -179,15 +207,11 @@ class _Walk:
         first = upstream[derived[0]]
         if node.target in CASTS or node.target is aten.neg.default:
             return first
-        if node.target in _MOVES:
+        if node.target in _MOVES or (node.target is aten.index.Tensor and len(derived) == 1):
             return [self._move(node, term) for term in first]
         if node.target in _SPLITS:
             parts = [self._move(node, term) for term in first]
             return [list(part) for part in zip(*parts, strict=True)]
-        if node.target is aten.index.Tensor and all(i is None or i.op == "get_attr" for i in node.args[1]):
-            owner = node.graph.owning_module
-            picks = [i if i is None else getattr(owner, i.target) for i in node.args[1]]
-            return [node.target(term.contiguous(), picks) for term in first]
         if node.target is operator.getitem:
             return first[node.args[1]]
         if node.target in (aten.mul.Tensor, aten.div.Tensor) and len(derived) == 1:
@@ -199,6 +223,15 @@ class _Walk:
             return self._join(node, [upstream[a] for a in node.args[0]])
         raise _Stop(node.name, f"{node.target} is not linear in each channel")
 
+    def _constant(self, node: fx.Node) -> Tensor:
+        name = self.program.weight_name(node)
+        if name is not None:
+            return self.program.weights[name]
+        if node.op != "get_attr":
+            raise _Stop(node.name, "channels are picked by a computed index")
+        found: Tensor = getattr(self.program.graph_module, str(node.target))
+        return found
+
     def _rows_of(self, site: Site) -> Tensor:
         start = next((start for maker, start in self.makers if maker is site), None)
         if start is None:
@@ -207,6 +240,8 @@ class _Walk:
         return torch.arange(start, start + site.N).expand(_hints(site.node))
 
     def _move(self, node: fx.Node, term: Tensor) -> object:
+        if node.target is aten.index.Tensor:
+            return node.target(term.contiguous(), [None if i is None else self._constant(i) for i in node.args[1]])
         args = fx.node.map_arg(node.args[1:], lambda n: _hint(n.meta["val"]))
         kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
         return node.target(term.contiguous(), *args, **kwargs)
@@ -232,7 +267,7 @@ class _Walk:
             for user in node.users:
                 if user is end or user in self.memo or user.target in _SIZES or user.target in _SPLITS:
                     continue
-                seen = [self._move(user, t) for t in terms] if user.target in _MOVES else terms
+                seen = [self._move(user, t) for t in terms] if user.target in _MOVES | {aten.index.Tensor} else terms
                 if used & {int(row) for term in seen for row in term.unique()}:
                     raise _Stop(user.name, f"{node.name} is read on another path too")
 

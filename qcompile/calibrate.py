@@ -52,7 +52,7 @@ def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: boo
     seen = Statistics()
     groups = groups_of_readers(find_sites(program))
     label = {g.root: (g.sites[0].name if g.sites else g.root.name) for g in groups}
-    turned = {keys: is_turned for _, _, keys, is_turned in products(program)}
+    turned = {p.keys: p.turned for p in products(program)}
 
     def see(node: Any, value: Any) -> None:
         if node in turned:

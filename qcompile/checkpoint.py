@@ -21,8 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from qcompile.attach import attach
 from qcompile.formats import Format
 from qcompile.module import PARTS, QuantLinear, RotatedLinear
+from qcompile.recipe import Recipe
 
 SCHEMA = 1
 _TENSORS, _META = "model.safetensors", "qcompile.json"
@@ -137,6 +139,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         setattr(target.get_submodule(parent), leaf, nn.Parameter(tensors[name], requires_grad=False))
     target.load_state_dict(tensors, strict=True, assign=True)
     target.qcompile_recipe = meta["recipe"]
+    if meta["recipe"] is not None:
+        attach(target, Recipe.from_json(meta["recipe"]))
     return target.requires_grad_(False).eval()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qcompile.attach import attach, check_attachable
 from qcompile.calibrate import CalibrationError
 from qcompile.capture import capture
 from qcompile.formats import Format
@@ -26,6 +27,8 @@ from qcompile.program import WEIGHT, Program
 from qcompile.recipe import Recipe, RecipeError
 from qcompile.report import Report
 from qcompile.sites import find_sites
+
+_OF_GRAPH = {*PARTS, "turn"} - {"bias"}  # weights that passes add and that no module of the model holds
 
 ops = torch.ops.qcompile
 aten = torch.ops.aten
@@ -70,6 +73,7 @@ def quantize(
     was_training = model.training
     model.eval()
     try:
+        check_attachable(model, how, args, kwargs)
         program = capture(model, *widen_batch(args, kwargs))
         plan = _Plan.of(model, program)
         flat = [flat_inputs(program, batch, kwargs) for batch in (held or [first])]
@@ -86,6 +90,7 @@ def quantize(
     finally:
         model.train(was_training)
     plan.apply(program, rewritten)
+    attach(model, how)
     report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model.qcompile_recipe = how.to_json()
     return report
@@ -185,7 +190,7 @@ class _Plan:
         """Write weights, norms and linears into the model."""
         for name, tensor in after.weights.items():
             parent, _, leaf = name.rpartition(".")
-            if before.weights.get(name) is tensor or leaf in PARTS and leaf != "bias":
+            if before.weights.get(name) is tensor or leaf in _OF_GRAPH:
                 continue
             stored = tensor.t().contiguous() if name in after.transposed else tensor
             module = self.model.get_submodule(parent)

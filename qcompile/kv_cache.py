@@ -1,0 +1,212 @@
+"""A key/value cache of 4 or 8 bits for transformers' models.
+
+Every key and value vector [D] of a head and token is quantized by itself, with a zero point, as it
+is appended (QServe, arXiv:2405.04532 sec. 4.2; ZeroQuant-V2 calls it token-wise). What attention
+reads are the numbers behind the codes, of new tokens too, so prefill and decoding agree. With
+`hadamard`, vectors are turned before they are quantized and turned back when read, which is the
+same as turning queries and keys (QuaRot, arXiv:2404.00456 stage 1d). The first `intact` tokens, and
+a prefix given from outside, stay float (IntactKV, arXiv:2403.01241).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from qcompile.formats import Format, dequantize_codes, load_codes, store_codes
+from qcompile.hadamard import rotation
+from qcompile.rounding import quantize_tensor
+
+
+class _Column:
+    """A tensor [B, H, T, n] that grows along T without being copied at every step."""
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+        self.length = 0
+
+    def append(self, new: Tensor) -> None:
+        need = self.length + new.shape[-2]
+        if self.buffer is None or need > self.buffer.shape[-2]:
+            room = new.new_empty(*new.shape[:-2], max(need, self.length * 5 // 4 + 16), new.shape[-1])
+            if self.buffer is not None:
+                room[..., : self.length, :] = self.read()
+            self.buffer = room
+        self.buffer[..., self.length : need, :] = new
+        self.length = need
+
+    def read(self) -> Tensor:
+        assert self.buffer is not None
+        return self.buffer[..., : self.length, :]
+
+    def change(self, how: Any) -> None:
+        if self.buffer is not None:
+            self.buffer = how(self.read()).contiguous()
+            self.length = self.buffer.shape[-2]
+
+
+class _Vectors:
+    """Keys or values of one layer: `intact` float ones first, then codes with scale and zero."""
+
+    def __init__(self, form: Format, intact: int, hadamard: bool) -> None:
+        self.form, self.intact, self.hadamard = form, intact, hadamard
+        self.exact, self.codes, self.scale, self.zero = (_Column() for _ in range(4))
+        self.width = 0
+        self.turn: Tensor | None = None
+
+    def append(self, new: Tensor) -> None:
+        free = max(0, self.intact - self.exact.length)
+        self.width = new.shape[-1]
+        if free:
+            self.exact.append(new[..., :free, :])
+        new = new[..., free:, :]
+        if not new.shape[-2]:
+            return
+        if self.hadamard and self.turn is None:
+            self.turn = rotation(self.width, 0)[0].float()
+        q = quantize_tensor(new.float() if self.turn is None else new.float() @ self.turn, self.form)
+        assert q.zero is not None
+        self.codes.append(store_codes(q.codes, self.form))
+        self.scale.append(q.scale.clamp(max=torch.finfo(torch.float16).max).half())
+        self.zero.append(q.zero)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        parts = [self.exact.read().to(dtype)] if self.exact.length else []
+        if self.codes.length:
+            codes = load_codes(self.codes.read(), self.form, self.width)
+            numbers = dequantize_codes(codes, self.scale.read().float(), self.zero.read(), None, self.form)
+            parts.append((numbers if self.turn is None else numbers @ self.turn.t()).to(dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+    @property
+    def columns(self) -> tuple[_Column, ...]:
+        return self.exact, self.codes, self.scale, self.zero
+
+    @property
+    def length(self) -> int:
+        return self.exact.length + self.codes.length
+
+    @property
+    def nbytes(self) -> int:
+        return sum(c.read().nbytes for c in self.columns if c.buffer is not None)
+
+
+class _Layer(CacheLayerMixin):
+    """One layer of the cache; transformers calls `update`."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, form: Format, intact: int, hadamard: bool) -> None:
+        super().__init__()
+        self.form, self.intact, self.hadamard = form, intact, hadamard
+        self.reset()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember dtype and device."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, H, T, D]; returns all of them as attention shall see them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.own_keys.append(key_states)
+        self.own_values.append(value_states)
+        return self.own_keys.read(self.dtype), self.own_values.read(self.dtype)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length with the new tokens, and offset, for the mask."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.own_keys.length
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum (its name in older versions of transformers)."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.own_keys = _Vectors(self.form, self.intact, self.hadamard)
+        self.own_values = _Vectors(self.form, self.intact, False)
+        self.is_initialized = False
+
+    def _change(self, how: Any) -> None:
+        for vectors in (self.own_keys, self.own_values):
+            for column in vectors.columns:
+                column.change(how)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens."""
+        remove = abs(tokens_to_remove)
+        for vectors in (self.own_keys, self.own_values):
+            coded = min(remove, vectors.codes.length)
+            for column in (vectors.codes, vectors.scale, vectors.zero):
+                column.length -= coded
+            vectors.exact.length -= remove - coded
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        self._change(lambda t: t[indices])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder sequences, for beam search."""
+        self._change(lambda t: t.index_select(0, beam_idx))
+
+
+class KVCache(Cache):
+    """A quantized cache: `model.generate(.., past_key_values=KVCache())`, or in a recipe `QuantizeKV`.
+
+    Args:
+        bits: 4 or 8. hadamard: turn keys before they are quantized. intact: tokens at the start to
+            keep float: they carry the largest values and most of the attention.
+    """
+
+    def __init__(self, bits: int = 4, *, hadamard: bool = False, intact: int = 0) -> None:
+        if bits not in (4, 8):
+            raise ValueError(f"KVCache: bits must be 4 or 8, got {bits}")
+        if intact < 0:
+            raise ValueError(f"KVCache: intact counts tokens, got {intact}")
+        form = Format("int4" if bits == 4 else "int8", "row", zero="int")
+        self.bits, self.intact = bits, intact
+        super().__init__(layer_class_to_replicate=lambda: _Layer(form, self.intact, hadamard))
+
+    def seed(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Put a float prefix [B, H, p, D] of every layer into an empty cache."""
+        self.intact = max(self.intact, keys[0].shape[-2])
+        for index, (k, v) in enumerate(zip(keys, values, strict=True)):
+            self.update(k, v, index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything held."""
+        return sum(layer.own_keys.nbytes + layer.own_values.nbytes for layer in self._held)
+
+    def float_nbytes(self, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that a float cache of the same tokens would take."""
+        total = 0
+        for layer in self._held:
+            for vectors in (layer.own_keys, layer.own_values):
+                column = vectors.codes if vectors.codes.buffer is not None else vectors.exact
+                batch, heads = column.read().shape[:2]
+                total += batch * heads * vectors.length * vectors.width * dtype.itemsize
+        return total
+
+    @property
+    def _held(self) -> list[_Layer]:
+        return [layer for layer in self.layers if isinstance(layer, _Layer) and layer.is_initialized]

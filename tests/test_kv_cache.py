@@ -1,0 +1,123 @@
+"""The quantized key/value cache: rounding, agreement of prefill and decoding, generate(), and the graph pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import build, example
+
+import qcompile
+from qcompile.capture import capture
+from qcompile.formats import Format
+from qcompile.kv_cache import KVCache
+from qcompile.passes import Fuse, Quantize, QuantizeKV
+from qcompile.pipeline import run
+from qcompile.recipe import Recipe, RecipeError
+from qcompile.rounding import quantize_tensor
+from qcompile.verify import relative_error
+
+DECODERS = ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "mixtral"]
+
+
+def test_vectors_are_rounded_head_by_head_and_token_by_token():
+    k, v = torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16)
+    got_k, got_v = KVCache(4).update(k, v, 0)
+    want = quantize_tensor(k, Format.parse("int4/row/zero")).dequantize()
+    assert torch.allclose(got_k, want, atol=2e-3) and not torch.allclose(got_k, k, atol=1e-2)
+    assert (got_v - v).abs().max() < (v.amax(-1) - v.amin(-1)).max() / 15
+
+
+def test_appending_in_pieces_is_appending_at_once():
+    k, v = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
+    whole, pieces = KVCache(4, hadamard=True, intact=3), KVCache(4, hadamard=True, intact=3)
+    want = whole.update(k, v, 0)
+    for start in range(0, 40, 7):
+        got = pieces.update(k[:, :, start : start + 7], v[:, :, start : start + 7], 0)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert torch.equal(got[0][:, :, :3], k[:, :, :3]) and not torch.equal(got[0][:, :, 3], k[:, :, 3])
+    assert pieces.get_seq_length() == 40
+
+
+def test_a_hadamard_helps_keys_with_an_outlier_channel():
+    k = torch.randn(1, 1, 32, 64)
+    k[..., 5] *= 30
+    errors = [(KVCache(4, hadamard=h).update(k, k, 0)[0] - k).norm() for h in (False, True)]
+    assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("bits, share", [(4, 0.35), (8, 0.6)])
+def test_memory(bits, share):
+    cache = KVCache(bits)
+    cache.update(torch.randn(1, 2, 100, 64), torch.randn(1, 2, 100, 64), 0)
+    assert cache.nbytes < share * cache.float_nbytes()
+    assert cache.float_nbytes() == 2 * 2 * 100 * 64 * 2
+
+
+def test_beams_and_cropping():
+    cache = KVCache(4)
+    k = torch.randn(3, 2, 9, 8)
+    before, _ = cache.update(k, k, 0)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    cache.crop(-4)
+    after, _ = cache.update(k[:, :, :1], k[:, :, :1], 0)
+    assert torch.equal(after[:, :, :5], before[[2, 0, 0], :, :5]) and after.shape[2] == 6
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_prefill_and_decoding_agree(name):
+    model, ids = build(name), example(name)["input_ids"]
+    with torch.no_grad():
+        float_logits = model(input_ids=ids).logits
+        whole = model(input_ids=ids, past_key_values=KVCache(4, hadamard=True), use_cache=True).logits
+        cache = KVCache(4, hadamard=True)
+        steps = [model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(8)]
+    assert relative_error([torch.cat(steps, 1)], [whole]) < 1e-4
+    assert 1e-4 < relative_error([whole], [float_logits]) < 0.2
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_module_and_the_graph_agree(name):
+    """QuantizeKV in a graph computes what the cache of the quantized module does."""
+    recipe = Recipe("kv", (QuantizeKV(4, hadamard=True, intact=1), Quantize(Format("int8"), None), Fuse()))
+    model, inputs = build(name), example(name)
+    program = capture(model, (), inputs)
+    graph, _ = run(program, recipe, example=list(inputs.values()))
+    want = graph(*inputs.values())[:1]
+    effect = relative_error(want, program(*inputs.values())[:1])
+    qcompile.quantize(model, recipe, [inputs], progress=False)
+    with torch.no_grad():
+        got = model(**inputs, use_cache=False).logits
+    # The cache holds scales in float16, so a code may flip at a tie.
+    assert relative_error([got], want) < min(0.01, 0.3 * effect)
+
+
+def test_generate_uses_the_cache_and_a_checkpoint_keeps_it(tmp_path):
+    model = build("llama")
+    qcompile.quantize(model, Recipe("kv", (QuantizeKV(8), Quantize(), Fuse())), progress=False)
+    ids = torch.randint(3, 128, (1, 6))
+    done = model.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(done.past_key_values, KVCache) and done.past_key_values.get_seq_length() == 10
+    qcompile.save(model, tmp_path / "m")
+    again = qcompile.load(tmp_path / "m").generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(again.past_key_values, KVCache) and torch.equal(again.sequences, done.sequences)
+    mine = KVCache(4)
+    model.generate(ids, max_new_tokens=2, do_sample=False, past_key_values=mine)
+    assert mine.get_seq_length() == 7, "the caller's own cache must be used"
+
+
+def test_a_model_without_a_cache_is_refused_unchanged():
+    model, inputs = build("vit"), example("vit")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(RecipeError, match="puts nothing into past_key_values"):
+        qcompile.quantize(model, Recipe("kv", (QuantizeKV(), Quantize(), Fuse())), [inputs], progress=False)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bad", [dict(bits=3), dict(intact=-1)])
+def test_nonsense_is_refused(bad):
+    with pytest.raises(ValueError):
+        KVCache(**bad)
+    with pytest.raises(RecipeError):
+        QuantizeKV(**bad)
