@@ -10,12 +10,13 @@ stopped; remove the JSON to start again.
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from qcompile.compare import compare, plot, rotated_twin, table
+from qcompile.compare import Comparison, compare, plot, rotated_twin, table
 from qcompile.presets import PRESETS
 from qcompile.pretrained import load_pretrained
 from qcompile.text import batches, read_text, windows
@@ -35,7 +36,8 @@ def main() -> None:
         label = f"SmolLM2-135M{which} on {Path(text).name if text else 'the embedded text'}"
         # On the twin only what judges weight formats; rotating it again would change nothing.
         recipes = [n for n in wanted if not which or (n.startswith(("w4a16", "w4a8")) and "rotated" not in n)]
-        rows = compare(make(), recipes, pieces, lambda: batches(tokenizer, calibration, count=64), out=out, label=label)
+        data = functools.partial(batches, tokenizer, calibration, count=64)
+        rows = compare(Comparison(make(), pieces, data, out, label), recipes)
         Console(width=120).print(label, table(rows))
         plot(rows, out.with_suffix(".png"))
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qcompile.bench import versions
 from qcompile.evaluate import agreement, perplexity
+from qcompile.memory import watch_peak
 from qcompile.presets import find_recipe
 from qcompile.quantize import quantize
 from qcompile.recipe import Recipe
@@ -35,6 +36,7 @@ class Row:
         perplexity: over the windows. kl: mean KL(float || quantized), nats for each token.
         agreement: share of tokens whose most likely successor is the float model's.
         site_bytes: bytes of all site weights. seconds: to quantize, calibration included.
+        peak_bytes: the most memory that quantizing took above what was held before; 0 if unknown.
     """
 
     recipe: str
@@ -43,89 +45,90 @@ class Row:
     agreement: float
     site_bytes: int
     seconds: float
+    peak_bytes: int = 0
 
 
-def compare(
-    model: nn.Module,
-    recipes: Sequence[str],
-    token_windows: Sequence[Tensor],
-    calibration: Callable[[], Sequence[Any]],
-    *,
-    out: Path | None = None,
-    label: str = "",
-    progress: bool = True,
-) -> list[Row]:
-    """Measure a float model and recipes.
+@dataclass
+class Comparison:
+    """Rows of recipes on one model and text, measured once and remembered in a file.
 
-    Args:
-        model: float, of transformers; left as it is. recipes: preset names or JSON paths; "float"
-            is measured first in any case.
-        token_windows: int64 [1, T] each. calibration: gives the batches for recipes that need data.
-        out: a JSON file to write to and to continue from. label: what was measured (model, text);
+    Attributes:
+        model: float, of transformers; left as it is. token_windows: int64 [1, T] each.
+        calibration: gives the batches for recipes that need data.
+        out: a JSON file to write to and to continue from. label: what is measured (model, text);
             an `out` with another label is refused.
-        progress: show a bar.
+    """
+
+    model: nn.Module
+    token_windows: Sequence[Tensor]
+    calibration: Callable[[], Sequence[Any]]
+    out: Path | None = None
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        self.rows = self._read()
+
+    def measure(self, name: str) -> Row:
+        """The row of one recipe, from the file or by quantizing a copy of the model."""
+        if name not in self.rows:
+            self.rows[name] = self._measure(name, find_recipe(name))
+            self._write()
+        return self.rows[name]
+
+    def _measure(self, name: str, recipe: Recipe) -> Row:
+        if not recipe.passes:
+            return Row(name, perplexity(self.model, self.token_windows, progress=False), 0.0, 1.0, 0, 0.0)
+        batches = self.calibration() if recipe.needs else None
+        start = time.perf_counter()
+        with watch_peak() as peak:
+            candidate = copy.deepcopy(self.model)
+            report = quantize(candidate, recipe, batches, progress=False)
+        seconds = time.perf_counter() - start
+        found = agreement(candidate, self.model, self.token_windows)
+        return Row(name, found.perplexity, found.kl, found.top1, report.bytes_after, seconds, peak.bytes)
+
+    @property
+    def _key(self) -> dict[str, Any]:
+        first = self.token_windows[0]
+        return {"label": self.label, "windows": len(self.token_windows), "length": int(first.shape[1])}
+
+    def _read(self) -> dict[str, Row]:
+        if self.out is None or not self.out.is_file():
+            return {}
+        data = json.loads(self.out.read_text())
+        if data.get("of") != self._key:
+            raise ValueError(
+                f"{self.out} is of another comparison ({data.get('of')}): choose another file or remove it"
+            )
+        return {row["recipe"]: Row(**row) for row in data["rows"]}
+
+    def _write(self) -> None:
+        if self.out is None:
+            return
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        data = {"versions": versions(), "of": self._key, "rows": [asdict(r) for r in self.rows.values()]}
+        work = self.out.with_suffix(".partial")
+        work.write_text(json.dumps(data, indent=1) + "\n")
+        work.replace(self.out)
+
+
+def compare(comparison: Comparison, recipes: Sequence[str], *, progress: bool = True) -> list[Row]:
+    """Measure the float model, then recipes (preset names or JSON paths).
 
     Raises:
-        RecipeError: an unknown recipe, before any work. ValueError: `out` is of another comparison.
+        RecipeError: an unknown or impossible recipe, before any work.
     """
     names = ["float", *[r for r in recipes if r != "float"]]
-    found = [find_recipe(name) for name in names]
-    for recipe in found:
-        recipe.check()
-    known = _known(out, label, token_windows)
-    rows: list[Row] = []
-    for name, recipe in track(list(zip(names, found, strict=True)), "comparing", disable=not progress, transient=True):
-        if name not in known:
-            known[name] = _measure(name, recipe, model, token_windows, calibration)
-            _write(out, label, token_windows, known)
-        rows.append(known[name])
-    return rows
-
-
-def _measure(
-    name: str,
-    recipe: Recipe,
-    model: nn.Module,
-    token_windows: Sequence[Tensor],
-    calibration: Callable[[], Sequence[Any]],
-) -> Row:
-    if not recipe.passes:
-        return Row(name, perplexity(model, token_windows, progress=False), 0.0, 1.0, 0, 0.0)
-    candidate, start = copy.deepcopy(model), time.perf_counter()
-    report = quantize(candidate, recipe, calibration() if recipe.needs else None, progress=False)
-    seconds = time.perf_counter() - start
-    found = agreement(candidate, model, token_windows)
-    return Row(name, found.perplexity, found.kl, found.top1, report.bytes_after, seconds)
-
-
-def _key(label: str, token_windows: Sequence[Tensor]) -> dict[str, Any]:
-    return {"label": label, "windows": len(token_windows), "length": int(token_windows[0].shape[1])}
-
-
-def _known(out: Path | None, label: str, token_windows: Sequence[Tensor]) -> dict[str, Row]:
-    if out is None or not out.is_file():
-        return {}
-    data = json.loads(out.read_text())
-    if data.get("of") != _key(label, token_windows):
-        raise ValueError(f"{out} holds another comparison ({data.get('of')}): choose another file or remove it")
-    return {row["recipe"]: Row(**row) for row in data["rows"]}
-
-
-def _write(out: Path | None, label: str, token_windows: Sequence[Tensor], known: dict[str, Row]) -> None:
-    if out is None:
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    data = {"versions": versions(), "of": _key(label, token_windows), "rows": [asdict(r) for r in known.values()]}
-    work = out.with_suffix(".partial")
-    work.write_text(json.dumps(data, indent=1) + "\n")
-    work.replace(out)
+    for name in names:
+        find_recipe(name).check()
+    return [comparison.measure(n) for n in track(names, "comparing", disable=not progress, transient=True)]
 
 
 def table(rows: Sequence[Row]) -> Table:
     """A rich table."""
-    found = Table("recipe", "perplexity", "KL to float", "same top-1", "site weights MB", "quantize s")
+    found = Table("recipe", "perplexity", "KL to float", "same top-1", "site weights MB", "quantize s", "peak MB")
     for r in rows:
-        cost = (f"{r.site_bytes / 1e6:.0f}", f"{r.seconds:.1f}") if r.site_bytes else ("", "")
+        cost = (f"{r.site_bytes / 1e6:.0f}", f"{r.seconds:.1f}", f"{r.peak_bytes / 1e6:.0f}") if r.site_bytes else ()
         found.add_row(r.recipe, f"{r.perplexity:.2f}", f"{r.kl:.4f}", f"{r.agreement:.1%}", *cost)
     return found
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch import nn
+
+from qcompile.advise import Device, advise, parameters
 from qcompile.formats import Format
 from qcompile.passes import (
     AWQ,
@@ -161,8 +164,14 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
-def find_recipe(recipe: str | Recipe | dict[str, object]) -> Recipe:
-    """A recipe by preset name, JSON path, plain data or as it is.
+def find_recipe(
+    recipe: str | Recipe | dict[str, object], model: nn.Module | None = None, *, data: bool = False
+) -> Recipe:
+    """A recipe by preset name, JSON path, plain data or as it is; "auto" asks advise.py for a model.
+
+    Args:
+        recipe: as above. model: what "auto" chooses for. data: whether it may choose a preset that
+            needs calibration.
 
     Raises:
         RecipeError: an unknown name; the text lists the known ones.
@@ -173,6 +182,8 @@ def find_recipe(recipe: str | Recipe | dict[str, object]) -> Recipe:
         return Recipe.from_json(recipe)
     if recipe in PRESETS:
         return PRESETS[recipe]
+    if recipe == "auto" and model is not None:
+        return PRESETS[advise(parameters(model), Device.here(), data=data).recipe]
     if recipe.endswith(".json"):
         return Recipe.read(recipe)
-    raise RecipeError(f"unknown recipe {recipe!r}; known: {', '.join(PRESETS)}, or a path to a .json file")
+    raise RecipeError(f"unknown recipe {recipe!r}; known: auto, {', '.join(PRESETS)}, or a path to a .json file")

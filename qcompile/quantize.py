@@ -48,7 +48,7 @@ def quantize(
     Args:
         model: any module that traces to one graph; its class, `generate`, `state_dict` and device
             moves stay.
-        recipe: preset name (`qcompile recipes`), Recipe, plain data or path to a JSON file.
+        recipe: preset name (`qcompile recipes`), "auto" (see advise.py), Recipe, plain data or path to a JSON file.
         batches: calibration data: dicts of keyword arguments, tuples of arguments, or tensors.
             Needed by recipes with statistics; else only the first is used, to trace and to verify.
         example: what to trace with when there are no batches; transformers' models bring their own.
@@ -62,7 +62,7 @@ def quantize(
         ValueError: (as RecipeError, CaptureError, CalibrationError, NothingToQuantize) with the
             place and the mend; the model is then unchanged.
     """
-    how = find_recipe(recipe)
+    how = find_recipe(recipe, model, data=batches is not None)
     how.check()
     check_data(how, batches is not None)
     held = list(batches) if batches is not None else None

@@ -55,6 +55,26 @@ class Walk:
         for node in [n for n in self.fixed if all(u in self.done for u in n.users)]:
             del self.fixed[node]
 
+    def finish(self, index: int, changed: fx.Node, value: Any) -> Any:
+        """What one batch gives if `changed`, the node where the walk stopped, had another value.
+
+        Returns the program's outputs; the walk stays where it is.
+        """
+        values = {**self.fixed, **self.values[index], changed: value}
+        last: dict[fx.Node, fx.Node] = {}
+        ahead = [n for n in self.program.graph.nodes if n not in self.done and n is not changed]
+        for node in ahead:
+            last.update(dict.fromkeys(node.all_input_nodes, node))
+        with torch.no_grad():
+            for node in ahead:
+                if node.op == "output":
+                    return fx.node.map_arg(node.args[0], lambda n: values[n])
+                if node.op != "placeholder":
+                    values[node] = self._compute(node, values)
+                    for used in [n for n in node.all_input_nodes if last[n] is node]:
+                        values.pop(used, None)
+        raise AssertionError("a graph ends in its output")
+
     def see(self, node: fx.Node) -> Iterator[Tensor]:
         """The value of a computed node, batch by batch."""
         for values in self.values:
@@ -74,7 +94,7 @@ class Walk:
         def value(of: fx.Node) -> Any:
             if WEIGHT in of.meta:
                 return self.program.weights[of.meta[WEIGHT]]
-            return self.fixed[of] if of in self.fixed else values[of]
+            return values[of] if of in values else self.fixed[of]
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         return node.target(*args, **kwargs)

@@ -54,12 +54,41 @@ def test_export_and_generate(folder, tmp_path):
     assert "perplexity" in call("eval", tmp_path / "o", "--windows", 1, "--length", 32)
 
 
+def test_compare_tune_sensitivity_advise(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.console, "width", 240)
+    few = ["--windows", 1, "--length", 32]
+    out = call("compare", folder, "--recipes", "int8,w4a16", *few, "--out", tmp_path / "c.json")
+    assert "peak MB" in out and (tmp_path / "c.png").is_file()
+    loose = call("tune", folder, "--max-loss", "500%", *few, "--out", tmp_path / "t.json")
+    assert "w4a8 stays within 500.0%" in loose and (tmp_path / "t.png").is_file()
+    out = call("sensitivity", folder, "--tokens", 16, "--bits", 6, "--out", tmp_path / "m.json", "--recipe", "w4a16")
+    assert "15 sites, added up" in out
+    assert "15 of 15 sites" in call("quantize", folder, tmp_path / "mixed", "--recipe", tmp_path / "m.json")
+    assert "int8" in call("advise", folder, "--device", "cpu")
+    assert "15 of 15 sites" in call("quantize", folder, tmp_path / "auto", "--recipe", "auto")
+
+
+def test_tune_without_a_good_recipe_is_code_one(folder, tmp_path, monkeypatch):
+    from qcompile.compare import Comparison, Row
+
+    def measure(self, name, recipe):
+        return Row(name, 10.0 if name == "float" else 20.0, 0.0, 1.0, 5, 1.0)
+
+    monkeypatch.setattr(Comparison, "_measure", measure)
+    few = ["--windows", "1", "--length", "32", "--recipes", "w4a8", "--out", str(tmp_path / "t.json")]
+    result = CliRunner().invoke(app, ["tune", folder, *few])
+    assert result.exit_code == 1 and "nearest: w4a8" in result.output
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [
         (["eval", "no/such/model"], "could not be loaded"),
         (["quantize", "embedded", "."], "not empty"),
         (["recipes", "int9"], "unknown recipe 'int9'"),
+        (["tune", "embedded", "--max-loss", "one"], "write a share"),
+        (["sensitivity", "embedded", "--formats", "int9"], "format dtype 'int9' is unknown"),
+        (["advise", "embedded", "--device", "tpu"], "device 'tpu' is unknown"),
         (["generate", ".", "--prompt", "x"], "could not be loaded"),
     ],
 )

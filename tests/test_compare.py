@@ -9,7 +9,7 @@ import torch
 from zoo import build, example
 
 import qcompile.compare as module
-from qcompile.compare import compare, plot, rotated_twin, table
+from qcompile.compare import Comparison, compare, plot, rotated_twin, table
 from qcompile.evaluate import agreement, perplexity
 
 
@@ -25,24 +25,24 @@ def test_rows_and_resumption(tmp_path, monkeypatch):
     def give():
         return [example("llama")]
 
-    rows = compare(model, ["int8", "w4a16-gptq"], windows, give, out=out, label="l", progress=False)
+    rows = compare(Comparison(model, windows, give, out, "l"), ["int8", "w4a16-gptq"], progress=False)
     assert [r.recipe for r in rows] == ["float", "int8", "w4a16-gptq"] and calls == ["int8", "w4a16-gptq"]
     assert rows[0].kl == 0 and rows[0].agreement == 1 and rows[0].site_bytes == 0
     assert 0 < rows[1].kl < rows[2].kl and rows[2].site_bytes < rows[1].site_bytes
-    again = compare(model, ["int8", "w4a16-gptq", "w8a16"], windows, give, out=out, label="l", progress=False)
+    again = compare(Comparison(model, windows, give, out, "l"), ["int8", "w4a16-gptq", "w8a16"], progress=False)
     assert again[:3] == rows and calls == ["int8", "w4a16-gptq", "w8a16"]
     assert len(json.loads(out.read_text())["rows"]) == 4 and not list(tmp_path.glob("*.partial"))
     assert table(again).row_count == 4
     plot(again, tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="another comparison"):
-        compare(model, ["int8"], windows, give, out=out, label="other", progress=False)
+        Comparison(model, windows, give, out, "other")
 
 
 def test_an_unknown_recipe_is_refused_before_work(monkeypatch):
     monkeypatch.setattr(module, "perplexity", lambda *a, **k: pytest.fail("work began"))
     with pytest.raises(ValueError, match="unknown recipe 'no'"):
-        compare(build("llama"), ["int8", "no"], pieces(), list, progress=False)
+        compare(Comparison(build("llama"), pieces(), list), ["int8", "no"], progress=False)
 
 
 def test_the_twin_is_the_same_function_of_other_weights():

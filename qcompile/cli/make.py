@@ -1,0 +1,95 @@
+"""Commands that make something: a quantized model, an ONNX folder, text, the demonstration."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcompile.cli.arguments import Dtype, Model, Out, RecipeName, TextFile, app, calibration_batches, console, load
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the plot and the JSON")] = Path("demo-out"),
+    quick: Annotated[bool, typer.Option(help="fewer tokens and rounds")] = False,
+) -> None:
+    """Rewrite, quantize, compile, export and measure the embedded LLM; ends in one screen and a plot."""
+    from qcompile.demo import run
+
+    run(out, console, quick=quick)
+
+
+@app.command()
+def quantize(
+    model: Model, folder: Out, recipe: RecipeName = "int8", text: TextFile = None, dtype: Dtype = "float32"
+) -> None:
+    """Quantize MODEL and write it to FOLDER (safetensors and JSON)."""
+    from qcompile.checkpoint import refuse_full
+    from qcompile.checkpoint import save as write
+    from qcompile.quantize import quantize as run
+
+    refuse_full(folder)
+    loaded, tokenizer = load(model, dtype)
+    report = run(loaded, recipe, calibration_batches(recipe, tokenizer, text))
+    write(loaded, folder, tokenizer)
+    console.print(str(report), highlight=False)
+    console.print(f"written to {folder}")
+
+
+@app.command("export-onnx")
+def export_onnx(model: Model, folder: Out, recipe: RecipeName = "w4a16", text: TextFile = None) -> None:
+    """Quantize MODEL and write an ONNX folder, checked against PyTorch before it appears."""
+    from qcompile.checkpoint import refuse_full
+    from qcompile.export import export_onnx as write
+
+    refuse_full(folder)
+    loaded, tokenizer = load(model)
+    with console.status("exporting and comparing"):
+        report = write(
+            loaded, folder, recipe, calibration_batches(recipe, tokenizer, text), tokenizer=tokenizer, progress=False
+        )
+    console.print(str(report), highlight=False)
+    console.print(f"written to {folder}")
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(help="exported ONNX folder, or any MODEL", metavar="FOLDER")],
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    tokens: Annotated[int, typer.Option(help="new tokens at most")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+) -> None:
+    """Continue a prompt with an exported ONNX folder (or with a PyTorch MODEL)."""
+    import torch
+
+    if not (Path(folder) / "model.onnx").is_file():
+        loaded, tokenizer = load(folder)
+        ids = tokenizer(prompt, return_tensors="pt")
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        torch.manual_seed(seed)
+        out = loaded.generate(**ids, max_new_tokens=tokens, **sampling)
+        console.print(tokenizer.decode(out[0], skip_special_tokens=True), highlight=False)
+        return
+    from transformers import AutoTokenizer
+
+    from qcompile.codegen.onnx.session import Session
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    session = Session(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    end = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    new: list[int] = []
+    shown = ""
+    sys.stdout.write(prompt)
+    for token in session.stream(ids, tokens, temperature=temperature, seed=seed, stop=end):
+        new.append(token)
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # a character may span tokens
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    sys.stdout.write("\n")
