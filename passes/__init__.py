@@ -13,6 +13,7 @@ from qcompile.passes.fold_norm import FoldNorm, fold_norm
 from qcompile.passes.fuse import Fuse, fuse
 from qcompile.passes.gptq import GPTQ, gptq
 from qcompile.passes.hqq import HQQ, hqq
+from qcompile.passes.intact_kv import IntactKV, intact_kv
 from qcompile.passes.lorc import LoRC, lorc
 from qcompile.passes.quantize import Quantize, quantize
 from qcompile.passes.quantize_kv import QuantizeKV, quantize_kv
@@ -28,6 +29,7 @@ __all__ = [
     "DGQ",
     "GPTQ",
     "HQQ",
+    "IntactKV",
     "LoRC",
     "FineQuant",
     "FoldNorm",
@@ -47,6 +49,7 @@ __all__ = [
     "fuse",
     "gptq",
     "hqq",
+    "intact_kv",
     "lorc",
     "quantize",
     "quantize_kv",

@@ -36,8 +36,19 @@ _PRODUCTS = {
 }
 
 
-# Rewritings of the float model.
-BEFORE = ("Untie", "FoldNorm", "Smooth", "SmoothAttention", "SmoothQuantPlus", "AWQ", "Rotate", "RotateOnline")
+# Rewritings of the float model, and what must stand before codes are chosen.
+EXACT = (
+    "Untie",
+    "FoldNorm",
+    "Smooth",
+    "SmoothAttention",
+    "SmoothQuantPlus",
+    "AWQ",
+    "Reorder",
+    "Rotate",
+    "RotateOnline",
+)
+BEFORE = (*EXACT, "IntactKV", "QuantizeKV")
 
 
 @dataclass(frozen=True)

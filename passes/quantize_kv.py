@@ -18,6 +18,7 @@ from qcompile.attention_flow import products
 from qcompile.calibrate import Statistics
 from qcompile.formats import Format
 from qcompile.hadamard import rotation
+from qcompile.passes.quantize import EXACT
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
@@ -46,9 +47,7 @@ class QuantizeKV:
         return Format("int4" if self.bits == 4 else "int8", "row", zero="int")
 
 
-@rewrites(
-    QuantizeKV, exact=False, after=("Untie", "FoldNorm", "Smooth", "SmoothAttention", "AWQ", "Rotate", "RotateOnline")
-)
+@rewrites(QuantizeKV, exact=False, after=(*EXACT, "IntactKV"))
 def quantize_kv(program: Program, how: QuantizeKV, seen: Statistics) -> PassReport:
     """Insert the rounding before every attention, in place."""
     report = PassReport("QuantizeKV")

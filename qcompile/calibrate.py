@@ -19,6 +19,8 @@ from qcompile.program import Program
 from qcompile.scale_flow import groups_of_readers
 from qcompile.sites import find_sites
 
+_PIVOTS = 4  # first tokens of a sequence, which carry massive activations
+
 
 class CalibrationError(ValueError):
     """Calibration data that cannot be used; the text names the batch or the site and the mend."""
@@ -30,7 +32,8 @@ class Statistics:
 
     Attributes:
         absmax: node name -> max |value| for each channel, [K] float32.
-        keys: node name -> max |key| for each head and channel of an attention, [heads, D] float32.
+        keys: node name -> max |key| of a sequence for each head and channel of an attention, the mean
+            over sequences, [heads, D] float32.
         batches: how many batches were seen.
     """
 
@@ -56,10 +59,9 @@ def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: boo
 
     def see(node: Any, value: Any) -> None:
         if node in turned:
-            peak = value.detach().abs().amax(-1 if turned[node] else -2)  # [.., heads, D]
-            peak = peak.flatten(0, -3).amax(0) if peak.ndim > 2 else peak[:, None] if peak.ndim == 1 else peak
-            old = seen.keys.get(node.name)
-            seen.keys[node.name] = peak.float() if old is None else torch.maximum(old, peak.float())
+            keys = value.detach().transpose(-1, -2) if turned[node] else value.detach()
+            peak = _key_peak(keys)
+            seen.keys[node.name] = seen.keys.get(node.name, 0) + peak
         if node not in label:
             return
         peak = value.detach().abs().flatten(0, -2).amax(0).float()
@@ -76,4 +78,17 @@ def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: boo
         seen.batches += 1
     if not seen.batches:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
+    seen.keys = {name: total / seen.batches for name, total in seen.keys.items()}
     return seen
+
+
+def _key_peak(keys: Tensor) -> Tensor:
+    """Max |key| over positions, mean over sequences: keys [.., H, T, D] -> [H, D].
+
+    The first tokens, whose keys are unlike all others, are left out, and a mean over sequences lets
+    no single token decide.
+    """
+    keys = keys.unsqueeze(1) if keys.ndim == 3 else keys  # heads folded into the batch: one head
+    if keys.shape[-2] > 2 * _PIVOTS:
+        keys = keys[..., _PIVOTS:, :]
+    return keys.abs().amax(-2).flatten(0, -3).mean(0).float()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qcompile.attach import attach
+from qcompile.attach import PREFIX, Prefix, attach
 from qcompile.formats import Format
 from qcompile.module import PARTS, QuantLinear, RotatedLinear
 from qcompile.recipe import Recipe
@@ -105,6 +105,8 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
             "has": has,
             "rank": 0 if module.low_in is None else module.low_in.shape[0],
         }
+    if isinstance(module, Prefix):
+        return {"kind": "Prefix", "shapes": {name: list(t.shape) for name, t in module.named_buffers()}}
     if isinstance(module, RotatedLinear):
         return {"kind": "RotatedLinear"}
     if isinstance(module, nn.RMSNorm):
@@ -140,7 +142,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     target.load_state_dict(tensors, strict=True, assign=True)
     target.qcompile_recipe = meta["recipe"]
     if meta["recipe"] is not None:
-        attach(target, Recipe.from_json(meta["recipe"]))
+        attach(target, Recipe.from_json(meta["recipe"]), getattr(target, PREFIX, None))
     return target.requires_grad_(False).eval()
 
 
@@ -200,6 +202,8 @@ def _place(model: nn.Module, path: str, entry: dict[str, Any]) -> None:
         form = Format.parse(entry["format"])
         rank = entry.get("rank", 0)
         model.set_submodule(path, QuantLinear.empty(entry["in"], entry["out"], form, act, set(entry["has"]), rank))
+    elif entry["kind"] == "Prefix":
+        model.add_module(path, Prefix.empty(entry["shapes"]))
     elif entry["kind"] == "RMSNorm":
         model.set_submodule(path, nn.RMSNorm(entry["shape"], eps=entry["eps"]))
     else:

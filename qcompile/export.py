@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
 
+from qcompile.attach import detached
 from qcompile.module import QuantLinear
 from qcompile.quantize import quantize
 from qcompile.recipe import Recipe, RecipeError
@@ -40,6 +42,7 @@ def export_onnx(
     """
     try:
         from qcompile.codegen.onnx.export import export_module
+        from qcompile.codegen.onnx.session import PREFIX_FILE
     except ImportError as error:
         raise RecipeError("ONNX export needs: pip install 'torch-qcompile[onnx]'") from error
     from qcompile.checkpoint import atomic_folder
@@ -51,7 +54,10 @@ def export_onnx(
             report = quantize(model, recipe, batches, example=example, progress=progress)
         elif not any(isinstance(m, QuantLinear) for m in model.modules()):
             report = Report("float")
-        difference = export_module(model, work, example=example, tokenizer=tokenizer)
+        with detached(model) as prefix:
+            difference = export_module(model, work, example=example, tokenizer=tokenizer)
+        if prefix is not None:
+            save_file(prefix.state_dict(), str(work / PREFIX_FILE))
         report.numbers["onnx relative error"] = difference
         report.write(work / "qcompile.json")
     return report

@@ -10,7 +10,6 @@ a prefix given from outside, stay float (IntactKV, arXiv:2403.01241).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,6 +84,11 @@ class _Vectors:
     @property
     def columns(self) -> tuple[_Column, ...]:
         return self.exact, self.codes, self.scale, self.zero
+
+    @property
+    def heads(self) -> int:
+        column = self.codes if self.codes.buffer is not None else self.exact
+        return int(column.read().shape[1])
 
     @property
     def length(self) -> int:
@@ -186,11 +190,10 @@ class KVCache(Cache):
         self.bits, self.intact = bits, intact
         super().__init__(layer_class_to_replicate=lambda: _Layer(form, self.intact, hadamard))
 
-    def seed(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Put a float prefix [B, H, p, D] of every layer into an empty cache."""
-        self.intact = max(self.intact, keys[0].shape[-2])
-        for index, (k, v) in enumerate(zip(keys, values, strict=True)):
-            self.update(k, v, index)
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """Heads of keys and of values in each layer."""
+        return [(layer.own_keys.heads, layer.own_values.heads) for layer in self._held]
 
     @property
     def nbytes(self) -> int:
@@ -203,8 +206,7 @@ class KVCache(Cache):
         for layer in self._held:
             for vectors in (layer.own_keys, layer.own_values):
                 column = vectors.codes if vectors.codes.buffer is not None else vectors.exact
-                batch, heads = column.read().shape[:2]
-                total += batch * heads * vectors.length * vectors.width * dtype.itemsize
+                total += len(column.read()) * vectors.heads * vectors.length * vectors.width * dtype.itemsize
         return total
 
     @property

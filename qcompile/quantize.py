@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qcompile.attach import attach, check_attachable
+from qcompile.attach import attach, heads_of_cache, make_prefix, resolve
 from qcompile.calibrate import CalibrationError
 from qcompile.capture import capture
 from qcompile.formats import Format
@@ -62,7 +62,7 @@ def quantize(
         ValueError: (as RecipeError, CaptureError, CalibrationError, NothingToQuantize) with the
             place and the mend; the model is then unchanged.
     """
-    how = find_recipe(recipe, model, data=batches is not None)
+    how = resolve(find_recipe(recipe, model, data=batches is not None), model)
     how.check()
     check_data(how, batches is not None)
     held = list(batches) if batches is not None else None
@@ -73,7 +73,7 @@ def quantize(
     was_training = model.training
     model.eval()
     try:
-        check_attachable(model, how, args, kwargs)
+        heads = heads_of_cache(model, how, args, kwargs)
         program = capture(model, *widen_batch(args, kwargs))
         plan = _Plan.of(model, program)
         flat = [flat_inputs(program, batch, kwargs) for batch in (held or [first])]
@@ -87,10 +87,12 @@ def quantize(
             progress=progress,
         )
         plan.check(program, rewritten)
+        made = next((p.tensors for p in report.passes if p.tensors), {})
+        prefix = make_prefix(how, made, heads)
     finally:
         model.train(was_training)
     plan.apply(program, rewritten)
-    attach(model, how)
+    attach(model, how, prefix)
     report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model.qcompile_recipe = how.to_json()
     return report

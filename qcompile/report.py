@@ -33,6 +33,7 @@ class PassReport:
         name: the pass. done: the places it rewrote. left: the places it did not, with reasons.
         notes: choices made ("hadamard 16*36 for 576"). changed: names of graph nodes whose values
             the pass changes on purpose, so that a certificate does not blame them.
+        tensors: what the pass made for the calls of the module, not for its graph.
     """
 
     name: str
@@ -40,6 +41,7 @@ class PassReport:
     left: list[Left] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     changed: set[str] = field(default_factory=set)
+    tensors: dict[str, Any] = field(default_factory=dict)
 
     def leave(self, site: str, reason: str, node: str = "") -> None:
         """Record a place that stays as it is."""
@@ -151,6 +153,7 @@ class Report:
         data = asdict(self)
         for entry in data["passes"]:
             entry["changed"] = sorted(entry["changed"])
+            del entry["tensors"]
         data["bytes_before"], data["bytes_after"] = self.bytes_before, self.bytes_after
         return data
 

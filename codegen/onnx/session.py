@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor
+
+PREFIX_FILE = "prefix.safetensors"  # ids, logits, keys and values of a prefix (passes/intact_kv.py)
 
 
 class FolderError(ValueError):
@@ -36,8 +39,28 @@ class Session:
         if not self.past:
             raise FolderError(f"{path} takes no cache: it is not a causal LM")
 
+        self.prefix: dict[str, np.ndarray] | None = None
+        if (Path(folder) / PREFIX_FILE).is_file():
+            self.prefix = load_file(str(Path(folder) / PREFIX_FILE))
+
+    def _behind_prefix(self, ids: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], np.ndarray] | None:
+        """What is left of ids that begin with the prefix, its caches, and its logits; None for others."""
+        if self.prefix is None:
+            return None
+        start = self.prefix["ids"]
+        if ids.shape[1] <= len(start) or not (ids[:, : len(start)] == start).all():
+            return None
+        caches = [self.prefix[f"{part}{i}"] for i in range(len(self.past) // 2) for part in ("keys", "values")]
+        rows = [np.repeat(value, len(ids), 0) for value in (*caches, self.prefix["logits"])]
+        return ids[:, len(start) :], rows[:-1], rows[-1]
+
     def step(self, ids: np.ndarray, cache: list[np.ndarray] | None) -> tuple[np.ndarray, list[np.ndarray]]:
         """ids [B, T] after a cache -> logits [B, T, V] and the grown cache."""
+        behind = self._behind_prefix(ids) if cache is None else None
+        if behind is not None:
+            rest, cache, first = behind
+            logits, grown = self.step(rest, cache)
+            return np.concatenate([first, logits], 1), grown
         batch = ids.shape[0]
         if cache is None:
             cache = [np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32) for i in self.past]

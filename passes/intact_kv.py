@@ -1,0 +1,57 @@
+"""IntactKV: the keys and values of the first tokens as the float model computes them.
+
+Source: Liu et al. 2024, arXiv:2403.01241 sec. 3 (variant [B]: the beginning-of-sequence token; [P]: a
+        whole prompt).
+Law:    the first tokens of a text carry the largest activations and draw most of the attention; what
+        a quantized model computes for them is wrong for every later token. Their keys, values and
+        logits are taken from the float model and kept float: lossless for them by construction.
+Needs:  nothing.   Leaves: the graph as it is; the prefix goes with the module's calls
+        (qcompile/attach.py): a text that begins with it starts from these keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.attention_flow import products
+from qcompile.calibrate import Statistics
+from qcompile.passes.quantize import EXACT
+from qcompile.program import Program
+from qcompile.recipe import RecipeError, rewrites
+from qcompile.report import PassReport
+
+
+@dataclass(frozen=True)
+class IntactKV:
+    """The ids of the prefix; empty: the model's own beginning-of-sequence token."""
+
+    prefix: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(not isinstance(token, int) or token < 0 for token in self.prefix):
+            raise RecipeError(f"IntactKV: the prefix is a tuple of token ids, got {self.prefix}")
+
+
+@rewrites(IntactKV, exact=False, after=EXACT)
+def intact_kv(program: Program, how: IntactKV, seen: Statistics) -> PassReport:
+    """Compute keys [1, H, p, D], values and logits [1, p, V] of the prefix with the float program."""
+    report = PassReport("IntactKV")
+    inputs = program.inputs
+    if not how.prefix:
+        raise RecipeError("IntactKV: give the token ids of the prefix; this model names no beginning-of-sequence token")
+    if len(inputs) != 1 or inputs[0].meta["val"].dtype != torch.int64:
+        raise RecipeError(f"IntactKV: the model must take token ids alone, it takes {[n.name for n in inputs]}")
+    flows = products(program)
+    found: dict[fx.Node, Tensor] = {}
+    ids = torch.tensor([how.prefix, how.prefix])  # two rows, as the program was traced
+    logits = program.watch({f.keys for f in flows} | {f.values for f in flows}, [ids], found.__setitem__)[0]
+    for index, flow in enumerate(flows):
+        keys = found[flow.keys].transpose(-1, -2) if flow.turned else found[flow.keys]
+        report.tensors[f"{index}.keys"] = keys[:1].clone()
+        report.tensors[f"{index}.values"] = found[flow.values][:1].clone()
+    report.tensors["logits"] = logits[:1].clone()
+    report.notes.append(f"{len(how.prefix)} tokens of {len(flows)} attentions from the float model")
+    return report
