@@ -17,6 +17,7 @@ from qcompile.passes.intact_kv import IntactKV, intact_kv
 from qcompile.passes.lorc import LoRC, lorc
 from qcompile.passes.quantize import Quantize, quantize
 from qcompile.passes.quantize_kv import QuantizeKV, quantize_kv
+from qcompile.passes.reorder import Reorder, reorder
 from qcompile.passes.rotate import Rotate, rotate
 from qcompile.passes.rotate_online import RotateOnline, rotate_online
 from qcompile.passes.smooth import Smooth, smooth
@@ -36,6 +37,7 @@ __all__ = [
     "Fuse",
     "Quantize",
     "QuantizeKV",
+    "Reorder",
     "Rotate",
     "RotateOnline",
     "Smooth",
@@ -53,6 +55,7 @@ __all__ = [
     "lorc",
     "quantize",
     "quantize_kv",
+    "reorder",
     "rotate",
     "rotate_online",
     "smooth",

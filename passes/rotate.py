@@ -88,11 +88,20 @@ def rotate(program: Program, how: Rotate, seen: Statistics) -> PassReport:
 
 def _rotate_stream(program: Program, flow: RotationFlow, seed: int, report: PassReport) -> None:
     label = f"stream of {flow.size} at {flow.norms[0].input.name}"
-    problem = _why_not(program, flow)
+    problem = stream_obstacle(program, flow)
     if problem is not None:
         report.leave(label, problem.reason, problem.node)
         return
     matrix, kind = rotation(flow.size, seed)
+    turn_stream(program, flow, matrix)
+    report.done.append(label)
+    report.notes.append(f"R1 of {flow.size} channels: {kind}, {len(flow.readers)} readers")
+    report.changed |= {value.name for value in flow.values}
+    report.changed |= {node.name for norm in flow.norms for node in norm.inner}
+
+
+def turn_stream(program: Program, flow: RotationFlow, matrix: Tensor) -> None:
+    """Give a closed stream another orthogonal basis [n, n]: its writers, tables and readers."""
     for site in flow.readers:
         program.weights[site.name] = rotate_columns(program.weights[site.name], matrix)
     for site in flow.writers:
@@ -101,13 +110,10 @@ def _rotate_stream(program: Program, flow: RotationFlow, seed: int, report: Pass
         name = program.weight_name(table)
         assert name is not None
         program.weights[name] = rotate_columns(program.weights[name], matrix)
-    report.done.append(label)
-    report.notes.append(f"R1 of {flow.size} channels: {kind}, {len(flow.readers)} readers")
-    report.changed |= {value.name for value in flow.values}
-    report.changed |= {node.name for norm in flow.norms for node in norm.inner}
 
 
-def _why_not(program: Program, flow: RotationFlow) -> Obstacle | None:
+def stream_obstacle(program: Program, flow: RotationFlow) -> Obstacle | None:
+    """Why a stream cannot take another basis, or None."""
     if flow.obstacles:
         return flow.obstacles[0]
     if not flow.closed:

@@ -10,37 +10,23 @@ by it, and the scores stay. What is not linear (a norm of queries) stops the flo
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from qcompile.norms import CASTS
 from qcompile.program import Program
 from qcompile.rotation_flow import Obstacle
+from qcompile.row_flow import ATTENTION, MATMULS, FlowStops, RowFlow, Terms
 from qcompile.sites import Site
 
 aten = torch.ops.aten
 
-ATTENTION = aten.scaled_dot_product_attention.default
-_MOVES = {
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.permute.default,
-    aten.clone.default, aten.contiguous.default, aten.repeat_interleave.self_int, aten.flatten.using_ints,
-}  # fmt: skip
-_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
-_JOINS = {aten.cat.default, aten.stack.default}
-_SIZES = {aten.sym_size.int, aten.sym_size.default}
-_MATMULS = {aten.matmul.default, aten.bmm.default}
 _BETWEEN = {  # what stands between scores and the product with the values
     aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.tanh.default, aten.to.dtype, aten._to_copy.default,
     aten.masked_fill.Scalar, aten.where.self, aten.softmax.int, aten._softmax.default, aten.dropout.default,
     aten.view.default, aten.expand.default, aten.clone.default, aten.detach.default,
 }  # fmt: skip
-
-Terms = list[Tensor]
-"""Row numbers, one tensor of the value's shape for each summand; -1 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +75,7 @@ def products(program: Program) -> list[Product]:
     for node in program.graph.nodes:
         if node.target is ATTENTION:
             found.append(Product(node, node.args[0], node.args[1], False, node, 2))
-        elif node.target in _MATMULS:
+        elif node.target in MATMULS:
             reader = _beyond_softmax(node)
             if reader is not None:
                 found.append(Product(node, node.args[0], node.args[1], True, reader, 1))
@@ -102,7 +88,7 @@ def _beyond_softmax(node: fx.Node) -> fx.Node | None:
     while len(node.users) == 1:
         node = next(iter(node.users))
         passed |= node.target in (aten.softmax.int, aten._softmax.default)
-        if passed and node.target in _MATMULS:
+        if passed and node.target in MATMULS:
             return node
         if node.target not in _BETWEEN:
             return None
@@ -117,12 +103,12 @@ def scores(program: Program, sites: list[Site]) -> list[Scores | Obstacle]:
 def _classes(
     program: Program, sites: list[Site], node: fx.Node, q: fx.Node, k: fx.Node, turned: bool
 ) -> Scores | Obstacle:
-    walk = _Walk(program, {s.node: s for s in sites if s.kind == "linear"})
+    walk = RowFlow(program, sites)
     try:
         queries = _heads(walk.terms(q), False)
         keys = _heads(walk.terms(k), turned)
-        walk.check_readers(node)
-    except _Stop as stop:
+        walk.check_readers([*queries, *keys], {node})
+    except FlowStops as stop:
         return Obstacle(*stop.args)
     heads, of_keys = queries[0].shape[0], keys[0].shape[0]
     shared_heads = of_keys == 1 or bool(node.kwargs.get("enable_gqa"))
@@ -167,114 +153,6 @@ def _heads(terms: Terms, turned: bool) -> Terms:
         flat = term.reshape(-1, *term.shape[-3:]) if term.ndim > 3 else term[:, None]
         first = flat[0, :, 0]
         if not bool((flat == first[:, None]).all()):
-            raise _Stop("attention", "the channels differ from position to position")
+            raise FlowStops("attention", "the channels differ from position to position")
         found.append(first)
     return found
-
-
-class _Stop(Exception):
-    """A node that is not linear in the rows, and why."""
-
-
-class _Walk:
-    def __init__(self, program: Program, sites: dict[fx.Node, Site]) -> None:
-        self.program, self.sites = program, sites
-        self.makers: list[tuple[Site, int]] = []
-        self.rows = 0
-        self.memo: dict[fx.Node, Terms | list[Terms] | None] = {}
-
-    def terms(self, node: fx.Node) -> Terms:
-        found = self._visit(node)
-        if not found or isinstance(found[0], list):
-            raise _Stop(node.name, "it does not come from a linear")
-        return found
-
-    def _visit(self, node: fx.Node) -> Terms | list[Terms] | None:
-        """The terms of a node; None where no site is upstream."""
-        if node not in self.memo:
-            self.memo[node] = self._compute(node)
-        return self.memo[node]
-
-    def _compute(self, node: fx.Node) -> Terms | list[Terms] | None:
-        if node.op != "call_function":
-            return None
-        if node in self.sites:
-            return [self._rows_of(self.sites[node])]
-        upstream = {a: self._visit(a) for a in node.all_input_nodes if a.target not in _SIZES}
-        derived = [a for a, terms in upstream.items() if terms]
-        if not derived:
-            return None
-        first = upstream[derived[0]]
-        if node.target in CASTS or node.target is aten.neg.default:
-            return first
-        if node.target in _MOVES or (node.target is aten.index.Tensor and len(derived) == 1):
-            return [self._move(node, term) for term in first]
-        if node.target in _SPLITS:
-            parts = [self._move(node, term) for term in first]
-            return [list(part) for part in zip(*parts, strict=True)]
-        if node.target is operator.getitem:
-            return first[node.args[1]]
-        if node.target in (aten.mul.Tensor, aten.div.Tensor) and len(derived) == 1:
-            shape = _hints(node)
-            return [term.expand(shape) for term in first]
-        if node.target in (aten.add.Tensor, aten.sub.Tensor) and len(derived) == len(node.all_input_nodes) == 2:
-            return [*upstream[derived[0]], *upstream[derived[1]]]
-        if node.target in _JOINS and all(upstream[a] for a in node.args[0]):
-            return self._join(node, [upstream[a] for a in node.args[0]])
-        raise _Stop(node.name, f"{node.target} is not linear in each channel")
-
-    def _constant(self, node: fx.Node) -> Tensor:
-        name = self.program.weight_name(node)
-        if name is not None:
-            return self.program.weights[name]
-        if node.op != "get_attr":
-            raise _Stop(node.name, "channels are picked by a computed index")
-        found: Tensor = getattr(self.program.graph_module, str(node.target))
-        return found
-
-    def _rows_of(self, site: Site) -> Tensor:
-        start = next((start for maker, start in self.makers if maker is site), None)
-        if start is None:
-            start, self.rows = self.rows, self.rows + site.N
-            self.makers.append((site, start))
-        return torch.arange(start, start + site.N).expand(_hints(site.node))
-
-    def _move(self, node: fx.Node, term: Tensor) -> object:
-        if node.target is aten.index.Tensor:
-            return node.target(term.contiguous(), [None if i is None else self._constant(i) for i in node.args[1]])
-        args = fx.node.map_arg(node.args[1:], lambda n: _hint(n.meta["val"]))
-        kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
-        return node.target(term.contiguous(), *args, **kwargs)
-
-    def _join(self, node: fx.Node, parts: list[Terms]) -> Terms:
-        longest = max(len(p) for p in parts)
-        padded = [[*p, *[torch.full_like(p[0], -1)] * (longest - len(p))] for p in parts]
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        return [node.target(list(column), dim) for column in zip(*padded, strict=True)]
-
-    def check_readers(self, end: fx.Node) -> None:
-        """Refuse rows that are read on the way by something else than the scores."""
-        used = {
-            int(row)
-            for terms in (self.memo.get(a) for a in end.all_input_nodes[:2])
-            for term in terms or []
-            for row in term.unique()
-            if row >= 0
-        }
-        for node, terms in list(self.memo.items()):
-            if not terms or isinstance(terms[0], list):
-                continue
-            for user in node.users:
-                if user is end or user in self.memo or user.target in _SIZES or user.target in _SPLITS:
-                    continue
-                seen = [self._move(user, t) for t in terms] if user.target in _MOVES | {aten.index.Tensor} else terms
-                if used & {int(row) for term in seen for row in term.unique()}:
-                    raise _Stop(user.name, f"{node.name} is read on another path too")
-
-
-def _hint(size: object) -> object:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
-
-
-def _hints(node: fx.Node) -> list[int]:
-    return [int(_hint(s)) for s in node.meta["val"].shape]

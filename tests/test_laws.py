@@ -10,18 +10,22 @@ from qcompile.calibrate import Statistics, observe
 from qcompile.capture import capture
 from qcompile.passes import (
     FoldNorm,
+    Reorder,
     Rotate,
     RotateOnline,
     Smooth,
     SmoothAttention,
     Untie,
     fold_norm,
+    reorder,
     rotate,
     rotate_online,
     smooth,
     smooth_attention,
     untie,
 )
+from qcompile.scale_flow import groups_of_readers
+from qcompile.sites import find_sites
 from qcompile.testing import Decoder, assert_equivalent, decoders, mlps
 
 FEW = settings(max_examples=12)
@@ -33,7 +37,7 @@ def before_and_after(model, *steps, data=False):
     after = before.copy()
     reports = []
     for function, how in steps:
-        seen = observe(after, [[ids]]) if data and function in (smooth, smooth_attention) else Statistics()
+        seen = observe(after, [[ids]]) if data and function in (smooth, smooth_attention, reorder) else Statistics()
         reports.append(function(after, how, seen))
         after.cleanup()
     return before, after, ids, reports
@@ -89,6 +93,24 @@ def test_smooth_attention_refuses_a_norm_of_queries():
     before, after, ids, (report,) = before_and_after(model, (smooth_attention, SmoothAttention()), data=True)
     assert not report.done and all("not linear in each channel" in left.reason and left.node for left in report.left)
     assert len(report.left) == model.shape.layers
+
+
+@given(decoders())
+@FEW
+def test_reorder(model):
+    steps = (untie, Untie()), (fold_norm, FoldNorm()), (reorder, Reorder(stream=True))
+    before, after, ids, (_, _, report) = before_and_after(model, *steps, data=True)
+    assert_equivalent(before, after, [ids])
+    assert_equivalent(before, after, [model.example(3, 9)])
+    rows = [d for d in report.done if "stream" not in d]
+    assert len(rows) == 2 * model.shape.layers, report  # after attention and after the gate or the ReLU
+    assert any("stream" in d for d in report.done) == (not model.shape.post_norm), report
+    head, peaks = model.shape.head, observe(after, [[ids]]).absmax
+    by_site = {g.sites[0].name: peaks[g.root.name] for g in groups_of_readers(find_sites(after)) if g.sites}
+    falls = by_site["blocks.0.fall.weight"]
+    assert bool((falls[:-1] >= falls[1:] - 1e-9).all())
+    shared = by_site["blocks.0.mix.weight"].view(model.shape.kv_heads, -1, head).amax(1)
+    assert bool((shared[:, :-1] >= shared[:, 1:] - 1e-9).all())
 
 
 @given(decoders())
