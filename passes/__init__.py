@@ -14,6 +14,7 @@ from qcompile.passes.fuse import Fuse, fuse
 from qcompile.passes.gptq import GPTQ, gptq
 from qcompile.passes.hqq import HQQ, hqq
 from qcompile.passes.intact_kv import IntactKV, intact_kv
+from qcompile.passes.learn_rotation import LearnRotation, learn_rotation
 from qcompile.passes.lorc import LoRC, lorc
 from qcompile.passes.quantize import Quantize, quantize
 from qcompile.passes.quantize_kv import QuantizeKV, quantize_kv
@@ -31,6 +32,7 @@ __all__ = [
     "GPTQ",
     "HQQ",
     "IntactKV",
+    "LearnRotation",
     "LoRC",
     "FineQuant",
     "FoldNorm",
@@ -52,6 +54,7 @@ __all__ = [
     "gptq",
     "hqq",
     "intact_kv",
+    "learn_rotation",
     "lorc",
     "quantize",
     "quantize_kv",

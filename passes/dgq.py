@@ -71,9 +71,11 @@ def search_rows(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, fo
     wide, h = weight.float(), hessian.float()
     peak = wide.abs().amax(-1, keepdim=True)
     peak = torch.where(peak > 1e-30, peak, torch.ones_like(peak))
-    best = quantize_tensor(wide, form, clip=True)
-    assert best.zero is not None and best.group_scale is not None
-    lost = loss(wide, best.dequantize(), hessian).float()
+    best, plain = quantize_tensor(wide, form, clip=True), quantize_tensor(wide, form)
+    lost, of_plain = (loss(wide, q.dequantize(), hessian).float() for q in (best, plain))
+    for old, new in zip(_parts(best), _parts(plain), strict=True):
+        old[of_plain < lost] = new[of_plain < lost]
+    lost = torch.minimum(lost, of_plain)
     for step in range(1, ROW_STEPS + 1):
         row = peak * (1.02 - 0.82 * step / ROW_STEPS) / 127
         group_scale = (scale / row).round().clamp(1, 127)
@@ -85,9 +87,14 @@ def search_rows(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, fo
         now = ((error @ h) * error).sum(-1)
         better = now < lost
         lost = torch.where(better, now, lost)
-        for old, new in ((best.codes, flat), (best.scale, row), (best.zero, zero), (best.group_scale, group_scale)):
+        for old, new in zip(_parts(best), (flat, row, zero, group_scale), strict=True):
             old[better] = new[better].to(old.dtype)
     return best
+
+
+def _parts(q: QTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert q.zero is not None and q.group_scale is not None
+    return q.codes, q.scale, q.zero, q.group_scale
 
 
 @rewrites(DGQ, exact=False, needs=("hessian",), sitewise=True, after=BEFORE)

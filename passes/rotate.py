@@ -28,7 +28,7 @@ from qcompile.program import Program
 from qcompile.recipe import rewrites
 from qcompile.report import PassReport
 from qcompile.rotation_flow import Obstacle, RotationFlow, rotation_flows
-from qcompile.scale_flow import Source, groups_of_readers, scale_source
+from qcompile.scale_flow import Readers, Source, groups_of_readers, scale_source
 from qcompile.sites import Site, find_sites
 
 
@@ -54,7 +54,8 @@ def rotate_rows(weight: Tensor, matrix: Tensor) -> Tensor:
     return torch.einsum("rs,br...->bs...", matrix, blocks).flatten(0, 1).to(weight.dtype)
 
 
-def _conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:
+def conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:
+    """Passes that cannot stand in one recipe with a rotation of streams, as text."""
     faults = []
     for other in passes if how.stream else ():
         name = type(other).__name__
@@ -73,7 +74,7 @@ def _conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:
     exact=True,
     after=("Untie", "FoldNorm", "Smooth", "SmoothQuantPlus", "AWQ"),
     requires=lambda how: ("FoldNorm",) if how.stream else (),
-    conflicts=_conflicts,
+    conflicts=conflicts,
 )
 def rotate(program: Program, how: Rotate, seen: Statistics) -> PassReport:
     """Rotate every closed stream and every head basis, in place."""
@@ -132,6 +133,17 @@ def stream_obstacle(program: Program, flow: RotationFlow) -> Obstacle | None:
 
 
 def _rotate_heads(program: Program, seed: int, report: PassReport) -> None:
+    for readers, source in head_bases(program, report):
+        matrix, kind = rotation(source.head, seed)
+        turn_heads(program, readers, source, matrix, report)
+        note = f"R2 of {source.head} channels: {kind}"
+        if note not in report.notes:
+            report.notes.append(note)
+
+
+def head_bases(program: Program, report: PassReport) -> list[tuple[Readers, Source]]:
+    """The sites that read whole heads of an attention, and where these are made; others are left."""
+    found = []
     norms, sites = find_norms(program), find_sites(program)
     for readers in groups_of_readers(sites):
         if len(readers.sites) != 1 or readers.sites[0].shared_with:
@@ -139,25 +151,28 @@ def _rotate_heads(program: Program, seed: int, report: PassReport) -> None:
         source = scale_source(program, readers, norms, sites)
         if isinstance(source, Obstacle) or not source.attention or source.site is None:
             continue
-        reader = readers.sites[0]
-        if not source.pure or not _whole_heads(source):
-            report.leave(reader.name, "its heads are not whole blocks of the value's rows", readers.root.name)
-            continue
-        matrix, kind = rotation(source.head, seed)
-        program.weights[reader.name] = rotate_columns(program.weights[reader.name], matrix)
-        rows = source.channels.unique()
+        if source.pure and _whole_heads(source):
+            found.append((readers, source))
+        else:
+            report.leave(readers.sites[0].name, "its heads are not whole blocks of the value's rows", readers.root.name)
+    return found
 
-        def turn(weight: Tensor, rows: Tensor = rows, matrix: Tensor = matrix) -> Tensor:
-            turned = weight.clone()
-            turned[rows] = rotate_rows(weight[rows], matrix)
-            return turned
 
-        _rows(program, source.site, turn)
-        report.done.append(f"heads of {source.head} in {reader.name}")
-        note = f"R2 of {source.head} channels: {kind}"
-        if note not in report.notes:
-            report.notes.append(note)
-        report.changed |= {source.site.node.name} | {node.name for node in source.path}
+def turn_heads(program: Program, readers: Readers, source: Source, matrix: Tensor, report: PassReport) -> None:
+    """Give the heads of an attention's values another orthogonal basis [D, D]."""
+    reader = readers.sites[0]
+    program.weights[reader.name] = rotate_columns(program.weights[reader.name], matrix)
+    rows = source.channels.unique()
+
+    def turn(weight: Tensor) -> Tensor:
+        turned = weight.clone()
+        turned[rows] = rotate_rows(weight[rows], matrix)
+        return turned
+
+    assert source.site is not None
+    _rows(program, source.site, turn)
+    report.done.append(f"heads of {source.head} in {reader.name}")
+    report.changed |= {source.site.node.name} | {node.name for node in source.path}
 
 
 def _whole_heads(source: Source) -> bool:

@@ -1,0 +1,117 @@
+"""Dual-grained weights: the protective range, DGQ's search, percentile smoothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from zoo import build, example
+
+import qcompile
+from qcompile.formats import Format, spread
+from qcompile.passes import DGQ, GPTQ, Fuse, Quantize
+from qcompile.passes.dgq import search_groups, search_rows
+from qcompile.passes.gptq import loss
+from qcompile.passes.smooth import clip_scale
+from qcompile.recipe import Recipe, RecipeError
+from qcompile.rounding import quantize_tensor
+
+DUAL = Format.parse("int4/group16/zero/dual")
+
+
+def second_level(low, high, values):
+    """QoQ's second level as the paper writes it, without a clamp to int8."""
+    scale = torch.round((high - low) / 15).clamp_min(1)
+    zero = torch.round(-low / scale).clamp(0, 15)
+    return scale * ((torch.round(values / scale) + zero).clamp(0, 15) - zero)
+
+
+@pytest.mark.parametrize("most,safe", [(119, True), (120, False)])
+def test_the_protective_range_is_119(most, safe):
+    """Every group of int8 codes in +-119 comes back as int8; +-120 does not (arXiv:2405.04532 sec. 4.1)."""
+    low = torch.arange(-most, 1.0)[:, None].expand(-1, most + 1)
+    high = torch.arange(0.0, most + 1)[None].expand(most + 1, -1)
+    ends = torch.stack([second_level(low, high, v) for v in (low, high)])
+    assert (int(ends.max()) <= 127 and int(ends.min()) >= -128) == safe
+
+
+def problem(seed, rows=6, columns=40):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(100, columns, generator=generator) * torch.rand(columns, generator=generator) ** 2 * 5
+    return torch.randn(rows, columns, generator=generator), x.t() @ x
+
+
+@given(st.integers(0, 999))
+def test_the_search_keeps_int8_and_is_never_worse(seed):
+    w, hessian = problem(seed)
+    q = search_rows(w, hessian, *search_groups(w, hessian, DUAL), DUAL)
+    inner = (q.codes.int() - spread(q.zero, DUAL, 40).int()) * spread(q.group_scale, DUAL, 40).int()
+    assert int(inner.abs().max()) <= 127 and int(q.codes.max()) <= 15
+    for clip in (False, True):
+        plain = quantize_tensor(w, DUAL, clip=clip)
+        assert bool((loss(w, q.dequantize(), hessian) <= (1 + 1e-4) * loss(w, plain.dequantize(), hessian)).all())
+
+
+def test_the_search_helps_on_average():
+    found = [0.0, 0.0]
+    for seed in range(20):
+        w, hessian = problem(seed)
+        searched = search_rows(w, hessian, *search_groups(w, hessian, DUAL), DUAL)
+        for index, q in enumerate((quantize_tensor(w, DUAL), searched)):
+            found[index] += float(loss(w, q.dequantize(), hessian).sum())
+    assert found[1] < 0.85 * found[0], found
+
+
+def test_phase_one_takes_the_range_that_costs_least():
+    w, hessian = torch.zeros(1, 16), torch.eye(16)
+    w[0, 0], w[0, 1:] = 1.0, torch.linspace(-0.5, 0.5, 15)
+    wide, _ = search_groups(w, hessian, DUAL)
+    hessian[0, 0] = 1e-6  # what clipping the outlier costs
+    tight, _ = search_groups(w, hessian, DUAL)
+    assert float(tight) < float(wide)
+
+
+def test_integer_scales_cost_little():
+    w = torch.randn(64, 1024)
+    form = Format.parse("int4/group128/zero/dual")
+    q = search_rows(w, torch.eye(1024), *search_groups(w, torch.eye(1024), form), form)
+    free = quantize_tensor(w, Format.parse("int4/group128/zero"))
+    assert (q.dequantize() - w).square().sum() < 1.05 * (free.dequantize() - w).square().sum()
+
+
+def test_percentile_smoothing_touches_only_outliers():
+    act = torch.rand(1000) + 0.5
+    act[7] = 80.0
+    scale = clip_scale(act, 0.005)
+    assert float((scale == 1).double().mean()) >= 0.99 and float(scale[7]) > 50
+    assert float((act / scale).max()) == pytest.approx(float(act.sort(descending=True).values[6]))
+    assert bool((clip_scale(torch.zeros(10), 0.1) == 1).all())
+
+
+def test_on_a_model():
+    model, inputs = build("llama"), example("llama")
+    with torch.no_grad():
+        want = model(**inputs).logits
+    errors = {}
+    form = Format.parse("int4/group32/zero/dual")
+    for name, how in (
+        ("plain", Quantize(form, Format("int8"), output=form)),
+        ("dgq", DGQ(form, Format("int8"), output=form)),
+        ("gptq", DGQ(form, Format("int8"), output=form, codes="gptq")),
+    ):
+        again = build("llama")
+        report = qcompile.quantize(again, Recipe(name, (how, Fuse())), [inputs], progress=False)
+        assert not report.left and {s.weight for s in report.sites} == {str(form)}
+        with torch.no_grad():
+            errors[name] = float((again(**inputs).logits - want).norm())
+    assert errors["gptq"] < errors["dgq"] < errors["plain"], errors
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(RecipeError, match="must be dual"):
+        DGQ(Format.parse("int4/group128/zero"))
+    with pytest.raises(RecipeError, match="codes must be"):
+        DGQ(codes="best")
+    with pytest.raises(RecipeError, match="GPTQ stands twice"):
+        Recipe("two", (DGQ(), GPTQ())).check()

@@ -1,0 +1,83 @@
+"""Learned rotations: orthogonal at every step, exact once folded, and better at what they were trained for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zoo import build
+
+import qcompile
+from qcompile.calibrate import Statistics
+from qcompile.capture import capture
+from qcompile.formats import Format
+from qcompile.hadamard import random_orthogonal
+from qcompile.passes import FoldNorm, Fuse, LearnRotation, Quantize, Rotate, Untie, fold_norm, learn_rotation, untie
+from qcompile.passes.learn_rotation import cayley_step
+from qcompile.passes.quantize import SitePlan
+from qcompile.recipe import Recipe, RecipeError
+from qcompile.testing import assert_equivalent, decoders
+
+
+@given(st.integers(2, 12), st.floats(1e-3, 10), st.integers(0, 999))
+def test_a_cayley_step_stays_orthogonal_and_goes_down(n, rate, seed):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    matrix = random_orthogonal(n, seed)
+
+    def loss(r):
+        return (r * target).sum()  # its gradient is `target`
+
+    after = cayley_step(matrix, target, rate)
+    assert torch.allclose(after @ after.t(), torch.eye(n, dtype=torch.float64), atol=1e-10)
+    assert loss(cayley_step(matrix, target, 1e-3)) <= loss(matrix) + 1e-9
+    for _ in range(300):
+        matrix = cayley_step(matrix, target, 0.3)
+    u, _, v = torch.linalg.svd(target)  # the least of tr(R^T T) over orthogonal R is -sum of singular values
+    same_side = torch.det(matrix) * torch.det(-u @ v) > 0  # Cayley steps never leave one of the two halves
+    if same_side:
+        assert float(loss(matrix)) < 0.9 * float(loss(-u @ v))
+
+
+@given(decoders())
+@settings(max_examples=6)
+def test_the_output_stays(model):
+    ids = model.example()
+    before = capture(model, (ids,)).widened()
+    after = before.copy()
+    untie(after, Untie(), Statistics())
+    fold_norm(after, FoldNorm(), Statistics())
+    after.cleanup()
+    plan = SitePlan(batches=lambda: [[ids], [model.example(1, 4)]])
+    report = learn_rotation(after, LearnRotation(steps=3), Statistics(), plan)
+    after.cleanup()
+    assert_equivalent(before, after, [ids])
+    assert any("stream" in d for d in report.done) == (not model.shape.post_norm)
+    assert sum("heads" in d for d in report.done) == model.shape.layers
+
+
+def test_it_learns_what_it_is_asked():
+    torch.manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 128, (1, 24))} for _ in range(2)]
+    want = [build("llama")(**b).logits for b in batches]
+    errors = {}
+    act = Format("int4")
+    for name, how in (("random", Rotate()), ("learned", LearnRotation(act=act, steps=40))):
+        model = build("llama")
+        passes = (Untie(), FoldNorm(), how, Quantize(Format("int8"), act, output=None), Fuse())
+        report = qcompile.quantize(model, Recipe(name, passes), batches, progress=False)
+        assert all(c.holds for c in report.certificates) and not report.left
+        errors[name] = sum(float((model(**b).logits - w).norm()) for b, w in zip(batches, want, strict=True))
+    assert errors["learned"] < 0.9 * errors["random"], errors
+    first, last = map(float, report.passes[2].notes[0].split("divergence ")[1].split(" nats")[0].split(" -> "))
+    assert last < 0.8 * first
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(RecipeError, match="positive"):
+        LearnRotation(steps=0)
+    with pytest.raises(RecipeError, match="Rotate stands twice"):
+        Recipe("two", (FoldNorm(), LearnRotation(), Rotate())).check()
+    with pytest.raises(RecipeError, match="needs calibration data"):
+        qcompile.quantize(build("llama"), Recipe("no data", (FoldNorm(), LearnRotation())), progress=False)
