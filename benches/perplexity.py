@@ -22,20 +22,26 @@ from qcompile.pretrained import load_pretrained
 from qcompile.text import batches, read_text, windows
 
 RESULTS = Path(__file__).parent / "results"
+EXTRA = sorted(str(p) for p in (Path(__file__).parent / "recipes").glob("*.json"))  # formats that no preset has
+
+
+def of_twin(name: str) -> bool:
+    """Whether a recipe is measured on the twin too: what chooses weights; rotating again would change nothing."""
+    return not name.startswith(("w4a4", "kv")) and "rotated" not in name and name != "float"
 
 
 def main() -> None:
     """Measure, print, write, plot."""
     text = sys.argv[1] if len(sys.argv) > 1 else None
     calibration = sys.argv[2] if len(sys.argv) > 2 else None
-    wanted = sys.argv[3].split(",") if len(sys.argv) > 3 else [name for name in PRESETS if name != "exact"]
+    presets = [name for name in PRESETS if name != "exact"]
+    wanted = sys.argv[3].split(",") if len(sys.argv) > 3 else [*presets, *EXTRA]
     model, tokenizer = load_pretrained()
     pieces = windows(tokenizer, read_text(text))
-    for which, make in (("", lambda: model), ("-twin", lambda: rotated_twin(model))):
+    for which, make in (("-twin", lambda: rotated_twin(model)), ("", lambda: model)):
         out = RESULTS / f"perplexity{which}.json"
         label = f"SmolLM2-135M{which} on {Path(text).name if text else 'the embedded text'}"
-        # On the twin only what judges weight formats; rotating it again would change nothing.
-        recipes = [n for n in wanted if not which or (n.startswith(("w4a16", "w4a8")) and "rotated" not in n)]
+        recipes = [name for name in wanted if not which or of_twin(name)]
         data = functools.partial(batches, tokenizer, calibration, count=64)
         rows = compare(Comparison(make(), pieces, data, out, label), recipes)
         Console(width=120).print(label, table(rows))

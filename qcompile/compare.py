@@ -69,11 +69,12 @@ class Comparison:
         self.rows = self._read()
 
     def measure(self, name: str) -> Row:
-        """The row of one recipe, from the file or by quantizing a copy of the model."""
-        if name not in self.rows:
-            self.rows[name] = self._measure(name, find_recipe(name))
+        """The row of one recipe (a preset name or a JSON path), from the file or by quantizing a copy."""
+        recipe = find_recipe(name)
+        if recipe.name not in self.rows:
+            self.rows[recipe.name] = self._measure(recipe.name, recipe)
             self._write()
-        return self.rows[name]
+        return self.rows[recipe.name]
 
     def _measure(self, name: str, recipe: Recipe) -> Row:
         if not recipe.passes:

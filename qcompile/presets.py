@@ -138,7 +138,7 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "w4a8-gptq",
             "w4a8 with its codes chosen by GPTQ; needs calibration",
-            GPTQ(Format.parse("int4/group128/zero/dual"), Format("int8")),
+            GPTQ(Format.parse("int4/group128/zero/dual"), Format("int8"), clip=True),
             Fuse(),
         ),
         _recipe(
@@ -218,6 +218,13 @@ PRESETS: dict[str, Recipe] = {
             Reorder(stream=True),
             RotateOnline(),
             GPTQ(Format.parse("int4/group128/zero"), Format.parse("int4/group128/smooth"), clip=True),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a4-groups",
+            "the best W4A4 here: rotations, GPTQ, a scale and zero point for each token and group",
+            *_ROTATIONS,
+            GPTQ(Format.parse("int4/group128/zero"), Format.parse("int4/group128/zero"), clip=True),
             Fuse(),
         ),
         _recipe(

@@ -57,21 +57,30 @@ def test_the_output_stays(model):
     assert sum("heads" in d for d in report.done) == model.shape.layers
 
 
+def uneven():
+    """A model with two outlier channels of opposite signs, which one Hadamard matrix cannot spread well."""
+    model = build("mistral")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 3] += 3
+        model.model.embed_tokens.weight[:, 7] -= 3
+        model.lm_head.weight.mul_(20)
+    return model
+
+
 def test_it_learns_what_it_is_asked():
     torch.manual_seed(0)
-    batches = [{"input_ids": torch.randint(3, 128, (1, 24))} for _ in range(2)]
-    want = [build("llama")(**b).logits for b in batches]
+    batches = [{"input_ids": torch.randint(3, 128, (1, 48))} for _ in range(2)]
+    want = [uneven()(**b).logits for b in batches]
     errors = {}
-    act = Format("int4")
-    for name, how in (("random", Rotate()), ("learned", LearnRotation(act=act, steps=40))):
-        model = build("llama")
-        passes = (Untie(), FoldNorm(), how, Quantize(Format("int8"), act, output=None), Fuse())
+    for name, how in (("random", Rotate()), ("learned", LearnRotation(act=Format("int4"), steps=40))):
+        model = uneven()
+        passes = (Untie(), FoldNorm(), how, Quantize(Format("int8"), Format("int4"), output=None), Fuse())
         report = qcompile.quantize(model, Recipe(name, passes), batches, progress=False)
         assert all(c.holds for c in report.certificates) and not report.left
         errors[name] = sum(float((model(**b).logits - w).norm()) for b, w in zip(batches, want, strict=True))
     assert errors["learned"] < 0.9 * errors["random"], errors
     first, last = map(float, report.passes[2].notes[0].split("divergence ")[1].split(" nats")[0].split(" -> "))
-    assert last < 0.8 * first
+    assert last < 0.7 * first
 
 
 def test_nonsense_is_refused():
