@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qcompile.calibrate import Statistics
 from qcompile.formats import Format
-from qcompile.passes.quantize import BEFORE, Quantize, SitePlan, put_codes, wanted_sites
+from qcompile.passes.quantize import BEFORE, Quantize, SitePlan, matrix_of, put_codes, wanted_sites
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
@@ -31,7 +31,7 @@ from qcompile.rounding import quantize_tensor
 class FineQuant(Quantize):
     """Group sizes to choose from and bits a weight to spend, scales and zeros included."""
 
-    weight: Format = Format("int4", "group", 128, "int")  # its group is the first of `sizes` tried
+    weight: Format = Format("int4", "group", 128, "int")  # all but its group size, which `sizes` replace
     act: Format | None = None
     sizes: tuple[int, ...] = (256, 128, 64, 32)
     bits: float = 4.4
@@ -98,7 +98,7 @@ def finequant(program: Program, how: FineQuant, seen: Statistics, plan: SitePlan
     free = [index for index, w in enumerate(wanted) if w.weight == how.weight]
     errors, costs, numbers = [], [], 0
     for index in track(free, "FineQuant", disable=not plan.progress, transient=True):
-        weight = program.weights[wanted[index].site.name]
+        weight = matrix_of(program, wanted[index].site)
         options = [relative_error(weight, _sized(how.weight, size), how.clip) for size in how.sizes]
         errors.append([error for error, _ in options])
         costs.append([cost for _, cost in options])
@@ -117,7 +117,7 @@ def finequant(program: Program, how: FineQuant, seen: Statistics, plan: SitePlan
         shares = {size: sum(how.sizes[i] == size for i in chosen) for size in how.sizes}
         report.notes.append(f"{spent:.3f} bits a weight; " + ", ".join(f"group {s}: {n}" for s, n in shares.items()))
     for site in wanted:
-        q = quantize_tensor(program.weights[site.site.name], site.weight, clip=how.clip)
+        q = quantize_tensor(matrix_of(program, site.site), site.weight, clip=how.clip)
         put_codes(program, site, (q.stored(), q.scale, q.zero, q.group_scale), plan)
         report.done.append(site.site.name)
     return report

@@ -1,4 +1,4 @@
-"""Fuse: linear(dq(q(x)), dq(w), b) becomes one qlinear.
+"""Fuse: linear(dq(q(x)), dq(w), b) becomes one qlinear, a grouped product of experts one qexperts.
 
 Law:    qlinear(codes, scales, ..) = linear(dq(codes), dq(weight), b), up to the rounding of the
         accumulation (exact in int32 where both sides have one scale for a row).
@@ -48,5 +48,19 @@ def fuse(program: Program, how: Fuse, seen: Statistics) -> PassReport:
         fused.meta["site"] = (program.weight_name(codes) or node.name).removesuffix(".codes")
         program.replace(node, fused)
         report.done.append(fused.meta["site"])
+    for node in [n for n in program.graph.nodes if "site" in n.meta and "grouped_mm" in str(n.target)]:
+        _fuse_experts(program, node)
+        report.done.append(node.meta["site"])
     program.cleanup()
     return report
+
+
+def _fuse_experts(program: Program, node: torch.fx.Node) -> None:
+    """A grouped product with a dequantized stack, turned to [E, K, N], becomes one qexperts."""
+    x, numbers, ends = node.all_input_nodes
+    codes, scale, zero, group_scale, form, columns, _ = numbers.args[0].args
+    dtype = node.meta["val"].dtype
+    args = (x, ends, codes, scale, zero, group_scale, form, columns, dtype)
+    fused = program.insert(ops.qexperts.default, args, before=node)
+    fused.meta["site"] = node.meta["site"]
+    program.replace(node, fused)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qcompile.calibrate import Statistics
 from qcompile.formats import Format, QTensor, group_columns, ungroup_columns
-from qcompile.passes.quantize import BEFORE, Quantize, SitePlan, put_codes, wanted_sites
+from qcompile.passes.quantize import BEFORE, Quantize, SitePlan, matrix_of, put_codes, wanted_sites
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
@@ -102,7 +102,7 @@ def hqq_sites(program: Program, how: HQQ, seen: Statistics, plan: SitePlan) -> P
     report = PassReport("HQQ")
     plain: list[str] = []
     for wanted in wanted_sites(program, how, plan, report):
-        weight = program.weights[wanted.site.name]
+        weight = matrix_of(program, wanted.site)
         q = quantize_tensor(weight, wanted.weight, clip=how.clip)
         if wanted.weight.zero == "float" and wanted.weight.per == "group":
             q = hqq(weight, q, norm=how.norm, beta=how.beta, steps=how.steps)

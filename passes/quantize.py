@@ -3,8 +3,9 @@
 Source: "Give Me BF16 or Give Me Death", arXiv:2411.02355 sec. 3 (round to nearest, dynamic per-token
         activations); MSE clip from GPTQ's code (arXiv:2210.17323).
 Law:    |w - dq(q(w))| <= s / 2 inside the range; the inserted graph is the meaning of the result.
-Needs:  nothing.   Leaves: sites that a rule keeps, expert stacks, weights shared with a float reader
-        are copied (the other reader keeps the float table).
+        A stack of experts is quantized expert by expert, weight-only: row n of expert e is a row.
+Needs:  nothing.   Leaves: sites that a rule keeps, what chooses experts; weights shared with a float
+        reader are copied (the other reader keeps the float table).
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def quantize(program: Program, how: Quantize, seen: Statistics, plan: SitePlan) 
     """Insert Q/DQ at every wanted site, rounding to nearest, in place."""
     report = PassReport("Quantize")
     for wanted in wanted_sites(program, how, plan, report):
-        name, original = wanted.site.name, program.weights[wanted.site.name]
+        name, original = wanted.site.name, matrix_of(program, wanted.site)
 
         def make(original: Tensor = original, wanted: Wanted = wanted) -> tuple[Tensor | None, ...]:
             try:
@@ -134,8 +135,8 @@ def wanted_sites(program: Program, how: Quantize, plan: SitePlan, report: PassRe
             report.leave(site.name, f"kept float by the rule {rule.match!r}")
         elif rule is None and chooses_experts(site):
             report.leave(site.name, "its output chooses experts: one flipped choice costs more than its bytes")
-        elif site.kind != "linear":
-            report.leave(site.name, "a stack of expert weights has no quantized kernel yet", site.node.name)
+        elif site.kind == "experts" and not site.grouped:
+            report.leave(site.name, "a batched product of expert weights has no quantized form", site.node.name)
         else:
             found.append(Wanted(site, *formats_of(site, how, rule)))
     return found
@@ -169,7 +170,15 @@ def formats_of(site: Site, how: Quantize, rule: Rule | None) -> tuple[Format, Fo
         weight, act = how.output, None
     if rule is not None:
         weight, act = rule.weight or weight, rule.act or act
-    return weight, act
+    return weight, None if site.kind == "experts" else act
+
+
+def matrix_of(program: Program, site: Site) -> Tensor:
+    """A site's weight as rows, [N, K]; of a stack of experts, all of them, [E N, K]."""
+    weight = program.weights[site.name]
+    if site.kind == "linear":
+        return weight
+    return (weight if site.rows_first else weight.transpose(1, 2)).flatten(0, 1)
 
 
 def writes_output(site: Site) -> bool:
@@ -205,8 +214,14 @@ def chooses_experts(site: Site) -> bool:
 
 
 def put_codes(program: Program, wanted: Wanted, tensors: tuple[Tensor | None, ...], plan: SitePlan) -> None:
-    """Make a site read stored codes (with scale, zero, group scale) and a quantized input."""
+    """Make a site read stored codes (with scale, zero, group scale) and a quantized input.
+
+    The tensors are of `matrix_of`; those of a stack get their leading E back.
+    """
     site, act = wanted.site, wanted.act
+    if site.kind == "experts":
+        _put_stack(program, wanted, tensors)
+        return
     original = program.weights[site.name]
     dtype, weight_dtype = site.node.meta["val"].dtype, original.dtype
     site.node.meta["site"] = site.name
@@ -225,6 +240,21 @@ def put_codes(program: Program, wanted: Wanted, tensors: tuple[Tensor | None, ..
             before=site.node,
         )
     site.node.args = (x, numbers, *site.node.args[2:])
+
+
+def _put_stack(program: Program, wanted: Wanted, tensors: tuple[Tensor | None, ...]) -> None:
+    site = wanted.site
+    dtype = program.weights[site.name].dtype
+    stacked = tuple(t if t is None or not t.ndim else t.unflatten(0, (-1, site.N)) for t in tensors)
+    nodes = add_stored(program, site.name, stacked)
+    numbers = program.insert(ops.dequantize.default, (*nodes, str(wanted.weight), site.K, dtype), before=site.node)
+    if site.rows_first:
+        turn = site.node.args[1]
+        numbers = program.insert(turn.target, (numbers, *turn.args[1:]), before=site.node)
+    else:
+        numbers = program.insert(aten.transpose.int, (numbers, 1, 2), before=site.node)
+    site.node.args = (site.node.args[0], numbers, *site.node.args[2:])
+    site.node.meta["site"] = site.name
 
 
 def add_stored(program: Program, name: str, tensors: tuple[Tensor | None, ...]) -> tuple[object, ...]:

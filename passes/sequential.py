@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcompile.calibrate import CalibrationError
 from qcompile.formats import Format, QTensor
-from qcompile.passes.quantize import Quantize, SitePlan, Wanted, put_codes, wanted_sites
+from qcompile.passes.quantize import Quantize, SitePlan, Wanted, matrix_of, put_codes, wanted_sites
 from qcompile.program import Program
 from qcompile.report import PassReport
 from qcompile.rounding import quantize_tensor
@@ -36,7 +36,7 @@ def quantize_sequentially(
     groups: dict[tuple[torch.fx.Node, Format], list[Wanted]] = {}
     for wanted in wanted_sites(program, how, plan, report):
         if wanted.weight == how.output != how.weight:
-            q = quantize_tensor(program.weights[wanted.site.name], wanted.weight, clip=how.clip)
+            q = quantize_tensor(matrix_of(program, wanted.site), wanted.weight, clip=how.clip)
             put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
             report.done.append(wanted.site.name)
         else:
@@ -47,6 +47,12 @@ def quantize_sequentially(
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
     for (_, form), members in track(groups.items(), report.name, disable=not plan.progress, transient=True):
         walk.advance(members[0].site.node)
+        if members[0].site.kind == "experts":
+            for wanted in members:
+                q = _experts(program, walk, wanted, choose)
+                put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+                report.done.append(wanted.site.name)
+            continue
         hessian, _ = hessian_of(walk, members[0].site)
         weights = torch.cat([program.weights[w.site.name].float() for w in members])
         results = choose(weights, hessian, form, [w.site.name for w in members])
@@ -54,6 +60,24 @@ def quantize_sequentially(
             put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
             report.done.append(wanted.site.name)
     return report
+
+
+def _experts(program: Program, walk: Walk, wanted: Wanted, choose: Choose) -> QTensor:
+    """Codes of a stack [E N, K], each expert by the rows that were routed to it.
+
+    An expert that no row reached has a Hessian of zeros: every algorithm then rounds to nearest.
+    """
+    site, found = wanted.site, []
+    ends = [value.tolist() for value in walk.see(site.node.args[2])]
+    for expert, weight in enumerate(matrix_of(program, site).float().split(site.N)):
+        total = torch.zeros(site.K, site.K, dtype=torch.float64)
+        for x, last in zip(walk.see(site.input), ends, strict=True):
+            rows = x[int(last[expert - 1]) if expert else 0 : int(last[expert])].float()
+            total += gram(rows)
+        found.append(choose(weight, total, wanted.weight, [f"{site.name}[{expert}]"]))
+    parts = [[getattr(q, part) for q in found] for part in ("codes", "scale", "zero", "group_scale")]
+    whole = [None if p[0] is None else torch.cat([t.reshape(-1, 1) if not t.ndim else t for t in p]) for p in parts]
+    return QTensor(whole[0], whole[1], whole[2], whole[3], wanted.weight)
 
 
 def gram(x: Tensor) -> Tensor:

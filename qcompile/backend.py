@@ -228,6 +228,11 @@ def _slower_sites(program: Program, recipe: Recipe) -> dict[str, str]:
         weight, act = formats_of(site, config, rules[site.name])
         rows, _ = rows_of(site.input)
         dtype = site.node.meta["val"].dtype
+        if site.kind == "experts":
+            found[site.name] = (
+                "experts have no fast kernel yet: float is faster (options={'slower': 'keep'} quantizes them)"
+            )
+            continue
         choice = choose(weight, str(act) if act else "", dtype, rows, site.K, site.N)
         if choice.slower:
             found[site.name] = (

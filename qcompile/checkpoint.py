@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qcompile.attach import PREFIX, Prefix, attach
+from qcompile.expert_stack import STACK, QuantStack, hold_stack
 from qcompile.formats import Format
 from qcompile.module import PARTS, QuantLinear, RotatedLinear
 from qcompile.recipe import Recipe
@@ -105,6 +106,8 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
             "has": has,
             "rank": 0 if module.low_in is None else module.low_in.shape[0],
         }
+    if isinstance(module, QuantStack):
+        return {"kind": "QuantStack", **module.describe()}
     if isinstance(module, Prefix):
         return {"kind": "Prefix", "shapes": {name: list(t.shape) for name, t in module.named_buffers()}}
     if isinstance(module, RotatedLinear):
@@ -189,7 +192,8 @@ def _build(root: Path, meta: dict[str, Any]) -> nn.Module:
 def _check(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tensor], root: Path) -> None:
     """Everything that could go wrong while filling the model, before touching it."""
     prefixes = tuple(f"{path}." for path in meta["modules"])
-    own = {n: t for n, t in model.state_dict().items() if not n.startswith(prefixes)}
+    stacks = {p.removesuffix(STACK) for p, entry in meta["modules"].items() if entry["kind"] == "QuantStack"}
+    own = {n: t for n, t in model.state_dict().items() if not n.startswith(prefixes) and n not in stacks}
     foreign = [n for n, t in own.items() if n not in tensors or tensors[n].shape != t.shape]
     extra = [n for n in tensors if n not in own and not n.startswith(prefixes) and not n.endswith(".bias")]
     if foreign or extra:
@@ -202,6 +206,8 @@ def _place(model: nn.Module, path: str, entry: dict[str, Any]) -> None:
         form = Format.parse(entry["format"])
         rank = entry.get("rank", 0)
         model.set_submodule(path, QuantLinear.empty(entry["in"], entry["out"], form, act, set(entry["has"]), rank))
+    elif entry["kind"] == "QuantStack":
+        hold_stack(model, path.removesuffix(STACK), QuantStack.empty(entry))
     elif entry["kind"] == "Prefix":
         model.add_module(path, Prefix.empty(entry["shapes"]))
     elif entry["kind"] == "RMSNorm":

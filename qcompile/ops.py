@@ -7,6 +7,7 @@ graph. Formats travel as text (see formats.py), so that a graph can be read, exp
     dequantize(codes, scale, zero, ...)       -> float
     hadamard(x, signs)                        -> x diag(signs) H / sqrt(n)
     qlinear(x, x_scale, x_zero, weight, ...)  -> dq(x) @ dq(weight).T + bias
+    qexperts(x, ends, weight, ...)            -> rows of each expert @ dq(its weight).T
 """
 
 from __future__ import annotations
@@ -142,6 +143,57 @@ def _(
 ) -> Tensor:
     torch._check(weight.shape[-1] == packed_columns(columns, Format.parse(format).bits))
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("qcompile::qexperts", mutates_args=())
+def qexperts(
+    x: Tensor,
+    ends: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_scale: Tensor | None,
+    format: str,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows sorted by expert times each one's weight; only experts that have rows are dequantized.
+
+    Args:
+        x: [S, K]. ends: [E] one past the last row of each expert, rising.
+        weight: stored codes of [E, N, K]; scale, zero, group_scale with a leading E, or one scale for all.
+        format: the weight's format. columns: K. dtype: of the result.
+
+    Returns:
+        [S, N]; rows beyond the last end are zero.
+    """
+    form = Format.parse(format)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.zeros(x.shape[0], weight.shape[1], dtype=dtype, device=x.device)
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            s, z, g = (t if t is None or not t.ndim else t[expert] for t in (scale, zero, group_scale))
+            assert s is not None
+            numbers = dequantize_codes(load_codes(weight[expert], form, columns), s, z, g, form)
+            out[start:end] = (x[start:end].to(wide) @ numbers.to(wide).t()).to(dtype)
+            start = end
+    return out
+
+
+@qexperts.register_fake
+def _(
+    x: Tensor,
+    ends: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_scale: Tensor | None,
+    format: str,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
 
 
 def _integer_rows(form: Format) -> bool:

@@ -160,6 +160,11 @@ def _describe(program: Program, entries: list[SiteReport], names: dict[str, str]
             if program.weight_name(a) is not None
         )
         known.bytes_after += sum(program.weights[part].nbytes for part in node.meta.get("low_rank") or ())
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.qcompile.qexperts.default):
+        known = by_name[node.meta["site"]]
+        known.reason, known.weight, known.act = "", str(node.args[6]), "float"
+        stored = [program.weight_name(a) for a in node.args[2:6]]
+        known.bytes_after = sum(program.weights[name].nbytes for name in stored if name is not None)
 
 
 def site_name(program: Program, node: fx.Node) -> str:

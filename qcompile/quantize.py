@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from qcompile.attach import attach, heads_of_cache, make_prefix, resolve
 from qcompile.calibrate import CalibrationError
 from qcompile.capture import capture
+from qcompile.expert_stack import QuantStack, hold_stack
 from qcompile.formats import Format
 from qcompile.module import PARTS, QuantLinear, RotatedLinear
 from qcompile.pipeline import check_data, run
@@ -213,6 +214,8 @@ class _Plan:
                 self.model.set_submodule(path, norm.requires_grad_(False).eval())
         for node in after.graph.find_nodes(op="call_function", target=ops.qlinear.default):
             self.model.set_submodule(self._path(node.meta["site"]), _quant_linear(after, node))
+        for node in after.graph.find_nodes(op="call_function", target=ops.qexperts.default):
+            hold_stack(self.model, node.meta["site"], QuantStack.of(after, node, before))
         for node in after.graph.find_nodes(op="call_function", target=aten.linear.default):
             signs = _signs(after, node.args[0])
             if signs is not None:

@@ -7,7 +7,7 @@ they share one activation quantization, one smoothing scale, one Hessian.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -29,6 +29,8 @@ class Site:
         name: the weight's attribute path; what rules match and reports print.
         kind: "linear" (weight [N, K]) or "experts" (weight 3-D, one matrix for each expert).
         node: the product; `input` its left operand; `weight` its placeholder; `bias` or None.
+        grouped: (experts) rows sorted by expert, with the end of each expert's rows as third operand.
+        rows_first: (experts) the weight is stored [E, N, K], else [E, K, N].
         siblings: names of the other sites on the same input.
         shared_with: other readers of the same weight (tied embeddings), as node names.
     """
@@ -41,6 +43,8 @@ class Site:
     bias: fx.Node | None
     N: int
     K: int
+    grouped: bool = False
+    rows_first: bool = True
     siblings: tuple[str, ...] = ()
     shared_with: tuple[str, ...] = field(default=())
 
@@ -64,20 +68,7 @@ def find_sites(program: Program) -> list[Site]:
     for site in found:
         others = tuple(n for n in by_input[site.input] if n != site.name)
         readers = tuple(u.name for u in site.weight.users if u is not site.node and site.node not in u.users)
-        complete.append(
-            Site(
-                site.name,
-                site.kind,
-                site.node,
-                site.input,
-                site.weight,
-                site.bias,
-                site.N,
-                site.K,
-                others,
-                readers,
-            )
-        )
+        complete.append(replace(site, siblings=others, shared_with=readers))
     return complete
 
 
@@ -98,9 +89,9 @@ def _experts(program: Program, node: fx.Node) -> Site | None:
     if not _multiplies_stacks(node):
         return None
     for operand in node.args:
-        weight = operand
+        weight, turns = operand, 0
         while isinstance(weight, fx.Node) and weight.target in _TURNS:
-            weight = weight.args[0]
+            weight, turns = weight.args[0], turns + 1
         name = program.weight_name(weight)
         if name is None or weight.meta["val"].ndim != 3:
             continue
@@ -114,7 +105,11 @@ def _experts(program: Program, node: fx.Node) -> Site | None:
         if not isinstance(k, int) or k not in rest:
             continue
         n = rest[0] if rest[1] == k else rest[1]
-        return Site(name, "experts", node, first, weight, None, n, k)
+        grouped = "grouped_mm" in str(node.target) and len(node.all_input_nodes) == 3
+        rows_first = turns % 2 == 1 if grouped else rest[1] == k
+        if grouped:  # its operand is [E, K, N]
+            n = rest[0] if rows_first else rest[1]
+        return Site(name, "experts", node, first, weight, None, n, k, grouped, rows_first)
     return None
 
 

@@ -1,0 +1,126 @@
+"""Stacks of expert weights: quantized expert by expert, in graphs, modules, checkpoints and compiled models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from zoo import build, example
+
+import qcompile
+from qcompile.capture import capture
+from qcompile.expert_stack import QuantStack
+from qcompile.formats import Format
+from qcompile.passes import GPTQ, HQQ, FineQuant, Fuse, Quantize
+from qcompile.passes.quantize import matrix_of
+from qcompile.pipeline import run
+from qcompile.recipe import Recipe, Rule
+from qcompile.rounding import quantize_tensor
+from qcompile.sites import find_sites
+from qcompile.verify import relative_error
+
+INT4 = Format.parse("int4/group32/zero")
+MODELS = ["mixtral", "qwen2_moe"]
+
+
+def experts(model):
+    return {n: p for n, p in model.named_parameters() if p.ndim == 3}
+
+
+@pytest.mark.parametrize(
+    "form", ["int8", "int4/group32/zero", "int4/group32/zero/dual", "fp8", "fp4/group32/m2", "int8/tensor"]
+)
+def test_the_operator_is_the_product_of_each_experts_rows(form):
+    form, (e, n, k) = Format.parse(form), (4, 6, 64)
+    weight, x = torch.randn(e * n, k), torch.randn(9, k)
+    q = quantize_tensor(weight, form)
+    stacked = [
+        None if t is None else t if not t.ndim else t.unflatten(0, (e, n))
+        for t in (q.stored(), q.scale, q.zero, q.group_scale)
+    ]
+    ends = torch.tensor([3, 3, 7, 8], dtype=torch.int32)  # the second expert is dead, the last row of x is nobody's
+    got = torch.ops.qcompile.qexperts(x, ends, *stacked, str(form), k, torch.float32)
+    numbers = q.dequantize().unflatten(0, (e, n))
+    owner = [0, 0, 0, 2, 2, 2, 2, 3]
+    want = torch.stack([numbers[o] @ row for o, row in zip(owner, x, strict=False)])
+    assert torch.allclose(got[:8], want, atol=1e-5) and not got[8].any()
+    if form.dtype != "fp8":  # torch has no arithmetic of its own on these, which the check uses
+        arguments = (x, ends, *stacked, str(form), k, torch.float32)
+        torch.library.opcheck(torch.ops.qcompile.qexperts, arguments)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_graph_rounds_each_expert_by_itself(name):
+    model, inputs = build(name), example(name)
+    program = capture(model, (), inputs)
+    sites = [s for s in find_sites(program) if s.kind == "experts"]
+    assert len(sites) == 4 and all(s.grouped and s.rows_first for s in sites)
+    recipe = Recipe("q", (Quantize(INT4, None, output=INT4), Fuse()))
+    quantized, report = run(program, recipe, example=list(inputs.values()))
+    assert not [s for s in report.sites if not s.quantized and "chooses experts" not in s.reason], report
+    for full, tensor in experts(model).items():
+        rounded = [quantize_tensor(matrix, INT4).dequantize() for matrix in tensor]
+        model.get_submodule(full.rpartition(".")[0]).register_parameter(
+            full.rpartition(".")[2], torch.nn.Parameter(torch.stack(rounded), requires_grad=False)
+        )
+    rest = Recipe("rest", recipe.passes, tuple(Rule(n, keep=True) for n in experts(model)))
+    want, _ = run(capture(model, (), inputs), rest, example=list(inputs.values()))
+    assert relative_error(quantized(*inputs.values())[:1], want(*inputs.values())[:1]) < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("how", [Quantize(INT4, None), GPTQ(INT4, None), HQQ(), FineQuant(sizes=(64, 32), bits=5.2)])
+def test_modules_checkpoints_and_compiled_models(name, how, tmp_path):
+    model, inputs = build(name), example(name)
+    float_model, before = copy.deepcopy(model), sum(p.numel() * 4 for p in experts(model).values())
+    report = qcompile.quantize(model, Recipe("q", (how, Fuse())), [inputs], progress=False)
+    assert not experts(model) and sum(isinstance(m, QuantStack) for m in model.modules()) == 4
+    stored = sum(t.nbytes for m in model.modules() if isinstance(m, QuantStack) for t in m.buffers())
+    assert stored < 0.3 * before
+    sites = [s for s in report.sites if "experts" in s.name]
+    assert len(sites) == 4 and sum(s.bytes_after for s in sites) == stored and all(s.act == "float" for s in sites)
+    with torch.no_grad():
+        want, got = float_model(**inputs).logits, model(**inputs).logits
+        assert relative_error([got], [want]) < 0.2
+        qcompile.save(model, tmp_path / "m")
+        assert torch.equal(qcompile.load(tmp_path / "m")(**inputs).logits, got)
+        again = capture(model, (), inputs)
+        fused = again.copy()
+        assert relative_error(fused(*inputs.values())[:1], [got]) < 1e-5
+
+
+def test_it_compiles():
+    model, inputs = build("mixtral"), example("mixtral")
+    qcompile.quantize(model, Recipe("q", (Quantize(INT4, None), Fuse())), progress=False)
+    with torch.no_grad():
+        want = model(**inputs).logits
+        got = torch.compile(model, backend="qcompile", options={"recipe": "float"})(**inputs).logits
+    assert relative_error([got], [want]) < 1e-4
+
+
+def test_the_backend_leaves_experts_float_unless_asked():
+    model, inputs = build("mixtral"), example("mixtral")
+    with torch.no_grad():
+        want = model(**inputs).logits
+        for slower in ("float", "keep"):
+            torch._dynamo.reset()
+            fast = torch.compile(model, backend="qcompile", options={"recipe": "int8", "slower": slower})
+            assert relative_error([fast(**inputs).logits], [want]) < 0.05
+
+
+def test_an_expert_that_nobody_reached_is_rounded_to_nearest():
+    model, inputs = build("mixtral"), {"input_ids": torch.full((2, 8), 5)}  # one token chooses the same two experts
+    program = capture(model, (), inputs)
+    site = next(s for s in find_sites(program) if s.kind == "experts")
+    ends = []
+    program.watch([site.node.args[2]], list(inputs.values()), lambda node, value: ends.append(value.tolist()))
+    dead = [e for e in range(4) if ends[0][e] == ([0] + ends[0])[e]]
+    alive = [e for e in range(4) if e not in dead]
+    assert dead and alive
+    quantized, report = run(program, Recipe("q", (GPTQ(INT4, None), Fuse())), batches=lambda: [list(inputs.values())])
+    codes = quantized.weights[f"{site.name}.codes"]
+    for expert, matrix in enumerate(matrix_of(program, site).split(site.N)):
+        nearest = torch.equal(codes[expert], quantize_tensor(matrix, INT4).stored())
+        assert nearest == (expert in dead), (expert, dead)
+    assert not any("singular" in note for p in report.passes for note in p.notes)
