@@ -95,11 +95,12 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A site to quantize, and its formats."""
+    """A site to quantize, and its formats; `last`: it makes the logits, in the recipe's own format for them."""
 
     site: Site
     weight: Format
     act: Format | None
+    last: bool = False
 
 
 @rewrites(Quantize, exact=False, sitewise=True, after=BEFORE)
@@ -138,7 +139,8 @@ def wanted_sites(program: Program, how: Quantize, plan: SitePlan, report: PassRe
         elif site.kind == "experts" and not site.grouped:
             report.leave(site.name, "a batched product of expert weights has no quantized form", site.node.name)
         else:
-            found.append(Wanted(site, *formats_of(site, how, rule)))
+            last = how.output is not None and (rule is None or rule.weight is None) and writes_output(site)
+            found.append(Wanted(site, *formats_of(site, how, rule), last))
     return found
 
 

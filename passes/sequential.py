@@ -30,12 +30,12 @@ def quantize_sequentially(
 ) -> PassReport:
     """Quantize every wanted site in place, in the order of the graph.
 
-    The logits, in their own 8-bit format, are rounded to nearest: the largest matrix of a small
-    model, and eight bits lose nothing that a search could win back.
+    The logits, where the recipe gives them a format of their own (eight bits), are rounded to nearest:
+    the largest matrix of a small model, and eight bits lose nothing that a search could win back.
     """
     groups: dict[tuple[torch.fx.Node, Format], list[Wanted]] = {}
     for wanted in wanted_sites(program, how, plan, report):
-        if wanted.weight == how.output != how.weight:
+        if wanted.last:
             q = quantize_tensor(matrix_of(program, wanted.site), wanted.weight, clip=how.clip)
             put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
             report.done.append(wanted.site.name)

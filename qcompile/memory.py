@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +29,9 @@ def _field(name: str) -> int:
 def watch_peak() -> Iterator[Peak]:
     """Measure the block; `peak.bytes` is set when it ends. Linux only: elsewhere it stays 0."""
     peak = Peak()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
     try:
         _CLEAR.write_text("5")  # forget the high-water mark of before
         start = _field("VmRSS")
