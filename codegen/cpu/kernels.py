@@ -13,6 +13,8 @@ quantization of activations with what comes before it. Shapes: x [.., K], weight
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,18 +68,9 @@ def int8_mm(
     return _like(x, ops.int8_mm(_rows(x), _rows(x_scale), weight, scale, bias, dtype))
 
 
-def dual_mm(
-    x: Tensor,
-    x_scale: Tensor,
-    nibbles: Tensor,
-    group_scale: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """x int8 with one scale a row [.., 1], dual codes of the weight."""
-    return _like(x, ops.dual_mm(_rows(x), _rows(x_scale), nibbles, group_scale, zero, scale, bias, dtype))
+def dual_mm(x: Tensor, x_scale: Tensor, *rest: Any) -> Tensor:
+    """x int8 with one scale a row [.., 1]; the rest (dual codes, bias, dtype) as native.dual_mm takes it."""
+    return _like(x, ops.dual_mm(_rows(x), _rows(x_scale), *rest))
 
 
 def int8_float(x: Tensor, weight: Tensor) -> Tensor:
