@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qcompile.calibrate import CalibrationError
 from qcompile.formats import Format, QTensor
+from qcompile.memory import give_back
 from qcompile.passes.quantize import Quantize, SitePlan, Wanted, matrix_of, put_codes, wanted_sites
 from qcompile.program import Program
 from qcompile.report import PassReport
@@ -47,6 +48,7 @@ def quantize_sequentially(
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
     for (_, form), members in track(groups.items(), report.name, disable=not plan.progress, transient=True):
         walk.advance(members[0].site.node)
+        give_back()
         if members[0].site.kind == "experts":
             for wanted in members:
                 q = _experts(program, walk, wanted, choose)

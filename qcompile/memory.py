@@ -1,4 +1,4 @@
-"""The peak of a process's memory during a piece of work, where the system tells."""
+"""Memory of the process: giving freed pages back, and the peak during a piece of work."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def give_back() -> None:
+    """Return freed pages to the system, where the C library can.
+
+    Many tensors of some MB with different lifetimes leave a heap full of holes that malloc keeps.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Peak:
@@ -30,8 +39,7 @@ def watch_peak() -> Iterator[Peak]:
     """Measure the block; `peak.bytes` is set when it ends. Linux only: elsewhere it stays 0."""
     peak = Peak()
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
+    give_back()  # what was freed before must not hide what is taken now
     try:
         _CLEAR.write_text("5")  # forget the high-water mark of before
         start = _field("VmRSS")
