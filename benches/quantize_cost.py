@@ -24,7 +24,8 @@ from rich.table import Table
 from qcompile.bench import versions
 
 RESULTS = Path(__file__).parent / "results" / "quantize_cost.json"
-RECIPES = ["int8", "w8a16", "w4a16", "w4a8", "int8-smooth", "int8-rotated"]
+RECIPES = ["int8", "w8a16", "w4a16", "w4a8", "int8-smooth", "int8-rotated", "w4a16-gptq", "w4a8-gptq"]
+WINDOWS = {"w4a16-gptq": 64, "w4a8-gptq": 64}  # of 512 tokens, to calibrate on; 16 for the others
 
 
 def resident() -> int:
@@ -41,7 +42,7 @@ def one(recipe: str) -> dict[str, object]:
 
     model, tokenizer = load_pretrained()
     weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
-    data = batches(tokenizer) if find_recipe(recipe).needs else None
+    data = batches(tokenizer, count=WINDOWS.get(recipe, 16)) if find_recipe(recipe).needs else None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what loading freed is not the model's
     base, peak, done = resident(), [0], threading.Event()

