@@ -4,8 +4,9 @@ Source: Yao et al. 2023, ZeroQuant-V2, arXiv:2303.08302 sec. 5.
 Law:    E = W - W^ = U S V^T;  x W^^T + (x V'^T) U'^T with V' = sqrt(S_m) V_m^T, U' = U_m sqrt(S_m).
         By Eckart and Young ||E - U' V'||_F^2 = sum of the squares of the dropped singular values:
         no correction of rank m is better, none is worse than no correction, full rank restores W.
+        In int8, rounding the factors (a scale for each row) adds at most 1/127 of each of them.
 Needs:  nothing but a quantizing pass before it, of any kind.
-Leaves: sites that are float. Costs 16 m (N + K) / (N K) bits a weight.
+Leaves: sites that are float. Costs 16 m (N + K) / (N K) bits a weight, in int8 half of it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from qcompile.calibrate import Statistics
+from qcompile.formats import Format
 from qcompile.passes.quantize import SitePlan, corrected_sites, float_input
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
+from qcompile.rounding import quantize_tensor
 
 aten = torch.ops.aten
 
@@ -29,10 +32,15 @@ class LoRC:
     """Rank of the correction; ZeroQuant-V2 finds 8 enough, and 4 to 32 alike."""
 
     rank: int = 8
+    factors: Format | None = None  # of U' and V': None as the model, or int8
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise RecipeError(f"LoRC: the rank must be at least 1, got {self.rank}")
+        if isinstance(self.factors, str):
+            object.__setattr__(self, "factors", Format.parse(self.factors))
+        if self.factors not in (None, Format("int8")):
+            raise RecipeError(f"LoRC: factors are int8 or, by default, in the model's dtype; got {self.factors}")
 
 
 def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -64,18 +72,31 @@ def lorc(program: Program, how: LoRC, seen: Statistics, plan: SitePlan) -> PassR
     for node, original, numbers in corrected_sites(program):
         name = node.meta["site"]
         inner, outer = low_rank(original.float() - numbers.float(), how.rank)
-        x, dtype = float_input(node), original.dtype
-        down = program.insert(
-            aten.linear.default, (x, program.add_weight(f"{name}.low_in", inner.to(dtype))), before=node
-        )
-        up = program.insert(
-            aten.linear.default, (down, program.add_weight(f"{name}.low_out", outer.to(dtype))), before=node
-        )
-        total = program.insert(aten.add.Tensor, (node, up), after=node)
+        x = float_input(node)
+        stored: dict[str, str] = {}  # part -> weight
+        for part, factor in (("low_in", inner), ("low_out", outer)):
+            weight = _add_factor(program, node, part, factor, how, stored)
+            x = program.insert(aten.linear.default, (x, weight), before=node)
+        total = program.insert(aten.add.Tensor, (node, x), after=node)
         program.replace(node, total)
-        node.meta["low_rank"] = (f"{name}.low_in", f"{name}.low_out")
-        bits += 8 * original.element_size() * how.rank * sum(original.shape)
+        node.meta["low_rank"] = stored
+        bits += 8 * sum(program.weights[weight].nbytes for weight in stored.values())
         weights += original.numel()
         report.done.append(name)
     report.notes.append(f"rank {how.rank}: {bits / max(weights, 1):.3f} bits a weight")
     return report
+
+
+def _add_factor(
+    program: Program, node: torch.fx.Node, part: str, factor: Tensor, how: LoRC, stored: dict[str, str]
+) -> torch.fx.Node:
+    """Add a factor as weight "<site>.<part>", in int8 with "<site>.<part>_scale"; notes both in `stored`."""
+    name, dtype = f"{node.meta['site']}.{part}", node.meta["original"].dtype
+    stored[part] = name
+    if how.factors is None:
+        return program.add_weight(name, factor.to(dtype))
+    q = quantize_tensor(factor, how.factors)
+    stored[f"{part}_scale"] = f"{name}_scale"
+    nodes = program.add_weight(name, q.codes), program.add_weight(f"{name}_scale", q.scale)
+    numbers: torch.fx.Node = program.inline(lambda codes, scale: (codes.float() * scale).to(dtype), nodes, before=node)
+    return numbers

@@ -12,8 +12,9 @@ import qcompile.ops  # noqa: F401  registers torch.ops.qcompile
 from qcompile.formats import Format, dequantize_codes, load_codes
 from qcompile.packing import packed_columns
 
-PARTS = ("codes", "scale", "zero", "group_scale", "bias", "signs", "low_in", "low_out")
-_FLOAT32 = ("scale", "zero", "signs")
+FACTORS = ("low_in", "low_in_scale", "low_out", "low_out_scale")
+PARTS = ("codes", "scale", "zero", "group_scale", "bias", "signs", *FACTORS)
+_FLOAT32 = ("scale", "zero", "signs", "low_in_scale", "low_out_scale")
 
 
 class QuantLinear(nn.Module):
@@ -21,7 +22,8 @@ class QuantLinear(nn.Module):
 
     Buffers: codes [N, packed K], scale, zero, group_scale (see formats.py), bias [N] or None, signs
     [K] or None (an online Hadamard before the product), low_in [m, K] and low_out [N, m] or None (a
-    correction of the weight, passes/lorc.py). The result has the dtype of x. Scales stay float32
+    correction of the weight, passes/lorc.py; int8 where low_in_scale [m, 1] and low_out_scale [N, 1]
+    are given). The result has the dtype of x. Scales stay float32
     whatever dtype the model is cast to.
     """
 
@@ -32,7 +34,9 @@ class QuantLinear(nn.Module):
     bias: Tensor | None
     signs: Tensor | None
     low_in: Tensor | None
+    low_in_scale: Tensor | None
     low_out: Tensor | None
+    low_out_scale: Tensor | None
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class QuantLinear(nn.Module):
         packed = packed_columns(in_features, format.bits)
         code = torch.uint8 if format.bits < 8 else format.code_dtype
         zero = torch.uint8 if format.zero == "int" else torch.float32
+        low = torch.int8 if "low_in_scale" in has else torch.float32
         tensors: dict[str, Tensor | None] = {
             "codes": torch.empty(out_features, packed, dtype=code),
             "scale": torch.empty((out_features, 1) if format.two_level else shape),
@@ -65,8 +70,10 @@ class QuantLinear(nn.Module):
             "group_scale": torch.empty(shape, dtype=torch.int8),
             "bias": torch.empty(out_features),
             "signs": torch.empty(in_features),
-            "low_in": torch.empty(rank, in_features),
-            "low_out": torch.empty(out_features, rank),
+            "low_in": torch.empty(rank, in_features, dtype=low),
+            "low_in_scale": torch.empty(rank, 1),
+            "low_out": torch.empty(out_features, rank, dtype=low),
+            "low_out_scale": torch.empty(out_features, 1),
         }
         return QuantLinear(in_features, out_features, format, act, {n: t for n, t in tensors.items() if n in has})
 
@@ -99,10 +106,14 @@ class QuantLinear(nn.Module):
             self.in_features,
             dtype,
         )
-        if self.low_in is not None and self.low_out is not None:
-            inner = torch.nn.functional.linear(numbers, self.low_in.to(dtype))
-            out = out + torch.nn.functional.linear(inner, self.low_out.to(dtype))
-        return out
+        for factor in self.factors(dtype):
+            numbers = torch.nn.functional.linear(numbers, factor)
+        return out if self.low_in is None else out + numbers
+
+    def factors(self, dtype: torch.dtype) -> list[Tensor]:
+        """V' [m, K] and U' [N, m] of a correction, as numbers; nothing without one."""
+        pairs = (self.low_in, self.low_in_scale), (self.low_out, self.low_out_scale)
+        return [f.to(dtype) if s is None else (f.float() * s).to(dtype) for f, s in pairs if f is not None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {n: getattr(self, n) for n in _FLOAT32 if getattr(self, n) is not None}

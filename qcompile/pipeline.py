@@ -159,7 +159,7 @@ def _describe(program: Program, entries: list[SiteReport], names: dict[str, str]
             for a in node.args[3:7]
             if program.weight_name(a) is not None
         )
-        known.bytes_after += sum(program.weights[part].nbytes for part in node.meta.get("low_rank") or ())
+        known.bytes_after += sum(program.weights[part].nbytes for part in (node.meta.get("low_rank") or {}).values())
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.qcompile.qexperts.default):
         known = by_name[node.meta["site"]]
         known.reason, known.weight, known.act = "", str(node.args[6]), "float"

@@ -279,8 +279,7 @@ def _quant_linear(program: Program, node: fx.Node) -> QuantLinear:
     parts = {"codes": codes, "scale": scale, "zero": zero, "group_scale": group_scale, "bias": bias}
     tensors = {k: None if v is None else program.weights[v.meta[WEIGHT]] for k, v in parts.items()}
     tensors["signs"] = _signs(program, x)
-    for part, weight in zip(("low_in", "low_out"), node.meta.get("low_rank") or (), strict=False):
-        tensors[part] = program.weights[weight]
+    tensors |= {part: program.weights[weight] for part, weight in (node.meta.get("low_rank") or {}).items()}
     rows = tensors["codes"].shape[0]
     return QuantLinear(
         int(columns),

@@ -91,19 +91,51 @@ def logits(model, name):
         return model(**example(name))[0]
 
 
-@pytest.mark.parametrize("act", [None, "int8"])
+@pytest.mark.parametrize("act, factors", [(None, None), ("int8", None), (None, "int8")])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_a_correction_helps_and_a_full_one_is_the_float_model(name, act):
+def test_a_correction_helps_and_a_full_one_is_the_float_model(name, act, factors):
     want, errors = logits(build(name), name), []
     for rank in (0, 4, 1000):
         model = build(name)
         how = Quantize(Format.parse("int3/row"), None if act is None else Format.parse(act), output=None)
-        passes = (how, *([LoRC(rank)] if rank else []), qcompile.passes.Fuse())
+        passes = (how, *([LoRC(rank, factors)] if rank else []), qcompile.passes.Fuse())
         qcompile.quantize(model, Recipe("test", passes), [example(name)], progress=False)
         errors.append(float((logits(model, name) - want).norm() / want.norm()))
     assert errors[1] < errors[0]
     if act is None:
-        assert errors[2] < 1e-4
+        assert errors[2] < (1e-4 if factors is None else errors[0] / 20)
+
+
+def test_int8_factors_are_half_the_bytes_and_survive_saving(tmp_path):
+    models = {}
+    for factors in (None, Format("int8")):
+        models[factors] = model = build("llama").to(torch.bfloat16)
+        recipe = Recipe(
+            "test", (Quantize(Format.parse("int4/group32"), None), LoRC(4, factors), qcompile.passes.Fuse())
+        )
+        qcompile.quantize(model, recipe, [example("llama")], progress=False)
+    linears = [[m for m in model.modules() if isinstance(m, QuantLinear)] for model in models.values()]
+    for wide, narrow in zip(*linears, strict=True):
+        assert narrow.low_in.dtype == narrow.low_out.dtype == torch.int8
+        assert 2 * narrow.low_in.nbytes == wide.low_in.nbytes and 2 * narrow.low_out.nbytes == wide.low_out.nbytes
+        for part in ("low_in", "low_out"):
+            numbers, scale = getattr(narrow, part).float(), getattr(narrow, f"{part}_scale")
+            error = (numbers * scale - getattr(wide, part).float()).abs().amax(1, keepdim=True)
+            assert bool((error <= scale * (0.5 + 127 * 2**-8)).all())  # half a step, and what bfloat16 took
+    narrow = models[Format("int8")].float()
+    want = logits(narrow, "llama")
+    qcompile.save(narrow, tmp_path / "q")
+    fresh = build("llama").to(torch.bfloat16).float()  # its rotary table was cast as well
+    assert torch.equal(logits(qcompile.load(tmp_path / "q", fresh), "llama"), want)
+    compiled = torch.compile(copy.deepcopy(narrow), backend="qcompile")
+    assert torch.allclose(logits(compiled, "llama"), want, atol=1e-4)
+    assert qcompile.export_onnx(narrow, tmp_path / "onnx", progress=False).numbers["onnx relative error"] < 1e-4
+
+
+@pytest.mark.parametrize("factors", ["int4", "int8/group32"])
+def test_other_factors_are_refused(factors):
+    with pytest.raises(qcompile.RecipeError, match="factors are int8"):
+        LoRC(8, factors)
 
 
 @pytest.mark.parametrize("recipe", ["w4a16-lorc", "w4a16-hqq", "w4a16-finequant"])

@@ -80,9 +80,7 @@ class OnnxLinear(nn.Module):
         super().__init__()
         self.n, self.k, self.act = source.out_features, source.in_features, source.act
         self.turn = None if source.signs is None else _Hadamard(source.signs)
-        for part in ("low_in", "low_out"):
-            held = getattr(source, part)
-            self.register_buffer(part, None if held is None else held.float())
+        self.factors = nn.ParameterList(source.factors(torch.float32)).requires_grad_(False)
         self.register_buffer("bias", None if source.bias is None else source.bias.float())
         self.integer = source.format == Format("int8") and source.act == Format("int8")
         if self.integer:
@@ -124,9 +122,9 @@ class OnnxLinear(nn.Module):
         out = self._product(x)
         if self.bias is not None:
             out = out + self.bias
-        if self.low_in is not None:
-            out = out + nn.functional.linear(nn.functional.linear(x, self.low_in), self.low_out)
-        return out
+        for low in self.factors:
+            x = nn.functional.linear(x, low)
+        return out + x if len(self.factors) else out
 
     def _product(self, x: Tensor) -> Tensor:
         if self.act is not None:
