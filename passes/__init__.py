@@ -7,6 +7,7 @@ if __name__ == "passes":  # a second copy with a registry of its own would break
     raise ImportError("import qcompile.passes, not passes")
 
 from qcompile.passes.awq import AWQ, awq
+from qcompile.passes.calibrate_prefix import CalibratePrefix, calibrate_prefix
 from qcompile.passes.dgq import DGQ, dgq
 from qcompile.passes.finequant import FineQuant, finequant
 from qcompile.passes.fold_norm import FoldNorm, fold_norm
@@ -28,6 +29,7 @@ from qcompile.passes.untie import Untie, untie
 
 __all__ = [
     "AWQ",
+    "CalibratePrefix",
     "DGQ",
     "GPTQ",
     "HQQ",
@@ -47,6 +49,7 @@ __all__ = [
     "SmoothQuantPlus",
     "Untie",
     "awq",
+    "calibrate_prefix",
     "dgq",
     "finequant",
     "fold_norm",

@@ -40,6 +40,7 @@ class AWQ:
     """The format to protect, and the search."""
 
     weight: Format = Format("int4", "group", 128, "int")  # what the Quantize pass behind it rounds to
+    clip: bool = True  # whether that pass searches clips, so that the search sees the same rounding
     steps: int = 20  # exponents tried, from 0
     norms: bool = True  # scale inputs made by a norm, by way of its gain
     rows: bool = True  # scale also inputs made by linear rows (after a gate, after attention)
@@ -57,10 +58,10 @@ def awq_scale(mean: Tensor, exponent: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format) -> float:
+def scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format, clip: bool) -> float:
     """tr(E H E^T) of one weight [N, K] rounded after scaling its columns by `scale` [K]."""
     scale = scale.float()
-    error = quantize_tensor(weight.float() * scale, form).dequantize() / scale - weight.float()
+    error = quantize_tensor(weight.float() * scale, form, clip=clip).dequantize() / scale - weight.float()
     return float(((error @ hessian.float()) * error).sum(dtype=torch.float64))
 
 
@@ -109,7 +110,7 @@ def _search(
         scale = awq_scale(mean, step / how.steps)
         if source.site is not None:
             scale, _ = shared_scale(scale, source.channels, source.site.N)
-        error = sum(scaled_error(program.weights[s.name], hessian, scale, how.weight) for s in sites)
+        error = sum(scaled_error(program.weights[s.name], hessian, scale, how.weight, how.clip) for s in sites)
         if best is None or error < best[0]:
             best = (error, step / how.steps, scale)
     assert best is not None

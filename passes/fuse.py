@@ -25,7 +25,7 @@ class Fuse:
     """Fuse every quantized site."""
 
 
-@rewrites(Fuse, exact=False, after=("Quantize", "LoRC"), requires=("Quantize",))
+@rewrites(Fuse, exact=False, after=("Quantize", "LoRC", "CalibratePrefix"), requires=("Quantize",))
 def fuse(program: Program, how: Fuse, seen: Statistics) -> PassReport:
     """Replace Q/DQ and linear by qlinear, in place."""
     report = PassReport("Fuse")

@@ -53,5 +53,6 @@ def intact_kv(program: Program, how: IntactKV, seen: Statistics) -> PassReport:
         report.tensors[f"{index}.keys"] = keys[:1].clone()
         report.tensors[f"{index}.values"] = found[flow.values][:1].clone()
     report.tensors["logits"] = logits[:1].clone()
+    report.tensors["ids"] = ids[0]
     report.notes.append(f"{len(how.prefix)} tokens of {len(flows)} attentions from the float model")
     return report

@@ -32,9 +32,9 @@ from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
 from qcompile.rotation_flow import rotation_flows
-from qcompile.rounding import quantize_tensor
 from qcompile.scale_flow import groups_of_readers
 from qcompile.sites import find_sites
+from qcompile.straight_through import divergence, round_through
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,6 @@ def cayley_step(matrix: Tensor, gradient: Tensor, rate: float) -> Tensor:
     return torch.linalg.solve(eye + rate / 2 * skew, (eye - rate / 2 * skew) @ r)
 
 
-class _Round(torch.autograd.Function):
-    """x -> dq(q(x)); the gradient passes as if nothing had been rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, form: Format) -> Tensor:
-        return quantize_tensor(x, form).dequantize(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
 @dataclass
 class _Basis:
     """A matrix to learn, and how a value enters and leaves its basis."""
@@ -88,12 +76,7 @@ class _Basis:
         blocks = x.unflatten(-1, (-1, len(self.matrix)))
         matrix = self.matrix.to(x.dtype)
         turned = (blocks @ matrix).flatten(-2)
-        return (_round(turned, form).unflatten(-1, (-1, len(matrix))) @ matrix.t()).flatten(-2)
-
-
-def _round(x: Tensor, form: Format) -> Tensor:
-    out: Tensor = _Round.apply(x, form)
-    return out
+        return (round_through(turned, form).unflatten(-1, (-1, len(matrix))) @ matrix.t()).flatten(-2)
 
 
 @rewrites(
@@ -155,7 +138,7 @@ def _in_hadamard(x: Tensor, signs: Tensor, form: Format) -> Tensor:
     n = x.shape[-1]
     turned = apply_hadamard(x, signs.to(x.dtype))
     back = torch.eye(n, dtype=x.dtype)
-    return _round(turned, form) @ apply_hadamard(back, signs.to(x.dtype)).t()
+    return round_through(turned, form) @ apply_hadamard(back, signs.to(x.dtype)).t()
 
 
 def _descend(
@@ -180,11 +163,10 @@ def _descend(
     for step in track(range(how.steps), "LearnRotation", disable=not plan.progress, transient=True):
         batch = batches[step % len(batches)]
         with torch.no_grad():
-            want = program(*batch)[0].float().log_softmax(-1)
+            want = program(*batch)[0]
         with torch.enable_grad():
             out = Rounded(program.graph_module).run(*program.bind(batch))
-            got = (out[0] if isinstance(out, (tuple, list)) else out).float().log_softmax(-1)
-            loss = (want.exp() * (want - got)).sum(-1).mean()
+            loss = divergence(want, out[0] if isinstance(out, (tuple, list)) else out)
             gradients = torch.autograd.grad(loss, [b.matrix for b in learned])
         rate = how.rate * (1 + math.cos(math.pi * step / how.steps)) / 2
         for basis, gradient in zip(learned, gradients, strict=True):

@@ -83,7 +83,8 @@ class SitePlan:
         rules: the first matching rule of a site name, or None. keep: sites to leave float -> reason.
         batches: a fresh iterator of the program's flat inputs, for passes that need data.
         corrected: a later pass compares the codes with the float weights: hold these.
-        progress: show bars.
+        progress: show bars. reference: the program before all passes. made: tensors that earlier
+            passes made for the calls of the module (report.py).
     """
 
     rules: dict[str, Rule | None] = field(default_factory=dict)
@@ -91,6 +92,8 @@ class SitePlan:
     batches: Callable[[], Iterable[Sequence[Any]]] | None = None
     corrected: bool = False
     progress: bool = False
+    reference: Program | None = None
+    made: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

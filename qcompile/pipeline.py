@@ -75,7 +75,7 @@ def run(
         attempt = current.copy()
         if entry.sitewise:
             _name_untied(attempt, names, rules, keep)
-            plan = SitePlan(rules, keep or {}, batches, corrected, progress)
+            plan = SitePlan(rules, keep or {}, batches, corrected, progress, program, report.made)
             done = entry.run(attempt, config, seen, plan)
         else:
             done = entry.run(attempt, config, seen)

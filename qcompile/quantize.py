@@ -88,8 +88,7 @@ def quantize(
             progress=progress,
         )
         plan.check(program, rewritten)
-        made = next((p.tensors for p in report.passes if p.tensors), {})
-        prefix = make_prefix(how, made, heads)
+        prefix = make_prefix(how, report.made, heads)
     finally:
         model.train(was_training)
     plan.apply(program, rewritten)

@@ -108,6 +108,11 @@ class Report:
     numbers: dict[str, float] = field(default_factory=dict)  # perplexity, KL, ... when measured
 
     @property
+    def made(self) -> dict[str, Any]:
+        """What passes made for the calls of the module; of two with one name, the later one's."""
+        return {name: tensor for done in self.passes for name, tensor in done.tensors.items()}
+
+    @property
     def bytes_before(self) -> int:
         """Bytes of all site weights before."""
         return sum(site.bytes_before for site in self.sites)

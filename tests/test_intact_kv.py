@@ -7,10 +7,22 @@ import torch
 from zoo import build, example
 
 import qcompile
+from qcompile.calibrate import CalibrationError
 from qcompile.formats import Format
 from qcompile.kv_cache import KVCache
-from qcompile.passes import FoldNorm, Fuse, IntactKV, Quantize, QuantizeKV, Rotate, SmoothAttention, Untie
+from qcompile.passes import (
+    CalibratePrefix,
+    FoldNorm,
+    Fuse,
+    IntactKV,
+    Quantize,
+    QuantizeKV,
+    Rotate,
+    SmoothAttention,
+    Untie,
+)
 from qcompile.recipe import Recipe, RecipeError
+from qcompile.straight_through import divergence
 from qcompile.verify import relative_error
 
 PREFIX = (1, 7, 9)
@@ -103,17 +115,53 @@ def test_the_models_own_token_is_the_default():
     assert model.qcompile_prefix.ids.tolist() == [model.config.bos_token_id]
 
 
+def texts(count=8):
+    """Batches of random ids; CalibratePrefix puts the prefix before them."""
+    return [torch.randint(3, 128, (4, 24), generator=torch.manual_seed(seed)) for seed in range(count)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+def test_a_trained_prefix_is_better_on_texts_it_was_not_trained_on(name):
+    """Grouped queries: the heads that share a key still do. The cache and the weights are quantized."""
+    losses = {}
+    for trained in (False, True):
+        how = (CalibratePrefix(steps=60, rate=2e-2),) if trained else ()
+        model = build(name)
+        recipe = Recipe("q", (IntactKV(PREFIX), QuantizeKV(4), INT3, *how, Fuse()))
+        report = qcompile.quantize(model, recipe, texts(), progress=False)
+        ids = [torch.cat([torch.tensor(PREFIX).expand(4, -1), t], 1) for t in texts(12)[8:]]
+        want = [logits(build(name), t) for t in ids]
+        losses[trained] = sum(
+            float(divergence(w[:, 3:], logits(model, t)[:, 3:])) for w, t in zip(want, ids, strict=True)
+        )
+        assert relative_error([logits(model, ids[0])[:, :3]], [want[0][:, :3]]) < 1e-5  # its own logits stay
+    assert losses[True] < 0.98 * losses[False], losses
+    assert "60 steps" in str(report)
+
+
+def test_training_keeps_the_lossless_prefix_where_nothing_is_lost():
+    kept, model = build("llama"), build("llama")
+    int8 = Quantize(Format("int8"), None)
+    qcompile.quantize(kept, Recipe("q", (IntactKV(PREFIX), int8, Fuse())), progress=False)
+    how = CalibratePrefix(steps=4, rate=10.0)  # every step of this size harms
+    qcompile.quantize(model, Recipe("q", (IntactKV(PREFIX), int8, how, Fuse())), texts(), progress=False)
+    assert torch.equal(model.qcompile_prefix.keys1, kept.qcompile_prefix.keys1)
+
+
 @pytest.mark.parametrize(
     "name,passes,words",
     [
         ("vit", (IntactKV((1,)), Quantize(), Fuse()), "puts nothing into past_key_values"),
         ("llama", (Quantize(), IntactKV((1,)), Fuse()), "Quantize must come after IntactKV"),
+        ("llama", (Quantize(), CalibratePrefix(), Fuse()), "needs IntactKV before it"),
+        ("llama", (IntactKV((1,)), CalibratePrefix(), Quantize(), Fuse()), "must come after Quantize"),
+        ("llama", (IntactKV((1,)), Quantize(), CalibratePrefix(), Fuse()), "one to judge by"),
         ("llama", (IntactKV((1,)), Untie(), FoldNorm(), Rotate(), Quantize(), Fuse()), "must come after"),
     ],
 )
 def test_bad_recipes_are_refused(name, passes, words):
     model = build(name)
-    with pytest.raises(RecipeError, match=words):
+    with pytest.raises((RecipeError, CalibrationError), match=words):
         qcompile.quantize(model, Recipe("q", passes), [example(name)], progress=False)
     with pytest.raises(RecipeError, match="token ids"):
         IntactKV((-1,))
