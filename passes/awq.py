@@ -58,7 +58,7 @@ def awq_scale(mean: Tensor, exponent: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format, clip: bool) -> float:
+def scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format, clip: bool = False) -> float:
     """tr(E H E^T) of one weight [N, K] rounded after scaling its columns by `scale` [K]."""
     scale = scale.float()
     error = quantize_tensor(weight.float() * scale, form, clip=clip).dequantize() / scale - weight.float()

@@ -1,4 +1,4 @@
-"""Fuse: linear(dq(q(x)), dq(w), b) becomes one qlinear, a grouped product of experts one qexperts.
+"""Fuse: linear(dq(q(x)), dq(w), b) becomes one qlinear, a product with a stack of experts one qexperts.
 
 Law:    qlinear(codes, scales, ..) = linear(dq(codes), dq(weight), b), up to the rounding of the
         accumulation (exact in int32 where both sides have one scale for a row).
@@ -48,19 +48,35 @@ def fuse(program: Program, how: Fuse, seen: Statistics) -> PassReport:
         fused.meta["site"] = (program.weight_name(codes) or node.name).removesuffix(".codes")
         program.replace(node, fused)
         report.done.append(fused.meta["site"])
-    for node in [n for n in program.graph.nodes if "site" in n.meta and "grouped_mm" in str(n.target)]:
-        _fuse_experts(program, node)
-        report.done.append(node.meta["site"])
+    for node in [n for n in program.graph.nodes if "site" in n.meta and n.target is not aten.linear.default]:
+        if node.target is not ops.qlinear.default:
+            _fuse_experts(program, node)
+            report.done.append(node.meta["site"])
     program.cleanup()
     return report
 
 
 def _fuse_experts(program: Program, node: torch.fx.Node) -> None:
-    """A grouped product with a dequantized stack, turned to [E, K, N], becomes one qexperts."""
-    x, numbers, ends = node.all_input_nodes
+    """A product with a dequantized stack, turned to [E, K, N], becomes one qexperts.
+
+    A batched one, x [E, T, K], is a grouped one of its rows [E T, K] where every expert has T.
+    """
+    x, numbers, *more = node.all_input_nodes
+    batched = not more
+    if batched:
+        x, *more = program.inline(_rows_and_ends, (x,), before=node)
     codes, scale, zero, group_scale, form, columns, _ = numbers.args[0].args
     dtype = node.meta["val"].dtype
-    args = (x, ends, codes, scale, zero, group_scale, form, columns, dtype)
+    args = (x, *more, codes, scale, zero, group_scale, form, columns, dtype)
     fused = program.insert(ops.qexperts.default, args, before=node)
     fused.meta["site"] = node.meta["site"]
-    program.replace(node, fused)
+    result = fused
+    if batched:
+        experts = int(node.meta["val"].shape[0])
+        result = program.inline(lambda rows: rows.unflatten(0, (experts, -1)), (fused,), before=node)
+    program.replace(node, result)
+
+
+def _rows_and_ends(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    counts = torch.ones_like(x[:, :, 0], dtype=torch.int32).sum(1, dtype=torch.int32)  # T of each, T being free
+    return x.flatten(0, 1), counts.cumsum(0, dtype=torch.int32)

@@ -139,8 +139,8 @@ def wanted_sites(program: Program, how: Quantize, plan: SitePlan, report: PassRe
             report.leave(site.name, f"kept float by the rule {rule.match!r}")
         elif rule is None and chooses_experts(site):
             report.leave(site.name, "its output chooses experts: one flipped choice costs more than its bytes")
-        elif site.kind == "experts" and not site.grouped:
-            report.leave(site.name, "a batched product of expert weights has no quantized form", site.node.name)
+        elif site.kind == "experts" and not (site.grouped or site.batched):
+            report.leave(site.name, "neither rows sorted by expert nor [E, T, K] by [E, K, N]", site.node.name)
         else:
             last = how.output is not None and (rule is None or rule.weight is None) and writes_output(site)
             found.append(Wanted(site, *formats_of(site, how, rule), last))

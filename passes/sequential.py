@@ -6,7 +6,7 @@ a walk in graph order (qcompile/walk.py), one Hessian for all sites that read th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from rich.progress import track
@@ -65,17 +65,23 @@ def quantize_sequentially(
 
 
 def _experts(program: Program, walk: Walk, wanted: Wanted, choose: Choose) -> QTensor:
-    """Codes of a stack [E N, K], each expert by the rows that were routed to it.
+    """Codes of a stack [E N, K], each expert by the rows that meet it.
 
     An expert that no row reached has a Hessian of zeros: every algorithm then rounds to nearest.
     """
     site, found = wanted.site, []
-    ends = [value.tolist() for value in walk.see(site.node.args[2])]
+    ends = [value.tolist() for value in walk.see(site.node.args[2])] if site.grouped else []
+
+    def rows_of(expert: int) -> Iterator[Tensor]:
+        if site.batched:
+            yield from (x[expert] for x in walk.see(site.input))
+        for x, last in zip(walk.see(site.input), ends, strict=False):
+            yield x[int(last[expert - 1]) if expert else 0 : int(last[expert])]
+
     for expert, weight in enumerate(matrix_of(program, site).float().split(site.N)):
         total = torch.zeros(site.K, site.K, dtype=torch.float64)
-        for x, last in zip(walk.see(site.input), ends, strict=True):
-            rows = x[int(last[expert - 1]) if expert else 0 : int(last[expert])].float()
-            total += gram(rows)
+        for rows in rows_of(expert):
+            total += gram(rows.float())
         found.append(choose(weight, total, wanted.weight, [f"{site.name}[{expert}]"]))
     parts = [[getattr(q, part) for q in found] for part in ("codes", "scale", "zero", "group_scale")]
     whole = [None if p[0] is None else torch.cat([t.reshape(-1, 1) if not t.ndim else t for t in p]) for p in parts]

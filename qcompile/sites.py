@@ -48,6 +48,13 @@ class Site:
     siblings: tuple[str, ...] = ()
     shared_with: tuple[str, ...] = field(default=())
 
+    @property
+    def batched(self) -> bool:
+        """(experts) A product [E, T, K] by [E, K, N]: row t of expert e meets matrix e."""
+        shape = self.input.meta["val"].shape
+        plain = self.node.target in (aten.bmm.default, aten.matmul.default)
+        return plain and len(shape) == 3 and shape[0] == self.weight.meta["val"].shape[0]
+
     def __str__(self) -> str:
         return f"{self.name} [{self.N}x{self.K}]"
 

@@ -124,3 +124,61 @@ def test_an_expert_that_nobody_reached_is_rounded_to_nearest():
         nearest = torch.equal(codes[expert], quantize_tensor(matrix, INT4).stored())
         assert nearest == (expert in dead), (expert, dead)
     assert not any("singular" in note for p in report.passes for note in p.notes)
+
+
+class Batched(torch.nn.Module):
+    """Every expert works on every row: products [E, T, K] by stacks, stored one way and the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = torch.nn.Linear(64, 64)
+        self.up = torch.nn.Parameter(torch.randn(4, 64, 96) / 8)
+        self.down = torch.nn.Parameter(torch.randn(4, 64, 96) / 8)
+
+    def forward(self, x):
+        every = self.mix(x).flatten(0, 1).expand(4, -1, -1)
+        inner = torch.nn.functional.silu(torch.bmm(every, self.up))
+        return torch.matmul(inner, self.down.transpose(1, 2)).sum(0)
+
+
+@pytest.mark.parametrize("how", [Quantize(INT4, None, output=None), GPTQ(INT4, None, output=None), HQQ(output=None)])
+def test_batched_products(how, tmp_path):
+    torch.manual_seed(0)
+    model, x = Batched().requires_grad_(False).eval(), torch.randn(2, 40, 64)
+    program = capture(model, (x,), {})
+    stacks = [s for s in find_sites(program) if s.kind == "experts"]
+    assert [(s.name, s.N, s.K, s.batched, s.rows_first) for s in stacks] == [
+        ("up", 96, 64, True, False),
+        ("down", 64, 96, True, True),
+    ]
+    want, before = model(x), model.up.nbytes + model.down.nbytes
+    rounded = copy.deepcopy(model)
+    qcompile.quantize(model, Recipe("q", (how, Fuse())), [x], progress=False)
+    assert sum(t.nbytes for m in model.modules() if isinstance(m, QuantStack) for t in m.buffers()) < 0.3 * before
+    assert relative_error([model(x)], [want]) < 0.15
+    if type(how) is Quantize:
+        for name, turned in (("up", True), ("down", False)):
+            matrices = [m.t() if turned else m for m in getattr(rounded, name)]
+            near = torch.stack([quantize_tensor(m, INT4).dequantize() for m in matrices])
+            assert torch.allclose(getattr(model, name), near.transpose(1, 2) if turned else near, atol=1e-6)
+    for rows in (3, 40):  # the number of rows is free
+        fused = capture(model, (x,), {})
+        y = torch.randn(2, rows, 64)
+        assert relative_error(fused(y)[:1], [model(y)]) < 1e-5
+    qcompile.save(model, tmp_path / "m")
+    assert torch.equal(qcompile.load(tmp_path / "m", Batched())(x), model(x))
+    compiled = torch.compile(copy.deepcopy(model), backend="qcompile", options={"recipe": "float"})
+    assert relative_error([compiled(x)], [model(x)]) < 1e-4
+
+
+def test_gptq_sees_the_rows_of_each_expert():
+    """Expert e of `down` reads rows that only it computes: with their Hessian its error is less than nearest's."""
+    torch.manual_seed(0)
+    model, x = Batched().requires_grad_(False).eval(), torch.randn(4, 40, 64) @ torch.randn(64, 64) / 8
+    program, errors = capture(model, (x,), {}), {}
+    for how in (Quantize(INT4, None, output=None), GPTQ(INT4, None, output=None)):
+        only = Recipe("q", (how, Fuse()), (Rule("up", keep=True), Rule("mix*", keep=True)))
+        quantized, _ = run(program, only, batches=lambda: [[x]], example=[x])
+        assert any(n.target is torch.ops.qcompile.qexperts.default for n in quantized.graph.nodes)
+        errors[type(how)] = (quantized(x)[0] - program(x)[0]).norm()
+    assert errors[GPTQ] < 0.8 * errors[Quantize], errors
