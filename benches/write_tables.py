@@ -1,8 +1,10 @@
-"""Put the measured accuracy tables into docs/results.md, from the JSON under benches/results.
+"""Put the measured numbers into the pages under docs/, from the JSON under benches/results.
 
     python benches/write_tables.py
 
-A table stands between <!-- table NAME --> and <!-- end -->; NAME is a file under benches/results.
+A table stands between a line that says which, and <!-- end -->:
+    <!-- table NAME -->                all rows of benches/results/NAME.json, in docs/results.md
+    <!-- recipes NAME NAME .. -->      those recipes as the model is and on its rotated twin
 """
 
 from __future__ import annotations
@@ -10,32 +12,69 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
 
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The rows of one result file; none if it is not there."""
+    path = ROOT / "benches" / "results" / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def number(value: float) -> str:
+    """A perplexity."""
+    return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
+
+
 def accuracy(name: str) -> str:
-    """The Markdown of one comparison, float first, then by bytes and perplexity."""
-    data = json.loads((ROOT / "benches" / "results" / f"{name}.json").read_text())
-    rows = sorted(data["rows"], key=lambda r: (r["recipe"] != "float", r["site_bytes"] // 5_000_000, r["perplexity"]))
+    """All of one comparison: float first, then by bytes and perplexity."""
+    rows = sorted(
+        rows_of(name), key=lambda r: (r["recipe"] != "float", r.get("site_bytes", 0) // 5_000_000, r["perplexity"])
+    )
     lines = ["| recipe | perplexity | KL to float | same top-1 | site weights MB |", "|---|---|---|---|---|"]
     for r in rows:
         size = f"{r['site_bytes'] / 1e6:.0f}" if r["site_bytes"] else ""
-        shown = f"{r['perplexity']:.2f}" if r["perplexity"] < 1000 else f"{r['perplexity']:.0f}"
-        lines.append(f"| `{r['recipe']}` | {shown} | {r['kl']:.4f} | {r['agreement']:.1%} | {size} |")
+        lines.append(f"| `{r['recipe']}` | {number(r['perplexity'])} | {r['kl']:.4f} | {r['agreement']:.1%} | {size} |")
     return "\n".join(lines)
+
+
+def chosen(names: str) -> str:
+    """Some recipes on both models; those that were measured on neither are left out."""
+    found = [{r["recipe"]: r["perplexity"] for r in rows_of(name)} for name in ("perplexity", "perplexity-twin")]
+    lines = ["| WikiText-2 perplexity | as it is | rotated twin |", "|---|---|---|"]
+    for name in ["float", *names.split()]:
+        cells = [number(of[name]) if name in of else "" for of in found]
+        if any(cells):
+            lines.append(f"| `{name}` | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def prefixes(_: str) -> str:
+    """What IntactKV does."""
+    lines = ["| windows that begin with the model's first token | perplexity | KL to float |", "|---|---|---|"]
+    return "\n".join(
+        [*lines, *(f"| `{r['recipe']}` | {r['perplexity']:.2f} | {r['kl']:.4f} |" for r in rows_of("intact_kv"))]
+    )
+
+
+TABLES = {"table": accuracy, "recipes": chosen, "prefixes": prefixes}
 
 
 def main() -> None:
     """Rewrite every table in place."""
-    page = ROOT / "docs" / "results.md"
-    text = re.sub(
-        r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)",
-        lambda m: f"{m[1]}{accuracy(m[2])}\n{m[3]}",
-        page.read_text(),
-        flags=re.S,
-    )
-    page.write_text(text)
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = page.read_text()
+        new = re.sub(
+            rf"(<!-- ({'|'.join(TABLES)}) ?(.*?) -->\n).*?(<!-- end -->)",
+            lambda m: f"{m[1]}{TABLES[m[2]](m[3])}\n{m[4]}",
+            text,
+            flags=re.S,
+        )
+        if new != text:
+            page.write_text(new)
+            print(page.relative_to(ROOT))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ _ROTATIONS = (Untie(), FoldNorm(), Rotate(), RotateOnline())
 
 
 def _recipe(name: str, source: str, *passes: object) -> Recipe:
-    return Recipe(name, tuple(passes), (), source)
+    """A recipe that fuses in the end what it quantized."""
+    fuse = (Fuse(),) if any(isinstance(config, Quantize) for config in passes) else ()
+    return Recipe(name, (*passes, *fuse), (), source)
 
 
 PRESETS: dict[str, Recipe] = {
@@ -43,13 +45,11 @@ PRESETS: dict[str, Recipe] = {
             "int8",
             "W8A8, dynamic per token, data-free (arXiv:2411.02355 without its calibrated passes)",
             Quantize(Format("int8"), Format("int8")),
-            Fuse(),
         ),
         _recipe(
             "int8-zero",
             "W8A8 with zero points for activations: for values of one sign, as after GELU; no integer kernel yet",
             Quantize(Format("int8"), Format.parse("int8/row/zero")),
-            Fuse(),
         ),
         _recipe(
             "int8-smooth",
@@ -57,14 +57,12 @@ PRESETS: dict[str, Recipe] = {
             Untie(),
             Smooth(),
             Quantize(Format("int8"), Format("int8")),
-            Fuse(),
         ),
         _recipe(
             "int8-rotated",
             "W8A8 on rotated bases (QuaRot arXiv:2404.00456, W8A8 row), data-free",
             *_ROTATIONS,
             Quantize(Format("int8"), Format("int8")),
-            Fuse(),
         ),
         _recipe(
             "int8-gptq",
@@ -72,26 +70,27 @@ PRESETS: dict[str, Recipe] = {
             Untie(),
             Smooth(),
             GPTQ(Format("int8"), Format("int8")),
-            Fuse(),
         ),
-        _recipe("w8a16", "weight-only int8 for each output channel", Quantize(Format("int8"), None), Fuse()),
+        _recipe("w8a16", "weight-only int8 for each output channel", Quantize(Format("int8"), None)),
         _recipe(
             "fp8",
             "FP8 dynamic (arXiv:2411.02355): e4m3 weights for each channel, activations for each token",
             Quantize(Format("fp8"), Format("fp8")),
-            Fuse(),
+        ),
+        _recipe(
+            "fp8-gptq",
+            "fp8 with its codes chosen by GPTQ (arXiv:2210.17323); needs calibration",
+            GPTQ(Format("fp8"), Format("fp8")),
         ),
         _recipe(
             "w4a16",
             "weight-only int4, groups of 128, zero points, MSE clip; round to nearest",
             Quantize(Format.parse("int4/group128/zero"), None, clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a16-gptq",
             "GPTQ int4, groups of 128, zero points, MSE clip (arXiv:2210.17323; the W4A16 of arXiv:2411.02355)",
             GPTQ(Format.parse("int4/group128/zero"), None, clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a16-awq",
@@ -99,7 +98,6 @@ PRESETS: dict[str, Recipe] = {
             Untie(),
             AWQ(),
             Quantize(Format.parse("int4/group128/zero"), None, clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a16-smooth",
@@ -107,22 +105,19 @@ PRESETS: dict[str, Recipe] = {
             Untie(),
             SmoothQuantPlus(),
             Quantize(Format.parse("int4/group128/zero"), None, clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a16-finequant",
             "FineQuant (arXiv:2308.09723): a group size for each matrix under 4.4 bits a weight, data-free",
             FineQuant(clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a16-lorc",
             "w4a16 with a correction of rank 8 (ZeroQuant-V2, arXiv:2303.08302), data-free",
             Quantize(Format.parse("int4/group128/zero"), None, clip=True),
             LoRC(),
-            Fuse(),
         ),
-        _recipe("w4a16-hqq", "HQQ int4, groups of 64, real zeros (mobiusml 2023), data-free", HQQ(), Fuse()),
+        _recipe("w4a16-hqq", "HQQ int4, groups of 64, real zeros (mobiusml 2023), data-free", HQQ()),
         _recipe(
             "w4a16-rotated",
             "w4a16 on rotated bases",
@@ -130,7 +125,6 @@ PRESETS: dict[str, Recipe] = {
             FoldNorm(),
             Rotate(),
             Quantize(Format.parse("int4/group128/zero"), None, clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a16-rotated-gptq",
@@ -139,32 +133,27 @@ PRESETS: dict[str, Recipe] = {
             FoldNorm(),
             Rotate(),
             GPTQ(Format.parse("int4/group128/zero"), None, clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a8-gptq",
             "w4a8 with its codes chosen by GPTQ; needs calibration",
             GPTQ(Format.parse("int4/group128/zero/dual"), Format("int8"), clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a8",
             "dual-grained int4 in int8, int8 activations (DGQ arXiv:2310.04836, QoQ arXiv:2405.04532)",
             Quantize(Format.parse("int4/group128/zero/dual"), Format("int8")),
-            Fuse(),
         ),
         _recipe(
             "w4a4",
             "round to nearest everywhere; shows what rotation is for",
             Quantize(Format.parse("int4/group128"), Format("int4")),
-            Fuse(),
         ),
         _recipe(
             "w4a4-rotated",
             "QuaRot without GPTQ (arXiv:2404.00456): R1, R2 folded, a Hadamard before gated products",
             *_ROTATIONS,
             Quantize(Format.parse("int4/group128"), Format("int4")),
-            Fuse(),
         ),
         _recipe(
             "w4a8-dgq",
@@ -172,7 +161,6 @@ PRESETS: dict[str, Recipe] = {
             Untie(),
             Smooth(percentile=0.005),
             DGQ(Format.parse("int4/group128/zero/dual"), Format("int8"), codes="gptq"),
-            Fuse(),
         ),
         _recipe(
             "w4a8kv4-qoq",
@@ -185,35 +173,30 @@ PRESETS: dict[str, Recipe] = {
             Reorder(),
             QuantizeKV(4),
             GPTQ(Format.parse("int4/group128/zero/dual"), Format("int8"), clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a8kv4",
             "W4A8 by GPTQ and a 4-bit cache of keys turned by a Hadamard matrix, its first four tokens float",
             QuantizeKV(4, hadamard=True, intact=4),
             GPTQ(Format.parse("int4/group128/zero/dual"), Format("int8"), clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a8-lorc",
             "INT4 weights, INT8 activations and LoRC (ZeroQuant-V2, arXiv:2303.08302), data-free",
             Quantize(Format.parse("int4/group128"), Format("int8")),
             LoRC(),
-            Fuse(),
         ),
         _recipe(
             "fp4-fp8",
             "ZeroQuant-FP (arXiv:2307.09782): e2m1 weights, scales a power of two apart, e4m3 activations, LoRC",
             Quantize(Format.parse("fp4/group128/m2"), Format("fp8")),
             LoRC(),
-            Fuse(),
         ),
         _recipe(
             "w4a4-rotated-gptq",
             "QuaRot (arXiv:2404.00456): rotations, GPTQ, one scale for each token",
             *_ROTATIONS,
             GPTQ(Format.parse("int4/group128/zero"), Format("int4"), clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a4-rrs",
@@ -222,7 +205,6 @@ PRESETS: dict[str, Recipe] = {
             Reorder(stream=True),
             RotateOnline(),
             GPTQ(Format.parse("int4/group128/zero"), Format.parse("int4/group128"), clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a4-rrs-sequence",
@@ -231,14 +213,12 @@ PRESETS: dict[str, Recipe] = {
             Reorder(stream=True),
             RotateOnline(),
             GPTQ(Format.parse("int4/group128/zero"), Format.parse("int4/group128/smooth"), clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a4-groups",
             "the best W4A4 here: rotations, GPTQ, a scale and zero point for each token and group",
             *_ROTATIONS,
             GPTQ(Format.parse("int4/group128/zero"), Format.parse("int4/group128/zero"), clip=True),
-            Fuse(),
         ),
         _recipe(
             "w4a4-spinquant",
@@ -248,7 +228,6 @@ PRESETS: dict[str, Recipe] = {
             LearnRotation(),
             RotateOnline(),
             GPTQ(Format.parse("int4/group128/zero"), Format("int4"), clip=True),
-            Fuse(),
         ),
         _recipe("kv8", "an 8-bit key/value cache, weights float", QuantizeKV(8)),
         _recipe("kv4", "a 4-bit key/value cache, weights float", QuantizeKV(4)),
