@@ -1,6 +1,6 @@
 """IntactKV on the embedded LLM: windows that begin with the model's own first token, with and without it.
 
-python benches/intact_kv.py [TEXT]      writes benches/results/intact_kv.json
+python benches/intact_kv.py [TEXT [CALIBRATION_TEXT]]      writes benches/results/intact_kv.json
 """
 
 from __future__ import annotations
@@ -18,35 +18,41 @@ from rich.table import Table
 import qcompile
 from qcompile.bench import versions
 from qcompile.evaluate import agreement, perplexity
-from qcompile.passes import IntactKV, Quantize
+from qcompile.passes import CalibratePrefix, IntactKV, Quantize
 from qcompile.presets import find_recipe
 from qcompile.pretrained import load_pretrained
 from qcompile.recipe import Recipe
-from qcompile.text import read_text, windows
+from qcompile.text import batches, read_text, windows
 
 HERE = Path(__file__).parent
 RECIPES = [str(HERE / "recipes" / "w3a16.json"), "w4a4-rotated", "w4a16"]
 
 
-def intact(recipe: Recipe) -> Recipe:
-    """The recipe with IntactKV in front of its quantizing pass."""
+def intact(recipe: Recipe, *, trained: bool = False) -> Recipe:
+    """The recipe with IntactKV in front of its quantizing pass, and CalibratePrefix behind it."""
     at = next(i for i, config in enumerate(recipe.passes) if isinstance(config, Quantize))
-    passes = (*recipe.passes[:at], IntactKV(), *recipe.passes[at:])
-    return dataclasses.replace(recipe, name=f"{recipe.name} + IntactKV", passes=passes)
+    quantizer, *rest = recipe.passes[at:]
+    behind = (CalibratePrefix(),) if trained else ()
+    passes = (*recipe.passes[:at], IntactKV(), quantizer, *behind, *rest)
+    name = f"{recipe.name} + IntactKV" + (", trained" if trained else "")
+    return dataclasses.replace(recipe, name=name, passes=passes)
 
 
 def main() -> None:
     """Measure, print, write."""
     text = sys.argv[1] if len(sys.argv) > 1 else None
+    calibration = sys.argv[2] if len(sys.argv) > 2 else None
     model, tokenizer = load_pretrained()
     first = torch.tensor([[model.config.bos_token_id]])
     pieces = [torch.cat([first, w], 1) for w in windows(tokenizer, read_text(text), length=2047)]
     table, rows = Table("recipe", "perplexity", "KL to float"), []
     rows.append(dict(recipe="float", perplexity=perplexity(model, pieces, progress=False), kl=0.0))
     for name in RECIPES:
-        for recipe in (find_recipe(name), intact(find_recipe(name))):
+        plain = find_recipe(name)
+        for recipe in (plain, intact(plain), intact(plain, trained=True)):
             candidate = copy.deepcopy(model)
-            qcompile.quantize(candidate, recipe, progress=False)
+            data = batches(tokenizer, calibration, count=32) if recipe.needs else None
+            qcompile.quantize(candidate, recipe, data, progress=False)
             found = agreement(candidate, model, pieces)
             rows.append(dict(recipe=recipe.name, perplexity=found.perplexity, kl=found.kl))
     for row in rows:
