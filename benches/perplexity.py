@@ -1,11 +1,11 @@
 """Every preset on the embedded LLM, as it is and on its randomly rotated twin.
 
-    python benches/perplexity.py TEXT [CALIBRATION_TEXT [RECIPES]]
+    python benches/perplexity.py TEXT [CALIBRATION_TEXT [RECIPES [twin | model]]]
 
 writes benches/results/perplexity.json, perplexity-twin.json and their plots. TEXT is evaluated as 4
 windows of 2048 tokens; calibration reads another file (or the embedded text), 64 windows of 512;
-RECIPES are names separated by commas, all presets by default. Interrupted, it goes on where it
-stopped; remove the JSON to start again.
+RECIPES are names separated by commas, all presets by default; the last word measures one of the two.
+Interrupted, it goes on where it stopped; remove the JSON to start again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def main() -> None:
     wanted = sys.argv[3].split(",") if len(sys.argv) > 3 else [*presets, *EXTRA]
     model, tokenizer = load_pretrained()
     pieces = windows(tokenizer, read_text(text))
+    only = sys.argv[4] if len(sys.argv) > 4 else ""
     for which, make in (("-twin", lambda: rotated_twin(model)), ("", lambda: model)):
+        if only and (only == "twin") != bool(which):
+            continue
         out = RESULTS / f"perplexity{which}.json"
         label = f"SmolLM2-135M{which} on {Path(text).name if text else 'the embedded text'}"
         recipes = [name for name in wanted if not which or of_twin(name)]

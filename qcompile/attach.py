@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from qcompile.passes.quantize_kv import QuantizeKV
 from qcompile.recipe import Recipe, RecipeError
 
 PREFIX = "qcompile_prefix"  # the submodule that holds the prefix, so that checkpoints carry it
+CENTERS = "qcompile_centers"  # and the one that holds the mean keys
 
 
 class Prefix(nn.Module):
@@ -56,6 +57,20 @@ class Prefix(nn.Module):
         count = len(shapes) // 2 - 1
         layers = [(torch.empty(shapes[f"keys{i}"]), torch.empty(shapes[f"values{i}"])) for i in range(count)]
         return Prefix(torch.empty(shapes["ids"], dtype=torch.int64), layers, torch.empty(shapes["logits"]))
+
+
+class Centers(nn.Module):
+    """The mean key [H, D] of every layer."""
+
+    def __init__(self, centers: Sequence[Tensor]) -> None:
+        super().__init__()
+        for index, center in enumerate(centers):
+            self.register_buffer(f"center{index}", center)
+
+    @property
+    def all(self) -> list[Tensor]:
+        """Layer by layer."""
+        return [getattr(self, f"center{index}") for index in range(len(self._buffers))]
 
 
 def resolve(recipe: Recipe, model: nn.Module) -> Recipe:
@@ -118,14 +133,31 @@ def make_prefix(recipe: Recipe, tensors: dict[str, Tensor], heads: list[tuple[in
     return Prefix(torch.tensor(how.prefix), layers, tensors["logits"])
 
 
-def attach(model: nn.Module, recipe: Recipe, prefix: Prefix | None = None) -> None:
+def make_centers(tensors: dict[str, Tensor], heads: list[tuple[int, int]]) -> Centers | None:
+    """The mean keys from what the pass QuantizeKV gathered; of repeated heads one each.
+
+    Raises:
+        RecipeError: the attentions of the graph are not the layers of the cache.
+    """
+    found = [tensor for name, tensor in tensors.items() if name.endswith(".center")]
+    if not found:
+        return None
+    if len(found) != len(heads):
+        raise RecipeError(
+            f"QuantizeKV: the graph has {len(found)} attentions, the cache {len(heads)} layers: use center=False"
+        )
+    return Centers([c[:: max(1, len(c) // n)].clone() for c, (n, _) in zip(found, heads, strict=True)])
+
+
+def attach(model: nn.Module, recipe: Recipe, prefix: Prefix | None = None, centers: Centers | None = None) -> None:
     """Give a model's calls the cache and the prefix of a recipe; nothing if it has neither."""
     cache_of = _of(recipe, QuantizeKV)
     if cache_of is None and prefix is None:
         return
-    if prefix is not None:
-        model.add_module(PREFIX, prefix)
-    calls = _Calls(cache_of, prefix)
+    for name, held in ((PREFIX, prefix), (CENTERS, centers)):
+        if held is not None:
+            model.add_module(name, held)
+    calls = _Calls(cache_of, prefix, centers)
     model.qcompile_calls = calls
     model.register_forward_pre_hook(calls.before, with_kwargs=True)
     model.register_forward_hook(calls.after, with_kwargs=True)
@@ -156,8 +188,8 @@ class _Calls:
 
     enabled = True
 
-    def __init__(self, how: QuantizeKV | None, prefix: Prefix | None) -> None:
-        self.how, self.prefix = how, prefix
+    def __init__(self, how: QuantizeKV | None, prefix: Prefix | None, centers: Centers | None) -> None:
+        self.how, self.prefix, self.centers = how, prefix, centers
         self.skipped = 0  # tokens of the call in progress that come from the prefix
 
     def before(
@@ -180,7 +212,8 @@ class _Calls:
             return args, kwargs
         own: Any = DynamicCache()
         if self.how is not None:
-            own = KVCache(self.how.bits, hadamard=self.how.hadamard, intact=self.how.intact)
+            means = None if self.centers is None else self.centers.all
+            own = KVCache(self.how.bits, hadamard=self.how.hadamard, intact=self.how.intact, centers=means)
         kwargs = {**kwargs, "past_key_values": own}
         if starts:
             assert self.prefix is not None and isinstance(ids, Tensor)

@@ -34,11 +34,13 @@ class Statistics:
         absmax: node name -> max |value| for each channel, [K] float32.
         keys: node name -> max |key| of a sequence for each head and channel of an attention, the mean
             over sequences, [heads, D] float32.
+        key_means: the mean key of an attention, [heads, D] float32.
         batches: how many batches were seen.
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, Tensor] = field(default_factory=dict)
+    key_means: dict[str, Tensor] = field(default_factory=dict)
     batches: int = 0
 
 
@@ -60,8 +62,8 @@ def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: boo
     def see(node: Any, value: Any) -> None:
         if node in turned:
             keys = value.detach().transpose(-1, -2) if turned[node] else value.detach()
-            peak = _key_peak(keys)
-            seen.keys[node.name] = seen.keys.get(node.name, 0) + peak
+            for held, of in ((seen.keys, _key_peak), (seen.key_means, _key_mean)):
+                held[node.name] = held.get(node.name, 0) + of(keys)
         if node not in label:
             return
         peak = value.detach().abs().flatten(0, -2).amax(0).float()
@@ -78,17 +80,22 @@ def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: boo
         seen.batches += 1
     if not seen.batches:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
-    seen.keys = {name: total / seen.batches for name, total in seen.keys.items()}
+    for held in (seen.keys, seen.key_means):
+        held.update({name: total / seen.batches for name, total in held.items()})
     return seen
 
 
-def _key_peak(keys: Tensor) -> Tensor:
-    """Max |key| over positions, mean over sequences: keys [.., H, T, D] -> [H, D].
-
-    The first tokens, whose keys are unlike all others, are left out, and a mean over sequences lets
-    no single token decide.
-    """
+def _ordinary(keys: Tensor) -> Tensor:
+    """Keys [.., H, T, D] but for the first tokens, whose keys are unlike all others."""
     keys = keys.unsqueeze(1) if keys.ndim == 3 else keys  # heads folded into the batch: one head
-    if keys.shape[-2] > 2 * _PIVOTS:
-        keys = keys[..., _PIVOTS:, :]
-    return keys.abs().amax(-2).flatten(0, -3).mean(0).float()
+    return keys[..., _PIVOTS:, :] if keys.shape[-2] > 2 * _PIVOTS else keys
+
+
+def _key_peak(keys: Tensor) -> Tensor:
+    """Max |key| over positions, mean over sequences, which lets no single token decide: -> [H, D]."""
+    return _ordinary(keys).abs().amax(-2).flatten(0, -3).mean(0).float()
+
+
+def _key_mean(keys: Tensor) -> Tensor:
+    """The mean key over positions and sequences: -> [H, D]."""
+    return _ordinary(keys).float().mean(-2).flatten(0, -3).mean(0)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qcompile.attach import PREFIX, Prefix, attach
+from qcompile.attach import CENTERS, PREFIX, Centers, Prefix, attach
 from qcompile.expert_stack import STACK, QuantStack, hold_stack
 from qcompile.formats import Format
 from qcompile.module import PARTS, QuantLinear, RotatedLinear
@@ -108,8 +108,8 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
         }
     if isinstance(module, QuantStack):
         return {"kind": "QuantStack", **module.describe()}
-    if isinstance(module, Prefix):
-        return {"kind": "Prefix", "shapes": {name: list(t.shape) for name, t in module.named_buffers()}}
+    if isinstance(module, (Prefix, Centers)):
+        return {"kind": type(module).__name__, "shapes": {name: list(t.shape) for name, t in module.named_buffers()}}
     if isinstance(module, RotatedLinear):
         return {"kind": "RotatedLinear"}
     if isinstance(module, nn.RMSNorm):
@@ -145,7 +145,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     target.load_state_dict(tensors, strict=True, assign=True)
     target.qcompile_recipe = meta["recipe"]
     if meta["recipe"] is not None:
-        attach(target, Recipe.from_json(meta["recipe"]), getattr(target, PREFIX, None))
+        held = getattr(target, PREFIX, None), getattr(target, CENTERS, None)
+        attach(target, Recipe.from_json(meta["recipe"]), *held)
     return target.requires_grad_(False).eval()
 
 
@@ -210,6 +211,8 @@ def _place(model: nn.Module, path: str, entry: dict[str, Any]) -> None:
         hold_stack(model, path.removesuffix(STACK), QuantStack.empty(entry))
     elif entry["kind"] == "Prefix":
         model.add_module(path, Prefix.empty(entry["shapes"]))
+    elif entry["kind"] == "Centers":
+        model.add_module(path, Centers([torch.empty(shape) for shape in entry["shapes"].values()]))
     elif entry["kind"] == "RMSNorm":
         model.set_submodule(path, nn.RMSNorm(entry["shape"], eps=entry["eps"]))
     else:

@@ -4,12 +4,14 @@ Every key and value vector [D] of a head and token is quantized by itself, with 
 is appended (QServe, arXiv:2405.04532 sec. 4.2; ZeroQuant-V2 calls it token-wise). What attention
 reads are the numbers behind the codes, of new tokens too, so prefill and decoding agree. With
 `hadamard`, vectors are turned before they are quantized and turned back when read, which is the
-same as turning queries and keys (QuaRot, arXiv:2404.00456 stage 1d). The first `intact` tokens, and
-a prefix given from outside, stay float (IntactKV, arXiv:2403.01241).
+same as turning queries and keys (QuaRot, arXiv:2404.00456 stage 1d). With `centers`, the mean key of
+every head is taken out before and put back when read (SageAttention, arXiv:2410.02367 sec. 4.2). The
+first `intact` tokens, and a prefix given from outside, stay float (IntactKV, arXiv:2403.01241).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,8 +53,9 @@ class _Column:
 class _Vectors:
     """Keys or values of one layer: `intact` float ones first, then codes with scale and zero."""
 
-    def __init__(self, form: Format, intact: int, hadamard: bool) -> None:
+    def __init__(self, form: Format, intact: int, hadamard: bool, center: Tensor | None) -> None:
         self.form, self.intact, self.hadamard = form, intact, hadamard
+        self.center = None if center is None else center.float()[:, None]  # [H, 1, D]
         self.exact, self.codes, self.scale, self.zero = (_Column() for _ in range(4))
         self.width = 0
         self.turn: Tensor | None = None
@@ -67,7 +70,8 @@ class _Vectors:
             return
         if self.hadamard and self.turn is None:
             self.turn = rotation(self.width, 0)[0].float()
-        q = quantize_tensor(new.float() if self.turn is None else new.float() @ self.turn, self.form)
+        wide = new.float() if self.center is None else new.float() - self.center
+        q = quantize_tensor(wide if self.turn is None else wide @ self.turn, self.form)
         assert q.zero is not None
         self.codes.append(store_codes(q.codes, self.form))
         self.scale.append(q.scale.clamp(max=torch.finfo(torch.float16).max).half())
@@ -78,7 +82,8 @@ class _Vectors:
         if self.codes.length:
             codes = load_codes(self.codes.read(), self.form, self.width)
             numbers = dequantize_codes(codes, self.scale.read().float(), self.zero.read(), None, self.form)
-            parts.append((numbers if self.turn is None else numbers @ self.turn.t()).to(dtype))
+            numbers = numbers if self.turn is None else numbers @ self.turn.t()
+            parts.append((numbers if self.center is None else numbers + self.center).to(dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
     @property
@@ -106,9 +111,9 @@ class _Layer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, form: Format, intact: int, hadamard: bool) -> None:
+    def __init__(self, form: Format, intact: int, hadamard: bool, center: Tensor | None) -> None:
         super().__init__()
-        self.form, self.intact, self.hadamard = form, intact, hadamard
+        self.form, self.intact, self.hadamard, self.center = form, intact, hadamard, center
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -142,8 +147,8 @@ class _Layer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.own_keys = _Vectors(self.form, self.intact, self.hadamard)
-        self.own_values = _Vectors(self.form, self.intact, False)
+        self.own_keys = _Vectors(self.form, self.intact, self.hadamard, self.center)
+        self.own_values = _Vectors(self.form, self.intact, False, None)
         self.is_initialized = False
 
     def _change(self, how: Any) -> None:
@@ -178,17 +183,25 @@ class KVCache(Cache):
 
     Args:
         bits: 4 or 8. hadamard: turn keys before they are quantized. intact: tokens at the start to
-            keep float: they carry the largest values and most of the attention.
+            keep float: they carry the largest values and most of the attention. centers: the mean
+            key [H, D] of each layer, as calibration gathers it.
     """
 
-    def __init__(self, bits: int = 4, *, hadamard: bool = False, intact: int = 0) -> None:
+    def __init__(
+        self, bits: int = 4, *, hadamard: bool = False, intact: int = 0, centers: Sequence[Tensor] | None = None
+    ) -> None:
         if bits not in (4, 8):
             raise ValueError(f"KVCache: bits must be 4 or 8, got {bits}")
         if intact < 0:
             raise ValueError(f"KVCache: intact counts tokens, got {intact}")
         form = Format("int4" if bits == 4 else "int8", "row", zero="int")
         self.bits, self.intact = bits, intact
-        super().__init__(layer_class_to_replicate=lambda: _Layer(form, self.intact, hadamard))
+
+        def layer() -> _Layer:
+            center = None if centers is None else centers[len(self.layers)]
+            return _Layer(form, self.intact, hadamard, center)
+
+        super().__init__(layer_class_to_replicate=layer)
 
     @property
     def heads(self) -> list[tuple[int, int]]:

@@ -176,8 +176,8 @@ PRESETS: dict[str, Recipe] = {
         ),
         _recipe(
             "w4a8kv4",
-            "W4A8 by GPTQ and a 4-bit cache of keys turned by a Hadamard matrix, its first four tokens float",
-            QuantizeKV(4, hadamard=True, intact=4),
+            "W4A8 by GPTQ and the cache of kv4-centered",
+            QuantizeKV(4, hadamard=True, intact=4, center=True),
             GPTQ(Format.parse("int4/group128/zero/dual"), Format("int8"), clip=True),
         ),
         _recipe(
@@ -241,6 +241,11 @@ PRESETS: dict[str, Recipe] = {
             "kv4-hadamard",
             "a 4-bit cache of keys turned by a Hadamard matrix (QuaRot, arXiv:2404.00456), weights float",
             QuantizeKV(4, hadamard=True),
+        ),
+        _recipe(
+            "kv4-centered",
+            "the best 4-bit cache here: mean keys taken out (arXiv:2410.02367), then turned; first tokens float",
+            QuantizeKV(4, hadamard=True, intact=4, center=True),
         ),
         _recipe(
             "exact",

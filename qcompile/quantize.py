@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qcompile.attach import attach, heads_of_cache, make_prefix, resolve
+from qcompile.attach import attach, heads_of_cache, make_centers, make_prefix, resolve
 from qcompile.calibrate import CalibrationError
 from qcompile.capture import capture
 from qcompile.expert_stack import QuantStack, hold_stack
@@ -29,7 +29,7 @@ from qcompile.recipe import Recipe, RecipeError
 from qcompile.report import Report
 from qcompile.sites import find_sites
 
-_OF_GRAPH = {*PARTS, "turn"} - {"bias"}  # weights that passes add and that no module of the model holds
+_OF_GRAPH = {*PARTS, "turn", "center"} - {"bias"}  # weights that passes add and that no module of the model holds
 
 ops = torch.ops.qcompile
 aten = torch.ops.aten
@@ -88,11 +88,11 @@ def quantize(
             progress=progress,
         )
         plan.check(program, rewritten)
-        prefix = make_prefix(how, report.made, heads)
+        prefix, centers = make_prefix(how, report.made, heads), make_centers(report.made, heads)
     finally:
         model.train(was_training)
     plan.apply(program, rewritten)
-    attach(model, how, prefix)
+    attach(model, how, prefix, centers)
     report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model.qcompile_recipe = how.to_json()
     return report

@@ -45,6 +45,37 @@ def test_a_hadamard_helps_keys_with_an_outlier_channel():
     assert errors[1] < 0.6 * errors[0]
 
 
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_taking_the_mean_out_leaves_the_steps_of_what_is_left(hadamard):
+    """Each head and channel has a mean of its own, far above what tells tokens apart."""
+    mean = 20 * torch.randn(3, 64)
+    k = torch.randn(2, 3, 32, 64) + mean[:, None]
+    plain, centered = KVCache(4, hadamard=hadamard), KVCache(4, hadamard=hadamard, centers=[mean, mean])
+    for layer in range(2):
+        errors = [(cache.update(k, k, layer)[0] - k).abs().max() for cache in (plain, centered)]
+        assert errors[1] < 0.5 < 1 < errors[0]
+        assert torch.equal(
+            plain.layers[layer].own_values.read(k.dtype), centered.layers[layer].own_values.read(k.dtype)
+        )
+
+
+def test_centers_are_the_mean_keys_of_the_calibration_and_survive_saving(tmp_path):
+    model, ids = build("qwen2"), torch.randint(3, 128, (4, 20))  # its keys have biases, and two heads of four
+    with torch.no_grad():
+        keys = model(input_ids=ids, use_cache=True).past_key_values.layers[1].keys
+    recipe = Recipe("kv", (QuantizeKV(4, center=True), Quantize(Format("int8"), None), Fuse()))
+    qcompile.quantize(model, recipe, [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}], progress=False)
+    centers = model.qcompile_centers.all
+    assert [tuple(c.shape) for c in centers] == [(2, 16)] * 2
+    assert torch.allclose(centers[1], keys[:, :, 4:].mean((0, 2)), atol=1e-5)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        qcompile.save(model, tmp_path / "m")
+        assert torch.equal(qcompile.load(tmp_path / "m")(input_ids=ids).logits, want)
+    with pytest.raises(RecipeError, match="needs calibration data for QuantizeKV"):
+        qcompile.quantize(build("qwen2"), recipe, progress=False)
+
+
 @pytest.mark.parametrize("bits, share", [(4, 0.35), (8, 0.6)])
 def test_memory(bits, share):
     cache = KVCache(bits)
@@ -77,13 +108,16 @@ def test_prefill_and_decoding_agree(name):
     assert 1e-4 < relative_error([whole], [float_logits]) < 0.2
 
 
+@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("name", DECODERS)
-def test_the_module_and_the_graph_agree(name):
+def test_the_module_and_the_graph_agree(name, center):
     """QuantizeKV in a graph computes what the cache of the quantized module does."""
-    recipe = Recipe("kv", (QuantizeKV(4, hadamard=True, intact=1), Quantize(Format("int8"), None), Fuse()))
+    cache = QuantizeKV(4, hadamard=True, intact=1, center=center)
+    recipe = Recipe("kv", (cache, Quantize(Format("int8"), None), Fuse()))
     model, inputs = build(name), example(name)
     program = capture(model, (), inputs)
-    graph, _ = run(program, recipe, example=list(inputs.values()))
+    batches = [list(inputs.values())]
+    graph, _ = run(program, recipe, example=batches[0], batches=lambda: batches)
     want = graph(*inputs.values())[:1]
     effect = relative_error(want, program(*inputs.values())[:1])
     qcompile.quantize(model, recipe, [inputs], progress=False)
