@@ -34,7 +34,7 @@ class GPTQ(Quantize):
 
     damping: float = 0.01  # of the mean diagonal, added to the diagonal
     order: bool = True  # columns by falling Hessian diagonal; groups stay where they are
-    block: int = 128  # columns whose updates are done at once
+    block: int = 64  # columns whose updates are done at once
 
     def __post_init__(self) -> None:
         super().__post_init__()

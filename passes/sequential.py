@@ -37,7 +37,7 @@ def quantize_sequentially(
     groups: dict[tuple[torch.fx.Node, Format], list[Wanted]] = {}
     for wanted in wanted_sites(program, how, plan, report):
         if wanted.last:
-            q = quantize_tensor(matrix_of(program, wanted.site), wanted.weight, clip=how.clip)
+            q = quantize_tensor(matrix_of(program, wanted.site), wanted.weight)
             put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
             report.done.append(wanted.site.name)
         else:
@@ -99,6 +99,18 @@ def gram(x: Tensor) -> Tensor:
     return torch.cat([torch.cat([gram(left), corner], 1), torch.cat([corner.t(), gram(right)], 1)])
 
 
+def _many_rows(walk: Walk, site: Site, least: int = 4096) -> Iterator[Tensor]:
+    """A site's input as rows [T, K], batches put together: each sum x^T x costs a pass over [K, K] as well."""
+    held: list[Tensor] = []
+    for value in walk.see(site.input):
+        held.append(value.flatten(0, -2).float())
+        if sum(map(len, held)) >= least:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
+
+
 def hessian_of(walk: Walk, site: Site) -> tuple[Tensor, Tensor]:
     """Of a site's input over all batches: sum x x^T, float64 [K, K], and mean |x|, float64 [K].
 
@@ -106,8 +118,7 @@ def hessian_of(walk: Walk, site: Site) -> tuple[Tensor, Tensor]:
         CalibrationError: NaN or Inf, with the batch and the site.
     """
     total, size, rows = torch.zeros(site.K, site.K, dtype=torch.float64), torch.zeros(site.K, dtype=torch.float64), 0
-    for value in walk.see(site.input):
-        x = value.flatten(0, -2).float()
+    for x in _many_rows(walk, site):
         total += gram(x)
         size += x.abs().sum(0)
         rows += len(x)

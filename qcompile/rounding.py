@@ -141,7 +141,7 @@ class _Search:
         """The best shrink of every group's range; the first of equal ones."""
         rows = groups.flatten(0, -3) if groups.ndim > 2 else groups[None]
         lows, highs = low.reshape(rows.shape[:-1]).clone(), high.reshape(rows.shape[:-1]).clone()
-        step = max(1, 2**22 // max(1, rows[0].numel()))
+        step = max(1, 2**18 // max(1, rows[0].numel()))  # what a core holds near it
         for start in range(0, rows.shape[0], step):
             part = rows[start : start + step]
             low0, high0 = lows[start : start + step].clone(), highs[start : start + step].clone()
