@@ -75,26 +75,29 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
         New codes, row by row not worse than the grid's own under the Hessian.
     """
     form = grid.format
-    scale, zero, low, high = (None if t is None else t[:, order] for t in level_grid(grid))
+    # Turned, so that a column's numbers lie side by side.
+    scale, zero, low, high = (None if t is None else t.t()[order].contiguous() for t in level_grid(grid))
     assert scale is not None
     wide = weight if weight.dtype == torch.float64 else weight.float()
-    w, u = wide[:, order].clone(), upper.to(wide.dtype)
-    codes = torch.empty_like(grid.codes)
-    columns = w.shape[1]
+    w, u = wide.t()[order].contiguous(), upper.to(wide.dtype)
+    found = torch.empty(w.shape, dtype=grid.codes.dtype)
+    columns = len(w)
     for first in range(0, columns, block):
         last = min(first + block, columns)
-        part, factor = w[:, first:last].clone(), u[first:last, first:last]
+        part, factor = w[first:last].clone(), u[first:last, first:last]
         errors = torch.empty_like(part)
         for k in range(last - first):
             at = first + k
-            s, z = scale[:, at], None if zero is None else zero[:, at]
-            code = encode(part[:, k], s, z, form)
+            s, z = scale[at], None if zero is None else zero[at]
+            code = encode(part[k], s, z, form)
             if low is not None and high is not None:
-                code = torch.minimum(torch.maximum(code, low[:, at]), high[:, at])
-            errors[:, k] = (part[:, k] - decode(code, s, z, form)) / factor[k, k]
-            part[:, k:].addr_(errors[:, k], factor[k, k:], alpha=-1)
-            codes[:, order[at]] = code
-        w[:, last:] -= errors @ u[first:last, last:]
+                code = torch.minimum(torch.maximum(code, low[at]), high[at])
+            errors[k] = (part[k] - decode(code, s, z, form)) / factor[k, k]
+            part[k:].addr_(factor[k, k:], errors[k], alpha=-1)
+            found[at] = code
+        w[last:] -= u[first:last, last:].t() @ errors
+    codes = torch.empty_like(grid.codes)
+    codes[:, order] = found.t()
     result = QTensor(codes, grid.scale, grid.zero, grid.group_scale, form)
     worse = loss(weight, result.dequantize(), hessian) > loss(weight, grid.dequantize(), hessian)
     codes[worse] = grid.codes[worse]

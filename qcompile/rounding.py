@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -123,12 +126,14 @@ def diagonal_blocks(hessian: Tensor, format: Format) -> Tensor | None:
 
 
 class _Search:
-    """How ranges are shrunk: candidates, and what an error costs."""
+    """How much of each range to keep: what an error costs, and which shares are tried."""
 
     def __init__(self, blocks: Tensor | None) -> None:
         self.blocks = blocks
-        # Correlated errors cancel, so that a Hessian asks for far tighter ranges than |e|^2.4 does.
-        self.shrinks = [i / 100 for i in range(21)] if blocks is None else [i / 64 for i in range(32)]
+        # Correlated errors cancel, so that a Hessian asks for far tighter ranges than |e|^2.4 does:
+        # sixteenths down to a half, then sixty-fourths around the best of them.
+        self.shares = [1 - i / 100 for i in range(1, 21)] if blocks is None else [1 - i / 16 for i in range(1, 9)]
+        self.around = [] if blocks is None else [i / 64 for i in (-3, -2, -1, 1, 2, 3)]
 
     def cost(self, error: Tensor) -> Tensor:
         """Of each group, [N, groups] of [N, groups, G]; the error is overwritten."""
@@ -137,26 +142,40 @@ class _Search:
         of_groups = error.transpose(0, 1)
         return ((of_groups @ self.blocks).mul_(of_groups)).sum(-1).t()
 
+    def share(self, cost_of: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+        """For each group, [N, groups] as `like`, the share of its range with the least cost."""
+        best = torch.ones_like(like)
+        least = cost_of(best)
+
+        def attempt(tried: Tensor) -> None:
+            nonlocal best, least
+            cost = cost_of(tried)
+            best = torch.where(cost < least, tried, best)
+            least = torch.minimum(cost, least)
+
+        for share in self.shares:
+            attempt(torch.full_like(like, share))
+        middle = best
+        for step in self.around:
+            attempt((middle + step).clamp(max=1))
+        return best
+
     def ranges(self, groups: Tensor, low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-        """The best shrink of every group's range; the first of equal ones."""
+        """The best ranges of all groups."""
         rows = groups.flatten(0, -3) if groups.ndim > 2 else groups[None]
-        lows, highs = low.reshape(rows.shape[:-1]).clone(), high.reshape(rows.shape[:-1]).clone()
+        lows, highs = low.reshape(rows.shape[:-1]), high.reshape(rows.shape[:-1])
         step = max(1, 2**18 // max(1, rows[0].numel()))  # what a core holds near it
-        for start in range(0, rows.shape[0], step):
-            part = rows[start : start + step]
-            low0, high0 = lows[start : start + step].clone(), highs[start : start + step].clone()
-            best = torch.full_like(low0, torch.inf)
-            for shrink in self.shrinks:
-                keep = 1 - shrink
-                scale, zero = _scale(low0 * keep, high0 * keep, format)
-                z = None if zero is None else zero[..., None]
-                codes = encode(part, scale[..., None], z, format)
-                cost = self.cost(decode(codes, scale[..., None], z, format) - part)
-                better = cost < best
-                best = torch.where(better, cost, best)
-                lows[start : start + step][better] = (low0 * keep)[better]
-                highs[start : start + step][better] = (high0 * keep)[better]
-        return lows.reshape(low.shape), highs.reshape(high.shape)
+
+        def cost_of(keep: Tensor, part: Tensor, low: Tensor, high: Tensor) -> Tensor:
+            scale, zero = _scale(low * keep, high * keep, format)
+            z = None if zero is None else zero[..., None]
+            codes = encode(part, scale[..., None], z, format)
+            return self.cost(decode(codes, scale[..., None], z, format) - part)
+
+        pieces = list(zip(rows.split(step), lows.split(step), highs.split(step), strict=True))
+        keep = torch.cat([self.share(partial(cost_of, part=p, low=a, high=b), a) for p, a, b in pieces])
+        keep = keep.reshape(low.shape)
+        return low * keep, high * keep
 
 
 def _quantize_powers(groups: Tensor, scale: Tensor, columns: int, format: Format) -> QTensor:
@@ -191,16 +210,12 @@ def _quantize_dual(x: Tensor, format: Format, search: _Search | None) -> QTensor
     wide = group_columns(x / scale, format)
     # Rounding keeps order: the extremes of the level-1 codes are the rounded extremes.
     top, bottom = wide.amax(-1).round_().clamp_min_(0), wide.amin(-1).round_().clamp_max_(0)
-    found = _second_level(wide, bottom, top)
+    keep = torch.ones_like(top)
     if search is not None:
-        best = search.cost(_level_error(wide, *found))
-        for shrink in search.shrinks[1:]:
-            tried = _second_level(wide, bottom * (1 - shrink), top * (1 - shrink))
-            cost = search.cost(_level_error(wide, *tried))
-            better, best = cost < best, torch.minimum(cost, best)
-            for old, new in zip(found, tried, strict=True):
-                old[better] = new[better]
-    group_scale, zero, codes = found
+        keep = search.share(
+            lambda keep: search.cost(_level_error(wide, *_second_level(wide, bottom * keep, top * keep))), top
+        )
+    group_scale, zero, codes = _second_level(wide, bottom * keep, top * keep)
     return QTensor(
         ungroup_columns(codes, x.shape[-1]).to(torch.uint8).contiguous(),
         scale,
