@@ -42,15 +42,11 @@ class GPTQ(Quantize):
             raise RecipeError(f"GPTQ: damping and block must be positive, got {self.damping} and {self.block}")
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """H + damping mean(diag H) I, float64 [K, K]."""
-    h = hessian.double()
-    return h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
-
-
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
     """Upper Cholesky factor of (H + damping mean(diag H) I)^-1, float64 [K, K]; None if singular."""
-    lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping))
+    h = hessian.double()
+    h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    lower, failed = torch.linalg.cholesky_ex(h)
     if int(failed):
         return None
     upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -110,8 +106,7 @@ def gptq_sites(program: Program, how: GPTQ, seen: Statistics, plan: SitePlan) ->
     nearest: list[str] = []
 
     def choose(weight: Tensor, hessian: Tensor, form: Format, names: list[str]) -> QTensor:
-        grid = quantize_tensor(weight, form, clip=how.clip, hessian=damped(hessian, how.damping))
-        return compensate(weight, hessian, grid, how, names, nearest)
+        return compensate(weight, hessian, quantize_tensor(weight, form, clip=how.clip), how, names, nearest)
 
     report = quantize_sequentially(program, how, plan, PassReport("GPTQ"), choose)
     if nearest:

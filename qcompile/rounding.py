@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -19,16 +16,13 @@ _PIVOT = 8.0  # a token whose largest value is this many times the median token'
 _PROTECTED = 119.0  # level-1 codes of a dual format: level 2 may round one int4 step past them
 
 
-def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False, hessian: Tensor | None = None) -> QTensor:
+def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor:
     """Round to nearest in a format.
 
     Args:
         x: float, [.., K].
         format: the format.
         clip: shrink each range to the one of 20 that minimises sum |e|^2.4 (GPTQ's MSE clip).
-        hessian: [K, K] second moments of the inputs of a weight [N, K]: with `clip`, minimise instead
-            what the errors of a group do to the product, e H e^T with the group's block of H. (One
-            range for the whole tensor is always judged by sum |e|^2.4.)
 
     Raises:
         ValueError: x holds NaN or Inf.
@@ -36,15 +30,14 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False, hessian: T
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"the tensor holds {int((~torch.isfinite(x)).sum())} NaN or Inf of {x.numel()} values")
     wide = x.float()
-    search = _Search(None if hessian is None else diagonal_blocks(hessian, format)) if clip else None
     if format.dual:
-        return _quantize_dual(wide, format, search)
+        return _quantize_dual(wide, format, clip)
     if format.smooth:
         return _quantize_smooth(wide, format)
     groups = group_columns(wide, format)
     low, high = _range(groups, format)
-    if search is not None:
-        low, high = search.ranges(groups, low, high, format)
+    if clip:
+        low, high = _clip(groups, low, high, format)
     scale, zero = _scale(low, high, format)
     if format.powers:
         return _quantize_powers(groups, scale, x.shape[-1], format)
@@ -113,69 +106,26 @@ def level_grid(q: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor
     return scale * group, zero, low.to(torch.uint8), high.to(torch.uint8)
 
 
-def diagonal_blocks(hessian: Tensor, format: Format) -> Tensor | None:
-    """The block of H [K, K] that belongs to each group, float32 [groups, G, G]; padded columns weigh nothing."""
-    if format.per == "tensor":
-        return None
-    if format.per == "row":
-        return hessian.float()[None]
-    pad = -len(hessian) % format.group
-    padded = torch.nn.functional.pad(hessian.float(), (0, pad, 0, pad))
-    count = len(padded) // format.group
-    return torch.stack([padded.chunk(count, 0)[i].chunk(count, 1)[i] for i in range(count)])
-
-
-class _Search:
-    """How much of each range to keep: what an error costs, and which shares are tried."""
-
-    def __init__(self, blocks: Tensor | None) -> None:
-        self.blocks = blocks
-        # Correlated errors cancel, so that a Hessian asks for far tighter ranges than |e|^2.4 does:
-        # sixteenths down to a half, then sixty-fourths around the best of them.
-        self.shares = [1 - i / 100 for i in range(1, 21)] if blocks is None else [1 - i / 16 for i in range(1, 9)]
-        self.around = [] if blocks is None else [i / 64 for i in (-3, -2, -1, 1, 2, 3)]
-
-    def cost(self, error: Tensor) -> Tensor:
-        """Of each group, [N, groups] of [N, groups, G]; the error is overwritten."""
-        if self.blocks is None:
-            return error.abs_().pow_(2.4).sum(-1)
-        of_groups = error.transpose(0, 1)
-        return ((of_groups @ self.blocks).mul_(of_groups)).sum(-1).t()
-
-    def share(self, cost_of: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-        """For each group, [N, groups] as `like`, the share of its range with the least cost."""
-        best = torch.ones_like(like)
-        least = cost_of(best)
-
-        def attempt(tried: Tensor) -> None:
-            nonlocal best, least
-            cost = cost_of(tried)
-            best = torch.where(cost < least, tried, best)
-            least = torch.minimum(cost, least)
-
-        for share in self.shares:
-            attempt(torch.full_like(like, share))
-        middle = best
-        for step in self.around:
-            attempt((middle + step).clamp(max=1))
-        return best
-
-    def ranges(self, groups: Tensor, low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-        """The best ranges of all groups."""
-        rows = groups.flatten(0, -3) if groups.ndim > 2 else groups[None]
-        lows, highs = low.reshape(rows.shape[:-1]), high.reshape(rows.shape[:-1])
-        step = max(1, 2**18 // max(1, rows[0].numel()))  # what a core holds near it
-
-        def cost_of(keep: Tensor, part: Tensor, low: Tensor, high: Tensor) -> Tensor:
-            scale, zero = _scale(low * keep, high * keep, format)
+def _clip(groups: Tensor, low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """For each group the shrink in 1.00, 0.99 .. 0.80 with the least sum |e|^2.4 (GPTQ's mse=True)."""
+    rows = groups.flatten(0, -3) if groups.ndim > 2 else groups[None]
+    lows, highs = low.reshape(rows.shape[:-1]).clone(), high.reshape(rows.shape[:-1]).clone()
+    step = max(1, 2**18 // max(1, rows[0].numel()))  # what a core holds near it
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step]
+        low0, high0 = lows[start : start + step].clone(), highs[start : start + step].clone()
+        best = torch.full_like(low0, torch.inf)
+        for shrink in range(21):
+            keep = 1 - shrink / 100
+            scale, zero = _scale(low0 * keep, high0 * keep, format)
             z = None if zero is None else zero[..., None]
             codes = encode(part, scale[..., None], z, format)
-            return self.cost(decode(codes, scale[..., None], z, format) - part)
-
-        pieces = list(zip(rows.split(step), lows.split(step), highs.split(step), strict=True))
-        keep = torch.cat([self.share(partial(cost_of, part=p, low=a, high=b), a) for p, a, b in pieces])
-        keep = keep.reshape(low.shape)
-        return low * keep, high * keep
+            error = (decode(codes, scale[..., None], z, format) - part).abs_().pow_(2.4).sum(-1)
+            better = error < best
+            best = torch.where(better, error, best)
+            lows[start : start + step][better] = (low0 * keep)[better]
+            highs[start : start + step][better] = (high0 * keep)[better]
+    return lows.reshape(low.shape), highs.reshape(high.shape)
 
 
 def _quantize_powers(groups: Tensor, scale: Tensor, columns: int, format: Format) -> QTensor:
@@ -203,19 +153,23 @@ def _quantize_smooth(x: Tensor, format: Format) -> QTensor:
     return QTensor(ungroup_columns(codes, x.shape[-1]).contiguous(), scale, None, None, format)
 
 
-def _quantize_dual(x: Tensor, format: Format, search: _Search | None) -> QTensor:
+def _quantize_dual(x: Tensor, format: Format, clip: bool) -> QTensor:
     """Two levels: int8 for a row inside the protective range, then int4 with integer group scales."""
     high = x.abs().amax(-1, keepdim=True)
     scale = torch.where(high > _TINY, high / _PROTECTED, torch.ones_like(high))
     wide = group_columns(x / scale, format)
     # Rounding keeps order: the extremes of the level-1 codes are the rounded extremes.
     top, bottom = wide.amax(-1).round_().clamp_min_(0), wide.amin(-1).round_().clamp_max_(0)
-    keep = torch.ones_like(top)
-    if search is not None:
-        keep = search.share(
-            lambda keep: search.cost(_level_error(wide, *_second_level(wide, bottom * keep, top * keep))), top
-        )
-    group_scale, zero, codes = _second_level(wide, bottom * keep, top * keep)
+    found = _second_level(wide, bottom, top)
+    if clip:
+        best = _level_error(wide, *found)
+        for shrink in range(1, 21):
+            tried = _second_level(wide, bottom * (1 - shrink / 100), top * (1 - shrink / 100))
+            error = _level_error(wide, *tried)
+            better, best = error < best, torch.minimum(error, best)
+            for old, new in zip(found, tried, strict=True):
+                old[better] = new[better]
+    group_scale, zero, codes = found
     return QTensor(
         ungroup_columns(codes, x.shape[-1]).to(torch.uint8).contiguous(),
         scale,
@@ -238,4 +192,4 @@ def _second_level(wide: Tensor, bottom: Tensor, top: Tensor) -> tuple[Tensor, Te
 
 
 def _level_error(wide: Tensor, group_scale: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
-    return ((codes - zero[..., None]) * group_scale[..., None]).sub_(wide)
+    return ((codes - zero[..., None]) * group_scale[..., None]).sub_(wide).abs_().pow_(2.4).sum(-1)

@@ -76,25 +76,6 @@ def test_it_is_never_worse_and_usually_much_better(form, seed, order):
         assert bool((found.codes >= low).all() and (found.codes <= high).all())
 
 
-@given(st.sampled_from([f for f in FORMATS if f != "int4/group32"] + ["int4/group40"]), st.integers(0, 2**20))
-def test_a_clip_by_the_hessian_is_best_in_every_group(form, seed):
-    """96 columns: groups of 40 end in a ragged one. The Hessian couples the columns of a group, and others."""
-    form, columns = Format.parse(form), 96
-    weight, hessian = torch.randn(24, columns, generator=torch.Generator().manual_seed(seed)), correlated(seed, columns)
-    width = columns if form.per == "row" else form.group
-
-    def losses(q):
-        error = q.dequantize() - weight
-        parts = [slice(i, min(i + width, columns)) for i in range(0, columns, width)]
-        return torch.stack([loss(error[:, p], torch.zeros(1), hessian[p, p]) for p in parts])
-
-    plain, found = (losses(quantize_tensor(weight, form, clip=c, hessian=hessian)) for c in (False, True))
-    assert bool((found <= plain * (1 + 1e-5)).all())
-    if form.dtype == "int" and form.bits < 8:
-        assert found.sum() < 0.9 * plain.sum()
-        assert found.sum() < losses(quantize_tensor(weight, form, clip=True)).sum()
-
-
 @given(st.integers(0, 2**20))
 def test_where_greed_loses_nearest_is_kept(seed):
     """With weakly correlated inputs some rows come out worse than rounded to nearest."""
