@@ -2,19 +2,15 @@
 
     python benches/quantize_cost.py [recipe ..]     writes benches/results/quantize_cost.json
 
-Each recipe runs in a process of its own. Peak memory is resident memory sampled every 2 ms while
-`quantize` runs, the float model included, over the bytes of the float weights.
+Each recipe runs in a process of its own. Peak memory is the process's high-water mark while `quantize`
+runs, the float model included, over the bytes of the float weights. Rows of other recipes are kept.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -28,14 +24,10 @@ RECIPES = ["int8", "w8a16", "w4a16", "w4a8", "int8-smooth", "int8-rotated", "w4a
 WINDOWS = {"w4a16-gptq": 64, "w4a8-gptq": 64}  # of 512 tokens, to calibrate on; 16 for the others
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def one(recipe: str) -> dict[str, object]:
     """Quantize SmolLM2 in this process."""
     import qcompile
+    from qcompile.memory import watch_peak
     from qcompile.presets import find_recipe
     from qcompile.pretrained import load_pretrained
     from qcompile.text import batches
@@ -43,22 +35,10 @@ def one(recipe: str) -> dict[str, object]:
     model, tokenizer = load_pretrained()
     weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
     data = batches(tokenizer, count=WINDOWS.get(recipe, 16)) if find_recipe(recipe).needs else None
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what loading freed is not the model's
-    base, peak, done = resident(), [0], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], resident())
-
-    watcher = threading.Thread(target=sample)
-    watcher.start()
     start = time.perf_counter()
-    qcompile.quantize(model, recipe, data, progress=False)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    extra = peak[0] - base
+    with watch_peak() as peak:
+        qcompile.quantize(model, recipe, data, progress=False)
+    seconds, extra = time.perf_counter() - start, peak.bytes
     return dict(recipe=recipe, seconds=seconds, weights=weights, extra=extra, ratio=(weights + extra) / weights)
 
 
@@ -66,12 +46,12 @@ def main() -> None:
     """Run each recipe in its own process, print, write."""
     recipes = sys.argv[1:] or RECIPES
     table = Table("recipe", "seconds", "float weights MB", "peak above the float model MB", "peak / float weights")
-    rows = []
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
     for recipe in recipes:
         script = f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import quantize_cost as q"
         call = [sys.executable, "-c", f"{script}; print(json.dumps(q.one({recipe!r})))"]
         row = json.loads(subprocess.run(call, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        rows.append(row)
+        rows = [*(r for r in rows if r["recipe"] != recipe), row]
         mb = [f"{row[k] / 1e6:.0f}" for k in ("weights", "extra")]
         table.add_row(recipe, f"{row['seconds']:.1f}", *mb, f"{row['ratio']:.2f}")
     Console().print(table)

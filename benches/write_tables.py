@@ -5,6 +5,8 @@
 A table stands between a line that says which, and <!-- end -->:
     <!-- table NAME -->                all rows of benches/results/NAME.json, in docs/results.md
     <!-- recipes NAME NAME .. -->      those recipes as the model is and on its rotated twin
+    <!-- prefixes -->                  intact_kv.json
+    <!-- costs -->                     quantize_cost.json
 """
 
 from __future__ import annotations
@@ -30,9 +32,7 @@ def number(value: float) -> str:
 
 def accuracy(name: str) -> str:
     """All of one comparison: float first, then by bytes and perplexity."""
-    rows = sorted(
-        rows_of(name), key=lambda r: (r["recipe"] != "float", r.get("site_bytes", 0) // 5_000_000, r["perplexity"])
-    )
+    rows = sorted(rows_of(name), key=lambda r: (r["recipe"] != "float", r["site_bytes"] // 5_000_000, r["perplexity"]))
     lines = ["| recipe | perplexity | KL to float | same top-1 | site weights MB |", "|---|---|---|---|---|"]
     for r in rows:
         size = f"{r['site_bytes'] / 1e6:.0f}" if r["site_bytes"] else ""
@@ -59,7 +59,14 @@ def prefixes(_: str) -> str:
     )
 
 
-TABLES = {"table": accuracy, "recipes": chosen, "prefixes": prefixes}
+def costs(_: str) -> str:
+    """What quantizing takes."""
+    lines = ["| recipe | seconds | peak / float weights |", "|---|---|---|"]
+    rows = rows_of("quantize_cost")
+    return "\n".join([*lines, *(f"| `{r['recipe']}` | {r['seconds']:.1f} | {r['ratio']:.2f} |" for r in rows)])
+
+
+TABLES = {"table": accuracy, "recipes": chosen, "prefixes": prefixes, "costs": costs}
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ class AWQ:
     """The format to protect, and the search."""
 
     weight: Format = Format("int4", "group", 128, "int")  # what the Quantize pass behind it rounds to
-    clip: bool = True  # whether that pass searches clips, so that the search sees the same rounding
+    clip: bool = False  # whether that pass searches clips: the search must see the same rounding
     steps: int = 20  # exponents tried, from 0
     norms: bool = True  # scale inputs made by a norm, by way of its gain
     rows: bool = True  # scale also inputs made by linear rows (after a gate, after attention)

@@ -22,12 +22,13 @@ from torch import Tensor, fx
 
 from qcompile.attention_flow import products
 from qcompile.calibrate import CalibrationError, Statistics
+from qcompile.divergence import divergence
 from qcompile.formats import Format
 from qcompile.passes.quantize import BEFORE, SitePlan
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
-from qcompile.straight_through import divergence, round_through
+from qcompile.straight_through import round_through
 
 ops = torch.ops.qcompile
 

@@ -22,6 +22,7 @@ from rich.progress import track
 from torch import Tensor, fx
 
 from qcompile.calibrate import CalibrationError, Statistics
+from qcompile.divergence import divergence
 from qcompile.formats import Format
 from qcompile.hadamard import apply_hadamard, factor, random_signs, rotation
 from qcompile.norms import find_norms
@@ -34,7 +35,7 @@ from qcompile.report import PassReport
 from qcompile.rotation_flow import rotation_flows
 from qcompile.scale_flow import groups_of_readers
 from qcompile.sites import find_sites
-from qcompile.straight_through import divergence, round_through
+from qcompile.straight_through import round_through
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def _experts(program: Program, walk: Walk, wanted: Wanted, choose: Choose) -> QT
     def rows_of(expert: int) -> Iterator[Tensor]:
         if site.batched:
             yield from (x[expert] for x in walk.see(site.input))
-        for x, last in zip(walk.see(site.input), ends, strict=False):
+            return
+        for x, last in zip(walk.see(site.input), ends, strict=True):
             yield x[int(last[expert - 1]) if expert else 0 : int(last[expert])]
 
     for expert, weight in enumerate(matrix_of(program, site).float().split(site.N)):

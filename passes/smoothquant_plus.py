@@ -33,6 +33,7 @@ class SmoothQuantPlus:
     """The format that the search rounds to, and the grid of alpha."""
 
     weight: Format = Format("int4", "group", 128, "int")
+    clip: bool = False  # whether the Quantize pass behind it searches clips: the search sees the same rounding
     step: float = 0.1  # of alpha; the paper's is 0.05
     batches: int = 4  # of the calibration data, for the loss
 
@@ -87,7 +88,12 @@ def loss_of(
     candidate = program.copy()
     if alpha is not None:
         smooth(candidate, Smooth(alpha=alpha), seen)
-    quantize(candidate, Quantize(how.weight, None, output=how.weight), seen, dataclasses.replace(plan, corrected=False))
+    quantize(
+        candidate,
+        Quantize(how.weight, None, output=how.weight, clip=how.clip),
+        seen,
+        dataclasses.replace(plan, corrected=False),
+    )
     candidate.cleanup()
     total = 0.0
     for batch, values in zip(data, want, strict=True):

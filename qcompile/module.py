@@ -12,8 +12,8 @@ import qcompile.ops  # noqa: F401  registers torch.ops.qcompile
 from qcompile.formats import Format, dequantize_codes, load_codes
 from qcompile.packing import packed_columns
 
-FACTORS = ("low_in", "low_in_scale", "low_out", "low_out_scale")
-PARTS = ("codes", "scale", "zero", "group_scale", "bias", "signs", *FACTORS)
+_FACTORS = ("low_in", "low_in_scale", "low_out", "low_out_scale")
+PARTS = ("codes", "scale", "zero", "group_scale", "bias", "signs", *_FACTORS)
 _FLOAT32 = ("scale", "zero", "signs", "low_in_scale", "low_out_scale")
 
 

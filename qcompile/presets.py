@@ -96,14 +96,14 @@ PRESETS: dict[str, Recipe] = {
             "w4a16-awq",
             "AWQ scales (arXiv:2306.00978), then w4a16; needs calibration",
             Untie(),
-            AWQ(),
+            AWQ(clip=True),
             Quantize(Format.parse("int4/group128/zero"), None, clip=True),
         ),
         _recipe(
             "w4a16-smooth",
             "SmoothQuant+ (arXiv:2312.03788): one searched alpha, then w4a16; needs calibration",
             Untie(),
-            SmoothQuantPlus(),
+            SmoothQuantPlus(clip=True),
             Quantize(Format.parse("int4/group128/zero"), None, clip=True),
         ),
         _recipe(
@@ -244,7 +244,7 @@ PRESETS: dict[str, Recipe] = {
         ),
         _recipe(
             "kv4-centered",
-            "the best 4-bit cache here: mean keys taken out (arXiv:2410.02367), then turned; first tokens float",
+            "a 4-bit cache of keys without their mean (arXiv:2410.02367), turned; the first four tokens float",
             QuantizeKV(4, hadamard=True, intact=4, center=True),
         ),
         _recipe(

@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from qcompile.divergence import divergence
 from qcompile.formats import Format
 from qcompile.program import Program
 from qcompile.recipe import Recipe, Rule
@@ -99,7 +100,7 @@ def sensitivity(
             total = 0.0
             for index, (x, want) in enumerate(zip(inputs, wanted, strict=True)):
                 got = walk.finish(index, site.node, _product(program, site, x, q.dequantize(x.dtype), kind))
-                total += measure(want, (got[0] if isinstance(got, (tuple, list)) else got))
+                total += max(float(measure(want, got[0] if isinstance(got, (tuple, list)) else got)), 0.0)
             found.append(Damage(site.name, kind, q.nbytes, total / len(batches)))
     return found
 
@@ -111,18 +112,9 @@ def _product(program: Program, site: Site, x: Tensor, weight: Tensor, kind: Kind
     return torch.nn.functional.linear(x, weight, None if bias is None else program.weights[bias])
 
 
-def divergence(want: Tensor, got: Tensor) -> float:
-    """Mean KL(want || got) over all tokens of logits [.., V], nats, in pieces of 512 tokens."""
-    total, rows = 0.0, want.numel() // want.shape[-1]
-    for p, q in zip(want.flatten(0, -2).split(512), got.flatten(0, -2).split(512), strict=True):
-        a, b = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        total += float((a.exp() * (a - b)).sum())
-    return max(total / rows, 0.0)
-
-
-def squared_error(want: Tensor, got: Tensor) -> float:
+def squared_error(want: Tensor, got: Tensor) -> Tensor:
     """|got - want|^2 / |want|^2."""
-    return float((got - want).float().square().sum() / want.float().square().sum().clamp_min(1e-30))
+    return (got - want).float().square().sum() / want.float().square().sum().clamp_min(1e-30)
 
 
 def mix(damages: Sequence[Damage], *, nbytes: int | None = None, kl: float | None = None) -> dict[str, Kind]:

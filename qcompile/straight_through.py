@@ -28,9 +28,3 @@ def round_through(x: Tensor, form: Format) -> Tensor:
     """The numbers that x [.., K] is rounded to, in its dtype; the gradient is that of the identity."""
     out: Tensor = _Round.apply(x, form)
     return out
-
-
-def divergence(want: Tensor, got: Tensor) -> Tensor:
-    """Mean KL(want || got) of logits [.., V], nats."""
-    target, found = want.float().log_softmax(-1), got.float().log_softmax(-1)
-    return (target.exp() * (target - found)).sum(-1).mean()

@@ -161,8 +161,9 @@ def test_batched_products(how, tmp_path):
             matrices = [m.t() if turned else m for m in getattr(rounded, name)]
             near = torch.stack([quantize_tensor(m, INT4).dequantize() for m in matrices])
             assert torch.allclose(getattr(model, name), near.transpose(1, 2) if turned else near, atol=1e-6)
-    for rows in (3, 40):  # the number of rows is free
-        fused = capture(model, (x,), {})
+    fused, _ = run(program, Recipe("q", (how, Fuse())), batches=lambda: [[x]], example=[x])
+    assert sum(n.target is torch.ops.qcompile.qexperts.default for n in fused.graph.nodes) == 2
+    for rows in (3, 40):  # traced with 40: the number of rows is free
         y = torch.randn(2, rows, 64)
         assert relative_error(fused(y)[:1], [model(y)]) < 1e-5
     qcompile.save(model, tmp_path / "m")

@@ -8,6 +8,7 @@ from zoo import build, example
 
 import qcompile
 from qcompile.calibrate import CalibrationError
+from qcompile.divergence import divergence
 from qcompile.formats import Format
 from qcompile.kv_cache import KVCache
 from qcompile.passes import (
@@ -22,7 +23,6 @@ from qcompile.passes import (
     Untie,
 )
 from qcompile.recipe import Recipe, RecipeError
-from qcompile.straight_through import divergence
 from qcompile.verify import relative_error
 
 PREFIX = (1, 7, 9)
