@@ -67,10 +67,11 @@ def capture(
                 "Make the named line traceable, or use torch.compile(model, backend='qcompile'), "
                 "which compiles each sub-graph on its own."
             ) from error
-    return _from_exported(exported, module)
+    return from_exported(exported, module)
 
 
-def _from_exported(exported: torch.export.ExportedProgram, module: nn.Module) -> Program:
+def from_exported(exported: torch.export.ExportedProgram, module: nn.Module) -> Program:
+    """The Program of what torch.export made of a module; its weights are the module's own tensors."""
     spec = exported.graph_signature
     named: dict[str, str] = {**spec.inputs_to_parameters, **spec.inputs_to_buffers}
     own = dict(module.named_parameters(remove_duplicate=False))

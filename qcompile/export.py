@@ -25,6 +25,7 @@ def export_onnx(
     *,
     example: Any = None,
     tokenizer: Any = None,
+    accuracy_level: int = 4,
     progress: bool = True,
 ) -> Report:
     """Write `folder` with model.onnx, its weights, the tokenizer and a report.
@@ -34,7 +35,8 @@ def export_onnx(
         folder: must not exist, or be empty. recipe: quantize a copy first; None exports as it is.
         batches: calibration data for the recipe. example: inputs to trace an encoder with.
         tokenizer: saved beside the model, so that `qcompile generate FOLDER` can run.
-        progress: show bars.
+        accuracy_level: how MatMulNBits multiplies: 4 rounds activations to int8 in blocks, as ONNX Runtime's
+            tools do by default; 1 keeps float32 and is slower. progress: show bars.
 
     Raises:
         ValueError: bad recipe, a site without an ONNX form, a folder that is not empty, or an
@@ -55,9 +57,11 @@ def export_onnx(
         elif not any(isinstance(m, QuantLinear) for m in model.modules()):
             report = Report("float")
         with detached(model) as prefix:
-            difference = export_module(model, work, example=example, tokenizer=tokenizer)
+            done = export_module(model, work, example=example, tokenizer=tokenizer, accuracy_level=accuracy_level)
         if prefix is not None:
             save_file(prefix.state_dict(), str(work / PREFIX_FILE))
-        report.numbers["onnx relative error"] = difference
+        report.passes.append(done.rewritten)
+        report.numbers["onnx relative error"] = done.error
+        report.numbers["onnx relative error as run"] = done.as_run
         report.write(work / "qcompile.json")
     return report

@@ -183,13 +183,13 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "w4a8-lorc",
             "INT4 weights, INT8 activations and LoRC (ZeroQuant-V2, arXiv:2303.08302), data-free",
-            Quantize(Format.parse("int4/group128"), Format("int8")),
+            Quantize(Format.parse("int4/group128"), Format("int8"), clip=True),
             LoRC(),
         ),
         _recipe(
             "fp4-fp8",
             "ZeroQuant-FP (arXiv:2307.09782): e2m1 weights, scales a power of two apart, e4m3 activations, LoRC",
-            Quantize(Format.parse("fp4/group128/m2"), Format("fp8")),
+            Quantize(Format.parse("fp4/group128/m2"), Format("fp8"), clip=True),
             LoRC(),
         ),
         _recipe(

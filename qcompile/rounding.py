@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def _range(groups: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 def _scale(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
     scale = high / format.reach if format.zero == "none" else (high - low) / format.qmax
-    scale = torch.where(scale > _TINY, scale, torch.ones_like(scale))
+    scale = torch.where(scale.abs() > _TINY, scale, torch.ones_like(scale))
     if format.zero == "none":
         return scale, None
     zero = -low / scale
@@ -107,24 +109,33 @@ def level_grid(q: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor
 
 
 def _clip(groups: Tensor, low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """For each group the shrink in 1.00, 0.99 .. 0.80 with the least sum |e|^2.4 (GPTQ's mse=True)."""
+    """For each group the shrink in 1.00, 0.99 .. 0.80 with the least sum |e|^2.4 (GPTQ's mse=True).
+
+    A symmetric format has one code more below zero than above. Each shrink is also tried with the extreme
+    on that code, which makes the scale negative where the extreme is positive (as Q4_0 of GGUF does).
+    """
+    uneven = format.zero == "none" and not format.is_float and -format.qmin > format.qmax and format.bits < 8
     rows = groups.flatten(0, -3) if groups.ndim > 2 else groups[None]
     lows, highs = low.reshape(rows.shape[:-1]).clone(), high.reshape(rows.shape[:-1]).clone()
     step = max(1, 2**18 // max(1, rows[0].numel()))  # what a core holds near it
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
         low0, high0 = lows[start : start + step].clone(), highs[start : start + step].clone()
+        ranges = [(low0, high0)]
+        if uneven:
+            extreme = part.gather(-1, part.abs().argmax(-1, keepdim=True))[..., 0] * format.qmax / format.qmin
+            ranges.append((-extreme, extreme))
         best = torch.full_like(low0, torch.inf)
-        for shrink in range(21):
-            keep = 1 - shrink / 100
-            scale, zero = _scale(low0 * keep, high0 * keep, format)
+        for shrink, (bottom, top) in itertools.product(range(21), ranges):
+            tried = bottom * (1 - shrink / 100), top * (1 - shrink / 100)
+            scale, zero = _scale(*tried, format)
             z = None if zero is None else zero[..., None]
             codes = encode(part, scale[..., None], z, format)
             error = (decode(codes, scale[..., None], z, format) - part).abs_().pow_(2.4).sum(-1)
             better = error < best
             best = torch.where(better, error, best)
-            lows[start : start + step][better] = (low0 * keep)[better]
-            highs[start : start + step][better] = (high0 * keep)[better]
+            lows[start : start + step][better] = tried[0][better]
+            highs[start : start + step][better] = tried[1][better]
     return lows.reshape(low.shape), highs.reshape(high.shape)
 
 

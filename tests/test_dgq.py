@@ -36,6 +36,18 @@ def test_the_protective_range_is_119(most, safe):
     assert (int(ends.max()) <= 127 and int(ends.min()) >= -128) == safe
 
 
+def test_codes_of_every_range_stay_int8():
+    """Nearest, over rows whose groups cover all ranges up to the row's peak on either side."""
+    low = -torch.arange(128.0)[:, None].expand(-1, 128) / 127
+    high = torch.arange(128.0)[None].expand(128, -1) / 127
+    for sign in (1.0, -1.0):  # the first group sets the row's scale
+        rows = torch.zeros(128 * 128, 32)
+        rows[:, 0], rows[:, 16], rows[:, 17] = sign, low.flatten(), high.flatten()
+        q = quantize_tensor(rows, DUAL)
+        inner = (q.codes.int() - spread(q.zero, DUAL, 32).int()) * spread(q.group_scale, DUAL, 32).int()
+        assert int(inner.max()) <= 127 and int(inner.min()) >= -128
+
+
 def problem(seed, rows=6, columns=40):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(100, columns, generator=generator) * torch.rand(columns, generator=generator) ** 2 * 5

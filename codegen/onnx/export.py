@@ -1,5 +1,6 @@
 """Export a module that holds quantized linears to an ONNX folder, and prove it by running it.
 
+trace -> Program -> rewrite (rewrite.py) -> torch.onnx with our translations -> ONNX Runtime against the module.
 A decoder is traced with its key/value cache as plain tensors: inputs `input_ids [batch, sequence]`,
 `attention_mask [batch, past + sequence]`, `past_key_values.i.key/value`; outputs `logits` and
 `present.i.key/value`. The number and the shape of the caches are read from one eager call.
@@ -11,17 +12,24 @@ import contextlib
 import copy
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qcompile.codegen.onnx.linear import NoOnnxForm, OnnxLinear, refusal
+from qcompile.capture import from_exported
+from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, refusal
+from qcompile.codegen.onnx.rewrite import rewrite
+from qcompile.codegen.onnx.tables import Shared
 from qcompile.codegen.onnx.translate import table
 from qcompile.module import QuantLinear, RotatedLinear
+from qcompile.program import WEIGHT, Program, copy_graph
+from qcompile.report import PassReport
 
 MODEL = "model.onnx"
 
@@ -30,20 +38,37 @@ class ExportMismatch(ValueError):
     """The exported model does not compute what the module does; the text holds the error."""
 
 
-def export_module(model: nn.Module, folder: Path, *, example: Any = None, tokenizer: Any = None) -> float:
+@dataclass(frozen=True)
+class Exported:
+    """What came out.
+
+    Attributes:
+        error: the largest relative difference (of norms) to the module, computed in float.
+        as_run: the same with the accuracy level that the file asks for.
+        rewritten: what became operators of ONNX Runtime, and what did not and why.
+    """
+
+    error: float
+    as_run: float
+    rewritten: PassReport
+
+
+def export_module(
+    model: nn.Module, folder: Path, *, example: Any = None, tokenizer: Any = None, accuracy_level: int = 4
+) -> Exported:
     """Write model.onnx (+ model.onnx.data) into an existing folder.
 
     Args:
         model: float32 or castable; left as it is. folder: where to write.
         example: keyword arguments of a module without a cache; None for a causal LM.
         tokenizer: saved beside the model.
-
-    Returns:
-        The largest relative difference (of norms) between ONNX Runtime and the module over the checked calls.
+        accuracy_level: of MatMulNBits: 4 rounds activations to int8 in blocks while multiplying, 1 does not.
 
     Raises:
         NoOnnxForm: formats without an operator (before any work). ExportMismatch: wrong results.
     """
+    if accuracy_level not in (1, 4):
+        raise NoOnnxForm(f"accuracy_level {accuracy_level}: 1 multiplies in float32, 4 in int8")
     check_forms(model)
     if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
         model = copy.deepcopy(model).float()
@@ -53,25 +78,71 @@ def export_module(model: nn.Module, folder: Path, *, example: Any = None, tokeni
         exported = torch.export.export(
             wrapper, wrapper.arguments(), dynamic_shapes=wrapper.dynamic_shapes(), strict=False
         )
-        program = torch.onnx.export(
-            exported,
+        program = from_exported(exported, wrapper)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", 4096) if example is None else None
+    rewritten, shared = rewrite(program, positions)
+    with torch.no_grad(), _quiet():
+        graph = torch.onnx.export(
+            torch.export.export(
+                as_module(program),
+                tuple(wrapper.flat(wrapper.arguments())),
+                dynamic_shapes=tuple(wrapper.flat_shapes()),
+                strict=False,
+            ),
             dynamo=True,
             opset_version=21,
             input_names=wrapper.input_names,
             output_names=wrapper.output_names,
-            custom_translation_table=table(),
+            custom_translation_table=table(1),
             optimize=True,
             verbose=False,
         )
-        assert program is not None
-        _name_dimensions(program.model, wrapper)
-        program.save(str(folder / MODEL), external_data=True)
-    with torch.no_grad():  # the quantized linears are back: the file is compared with them
-        error = _prove(folder / MODEL, wrapper)
+        assert graph is not None
+        _name_dimensions(graph.model, wrapper)
+        graph.save(str(folder / MODEL), external_data=True)
+    with torch.no_grad(), _holding(wrapper, shared), _numbers(wrapper):  # the quantized linears are back
+        checks = wrapper.checks()
+    # A value on the edge of a rounding step may fall to either side: one int8 step, not a wrong law.
+    rounded = any(isinstance(m, QuantLinear) and m.act is not None for m in wrapper.modules())
+    error = as_run = _prove(folder / MODEL, wrapper, checks, 5e-2 if rounded else 1e-3)
+    if accuracy_level != 1:
+        set_accuracy_level(folder / MODEL, accuracy_level)
+        as_run = _prove(folder / MODEL, wrapper, checks, math.inf)  # how much, not whether: it rounds on purpose
     for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
         if hasattr(part, "save_pretrained"):
             part.save_pretrained(str(folder))
-    return error
+    return Exported(error, as_run, rewritten)
+
+
+def as_module(program: Program) -> nn.Module:
+    """The program as a module of its inputs, its weights as buffers of their own names."""
+    module = copy_graph(program.graph_module)
+    for index, node in enumerate(list(module.graph.find_nodes(op="placeholder"))):
+        name = node.meta.get(WEIGHT)
+        if name is None:
+            continue
+        buffer = "w_" + "".join(c if c.isalnum() else "_" for c in name)
+        buffer = buffer if not hasattr(module, buffer) else f"{buffer}_{index}"
+        module.register_buffer(buffer, program.weights[name])
+        with module.graph.inserting_before(node):
+            held = module.graph.get_attr(buffer)
+        held.meta = dict(node.meta)
+        node.replace_all_uses_with(held)
+        module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def set_accuracy_level(path: Path, level: int) -> None:
+    """Rewrite the accuracy_level of every MatMulNBits of a file; its external data stays."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = level
+    onnx.save(model, str(path))
 
 
 def check_forms(model: nn.Module) -> None:
@@ -86,6 +157,13 @@ def check_forms(model: nn.Module) -> None:
         raise NoOnnxForm(
             f"{len(bad)} sites have no ONNX form:\n{lines}\nUse int8, w8a16, w4a16 or w4a8, or a rule that keeps them."
         )
+
+
+Check = tuple[tuple[Any, ...], list[Tensor]]  # arguments, and what the module makes of them
+
+
+def _check(module: nn.Module, arguments: tuple[Any, ...]) -> Check:
+    return arguments, torch.utils._pytree.tree_leaves(module(*arguments))
 
 
 class _WithCache(nn.Module):
@@ -130,18 +208,24 @@ class _WithCache(nn.Module):
         free = torch.export.Dim.DYNAMIC
         return {0: free, 1: free}, {0: free, 1: free}, [{0: free, 2: free} for _ in self.shapes]
 
-    def checks(self) -> list[tuple[Any, ...]]:
-        """Prefill from nothing, for one and two rows, and continuations of the cache that it leaves."""
-        found = [self.arguments(1, 7, 0), self.arguments(2, 4, 0)]
-        for rows, length in ((1, 1), (2, 3)):
-            ids, mask, _ = found[rows - 1]
-            cache = self.forward(*found[rows - 1])[1]
+    def checks(self) -> list[Check]:
+        """Prefill from nothing, for one and two rows, and continuations of the cache that it leaves.
+
+        Several tokens behind a cache are for one row only: GroupQueryAttention takes no more.
+        """
+        found = [_check(self, self.arguments(1, 7, 0)), _check(self, self.arguments(2, 4, 0))]
+        for rows, length in ((1, 1), (1, 3), (2, 1)):
+            (_, mask, _), (_, *cache) = found[rows - 1]
             more = self.arguments(rows, length, 0)[0]
-            found.append((more, torch.cat([mask, torch.ones_like(more)], dim=1), cache))
+            found.append(_check(self, (more, torch.cat([mask, torch.ones_like(more)], dim=1), cache)))
         return found
 
     def flat(self, arguments: tuple[Any, ...]) -> list[Tensor]:
         return [arguments[0], arguments[1], *arguments[2]]
+
+    def flat_shapes(self) -> list[Any]:
+        ids, mask, caches = self.dynamic_shapes()
+        return [ids, mask, *caches]
 
 
 class _Plain(nn.Module):
@@ -173,12 +257,15 @@ class _Plain(nn.Module):
         auto = torch.export.Dim.AUTO
         return (tuple({d: auto for d in named} for named in self.dimensions),)
 
-    def checks(self) -> list[tuple[Any, ...]]:
+    def checks(self) -> list[Check]:
         whole = self.arguments()
-        return [whole, tuple(v[:1] for v in whole)]
+        return [_check(self, whole), _check(self, tuple(v[:1] for v in whole))]
 
     def flat(self, arguments: tuple[Any, ...]) -> list[Tensor]:
         return list(arguments)
+
+    def flat_shapes(self) -> list[Any]:
+        return list(self.dynamic_shapes()[0])
 
 
 def _name_dimensions(model: Any, wrapper: Any) -> None:
@@ -194,24 +281,17 @@ def _name_dimensions(model: Any, wrapper: Any) -> None:
             value.shape = ir.Shape(sizes)
 
 
-def _prove(path: Path, wrapper: Any) -> float:
-    """Check the file, open it in ONNX Runtime and compare it with the module."""
-    import onnx
+def _prove(path: Path, wrapper: Any, checks: list[Check], tolerance: float) -> float:
+    """Open the file in ONNX Runtime and compare it with the module."""
     import onnxruntime
 
-    onnx.checker.check_model(str(path))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     worst = 0.0
-    rounded = any(isinstance(m, QuantLinear) and m.act is not None for m in wrapper.modules())
-    # A value on the edge of a rounding step may fall to either side: one int8 step, not a wrong law.
-    tolerance = 5e-2 if rounded else 1e-3
-    for arguments in wrapper.checks():
+    for arguments, want in checks:
         feeds = {n: t.numpy() for n, t in zip(wrapper.input_names, wrapper.flat(arguments), strict=True)}
-        got = session.run(None, feeds)
-        want = torch.utils._pytree.tree_leaves(wrapper(*arguments))
-        for name, mine, theirs in zip(wrapper.output_names, got, want, strict=True):
+        for name, mine, theirs in zip(wrapper.output_names, session.run(None, feeds), want, strict=True):
             reference = theirs.float()
             difference = torch.from_numpy(mine).float() - reference
             error = float(difference.norm()) / max(float(reference.norm()), 1e-6)
@@ -234,13 +314,46 @@ def _onnx_linears(model: nn.Module) -> Iterator[None]:
             if isinstance(module, QuantLinear):
                 model.set_submodule(path, OnnxLinear(module))
             else:
-                from qcompile.codegen.onnx.linear import _Hadamard
-
-                model.set_submodule(path, nn.Sequential(_Hadamard(module.signs), module.inner))
+                model.set_submodule(path, nn.Sequential(Hadamard(module.signs), module.inner))
         yield
     finally:
         for path, module in found:
             model.set_submodule(path, module)
+
+
+@contextlib.contextmanager
+def _numbers(module: nn.Module) -> Iterator[None]:
+    """The module with its codes turned into numbers once, not in each call: where only weights are quantized."""
+    found = [
+        (path, m)
+        for path, m in module.named_modules()
+        if isinstance(m, QuantLinear) and m.act is None and m.signs is None and not m.factors(torch.float32)
+    ]
+    try:
+        for path, source in found:
+            linear = nn.Linear(source.in_features, source.out_features, source.bias is not None, device="meta")
+            linear.weight = nn.Parameter(source.weight, requires_grad=False)
+            if source.bias is not None:
+                linear.bias = nn.Parameter(source.bias.float(), requires_grad=False)
+            module.set_submodule(path, linear)
+        yield
+    finally:
+        for path, source in found:
+            module.set_submodule(path, source)
+
+
+@contextlib.contextmanager
+def _holding(module: nn.Module, shared: list[Shared]) -> Iterator[None]:
+    """The module with the tables of its embeddings as the file has them: rounded."""
+    tables = [(module.get_parameter(table.name), table.numbers) for table in shared]
+    before = [parameter.data for parameter, _ in tables]
+    try:
+        for parameter, numbers in tables:
+            parameter.data = numbers
+        yield
+    finally:
+        for (parameter, _), data in zip(tables, before, strict=True):
+            parameter.data = data
 
 
 @contextlib.contextmanager

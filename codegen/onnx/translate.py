@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,69 +12,150 @@ import torch
 from onnxscript import opset21 as op
 from onnxscript.values import Opset
 
-import qcompile.codegen.onnx.linear  # noqa: F401  registers the operators
+import qcompile.codegen.onnx.operators  # noqa: F401  registers the operators
 
 _DOMAIN = "com.microsoft"
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+
+# ONNX ships no schemas of ONNX Runtime's own domain; the tracer needs names and arity of these.
+# operator -> (inputs, outputs, attributes); a name with "?" may be left out.
+_SCHEMAS = {
+    "MatMulNBits": (
+        ["A", "B", "scales", "zero_points?", "g_idx?", "bias?"],
+        ["Y"],
+        dict(K="INT", N="INT", bits="INT", block_size="INT", accuracy_level="INT"),
+    ),
+    "GroupQueryAttention": (
+        ["query", "key?", "value?", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos?", "sin?"],
+        ["output", "present_key", "present_value"],
+        dict(num_heads="INT", kv_num_heads="INT", scale="FLOAT", local_window_size="INT", do_rotary="INT",
+             rotary_interleaved="INT"),
+    ),
+    "SkipSimplifiedLayerNormalization": (
+        ["input", "skip", "gamma"],
+        ["output", "mean?", "inv_std_var?", "input_skip_bias_sum"],
+        dict(epsilon="FLOAT"),
+    ),
+    "SimplifiedLayerNormalization": (["X", "scale"], ["Y"], dict(axis="INT", epsilon="FLOAT", stash_type="INT")),
+    "GatherBlockQuantized": (
+        ["data", "indices", "scales", "zero_points?"],
+        ["output"],
+        dict(bits="INT", block_size="INT", gather_axis="INT", quantize_axis="INT"),
+    ),
+    "QuickGelu": (["X"], ["Y"], dict(alpha="FLOAT")),
+}  # fmt: skip
 
 
-def _declare_matmul_nbits() -> None:
-    """ONNX ships no schemas of ONNX Runtime's own domain; the tracer needs this one."""
-    if onnx.defs.has("MatMulNBits", _DOMAIN):
+def _declare(name: str, domain: str) -> None:
+    if onnx.defs.has(name, domain):
         return
-    schema = onnx.defs.OpSchema
-    numbers = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-    optional = schema.FormalParameterOption.Optional
+    schema, (inputs, outputs, attributes) = onnx.defs.OpSchema, _SCHEMAS[name]
+    optional, single = schema.FormalParameterOption.Optional, schema.FormalParameterOption.Single
+
+    def formal(names: list[str], kind: str) -> list[Any]:
+        return [
+            schema.FormalParameter(n.rstrip("?"), f"{kind}{i}", param_option=optional if n.endswith("?") else single)
+            for i, n in enumerate(names)
+        ]
+
+    every = [*_FLOATS, "tensor(uint8)", "tensor(int8)", "tensor(int32)", "tensor(int64)"]
+    constraints = [(f"I{i}", every, "") for i in range(len(inputs))] + [
+        (f"O{i}", every, "") for i in range(len(outputs))
+    ]
+    kinds = [schema.Attribute(n, getattr(schema.AttrType, k), required=False) for n, k in attributes.items()]
     onnx.defs.register_schema(
-        schema(
-            "MatMulNBits",
-            _DOMAIN,
-            1,
-            inputs=[
-                schema.FormalParameter("A", "T1"),
-                schema.FormalParameter("B", "T2"),
-                schema.FormalParameter("scales", "T1"),
-                schema.FormalParameter("zero_points", "T3", param_option=optional),
-            ],
-            outputs=[schema.FormalParameter("Y", "T1")],
-            type_constraints=[
-                ("T1", numbers, "float"),
-                ("T2", ["tensor(uint8)"], "packed codes"),
-                ("T3", ["tensor(uint8)", *numbers], "packed or float zero points"),
-            ],
-            attributes=[
-                schema.Attribute(name, onnx.defs.OpSchema.AttrType.INT, required=required)
-                for name, required in (
-                    ("K", True),
-                    ("N", True),
-                    ("bits", False),
-                    ("block_size", True),
-                    ("accuracy_level", False),
-                )
-            ],
-        )
+        schema(name, domain, 1, inputs=formal(inputs, "I"), outputs=formal(outputs, "O"),
+               type_constraints=constraints, attributes=kinds)
+    )  # fmt: skip
+
+
+@functools.cache
+def _microsoft(name: str, domain: str = _DOMAIN) -> Any:
+    _declare(name, domain)
+    return getattr(Opset(domain, 1), name)
+
+
+def _nbits_linear(
+    level: int, x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, k: int, bits: int, block: int
+) -> Any:
+    n = codes.shape[0]
+    return _microsoft("MatMulNBits")(
+        x, codes, scales, zeros, None, bias, K=k, N=n, bits=bits, block_size=block, accuracy_level=level
     )
 
 
-def _matmul_nbits(x: Any, codes: Any, scales: Any, zeros: Any, n: int, k: int, bits: int, block: int) -> Any:
-    _declare_matmul_nbits()
-    microsoft = Opset(_DOMAIN, 1)
-    # accuracy_level 1 is float32 compute: levels that quantize x by blocks would change the meaning.
-    return microsoft.MatMulNBits(x, codes, scales, zeros, K=k, N=n, bits=bits, block_size=block, accuracy_level=1)
+def _int8_linear(x: Any, weight: Any, scale: Any, bias: Any, per_row: bool) -> Any:
+    peak = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]), keepdims=1) if per_row else op.ReduceMax(op.Abs(x))
+    step = op.Mul(peak, _number(1 / 127, np.float32))
+    step = op.Where(op.Greater(step, _number(1e-30, np.float32)), step, _number(1, np.float32))
+    codes = op.Add(op.Round(op.Div(x, step)), _number(128, np.float32))
+    codes = op.Cast(op.Clip(codes, _number(0, np.float32), _number(255, np.float32)), to=onnx.TensorProto.UINT8)
+    sums = op.MatMulInteger(codes, weight, _number(128, np.uint8), _number(0, np.int8))
+    out = op.Mul(op.Mul(op.Cast(sums, to=onnx.TensorProto.FLOAT), step), scale)
+    return out if bias is None else op.Add(out, bias)
 
 
-def _matmul_integer(x: Any, weight: Any) -> Any:
-    return op.MatMulInteger(
-        x, weight, op.Constant(value=_scalar(128, np.uint8)), op.Constant(value=_scalar(0, np.int8))
+def _group_attention(
+    query: Any, key: Any, value: Any, past_key: Any, past_value: Any, last: Any, total: Any, cos: Any, sin: Any,
+    heads: int, scale: float, window: int, interleaved: bool,
+) -> Any:  # fmt: skip
+    return _microsoft("GroupQueryAttention")(
+        query, key, value, past_key, past_value, last, total, cos, sin, num_heads=heads,
+        kv_num_heads=past_key.shape[1], scale=scale, local_window_size=window, do_rotary=int(cos is not None),
+        rotary_interleaved=int(interleaved),
+    )  # fmt: skip
+
+
+def _lengths(mask: Any) -> Any:
+    last = op.Sub(op.ReduceSum(mask, op.Constant(value_ints=[1]), keepdims=0), op.Constant(value_int=1))
+    total = op.Shape(mask, start=1, end=2)
+    return op.Cast(last, to=onnx.TensorProto.INT32), op.Cast(total, to=onnx.TensorProto.INT32)
+
+
+def _rms_norm(x: Any, gain: Any, eps: float) -> Any:
+    # ONNX Runtime registers this one in the standard domain.
+    return _microsoft("SimplifiedLayerNormalization", "")(x, gain, axis=-1, epsilon=eps, stash_type=1)
+
+
+def _skip_rms_norm(x: Any, skip: Any, gain: Any, eps: float) -> Any:
+    out, _, _, total = _microsoft("SkipSimplifiedLayerNormalization")(x, skip, gain, epsilon=eps)
+    return out, total
+
+
+def _gather_nbits(ids: Any, codes: Any, scales: Any, zeros: Any, k: int, bits: int, block: int) -> Any:
+    rows, blocks, _ = codes.shape
+    flat = op.Reshape(codes, op.Constant(value_ints=[rows, -1]))
+    numbers = _microsoft("GatherBlockQuantized")(
+        flat, ids, scales, zeros, bits=bits, block_size=block, gather_axis=0, quantize_axis=1
     )
+    if blocks * block == k:
+        return numbers
+    ends = [op.Constant(value_ints=[n]) for n in (0, k, -1)]
+    return op.Slice(numbers, *ends)
 
 
-def _scalar(value: int, dtype: Any) -> Any:
-    return onnx.numpy_helper.from_array(np.array(value, dtype=dtype))
+def _silu(x: Any) -> Any:
+    return _microsoft("QuickGelu")(x, alpha=1.0)  # x sigmoid(alpha x)
 
 
-def table() -> dict[Any, Callable[..., Any]]:
-    """Operator -> translation."""
+def _number(value: float, dtype: Any) -> Any:
+    return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype=dtype)))
+
+
+def table(level: int) -> dict[Any, Callable[..., Any]]:
+    """Operator -> translation; `level` is MatMulNBits' accuracy_level: 1 computes in float32, 4 in int8."""
+    ops = torch.ops.qcompile_onnx
+
+    def nbits_linear(x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, k: int, bits: int, block: int) -> Any:
+        return _nbits_linear(level, x, codes, scales, zeros, bias, k, bits, block)
+
     return {
-        torch.ops.qcompile_onnx.matmul_nbits.default: _matmul_nbits,
-        torch.ops.qcompile_onnx.matmul_integer.default: _matmul_integer,
+        ops.nbits_linear.default: nbits_linear,
+        ops.int8_linear.default: _int8_linear,
+        ops.group_attention.default: _group_attention,
+        ops.lengths.default: _lengths,
+        ops.rms_norm.default: _rms_norm,
+        ops.skip_rms_norm.default: _skip_rms_norm,
+        ops.gather_nbits.default: _gather_nbits,
+        torch.ops.aten.silu.default: _silu,
     }

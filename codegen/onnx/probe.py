@@ -1,0 +1,138 @@
+"""What parts of a graph compute, found by computing them.
+
+A rotary embedding, a mask or a head layout can be spelled in many ways. Rather than match spellings,
+the part between two nodes is run on probes (unit vectors, channel numbers) and what comes out is
+compared with what an operator computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.program import Program
+
+aten = torch.ops.aten
+
+_LAYOUTS = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.clone.default, aten.flatten.using_ints,
+    aten.unflatten.int, aten._to_copy.default, aten.to.dtype, aten.contiguous.default,
+}  # fmt: skip
+_CHANNELWISE = _LAYOUTS | {
+    aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.select.int,
+    aten.cat.default, aten.stack.default, aten.neg.default, aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor,
+    torch.ops.aten.index_select.default,
+}  # fmt: skip
+
+
+class Unknown(ValueError):
+    """A value that the given ones do not determine."""
+
+
+def evaluate(program: Program, node: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
+    """The value of a node from some others' and the weights.
+
+    Raises:
+        Unknown: it needs an input that is not given.
+    """
+    values: dict[fx.Node, Any] = dict(given)
+    stack = [node]
+    with torch.no_grad():
+        while stack:
+            top = stack[-1]
+            if top in values:
+                stack.pop()
+                continue
+            missing = [n for n in top.all_input_nodes if n not in values]
+            if missing:
+                stack.extend(missing)
+                continue
+            values[top] = _compute(program, top, values)
+    return values[node]
+
+
+def _compute(program: Program, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    if node.op == "placeholder":
+        name = program.weight_name(node)
+        if name is None:
+            raise Unknown(node.name)
+        return program.weights[name]
+    if node.op == "get_attr":
+        return getattr(program.graph_module, str(node.target))
+    args = fx.node.map_arg(node.args, lambda n: values[n])
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
+    return node.target(*args, **kwargs)
+
+
+def token_values(program: Program) -> set[fx.Node]:
+    """Nodes whose numbers depend on the tokens or the cache, not only on their count."""
+    found: set[fx.Node] = set()
+    masks = {n for n in program.inputs if n.name == "attention_mask"}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if program.weight_name(node) is None and node not in masks:
+                found.add(node)
+        elif isinstance(node.meta.get("val"), (torch.SymInt, int)) or node.target in _SHAPE_ONLY:
+            continue
+        elif any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+_SHAPE_ONLY = {aten.new_ones.default, aten.new_zeros.default, aten.ones_like.default, aten.zeros_like.default}
+
+
+def origin(node: fx.Node, tokens: set[fx.Node]) -> fx.Node:
+    """The last value that all of `node` is made of, going back through layouts and position-wise factors.
+
+    Between lie only operations that are linear in the channels of one position: a rotary embedding's
+    products with tables (which have a dimension of positions), sums of such, and layouts.
+    """
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    frontier, single = {node}, node
+    while True:
+        latest = max(frontier, key=lambda n: order[n])
+        before = [n for n in latest.all_input_nodes if n in tokens]
+        tables = [n for n in latest.all_input_nodes if n not in tokens]
+        is_item = getattr(latest.target, "__name__", "") == "getitem"
+        if not before or not (latest.target in _CHANNELWISE or is_item) or not all(map(_of_positions, tables)):
+            return single
+        if latest.target is aten.mul.Tensor and len(before) == 2:  # a gate: not linear
+            return single
+        frontier = (frontier - {latest}) | set(before)
+        if len(frontier) == 1:
+            single = next(iter(frontier))
+
+
+def _of_positions(node: fx.Node) -> bool:
+    """Sizes, and tables with a row for each position."""
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) or value.ndim == 0 or any(not isinstance(d, int) for d in value.shape)
+
+
+def through_layouts(node: fx.Node) -> fx.Node:
+    """Back to the value whose layout `node` is."""
+    while node.op == "call_function" and node.target in _LAYOUTS:
+        node = node.args[0]
+    return node
+
+
+def hint(size: Any) -> int:
+    """The number that a free size had in the example."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def channels(node: fx.Node) -> list[int]:
+    """The fixed sizes of a value: heads and channels, not rows and tokens."""
+    return [d for d in node.meta["val"].shape if isinstance(d, int)]
+
+
+def filled(node: fx.Node, numbers: Tensor) -> Tensor:
+    """A value of `node`'s shape in the example whose fixed dimensions hold `numbers`, in row-major order."""
+    shape = node.meta["val"].shape
+    rows = numbers.reshape([d if isinstance(d, int) else 1 for d in shape])
+    return rows.expand([hint(d) for d in shape]).contiguous()

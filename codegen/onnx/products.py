@@ -1,0 +1,125 @@
+"""Products of one value with several weights as one product: q, k, v of an attention, gate and up.
+
+A product is `nbits_linear`, `int8_linear` or a float linear with weights of the program. Each row of its
+weight (codes, scales, zero points, bias) makes one channel, so rows may be chosen, put in another order
+and joined with those of another product of the same format that reads the same value.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.program import Program
+
+aten = torch.ops.aten
+ops = torch.ops.qcompile_onnx
+
+# operator -> (places of its weights, which axis of each holds the rows, place of the bias)
+_WEIGHTS = {
+    ops.nbits_linear.default: ((1, 2, 3), (0, 0, 0), 4),
+    ops.int8_linear.default: ((1, 2), (1, 0), 3),
+    aten.linear.default: ((1,), (0,), 2),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some channels of a product: all of them in order if rows is None."""
+
+    product: fx.Node
+    rows: Tensor | None
+
+
+def is_product(program: Program, node: fx.Node) -> bool:
+    """Whether a node is a product whose weights can be put together with others'."""
+    known = _WEIGHTS.get(node.target)
+    if known is None:
+        return False
+    places, _, bias = known
+    weights = [node.args[p] for p in places] + list(node.args[bias : bias + 1])
+    return all(w is None or program.weight_name(w) is not None for w in weights)
+
+
+def width(program: Program, node: fx.Node) -> int:
+    """The number of channels that a product makes."""
+    size = node.meta["val"].shape[-1]
+    assert isinstance(size, int)
+    return size
+
+
+def can_join(program: Program, nodes: list[fx.Node]) -> bool:
+    """Whether products read one value in one format."""
+    first = nodes[0]
+    if not all(is_product(program, n) and n.target is first.target and n.args[0] is first.args[0] for n in nodes):
+        return False
+    places, _, bias = _WEIGHTS[first.target]
+
+    def kinds(node: fx.Node) -> list[object]:
+        weights = [program.weights.get(program.weight_name(node.args[p]) or "") for p in places]
+        return [getattr(w, "dtype", None) for w in weights] + list(node.args[bias + 1 :])
+
+    return all(kinds(n) == kinds(first) for n in nodes)
+
+
+def join(program: Program, parts: list[Part], before: fx.Node, name: str) -> fx.Node:
+    """One product that makes the channels of all parts, one after another."""
+    first = parts[0].product
+    places, axes, bias_at = _WEIGHTS[first.target]
+    args = list(first.args)
+
+    def weights_at(place: int, axis: int) -> list[Tensor]:
+        found = []
+        for part in parts:
+            tensor = program.weights[program.weight_name(part.product.args[place]) or ""]
+            found.append(tensor if part.rows is None else tensor.index_select(axis, part.rows))
+        return found
+
+    for place, axis in zip(places, axes, strict=True):
+        if args[place] is not None:
+            args[place] = program.add_weight(f"{name}.{place}", torch.cat(weights_at(place, axis), axis).contiguous())
+    biases = [part.product.args[bias_at] if len(part.product.args) > bias_at else None for part in parts]
+    if any(b is not None for b in biases):
+        found = []
+        for part, bias in zip(parts, biases, strict=True):
+            rows = torch.arange(width(program, part.product)) if part.rows is None else part.rows
+            stored = (
+                torch.zeros(width(program, part.product)) if bias is None else program.weights[_name(program, bias)]
+            )
+            found.append(stored[rows])
+        weight = program.add_weight(f"{name}.bias", torch.cat(found))
+        args = [*args[:bias_at], weight, *args[bias_at + 1 :]]
+    return program.insert(first.target, args, before=before)
+
+
+def _name(program: Program, node: object) -> str:
+    name = program.weight_name(node)
+    assert name is not None
+    return name
+
+
+def join_siblings(program: Program) -> int:
+    """Join all products that read one value and can be joined; returns how many products went away."""
+    by_input: dict[object, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and is_product(program, node):
+            by_input.setdefault((node.args[0], node.target), []).append(node)
+    gone = 0
+    for nodes in by_input.values():
+        if len(nodes) < 2 or not can_join(program, nodes):
+            continue
+        whole = join(program, [Part(n, None) for n in nodes], nodes[0], f"joined_{nodes[0].name}")
+        sizes = [width(program, n) for n in nodes]
+        pieces = program.insert(aten.split_with_sizes.default, (whole, sizes, -1), after=whole)
+        place = pieces
+        for index, node in enumerate(nodes):
+            with program.graph.inserting_after(place):
+                place = program.graph.call_function(operator.getitem, (pieces, index))
+            place.meta["val"] = pieces.meta["val"][index]
+            node.replace_all_uses_with(place)
+        gone += len(nodes) - 1
+    program.cleanup()
+    return gone

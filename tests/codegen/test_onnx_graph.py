@@ -1,0 +1,201 @@
+"""What a graph is rewritten to for ONNX Runtime: attentions found by probing, joined products, shared tables."""
+
+from __future__ import annotations
+
+import collections
+
+import onnx
+import pytest
+import torch
+from torch import nn
+from zoo import build, example
+
+import qcompile
+from qcompile.capture import from_exported
+from qcompile.codegen.onnx import attention as attentions
+from qcompile.codegen.onnx.attention import CachedAttention, find_attentions
+from qcompile.codegen.onnx.export import _WithCache
+from qcompile.codegen.onnx.operators import causal, rotate
+from qcompile.codegen.onnx.rewrite import rewrite
+from qcompile.formats import Format
+from qcompile.passes import Fuse, Quantize, Untie
+from qcompile.recipe import Recipe
+from qcompile.rotation_flow import Obstacle
+from qcompile.verify import relative_error
+
+LENGTH = 64  # of the zoo's rotary tables
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "mixtral"]
+
+
+def traced(model):
+    wrapper = _WithCache(model)
+    exported = torch.export.export(wrapper, wrapper.arguments(), dynamic_shapes=wrapper.dynamic_shapes(), strict=False)
+    return from_exported(exported, wrapper), wrapper
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_attentions_are_found_and_compute_the_same(name):
+    model = build(name)
+    program, wrapper = traced(model)
+    found = find_attentions(program, LENGTH)
+    assert len(found) == 2 and all(isinstance(a, CachedAttention) for a in found)
+    before = {arguments: program(*wrapper.flat(arguments)) for arguments, _ in map(_keyed, wrapper.checks())}
+    report, _ = rewrite(program, LENGTH)
+    fused = program.graph.find_nodes(op="call_function", target=torch.ops.qcompile_onnx.group_attention.default)
+    assert len(fused) == (0 if name == "gpt_neox" else 2)  # it turns 4 channels, the kernel takes 16
+    assert len(report.left) == (2 if name == "gpt_neox" else 0)
+    for arguments, want in before.items():
+        assert relative_error(program(*wrapper.flat(arguments)), want) < 1e-5
+
+
+class _Arguments(tuple):
+    def __hash__(self):
+        return id(self)
+
+
+def _keyed(check):
+    return _Arguments(check[0]), check[1]
+
+
+def test_what_is_known_of_an_attention():
+    program, _ = traced(build("phi3"))  # one product makes queries, keys and values
+    found = find_attentions(program, LENGTH)[0]
+    assert found.queries.source is found.keys.source is found.values.source
+    assert found.queries.rows.tolist() == list(range(64))
+    assert found.keys.rows.tolist() == list(range(64, 96)) and found.values.rows.tolist() == list(range(96, 128))
+    assert found.heads == 4 and found.scale == pytest.approx(0.25) and found.window == -1
+    model = build("phi3")
+    positions = torch.arange(LENGTH)[None]
+    cos, sin = model.model.rotary_emb(torch.zeros(1, LENGTH, 64), positions)
+    assert torch.allclose(found.rotary.cos, cos[0, :, :8], atol=1e-6)
+    assert torch.allclose(found.rotary.sin, sin[0, :, :8], atol=1e-6)
+    assert not found.rotary.interleaved
+
+
+def test_a_window_is_measured():
+    import transformers as tf
+    from zoo import SIZES
+
+    torch.manual_seed(0)
+    model = tf.MistralForCausalLM(tf.MistralConfig(sliding_window=5, **SIZES)).eval()
+    found = find_attentions(traced(model)[0], LENGTH)
+    assert [a.window for a in found] == [5, 5]
+
+
+@pytest.mark.parametrize("window", [-1, 3])
+def test_the_mask_of_the_operator(window):
+    seen = causal(4, 3, window)
+    for new in range(3):
+        for token in range(7):
+            behind = 4 + new - token
+            assert bool(seen[new, token]) == (behind >= 0 and (window < 0 or behind < window))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_rotary_embedding_of_the_operator_turns_pairs(interleaved):
+    angle = torch.rand(5, 4) * 3
+    x = torch.randn(2, 5, 12)
+    turned = rotate(x, angle.cos(), angle.sin(), interleaved)
+    assert torch.equal(turned[..., 8:], x[..., 8:])
+    for pair in range(4):
+        i, j = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + 4)
+        number = torch.complex(x[..., i], x[..., j]) * torch.polar(torch.ones(5), angle[:, pair])
+        assert torch.allclose(turned[..., i], number.real, atol=1e-5)
+        assert torch.allclose(turned[..., j], number.imag, atol=1e-5)
+
+
+def test_a_mask_with_a_bias_is_left(monkeypatch):
+    import transformers as tf
+
+    torch.manual_seed(0)
+    model = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=128, hidden_size=64, n_layer=1, n_head=4)).eval()
+    program, wrapper = traced(model)
+    want = program(*wrapper.flat(wrapper.arguments()))
+    report, _ = rewrite(program, LENGTH)
+    assert not program.graph.find_nodes(op="call_function", target=torch.ops.qcompile_onnx.group_attention.default)
+    assert relative_error(program(*wrapper.flat(wrapper.arguments())), want) < 1e-5
+
+
+def test_a_table_that_grows_with_the_text_is_an_obstacle():
+    model = build("llama")
+
+    class Growing(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x, position_ids):
+            cos, sin = self.inner(x, position_ids * 8 / (position_ids.max() + 1))
+            return cos, sin
+
+    model.model.rotary_emb = Growing(model.model.rotary_emb)
+    found = find_attentions(traced(model)[0], LENGTH)
+    assert all(isinstance(a, Obstacle) and "length of the text" in a.reason for a in found)
+
+
+def nodes(folder):
+    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+    return graph, collections.Counter(n.op_type for n in graph.node)
+
+
+def test_the_graph_of_a_decoder(tmp_path):
+    """Golden: what one layer costs in operators."""
+    small = Quantize(Format.parse("int4/group32"), None, output=Format.parse("int4/group32"), clip=True)
+    model = build("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = qcompile.export_onnx(model, tmp_path / "m", Recipe("small", (Untie(), small, Fuse())), progress=False)
+    graph, counts = nodes(tmp_path / "m")
+    assert counts["MatMulNBits"] == 2 * 4 + 1 and counts["GroupQueryAttention"] == 2
+    assert counts["SkipSimplifiedLayerNormalization"] == 4 and counts["SimplifiedLayerNormalization"] == 1
+    assert counts["GatherBlockQuantized"] == 1 and counts["QuickGelu"] == 2 and counts["Split"] == 2
+    assert sum(counts.values()) <= 28
+    levels = {a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "accuracy_level"}
+    assert levels == {4}
+    table = next(n for n in graph.node if n.op_type == "GatherBlockQuantized")
+    logits = next(n for n in graph.node if "logits" in n.output)
+    assert table.input[2] == logits.input[2]  # one table of scales, and behind a Reshape one of codes
+    assert next(n for n in graph.node if table.input[0] in n.output).input[0] == logits.input[1]
+    assert report.numbers["onnx relative error"] < 1e-5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_float_products_are_joined_too(tmp_path):
+    qcompile.export_onnx(build("qwen2"), tmp_path / "m", progress=False)  # biases on queries, keys, values
+    _, counts = nodes(tmp_path / "m")
+    assert counts["MatMul"] + counts["Gemm"] == 2 * 4 + 1
+
+
+def test_accuracy_level(tmp_path):
+    model = build("llama")
+    one = qcompile.export_onnx(model, tmp_path / "1", "w4a16", accuracy_level=1, progress=False)
+    four = qcompile.export_onnx(model, tmp_path / "4", "w4a16", progress=False)
+    assert one.numbers["onnx relative error as run"] == one.numbers["onnx relative error"] < 1e-5
+    assert 1e-4 < four.numbers["onnx relative error as run"] < 0.1
+    with pytest.raises(ValueError, match="accuracy_level 2"):
+        qcompile.export_onnx(model, tmp_path / "2", accuracy_level=2)
+
+
+@pytest.mark.parametrize("flaw", ["rows", "scale", "window", "sin"])
+def test_a_wrong_attention_is_not_exported(flaw, tmp_path, monkeypatch):
+    real = attentions._Recogniser.result
+
+    def wrong(self):
+        import dataclasses
+
+        found = real(self)
+        if flaw == "rows":
+            return dataclasses.replace(found, keys=dataclasses.replace(found.keys, rows=found.keys.rows.flip(0)))
+        if flaw == "scale":
+            return dataclasses.replace(found, scale=found.scale * 2)
+        if flaw == "window":
+            return dataclasses.replace(found, window=2)
+        return dataclasses.replace(found, rotary=dataclasses.replace(found.rotary, sin=-found.rotary.sin))
+
+    monkeypatch.setattr(attentions._Recogniser, "result", wrong)
+    with pytest.raises(qcompile.codegen.onnx.export.ExportMismatch):
+        qcompile.export_onnx(build("llama"), tmp_path / "m", progress=False)
+
+
+def test_an_encoder_has_no_cache(tmp_path):
+    qcompile.export_onnx(build("bert"), tmp_path / "m", "w4a16", example=example("bert"), progress=False)
+    assert nodes(tmp_path / "m")[1]["GroupQueryAttention"] == 0
