@@ -12,7 +12,7 @@ import qcompile
 from qcompile.capture import capture
 from qcompile.expert_stack import QuantStack
 from qcompile.formats import Format
-from qcompile.passes import GPTQ, HQQ, FineQuant, Fuse, Quantize
+from qcompile.passes import GPTQ, HQQ, FineQuant, Fuse, Quantize, Untie
 from qcompile.passes.quantize import matrix_of
 from qcompile.pipeline import run
 from qcompile.recipe import Recipe, Rule
@@ -170,6 +170,20 @@ def test_batched_products(how, tmp_path):
     assert torch.equal(qcompile.load(tmp_path / "m", Batched())(x), model(x))
     compiled = torch.compile(copy.deepcopy(model), backend="qcompile", options={"recipe": "float"})
     assert relative_error([compiled(x)], [model(x)]) < 1e-4
+
+
+def test_rows_of_an_expert_begin_where_the_last_ones_end(monkeypatch):
+    """The Hessians of a stack are those of each expert's own rows: together they are all rows', once."""
+    import sys
+
+    sequential, seen = sys.modules["qcompile.passes.sequential"], []
+    monkeypatch.setattr(sequential, "gram", lambda x, real=sequential.gram: (seen.append(len(x)), real(x))[1])
+    model = build("mixtral")
+    passes = (Untie(), GPTQ(INT4, None, output=None), Fuse())
+    qcompile.quantize(model, Recipe("q", passes), [example("mixtral")], progress=False)
+    tokens = example("mixtral")["input_ids"].numel()
+    stacks = [seen[i : i + 4] for i in range(len(seen) - 3) if sum(seen[i : i + 4]) == 2 * tokens]
+    assert len(stacks) >= 4, seen  # two stacks of four experts in each of two layers; a token meets two experts
 
 
 def test_gptq_sees_the_rows_of_each_expert():

@@ -49,6 +49,13 @@ def test_without_quantization_nothing_changes(name):
     assert relative_error([logits(model, use_cache=False)], [want]) < 2e-5
 
 
+def test_a_text_that_leaves_the_prefix_at_its_last_token_is_another_text():
+    model = build("llama")
+    qcompile.quantize(model, Recipe("exact", (Untie(), IntactKV(PREFIX))), [example("llama")], progress=False)
+    ids = torch.tensor([[*PREFIX[:-1], PREFIX[-1] + 1, 11, 12]])
+    assert relative_error([logits(model, ids)], [logits(build("llama"), ids)]) < 2e-5
+
+
 def test_the_prefix_is_the_float_models_and_the_rest_gets_better():
     total = [0.0, 0.0]
     for seed in range(6):

@@ -58,6 +58,6 @@ def _rounding_of(program: Program, table: Tensor, product: fx.Node) -> Tensor | 
     if tuple(table.shape) != (codes.shape[0], k) or (zeros is not None and zeros.is_floating_point()):
         return None
     numbers = blocks_to_numbers(codes, scales, zeros, bits, block)[:, :k]
-    step = scales.repeat_interleave(block, 1)[:, :k]
+    step = scales.abs().repeat_interleave(block, 1)[:, :k]
     far = (numbers - table).abs() > _STEP * step
     return numbers if float(far.float().mean()) <= _CLIPPED else None

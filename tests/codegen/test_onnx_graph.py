@@ -153,8 +153,7 @@ def test_the_graph_of_a_decoder(tmp_path):
     assert levels == {4}
     table = next(n for n in graph.node if n.op_type == "GatherBlockQuantized")
     logits = next(n for n in graph.node if "logits" in n.output)
-    assert table.input[2] == logits.input[2]  # one table of scales, and behind a Reshape one of codes
-    assert next(n for n in graph.node if table.input[0] in n.output).input[0] == logits.input[1]
+    assert table.input[2] == logits.input[2]  # one table of scales; the codes of a larger one lie behind a Reshape
     assert report.numbers["onnx relative error"] < 1e-5
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
