@@ -198,3 +198,19 @@ def test_nonsense_is_refused(text):
 def test_nan_is_refused(bad):
     with pytest.raises(ValueError, match="NaN or Inf"):
         quantize_tensor(torch.tensor([[1.0, bad]]), Format("int8"))
+
+
+@given(st.integers(0, 999), st.sampled_from(["int4/group32", "int3/group32", "int8/group32"]))
+def test_a_clip_search_may_put_the_extreme_on_the_code_below_zero(seed, form):
+    """Symmetric codes reach -8 but only 7: the searched scale may be negative; never worse than max / 7."""
+    form = Format.parse(form)
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed))
+    x[0, 0] = 4.0  # alone, on the side of seven codes
+    plain, searched = quantize_tensor(x, form), quantize_tensor(x, form, clip=True)
+
+    def cost(q):
+        return (q.dequantize() - x).abs().pow(2.4).unflatten(-1, (2, 32)).sum(-1)
+
+    assert bool((cost(searched) <= cost(plain) * (1 + 1e-5)).all())
+    assert int(searched.codes.min()) >= form.qmin and int(searched.codes.max()) <= form.qmax
+    assert bool((searched.scale < 0).any()) == (form.bits < 8)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.capture import from_exported
+from qcompile.codegen.onnx.genai import write_genai_config
 from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, refusal
 from qcompile.codegen.onnx.rewrite import rewrite
 from qcompile.codegen.onnx.tables import Shared
@@ -108,10 +109,32 @@ def export_module(
     if accuracy_level != 1:
         set_accuracy_level(folder / MODEL, accuracy_level)
         as_run = _prove(folder / MODEL, wrapper, checks, math.inf)  # how much, not whether: it rounds on purpose
+    if isinstance(wrapper, _WithCache):
+        _describe(wrapper, program, folder, positions or 0)
     for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
         if hasattr(part, "save_pretrained"):
             part.save_pretrained(str(folder))
     return Exported(error, as_run, rewritten)
+
+
+def _describe(wrapper: _WithCache, program: Program, folder: Path, positions: int) -> None:
+    """Write genai_config.json.
+
+    A cache in a buffer of the greatest length, extended in place, has no length of its own any more: only where
+    nothing but the attentions looks at it can it be one.
+    """
+    groups, size = wrapper.shapes[0]
+    attentions = program.graph.find_nodes(op="call_function", target=torch.ops.qcompile_onnx.group_attention.default)
+    readers = {user for cache in program.inputs[2:] for user in cache.users if user not in attentions}
+    in_place = all(user.target is torch.ops.aten.sym_size.int and user.args[1] != 2 for user in readers)
+    heads = {node.args[9] for node in attentions} or {groups}
+    logits = program.outputs[0].meta["val"].shape[-1]
+    hidden = wrapper.model.get_input_embeddings().embedding_dim
+    write_genai_config(
+        folder, getattr(wrapper.model, "config", None), getattr(wrapper.model, "generation_config", None),
+        layers=len(wrapper.shapes) // 2, heads=max(heads), groups=groups, size=size, vocabulary=int(logits),
+        hidden=hidden, positions=positions, in_place=in_place,
+    )  # fmt: skip
 
 
 def as_module(program: Program) -> nn.Module:

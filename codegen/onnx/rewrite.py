@@ -48,6 +48,7 @@ def rewrite(program: Program, positions: int | None) -> tuple[PassReport, list[S
                 _replace_attention(program, attention, tables, lengths, f"attention_{index}")
         report.notes.append(f"{len(report.done)} GroupQueryAttention")
         program.cleanup()
+        _lengths_of_the_mask(program)
     joined = join_siblings(program)
     norms = [norm.output.name for i, norm in enumerate(find_norms(program)) if _replace_norm(program, norm, i)]
     program.cleanup()
@@ -119,6 +120,28 @@ def _replace_attention(
         split = program.insert(aten.view.default, (out, [*sizes, a.heads, size]), before=a.node)
         a.node.replace_all_uses_with(program.insert(aten.transpose.int, (split, 1, 2), before=a.node))
     program.graph.erase_node(a.node)  # it has a dropout: no clean-up would drop it
+
+
+def _lengths_of_the_mask(program: Program) -> None:
+    """The length of a cache, where something else than an attention asks for it, as mask less new tokens.
+
+    A runtime may hand over a longer buffer to extend in place; the mask has the length of the text.
+    """
+    ids, mask, *caches = program.inputs
+    asked = [
+        user
+        for cache in caches
+        for user in cache.users
+        if user.target is aten.sym_size.int and user.args[1] == 2 and user.users
+    ]
+    if asked:
+        start = program.placeholders[-1]
+        total = program.insert(aten.sym_size.int, (mask, 1), after=start)
+        new = program.insert(aten.sym_size.int, (ids, 1), after=total)
+        past = program.insert(operator.sub, (total, new), after=new)
+        for node in asked:
+            node.replace_all_uses_with(past)
+    program.cleanup()
 
 
 def _item(program: Program, node: fx.Node, index: int) -> fx.Node:

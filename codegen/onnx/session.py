@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor
+
+from qcompile.codegen.onnx.genai import FILE
 
 PREFIX_FILE = "prefix.safetensors"  # ids, logits, keys and values of a prefix (passes/intact_kv.py)
 
@@ -25,6 +28,8 @@ class Session:
 
         Raises:
             FolderError: no model.onnx, or a model without a cache.
+
+        `longest` is the number of tokens that the folder's tables reach; None if it does not say.
         """
         import onnxruntime
 
@@ -39,6 +44,10 @@ class Session:
         if not self.past:
             raise FolderError(f"{path} takes no cache: it is not a causal LM")
 
+        described = json.loads((Path(folder) / FILE).read_text())["model"] if (Path(folder) / FILE).is_file() else {}
+        self.longest: int | None = described.get("context_length")
+        size = described.get("decoder", {}).get("head_size")  # folders of other tools leave it free in the graph
+        self.shapes = [(i.shape[1], i.shape[3] if isinstance(i.shape[3], int) else size) for i in self.past]
         self.prefix: dict[str, np.ndarray] | None = None
         if (Path(folder) / PREFIX_FILE).is_file():
             self.prefix = load_file(str(Path(folder) / PREFIX_FILE))
@@ -63,8 +72,11 @@ class Session:
             return np.concatenate([first, logits], 1), grown
         batch = ids.shape[0]
         if cache is None:
-            cache = [np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32) for i in self.past]
-        mask = np.ones((batch, cache[0].shape[2] + ids.shape[1]), np.int64)
+            cache = [np.zeros((batch, groups, 0, size), np.float32) for groups, size in self.shapes]
+        total = cache[0].shape[2] + ids.shape[1]
+        if self.longest is not None and total > self.longest:
+            raise FolderError(f"a text of {total} tokens: the rotary tables of this folder end at {self.longest}")
+        mask = np.ones((batch, total), np.int64)
         feeds = {"input_ids": ids, "attention_mask": mask}
         feeds |= {i.name: value for i, value in zip(self.past, cache, strict=True)}
         logits, *grown = self.session.run(None, feeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -60,6 +61,44 @@ def test_decoder_generates_the_same(name, recipe, tmp_path):
     ids = torch.tensor([[5, 9, 17, 33]])
     want = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 4:].tolist()
     assert list(Session(tmp_path / "m").stream(ids, 12)) == want
+
+
+def test_a_text_beyond_the_tables_is_refused(tmp_path):
+    qcompile.export_onnx(build("llama"), tmp_path / "m", progress=False)
+    session = Session(tmp_path / "m")
+    ids = torch.randint(3, 128, (1, 64))
+    assert session(input_ids=ids).shape == (1, 64, 128)
+    with pytest.raises(FolderError, match="65 tokens: .* end at 64"):
+        session(input_ids=torch.cat([ids, ids[:, :1]], 1))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3", "gemma3", "falcon"])
+def test_runs_unchanged_in_onnxruntime_genai(name, tmp_path):
+    """One row and two, against `generate` of the quantized model."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = build(name)
+    with torch.no_grad():
+        for parameter in model.parameters():  # what layers add must outweigh the token, or it repeats for ever
+            if parameter.ndim == 2 and parameter is not model.get_input_embeddings().weight:
+                parameter.mul_(6)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    qcompile.quantize(model, "w4a16", [example(name)], progress=False)
+    qcompile.export_onnx(model, tmp_path / "m", accuracy_level=1, progress=False)
+    if tied:  # the file has one table for both, in codes
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(model.get_output_embeddings().weight)
+    for rows in ([[5, 9, 17, 33]], [[5, 9, 17, 33], [90, 8, 51, 70]]):
+        want = model.generate(
+            torch.tensor(rows), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        ).tolist()
+        assert len(set(want[0][4:])) > 2, "a text that says the same token for ever proves little"
+        parameters = genai.GeneratorParams(folder := genai.Model(str(tmp_path / "m")))
+        parameters.set_search_options(max_length=16, min_length=16, batch_size=len(rows))
+        generator = genai.Generator(folder, parameters)
+        generator.append_tokens(np.array(rows, dtype=np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        assert [[int(t) for t in generator.get_sequence(i)] for i in range(len(rows))] == want
 
 
 def test_encoder(tmp_path):
