@@ -7,6 +7,7 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- recipes NAME NAME .. -->      those recipes as the model is and on its rotated twin
     <!-- prefixes -->                  intact_kv.json
     <!-- costs -->                     quantize_cost.json
+    <!-- onnx -->                      onnx_cpu.json
 """
 
 from __future__ import annotations
@@ -66,7 +67,20 @@ def costs(_: str) -> str:
     return "\n".join([*lines, *(f"| `{r['recipe']}` | {r['seconds']:.1f} | {r['ratio']:.2f} |" for r in rows)])
 
 
-TABLES = {"table": accuracy, "recipes": chosen, "prefixes": prefixes, "costs": costs}
+def onnx(_: str) -> str:
+    """ONNX folders of ours and of onnxruntime-genai's builder."""
+    head = "| folder | prefill of 512, tokens/s | decode, tokens/s | MB | perplexity |"
+    return "\n".join(
+        [head, "|---|---|---|---|---|"]
+        + [
+            f"| {r['folder']} | {r['prefill']:.0f} | {r['decode']:.1f} | {r['megabytes']:.1f} "
+            f"| {number(r['perplexity'])} |"
+            for r in rows_of("onnx_cpu")
+        ]
+    )
+
+
+TABLES = {"table": accuracy, "recipes": chosen, "prefixes": prefixes, "costs": costs, "onnx": onnx}
 
 
 def main() -> None:

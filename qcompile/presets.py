@@ -37,6 +37,8 @@ def _recipe(name: str, source: str, *passes: object) -> Recipe:
     return Recipe(name, (*passes, *fuse), (), source)
 
 
+_SMALL = Format.parse("int4/group64/zero")
+
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -86,6 +88,16 @@ PRESETS: dict[str, Recipe] = {
             "w4a16",
             "weight-only int4, groups of 128, zero points, MSE clip; round to nearest",
             Quantize(Format.parse("int4/group128/zero"), None, clip=True),
+        ),
+        _recipe(
+            "int4-cpu",
+            "weight-only int4 everywhere, the logits too, groups of 64: what an ONNX folder for a CPU wants",
+            Quantize(_SMALL, None, output=_SMALL, clip=True),
+        ),
+        _recipe(
+            "int4-cpu-gptq",
+            "int4-cpu with its codes chosen by GPTQ (arXiv:2210.17323); needs calibration",
+            GPTQ(_SMALL, None, output=_SMALL, clip=True),
         ),
         _recipe(
             "w4a16-gptq",

@@ -76,6 +76,9 @@ def load_pretrained(name: str = "", dtype: torch.dtype = torch.float32) -> tuple
             raise ModelNotFound(
                 f"{name or path} could not be loaded: {first}. Give a local folder, a .gguf file or, online, a hub id."
             ) from error
+    if gguf:  # its numbers were widened while loading: a model like any other, which can be saved
+        model.hf_quantizer = None
+        model.config.__dict__.pop("quantization_config", None)
     return model.requires_grad_(False).eval(), tokenizer
 
 

@@ -28,6 +28,7 @@ from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, refus
 from qcompile.codegen.onnx.rewrite import rewrite
 from qcompile.codegen.onnx.tables import Shared
 from qcompile.codegen.onnx.translate import table
+from qcompile.expert_stack import QuantStack
 from qcompile.module import QuantLinear, RotatedLinear
 from qcompile.program import WEIGHT, Program, copy_graph
 from qcompile.report import PassReport
@@ -175,10 +176,16 @@ def check_forms(model: nn.Module) -> None:
         for path, module in model.named_modules()
         if isinstance(module, QuantLinear) and (reason := refusal(module)) is not None
     }
+    bad |= {
+        path: "a stack of experts: ONNX Runtime has no operator for its products"
+        for path, module in model.named_modules()
+        if isinstance(module, QuantStack)
+    }
     if bad:
         lines = "\n".join(f"  {path}: {reason}" for path, reason in list(bad.items())[:20])
         raise NoOnnxForm(
-            f"{len(bad)} sites have no ONNX form:\n{lines}\nUse int8, w8a16, w4a16 or w4a8, or a rule that keeps them."
+            f"{len(bad)} sites have no ONNX form:\n{lines}\n"
+            "Use int8, w8a16, w4a16 or w4a8, or a rule that keeps them in float."
         )
 
 

@@ -40,8 +40,19 @@ def quantize(
 
 
 @app.command("export-onnx")
-def export_onnx(model: Model, folder: Out, recipe: RecipeName = "w4a16", text: TextFile = None) -> None:
-    """Quantize MODEL and write an ONNX folder, checked against PyTorch before it appears."""
+def export_onnx(
+    model: Model,
+    folder: Out,
+    recipe: RecipeName = "int4-cpu",
+    text: TextFile = None,
+    accuracy_level: Annotated[
+        int, typer.Option(help="of int4 products: 4 rounds activations to int8 in blocks, 1 keeps float32, slower")
+    ] = 4,
+) -> None:
+    """Quantize MODEL and write an ONNX folder, checked against PyTorch before it appears.
+
+    The folder runs as it is in onnxruntime-genai, and by `qcompile generate FOLDER`.
+    """
     from qcompile.checkpoint import refuse_full
     from qcompile.export import export_onnx as write
 
@@ -49,7 +60,13 @@ def export_onnx(model: Model, folder: Out, recipe: RecipeName = "w4a16", text: T
     loaded, tokenizer = load(model)
     with console.status("exporting and comparing"):
         report = write(
-            loaded, folder, recipe, calibration_batches(recipe, tokenizer, text), tokenizer=tokenizer, progress=False
+            loaded,
+            folder,
+            recipe,
+            calibration_batches(recipe, tokenizer, text),
+            tokenizer=tokenizer,
+            accuracy_level=accuracy_level,
+            progress=False,
         )
     console.print(str(report), highlight=False)
     console.print(f"written to {folder}")

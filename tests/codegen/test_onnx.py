@@ -111,6 +111,8 @@ def test_refusals(tmp_path):
         qcompile.export_onnx(
             nn.Sequential(linear("fp8/row", "", 24), linear("int3/group32/zero", "", 24)), tmp_path / "m"
         )
+    with pytest.raises(NoOnnxForm, match="stack of experts"):
+        qcompile.export_onnx(build("mixtral"), tmp_path / "m", "w4a16", progress=False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").write_text("x")
     with pytest.raises(CheckpointError, match="not empty"):
