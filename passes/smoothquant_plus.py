@@ -90,7 +90,7 @@ def loss_of(
         smooth(candidate, Smooth(alpha=alpha), seen)
     quantize(
         candidate,
-        Quantize(how.weight, None, output=how.weight, clip=how.clip),
+        Quantize(how.weight, None, clip=how.clip),
         seen,
         dataclasses.replace(plan, corrected=False),
     )

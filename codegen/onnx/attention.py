@@ -11,6 +11,7 @@ What does not fit stays as it is, with the reason: `Obstacle(node, reason)`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ class _Recogniser:
         keys, values = self._cached(key), self._cached(value)
         queries, turn = self._projected(query, None)
         new_keys, turn = self._projected(keys[1], turn, rotary=True)
-        new_values, _ = self._projected(values[1], None)
+        new_values, _ = self._projected(values[1], None, rotary=True)
         if new_values.factor != 1 or new_keys.factor != 1:
             raise _Differs(self.node, "keys or values are multiplied by a constant")
         window = self._window()
@@ -131,11 +132,10 @@ class _Recogniser:
         return past, parts[1], join
 
     def _projected(self, node: fx.Node, turn: Rotary | None, rotary: bool = False) -> tuple[Heads, Rotary | None]:
-        """Where [B, H, S, D] comes from and how it is turned; with `rotary`, it must be turned as `turn`."""
+        """Where [B, H, S, D] comes from and how it is turned; with `rotary`, it must be as `turn` (None: not)."""
         source = origin(node, self.tokens)
-        count = torch.tensor(channels(source)).prod()
         start = self._example(past=0)
-        numbers = torch.arange(1.0, int(count) + 1)
+        numbers = torch.arange(1.0, math.prod(channels(source)) + 1)
         ones = evaluate(self.program, node, {**start, source: filled(source, torch.ones_like(numbers))})[0, :, 0]
         factor = float(ones.flatten()[0])
         found = evaluate(self.program, node, {**start, source: filled(source, numbers)})[0, :, 0] / factor
@@ -150,15 +150,16 @@ class _Recogniser:
                 same = torch.equal(here.cos, turn.cos) and torch.equal(here.sin, turn.sin)
                 same &= here.interleaved == turn.interleaved
             if not same:
-                raise _Differs(node, "keys are turned otherwise than queries")
+                raise _Differs(node, "turned otherwise than the queries, or a value that is turned")
         return heads, here
 
     def _turn(self, node: fx.Node, heads: Heads) -> Rotary | None:
         """The rotary embedding between source and node: None if there is none."""
-        matrix = torch.stack([self._respond(node, heads, d)[2] for d in range(self.size)])  # at position 7
+        units = torch.eye(self.size)
+        matrix = torch.stack([self._respond(node, heads, unit)[-1] for unit in units])  # at the last position
         off = (matrix - torch.diag(matrix.diagonal())).abs() > 1e-6
         if not off.any():
-            if not torch.allclose(matrix, torch.eye(self.size), atol=1e-5):
+            if not torch.allclose(matrix, units, atol=1e-5):
                 raise _Differs(node, "channels are scaled by position")
             return None
         partner = off[0].nonzero().flatten().tolist()
@@ -176,10 +177,9 @@ class _Recogniser:
             raise _Differs(node, "the rotary table depends on the length of the text")
         a, b = (long[:, 0:turned:2], long[:, 1:turned:2]) if interleaved else long[:, :turned].chunk(2, -1)
         found = Rotary(a.contiguous(), b.contiguous(), interleaved)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(int(torch.tensor(channels(heads.source)).prod()), generator=generator)
-        example = {**self._example(), heads.source: filled(heads.source, x)}
-        got = evaluate(self.program, node, example)[0] / heads.factor
+        x = torch.randn(math.prod(channels(heads.source)), generator=torch.Generator().manual_seed(0))
+        given = {**self._example(), heads.source: filled(heads.source, x)}
+        got = evaluate(self.program, node, given)[0] / heads.factor
         past, new = self._lengths()
         flat = x[heads.rows].reshape(-1, 1, self.size).expand(-1, new, -1)
         want = rotate(flat, found.cos[past : past + new], found.sin[past : past + new], interleaved)
@@ -187,29 +187,23 @@ class _Recogniser:
             raise _Differs(node, "turned in another way than a rotary embedding")
         return found
 
-    def _respond(self, node: fx.Node, heads: Heads, channel: Any, length: int | None = None) -> Tensor:
-        """Head 0 of node, [S, D], if head 0's source holds a unit vector (or a given one)."""
-        unit = torch.zeros(self.size)
-        if isinstance(channel, int):
-            unit[channel] = 1
-        else:
-            unit = channel
-        x = torch.zeros(int(torch.tensor(channels(heads.source)).prod()))
+    def _respond(self, node: fx.Node, heads: Heads, unit: Tensor, length: int | None = None) -> Tensor:
+        """Head 0 of node, [S, D], if `unit` [D] stands in head 0 of its source at every position.
+
+        `length` positions from 0 on in one row, or the example's.
+        """
+        x = torch.zeros(math.prod(channels(heads.source)))
         x[heads.rows[: self.size]] = unit
         if length is None:
-            return evaluate(self.program, node, {**self._example(), heads.source: filled(heads.source, x)})[0, 0] / (
-                heads.factor
-            )
-        example = self._example(rows=1, new=length, past=0)
-        shape = [d if isinstance(d, int) else -1 for d in heads.source.meta["val"].shape]
-        free = [i for i, d in enumerate(shape) if d == -1]
-        sizes = [1] * (len(free) - 1) + [length]  # rows, then tokens; or both in one
-        numbers = x.reshape([1 if d == -1 else d for d in shape])
-        for place, size in zip(free, sizes, strict=True):
-            shape[place] = size
-        return evaluate(self.program, node, {**example, heads.source: numbers.expand(shape).contiguous()})[0, 0] / (
-            heads.factor
-        )
+            given = {**self._example(), heads.source: filled(heads.source, x)}
+        else:
+            shape = [d if isinstance(d, int) else -1 for d in heads.source.meta["val"].shape]
+            numbers = x.reshape([1 if d == -1 else d for d in shape])
+            free = [i for i, d in enumerate(shape) if d == -1]
+            for place in free:  # rows and tokens, or both in one
+                shape[place] = length if place == free[-1] else 1
+            given = {**self._example(rows=1, new=length, past=0), heads.source: numbers.expand(shape).contiguous()}
+        return evaluate(self.program, node, given)[0, 0] / heads.factor
 
     def _window(self) -> int:
         """The window of the mask, -1 for none."""
@@ -220,9 +214,8 @@ class _Recogniser:
         seen = int(far[-1].sum())
         window = -1 if seen == self.positions else seen
         past, new = self._lengths()
-        for example in ((2, new, past), (1, 2, self.positions - 2), (2, 6, 0)):
-            rows, new, past = example
-            if not (self._allowed(mask, *example) == causal(past, new, window)).all():
+        for rows, length, before in ((2, new, past), (1, 2, self.positions - 2), (2, 6, 0)):
+            if not (self._allowed(mask, rows, length, before) == causal(before, length, window)).all():
                 raise _Differs(mask, "the mask is not causal")
         padded = torch.ones(2, 6, dtype=torch.long)
         padded[1, 4:] = 0
