@@ -26,6 +26,8 @@ from qcompile.row_flow import ATTENTION
 
 aten = torch.ops.aten
 
+_STRETCH = 2048  # positions of a rotary table that are probed at once
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -171,10 +173,12 @@ class _Recogniser:
             raise _Differs(node, f"channel 0 pairs with {partner[0]}, not with 1 or {turned // 2}")
         first = torch.zeros(self.size)
         first[0 : turned : 2 if interleaved else 1][: turned // 2] = 1
-        long = self._respond(node, heads, first, length=self.positions)
-        short = self._respond(node, heads, first, length=8)
-        if not torch.allclose(long[:8], short, atol=1e-5):
-            raise _Differs(node, "the rotary table depends on the length of the text")
+        starts = range(0, self.positions, _STRETCH)
+        parts = [self._respond(node, heads, first, (p, min(_STRETCH, self.positions - p))) for p in starts]
+        for start, part in zip(starts, parts, strict=True):
+            if not torch.allclose(part[:8], self._respond(node, heads, first, (start, min(8, len(part)))), atol=1e-5):
+                raise _Differs(node, "the rotary table depends on the length of the text")
+        long = torch.cat(parts)
         a, b = (long[:, 0:turned:2], long[:, 1:turned:2]) if interleaved else long[:, :turned].chunk(2, -1)
         found = Rotary(a.contiguous(), b.contiguous(), interleaved)
         x = torch.randn(math.prod(channels(heads.source)), generator=torch.Generator().manual_seed(0))
@@ -187,22 +191,23 @@ class _Recogniser:
             raise _Differs(node, "turned in another way than a rotary embedding")
         return found
 
-    def _respond(self, node: fx.Node, heads: Heads, unit: Tensor, length: int | None = None) -> Tensor:
+    def _respond(self, node: fx.Node, heads: Heads, unit: Tensor, at: tuple[int, int] | None = None) -> Tensor:
         """Head 0 of node, [S, D], if `unit` [D] stands in head 0 of its source at every position.
 
-        `length` positions from 0 on in one row, or the example's.
+        `at`: the first position and how many, in one row; or those of the example.
         """
         x = torch.zeros(math.prod(channels(heads.source)))
         x[heads.rows[: self.size]] = unit
-        if length is None:
+        if at is None:
             given = {**self._example(), heads.source: filled(heads.source, x)}
         else:
+            past, length = at
             shape = [d if isinstance(d, int) else -1 for d in heads.source.meta["val"].shape]
             numbers = x.reshape([1 if d == -1 else d for d in shape])
             free = [i for i, d in enumerate(shape) if d == -1]
             for place in free:  # rows and tokens, or both in one
                 shape[place] = length if place == free[-1] else 1
-            given = {**self._example(rows=1, new=length, past=0), heads.source: numbers.expand(shape).contiguous()}
+            given = {**self._example(1, length, past), heads.source: numbers.expand(shape).contiguous()}
         return evaluate(self.program, node, given)[0, 0] / heads.factor
 
     def _window(self) -> int:

@@ -57,7 +57,9 @@ def _keyed(check):
     return _Arguments(check[0]), check[1]
 
 
-def test_what_is_known_of_an_attention():
+@pytest.mark.parametrize("stretch", [24, 2048])
+def test_what_is_known_of_an_attention(stretch, monkeypatch):
+    monkeypatch.setattr(attentions, "_STRETCH", stretch)
     program, _ = traced(build("phi3"))  # one product makes queries, keys and values
     found = find_attentions(program, LENGTH)[0]
     assert found.queries.source is found.keys.source is found.values.source
