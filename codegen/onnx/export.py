@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qcompile.capture import from_exported
+from qcompile.codegen.onnx.calls import Plain, WithCache
 from qcompile.codegen.onnx.genai import write_genai_config
 from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, refusal
+from qcompile.codegen.onnx.proof import as_numbers, holding, prove
 from qcompile.codegen.onnx.rewrite import rewrite
-from qcompile.codegen.onnx.tables import Shared
 from qcompile.codegen.onnx.translate import table
 from qcompile.expert_stack import QuantStack
 from qcompile.module import QuantLinear, RotatedLinear
@@ -34,10 +35,6 @@ from qcompile.program import WEIGHT, Program, copy_graph
 from qcompile.report import PassReport
 
 MODEL = "model.onnx"
-
-
-class ExportMismatch(ValueError):
-    """The exported model does not compute what the module does; the text holds the error."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def export_module(
         model = copy.deepcopy(model).float()
     model.eval()
     with _onnx_linears(model), torch.no_grad(), _quiet():
-        wrapper = _WithCache(model) if example is None else _Plain(model, example)
+        wrapper = WithCache(model) if example is None else Plain(model, example)
         exported = torch.export.export(
             wrapper, wrapper.arguments(), dynamic_shapes=wrapper.dynamic_shapes(), strict=False
         )
@@ -102,15 +99,15 @@ def export_module(
         assert graph is not None
         _name_dimensions(graph.model, wrapper)
         graph.save(str(folder / MODEL), external_data=True)
-    with torch.no_grad(), _holding(wrapper, shared), _numbers(wrapper):  # the quantized linears are back
+    with torch.no_grad(), holding(wrapper, shared), as_numbers(wrapper):  # the quantized linears are back
         checks = wrapper.checks()
     # A value on the edge of a rounding step may fall to either side: one int8 step, not a wrong law.
     rounded = any(isinstance(m, QuantLinear) and m.act is not None for m in wrapper.modules())
-    error = as_run = _prove(folder / MODEL, wrapper, checks, 5e-2 if rounded else 1e-3)
+    error = as_run = prove(folder / MODEL, wrapper, checks, 5e-2 if rounded else 1e-3)
     if accuracy_level != 1:
         set_accuracy_level(folder / MODEL, accuracy_level)
-        as_run = _prove(folder / MODEL, wrapper, checks, math.inf)  # how much, not whether: it rounds on purpose
-    if isinstance(wrapper, _WithCache):
+        as_run = prove(folder / MODEL, wrapper, checks, math.inf)  # how much, not whether: it rounds on purpose
+    if isinstance(wrapper, WithCache):
         _describe(wrapper, program, folder, positions or 0)
     for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
         if hasattr(part, "save_pretrained"):
@@ -118,7 +115,7 @@ def export_module(
     return Exported(error, as_run, rewritten)
 
 
-def _describe(wrapper: _WithCache, program: Program, folder: Path, positions: int) -> None:
+def _describe(wrapper: WithCache, program: Program, folder: Path, positions: int) -> None:
     """Write genai_config.json.
 
     A cache in a buffer of the greatest length, extended in place, has no length of its own any more: only where
@@ -189,115 +186,6 @@ def check_forms(model: nn.Module) -> None:
         )
 
 
-Check = tuple[tuple[Any, ...], list[Tensor]]  # arguments, and what the module makes of them
-
-
-def _check(module: nn.Module, arguments: tuple[Any, ...]) -> Check:
-    return arguments, torch.utils._pytree.tree_leaves(module(*arguments))
-
-
-class _WithCache(nn.Module):
-    """A causal LM whose cache is a list of tensors."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        with torch.no_grad():
-            layers = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values.layers
-        self.shapes = [
-            (tuple(p.shape[1:2]) + tuple(p.shape[3:])) for layer in layers for p in (layer.keys, layer.values)
-        ]
-        names = [f"{i}.{part}" for i in range(len(layers)) for part in ("key", "value")]
-        self.input_names = ["input_ids", "attention_mask", *[f"past_key_values.{n}" for n in names]]
-        self.output_names = ["logits", *[f"present.{n}" for n in names]]
-        batch, past = "batch", "past_sequence"
-        self.dimensions = [{0: batch, 1: "sequence"}, {0: batch, 1: "total_sequence"}]
-        self.dimensions += [{0: batch, 2: past} for _ in self.shapes]
-        self.out_dimensions = [{0: batch, 1: "sequence"}] + [{0: batch, 2: "total_sequence"} for _ in self.shapes]
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for index in range(len(past) // 2):
-            cache.update(past[2 * index], past[2 * index + 1], index)
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-        return out.logits, [part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)]
-
-    def arguments(self, batch: int = 2, length: int = 3, past: int = 5) -> tuple[Any, ...]:
-        """Random inputs of given sizes."""
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
-        mask = torch.ones(batch, past + length, dtype=torch.long)
-        cache = [torch.randn(batch, h, past, d, generator=generator) for h, d in self.shapes]
-        return ids, mask, cache
-
-    def dynamic_shapes(self) -> tuple[Any, ...]:
-        """Batch, length and past are free."""
-        free = torch.export.Dim.DYNAMIC
-        return {0: free, 1: free}, {0: free, 1: free}, [{0: free, 2: free} for _ in self.shapes]
-
-    def checks(self) -> list[Check]:
-        """Prefill from nothing, for one and two rows, and continuations of the cache that it leaves.
-
-        Several tokens behind a cache are for one row only: GroupQueryAttention takes no more.
-        """
-        found = [_check(self, self.arguments(1, 7, 0)), _check(self, self.arguments(2, 4, 0))]
-        for rows, length in ((1, 1), (1, 3), (2, 1)):
-            (_, mask, _), (_, *cache) = found[rows - 1]
-            more = self.arguments(rows, length, 0)[0]
-            found.append(_check(self, (more, torch.cat([mask, torch.ones_like(more)], dim=1), cache)))
-        return found
-
-    def flat(self, arguments: tuple[Any, ...]) -> list[Tensor]:
-        return [arguments[0], arguments[1], *arguments[2]]
-
-    def flat_shapes(self) -> list[Any]:
-        ids, mask, caches = self.dynamic_shapes()
-        return [ids, mask, *caches]
-
-
-class _Plain(nn.Module):
-    """A module without a cache, called with keyword arguments."""
-
-    def __init__(self, model: nn.Module, example: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.example = dict(example) if isinstance(example, dict) else {"input": example}
-        self.keyword = isinstance(example, dict)
-        self.input_names = list(self.example)
-        with torch.no_grad():
-            outputs = self.forward(*self.example.values())
-        self.output_names = [f"output_{i}" if i else "output" for i in range(len(outputs))]
-        self.dimensions = [{0: "batch", 1: "sequence"} if v.ndim == 2 else {0: "batch"} for v in self.example.values()]
-        self.out_dimensions: list[dict[int, str]] = [{} for _ in outputs]
-
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        out = self.model(**dict(zip(self.example, values, strict=True))) if self.keyword else self.model(*values)
-        if isinstance(out, Tensor):
-            return (out,)
-        parts = out.to_tuple() if hasattr(out, "to_tuple") else tuple(out)
-        return tuple(p for p in parts if isinstance(p, Tensor))
-
-    def arguments(self) -> tuple[Any, ...]:
-        return tuple(torch.cat([v, v]) if v.shape[0] == 1 else v for v in self.example.values())
-
-    def dynamic_shapes(self) -> Any:
-        auto = torch.export.Dim.AUTO
-        return (tuple({d: auto for d in named} for named in self.dimensions),)
-
-    def checks(self) -> list[Check]:
-        whole = self.arguments()
-        return [_check(self, whole), _check(self, tuple(v[:1] for v in whole))]
-
-    def flat(self, arguments: tuple[Any, ...]) -> list[Tensor]:
-        return list(arguments)
-
-    def flat_shapes(self) -> list[Any]:
-        return list(self.dynamic_shapes()[0])
-
-
 def _name_dimensions(model: Any, wrapper: Any) -> None:
     """Give the free dimensions the names that ONNX tools expect."""
     import onnx_ir as ir
@@ -309,28 +197,6 @@ def _name_dimensions(model: Any, wrapper: Any) -> None:
                 continue
             sizes = [named.get(i, d) for i, d in enumerate(value.shape)]
             value.shape = ir.Shape(sizes)
-
-
-def _prove(path: Path, wrapper: Any, checks: list[Check], tolerance: float) -> float:
-    """Open the file in ONNX Runtime and compare it with the module."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    worst = 0.0
-    for arguments, want in checks:
-        feeds = {n: t.numpy() for n, t in zip(wrapper.input_names, wrapper.flat(arguments), strict=True)}
-        for name, mine, theirs in zip(wrapper.output_names, session.run(None, feeds), want, strict=True):
-            reference = theirs.float()
-            difference = torch.from_numpy(mine).float() - reference
-            error = float(difference.norm()) / max(float(reference.norm()), 1e-6)
-            if not error <= tolerance:
-                raise ExportMismatch(
-                    f"ONNX output {name} differs from the module by {error:.2e} (allowed {tolerance:.0e})"
-                )
-            worst = max(worst, error)
-    return worst
 
 
 @contextlib.contextmanager
@@ -349,41 +215,6 @@ def _onnx_linears(model: nn.Module) -> Iterator[None]:
     finally:
         for path, module in found:
             model.set_submodule(path, module)
-
-
-@contextlib.contextmanager
-def _numbers(module: nn.Module) -> Iterator[None]:
-    """The module with its codes turned into numbers once, not in each call: where only weights are quantized."""
-    found = [
-        (path, m)
-        for path, m in module.named_modules()
-        if isinstance(m, QuantLinear) and m.act is None and m.signs is None and not m.factors(torch.float32)
-    ]
-    try:
-        for path, source in found:
-            linear = nn.Linear(source.in_features, source.out_features, source.bias is not None, device="meta")
-            linear.weight = nn.Parameter(source.weight, requires_grad=False)
-            if source.bias is not None:
-                linear.bias = nn.Parameter(source.bias.float(), requires_grad=False)
-            module.set_submodule(path, linear)
-        yield
-    finally:
-        for path, source in found:
-            module.set_submodule(path, source)
-
-
-@contextlib.contextmanager
-def _holding(module: nn.Module, shared: list[Shared]) -> Iterator[None]:
-    """The module with the tables of its embeddings as the file has them: rounded."""
-    tables = [(module.get_parameter(table.name), table.numbers) for table in shared]
-    before = [parameter.data for parameter, _ in tables]
-    try:
-        for parameter, numbers in tables:
-            parameter.data = numbers
-        yield
-    finally:
-        for (parameter, _), data in zip(tables, before, strict=True):
-            parameter.data = data
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from zoo import build, example
 import qcompile
 import qcompile.codegen.onnx.linear
 from qcompile.checkpoint import CheckpointError
-from qcompile.codegen.onnx.export import ExportMismatch
 from qcompile.codegen.onnx.linear import NoOnnxForm, OnnxLinear
+from qcompile.codegen.onnx.proof import ExportMismatch
 from qcompile.codegen.onnx.session import FolderError, Session
 from qcompile.formats import Format
 from qcompile.hadamard import random_signs

@@ -14,8 +14,9 @@ import qcompile
 from qcompile.capture import from_exported
 from qcompile.codegen.onnx import attention as attentions
 from qcompile.codegen.onnx.attention import CachedAttention, find_attentions
-from qcompile.codegen.onnx.export import _WithCache
+from qcompile.codegen.onnx.calls import WithCache
 from qcompile.codegen.onnx.operators import causal, rotate
+from qcompile.codegen.onnx.proof import ExportMismatch
 from qcompile.codegen.onnx.rewrite import rewrite
 from qcompile.formats import Format
 from qcompile.passes import Fuse, Quantize, Untie
@@ -28,7 +29,7 @@ DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt2
 
 
 def traced(model):
-    wrapper = _WithCache(model)
+    wrapper = WithCache(model)
     exported = torch.export.export(wrapper, wrapper.arguments(), dynamic_shapes=wrapper.dynamic_shapes(), strict=False)
     return from_exported(exported, wrapper), wrapper
 
@@ -193,7 +194,7 @@ def test_a_wrong_attention_is_not_exported(flaw, tmp_path, monkeypatch):
         return dataclasses.replace(found, rotary=dataclasses.replace(found.rotary, sin=-found.rotary.sin))
 
     monkeypatch.setattr(attentions._Recogniser, "result", wrong)
-    with pytest.raises(qcompile.codegen.onnx.export.ExportMismatch):
+    with pytest.raises(ExportMismatch):
         qcompile.export_onnx(build("llama"), tmp_path / "m", progress=False)
 
 

@@ -1,0 +1,125 @@
+"""How an exported model is called: what it takes and gives by name, its free sizes, and calls to check it with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Check = tuple[tuple[Any, ...], list[Tensor]]  # arguments, and what the module makes of them
+
+
+def _check(module: nn.Module, arguments: tuple[Any, ...]) -> Check:
+    return arguments, torch.utils._pytree.tree_leaves(module(*arguments))
+
+
+class WithCache(nn.Module):
+    """A causal LM whose cache is a list of tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        with torch.no_grad():
+            layers = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values.layers
+        self.shapes = [
+            (tuple(p.shape[1:2]) + tuple(p.shape[3:])) for layer in layers for p in (layer.keys, layer.values)
+        ]
+        names = [f"{i}.{part}" for i in range(len(layers)) for part in ("key", "value")]
+        self.input_names = ["input_ids", "attention_mask", *[f"past_key_values.{n}" for n in names]]
+        self.output_names = ["logits", *[f"present.{n}" for n in names]]
+        batch, past = "batch", "past_sequence"
+        self.dimensions = [{0: batch, 1: "sequence"}, {0: batch, 1: "total_sequence"}]
+        self.dimensions += [{0: batch, 2: past} for _ in self.shapes]
+        self.out_dimensions = [{0: batch, 1: "sequence"}] + [{0: batch, 2: "total_sequence"} for _ in self.shapes]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the grown cache."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for index in range(len(past) // 2):
+            cache.update(past[2 * index], past[2 * index + 1], index)
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        return out.logits, [part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)]
+
+    def arguments(self, batch: int = 2, length: int = 3, past: int = 5) -> tuple[Any, ...]:
+        """Random inputs of given sizes."""
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
+        mask = torch.ones(batch, past + length, dtype=torch.long)
+        cache = [torch.randn(batch, h, past, d, generator=generator) for h, d in self.shapes]
+        return ids, mask, cache
+
+    def dynamic_shapes(self) -> tuple[Any, ...]:
+        """Batch, length and past are free."""
+        free = torch.export.Dim.DYNAMIC
+        return {0: free, 1: free}, {0: free, 1: free}, [{0: free, 2: free} for _ in self.shapes]
+
+    def checks(self) -> list[Check]:
+        """Prefill from nothing, for one and two rows, and continuations of the cache that it leaves.
+
+        Several tokens behind a cache are for one row only: GroupQueryAttention takes no more.
+        """
+        found = [_check(self, self.arguments(1, 7, 0)), _check(self, self.arguments(2, 4, 0))]
+        for rows, length in ((1, 1), (1, 3), (2, 1)):
+            (_, mask, _), (_, *cache) = found[rows - 1]
+            more = self.arguments(rows, length, 0)[0]
+            found.append(_check(self, (more, torch.cat([mask, torch.ones_like(more)], dim=1), cache)))
+        return found
+
+    def flat(self, arguments: tuple[Any, ...]) -> list[Tensor]:
+        """Arguments in the order of `input_names`."""
+        return [arguments[0], arguments[1], *arguments[2]]
+
+    def flat_shapes(self) -> list[Any]:
+        """Free sizes in the order of `input_names`."""
+        ids, mask, caches = self.dynamic_shapes()
+        return [ids, mask, *caches]
+
+
+class Plain(nn.Module):
+    """A module without a cache, called with keyword arguments."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.example = dict(example) if isinstance(example, dict) else {"input": example}
+        self.keyword = isinstance(example, dict)
+        self.input_names = list(self.example)
+        with torch.no_grad():
+            outputs = self.forward(*self.example.values())
+        self.output_names = [f"output_{i}" if i else "output" for i in range(len(outputs))]
+        self.dimensions = [{0: "batch", 1: "sequence"} if v.ndim == 2 else {0: "batch"} for v in self.example.values()]
+        self.out_dimensions: list[dict[int, str]] = [{} for _ in outputs]
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Every tensor that the module returns."""
+        out = self.model(**dict(zip(self.example, values, strict=True))) if self.keyword else self.model(*values)
+        if isinstance(out, Tensor):
+            return (out,)
+        parts = out.to_tuple() if hasattr(out, "to_tuple") else tuple(out)
+        return tuple(p for p in parts if isinstance(p, Tensor))
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The example, with two rows."""
+        return tuple(torch.cat([v, v]) if v.shape[0] == 1 else v for v in self.example.values())
+
+    def dynamic_shapes(self) -> Any:
+        """What torch.export may leave free."""
+        auto = torch.export.Dim.AUTO
+        return (tuple({d: auto for d in named} for named in self.dimensions),)
+
+    def checks(self) -> list[Check]:
+        """The example, and its first row."""
+        whole = self.arguments()
+        return [_check(self, whole), _check(self, tuple(v[:1] for v in whole))]
+
+    def flat(self, arguments: tuple[Any, ...]) -> list[Tensor]:
+        """Arguments in the order of `input_names`."""
+        return list(arguments)
+
+    def flat_shapes(self) -> list[Any]:
+        """Free sizes in the order of `input_names`."""
+        return list(self.dynamic_shapes()[0])
