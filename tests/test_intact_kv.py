@@ -90,7 +90,9 @@ def test_an_exported_folder_starts_behind_the_prefix(tmp_path):
 
     model = build("llama")
     qcompile.quantize(model, Recipe("q", (IntactKV(PREFIX), INT4, Fuse())), progress=False)
-    qcompile.export_onnx(model, tmp_path / "o", progress=False)
+    qcompile.export_onnx(model, tmp_path / "o", accuracy_level=1, progress=False)
+    with torch.no_grad():  # the file has one table for both, in codes
+        model.get_input_embeddings().weight.copy_(model.get_output_embeddings().weight)
     assert torch.equal(model(input_ids=IDS).logits, logits(model)), "the hooks are back"
     session = Session(tmp_path / "o")
     assert relative_error([session(input_ids=IDS)], [logits(model)]) < 1e-3

@@ -73,6 +73,10 @@ class Session:
         batch = ids.shape[0]
         if cache is None:
             cache = [np.zeros((batch, groups, 0, size), np.float32) for groups, size in self.shapes]
+        if batch > 1 and ids.shape[1] > 1 and cache[0].shape[2]:  # more than GroupQueryAttention does at once
+            rows = [self.step(ids[i : i + 1], [part[i : i + 1] for part in cache]) for i in range(batch)]
+            grown = [np.concatenate(parts) for parts in zip(*(caches for _, caches in rows), strict=True)]
+            return np.concatenate([logits for logits, _ in rows]), grown
         total = cache[0].shape[2] + ids.shape[1]
         if self.longest is not None and total > self.longest:
             raise FolderError(f"a text of {total} tokens: the rotary tables of this folder end at {self.longest}")
