@@ -143,7 +143,12 @@ def calibrate_prefix(program: Program, how: CalibratePrefix, seen: Statistics, p
 
 
 def _begin(x: Tensor, first: Tensor, turned: bool) -> Tensor:
-    """x [B, H, T, D] (turned: [B, H, D, T]) with its first tokens replaced by `first` [1, H, p, D]."""
+    """x [B, H, T, D] (turned: [B, H, D, T]) with its first tokens replaced by `first` [1, H, p, D].
+
+    Heads may be folded into rows: [B H, T, D].
+    """
+    if x.ndim == 3:
+        return _begin(x.unflatten(0, (-1, first.shape[1])), first, turned).flatten(0, 1)
     axis, first = (-1, first.transpose(-1, -2)) if turned else (-2, first)
     p = first.shape[axis]
     rest = x.narrow(axis, p, x.shape[axis] - p)

@@ -50,9 +50,14 @@ def intact_kv(program: Program, how: IntactKV, seen: Statistics) -> PassReport:
     logits = program.watch({f.keys for f in flows} | {f.values for f in flows}, [ids], found.__setitem__)[0]
     for index, flow in enumerate(flows):
         keys = found[flow.keys].transpose(-1, -2) if flow.turned else found[flow.keys]
-        report.tensors[f"{index}.keys"] = keys[:1].clone()
-        report.tensors[f"{index}.values"] = found[flow.values][:1].clone()
+        report.tensors[f"{index}.keys"] = _first_row(keys)
+        report.tensors[f"{index}.values"] = _first_row(found[flow.values])
     report.tensors["logits"] = logits[:1].clone()
     report.tensors["ids"] = ids[0]
     report.notes.append(f"{len(how.prefix)} tokens of {len(flows)} attentions from the float model")
     return report
+
+
+def _first_row(x: Tensor) -> Tensor:
+    """[2, H, p, D], or [2 H, p, D] where attention folds heads into rows -> [1, H, p, D]."""
+    return (x if x.ndim == 4 else x.unflatten(0, (2, -1)))[:1].clone()

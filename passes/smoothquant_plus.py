@@ -4,8 +4,9 @@ Source: Pan et al. 2023, arXiv:2312.03788 sec. 3. The authors published no searc
         as the alpha with the least loss of the whole quantized model. Here the loss is the squared
         error of the model's outputs, quantized layers feeding later ones.
 Law:    s = max|X|^a / max|W|^(1-a) as in smooth.py, for a in 0, step .. 1, and *no smoothing* as a
-        candidate of its own (a = 0 is not it: it equalises the weights). The winner's loss is not
-        above the identity's on the calibration data.
+        candidate of its own (a = 0 is not it: it equalises the weights). Strengths are ranked on one
+        batch without the clip search; the best two and no smoothing are then held against each other
+        as the pass behind will round, on all batches: the winner's loss is not above the identity's.
 Keeps:  the output.   Needs: absmax of the inputs and the batches.   Leaves: what Smooth leaves.
 """
 
@@ -27,6 +28,8 @@ from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
 
+_FINALISTS = 2  # strengths whose loss is computed with the clip search, which is most of the work
+
 
 @dataclass(frozen=True)
 class SmoothQuantPlus:
@@ -35,7 +38,7 @@ class SmoothQuantPlus:
     weight: Format = Format("int4", "group", 128, "int")
     clip: bool = False  # whether the Quantize pass behind it searches clips: the search sees the same rounding
     step: float = 0.1  # of alpha; the paper's is 0.05
-    batches: int = 4  # of the calibration data, for the loss
+    batches: int = 4  # of the calibration data, for the loss of the finalists
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, str):
@@ -61,11 +64,17 @@ def smoothquant_plus(program: Program, how: SmoothQuantPlus, seen: Statistics, p
     assert plan.batches is not None
     data = [batch for _, batch in zip(range(how.batches), plan.batches(), strict=False)]
     want = [outputs_of(program, batch) for batch in data]
-    losses: dict[float | None, float] = {}
-    count = round(1 / how.step)
-    candidates: list[float | None] = [None, *[min(1.0, i * how.step) for i in range(count + 1)]]
-    for alpha in track(candidates, "SmoothQuant+", disable=not plan.progress, transient=True):
-        losses[alpha] = loss_of(program, how, seen, plan, alpha, data, want)
+    grid = [min(1.0, i * how.step) for i in range(round(1 / how.step) + 1)]
+    coarse = dataclasses.replace(how, clip=False)
+    ranked = {
+        alpha: loss_of(program, coarse, seen, plan, alpha, data[:1], want[:1])
+        for alpha in track(grid, "SmoothQuant+", disable=not plan.progress, transient=True)
+    }
+    finalists: list[float | None] = [None, *sorted(ranked, key=ranked.__getitem__)[:_FINALISTS]]
+    losses = {
+        alpha: loss_of(program, how, seen, plan, alpha, data, want)
+        for alpha in track(finalists, "SmoothQuant+, the best", disable=not plan.progress, transient=True)
+    }
     best = min(losses, key=losses.__getitem__)
     report = PassReport("SmoothQuantPlus")
     if best is not None:

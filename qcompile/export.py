@@ -49,6 +49,9 @@ def export_onnx(
         raise RecipeError("ONNX export needs: pip install 'torch-qcompile[onnx]'") from error
     from qcompile.checkpoint import atomic_folder
 
+    if accuracy_level not in (1, 4):
+        raise RecipeError(f"accuracy_level {accuracy_level} is unknown: 1 multiplies in float32, 4 in int8")
+
     with atomic_folder(folder) as work:
         report = Report("as it is")
         if recipe is not None:

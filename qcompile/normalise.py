@@ -43,6 +43,7 @@ def normalise(program: Program) -> Program:
     _merge_tied(program)
     _drop_noops(program)
     _functional_adds(program)
+    _batched_sums(program)
     _products_to_linear(program)
     program.cleanup()
     return program
@@ -130,6 +131,21 @@ def _functional_adds(program: Program) -> None:
         changed = node.args[0]
         if changed.op == "call_function" and len(changed.users) == 1 and "view" not in changed.name:
             node.target = aten.add.Tensor
+
+
+def _batched_sums(program: Program) -> None:
+    """`beta c + alpha a @ b` in one node (scores with a bias) is its product, its factors and its sum."""
+    for node in program.graph.find_nodes(op="call_function", target=aten.baddbmm.default):
+        total, *factors = node.args
+        beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+        product = program.insert(aten.bmm.default, factors, before=node)
+        if alpha != 1:
+            product = program.insert(aten.mul.Tensor, (product, alpha), before=node)
+        if beta != 1:
+            total = program.insert(aten.mul.Tensor, (total, beta), before=node)
+        out = program.insert(aten.add.Tensor, (product, total), before=node)
+        node.replace_all_uses_with(out)
+        program.graph.erase_node(node)
 
 
 def _products_to_linear(program: Program) -> None:

@@ -27,6 +27,11 @@ WEIGHT = "qcompile_weight"  # node.meta key: the attribute path of a weight plac
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def hint(size: Any) -> Any:
+    """The number that a symbolic size had in the example; anything else as it is."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A graph module whose nodes can be rewritten; tensors and fake values are shared, not copied."""
     graph = fx.Graph()

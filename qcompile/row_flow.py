@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.norms import CASTS
-from qcompile.program import Program
+from qcompile.program import Program, hint
 from qcompile.sites import Site
 
 aten = torch.ops.aten
@@ -153,7 +153,7 @@ class RowFlow:
     def _move(self, node: fx.Node, term: Tensor) -> object:
         if node.target is aten.index.Tensor:
             return node.target(term.contiguous(), [None if i is None else self._constant(i) for i in node.args[1]])
-        args = fx.node.map_arg(node.args[1:], lambda n: _hint(n.meta["val"]))
+        args = fx.node.map_arg(node.args[1:], lambda n: hint(n.meta["val"]))
         kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
         return node.target(term.contiguous(), *args, **kwargs)
 
@@ -177,12 +177,8 @@ class RowFlow:
                     raise FlowStops(user.name, f"{node.name} is read on another path too")
 
 
-def _hint(size: object) -> object:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
-
-
 def _hints(node: fx.Node) -> list[int]:
-    return [int(_hint(s)) for s in node.meta["val"].shape]
+    return [hint(s) for s in node.meta["val"].shape]
 
 
 def one_position(terms: Terms) -> list[Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.norms import CASTS, Norm
-from qcompile.program import Program
+from qcompile.program import Program, hint
 from qcompile.rotation_flow import LAYOUT, Obstacle, keeps_last
 from qcompile.sites import Site
 
@@ -202,7 +202,7 @@ class _Walk:
 
     def _send(self, site: Site, path: tuple[fx.Node, ...], value: fx.Node) -> Tensor | None:
         """Send channel numbers from the site's rows to the value; None if rows disagree."""
-        shape = [_hint(s) for s in site.node.meta["val"].shape]
+        shape = [hint(s) for s in site.node.meta["val"].shape]
         ids: object = torch.arange(site.N).expand(*shape).contiguous()
         previous = site.node
         claims: list[tuple[fx.Node, object]] = []
@@ -240,7 +240,7 @@ class _Walk:
             return ids[node.args[1]]
 
         def real(arg: fx.Node) -> object:
-            return ids if arg is previous else _hint(arg.meta["val"])
+            return ids if arg is previous else hint(arg.meta["val"])
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), real)
         return node.target(*args, **kwargs)
@@ -251,7 +251,7 @@ class _Walk:
         assert isinstance(ids, Tensor)
         if repeats > 1:
             ids = ids.repeat_interleave(repeats, dim=1)
-        tokens = _hint(node.meta["val"].shape[-2])
+        tokens = hint(node.meta["val"].shape[-2])
         if not bool((ids == ids[..., :1, :]).all()):
             raise ValueError("the values of the attention differ from token to token")
         return ids[..., :1, :].expand(*ids.shape[:-2], tokens, ids.shape[-1]).contiguous()
@@ -259,10 +259,3 @@ class _Walk:
 
 class _Overlap(Exception):
     """Another reader sees the same channels; the text is its name."""
-
-
-def _hint(size: object) -> int:
-    """A concrete stand-in for a possibly symbolic size."""
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint)
-    return int(size)

@@ -27,7 +27,7 @@ from qcompile.verify import relative_error
 
 PREFIX = (1, 7, 9)
 IDS = torch.tensor([[*PREFIX, 20, 33, 41, 8], [*PREFIX, 99, 5, 61, 27]])
-DECODERS = ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "mixtral"]
+DECODERS = ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "bloom", "mixtral"]
 INT4 = Quantize(Format.parse("int4/group32/zero"), None, output=None)
 INT3 = Quantize(Format.parse("int3/group32/zero"), None, output=None)
 

@@ -16,7 +16,7 @@ from qcompile.recipe import Recipe, RecipeError
 from qcompile.rounding import quantize_tensor
 from qcompile.verify import relative_error
 
-DECODERS = ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "mixtral"]
+DECODERS = ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "bloom", "mixtral"]
 
 
 def test_vectors_are_rounded_head_by_head_and_token_by_token():

@@ -31,7 +31,7 @@ from qcompile.verify import relative_error, widen
 # Linears of two tiny layers; expert stacks count one site for each grouped product.
 SITES = {
     "llama": 15, "mistral": 15, "qwen2": 15, "qwen3": 15, "gemma2": 15, "gemma3": 15, "phi3": 9, "opt": 13,
-    "gpt2": 9, "gpt_neox": 9, "falcon": 9, "mixtral": 15, "qwen2_moe": 23, "bert": 13, "vit": 13,
+    "gpt2": 9, "gpt_neox": 9, "falcon": 9, "bloom": 9, "mixtral": 15, "qwen2_moe": 23, "bert": 13, "vit": 13,
     "whisper_encoder": 12, "mlp": 3,
 }  # fmt: skip
 # Streams that can be turned: what norms, outputs and expert stacks allow (see the pass's reasons).

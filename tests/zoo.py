@@ -40,6 +40,7 @@ ZOO = {
             vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2
         )
     ),
+    "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4)),
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(num_local_experts=4, **SIZES)),
     "qwen2_moe": lambda: tf.Qwen2MoeForCausalLM(
         tf.Qwen2MoeConfig(num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64, **SIZES)

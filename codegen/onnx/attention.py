@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qcompile.attention_flow import products
 from qcompile.codegen.onnx.operators import causal, rotate
-from qcompile.codegen.onnx.probe import Unknown, channels, evaluate, filled, hint, origin, through_layouts, token_values
-from qcompile.program import Program
+from qcompile.codegen.onnx.probe import Unknown, channels, evaluate, filled, origin, through_layouts, token_values
+from qcompile.program import Program, hint
 from qcompile.rotation_flow import Obstacle
 from qcompile.row_flow import ATTENTION
 
@@ -73,16 +74,18 @@ def find_attentions(program: Program, positions: int) -> list[CachedAttention | 
     Args:
         positions: how many the rotary tables have to hold.
     """
-    tokens = token_values(program)
+    tokens = token_values(program, program.inputs[1])
     found: list[CachedAttention | Obstacle] = []
-    for node in program.graph.nodes:
-        if node.target is ATTENTION:
-            try:
-                found.append(_Recogniser(program, node, tokens, positions).result())
-            except _Differs as difference:
-                found.append(Obstacle(difference.args[0].name, difference.args[1]))
-            except Unknown as unknown:
-                found.append(Obstacle(node.name, f"depends on {unknown}"))
+    for product in products(program):
+        node = product.node
+        try:
+            if node.target is not ATTENTION:
+                raise _Differs(node, "spelled out as two products around a softmax (a soft cap, a bias, eager code)")
+            found.append(_Recogniser(program, node, tokens, positions).result())
+        except _Differs as difference:
+            found.append(Obstacle(difference.args[0].name, difference.args[1]))
+        except Unknown as unknown:
+            found.append(Obstacle(node.name, f"depends on {unknown}"))
     return found
 
 

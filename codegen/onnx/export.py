@@ -66,8 +66,6 @@ def export_module(
     Raises:
         NoOnnxForm: formats without an operator (before any work). ExportMismatch: wrong results.
     """
-    if accuracy_level not in (1, 4):
-        raise NoOnnxForm(f"accuracy_level {accuracy_level}: 1 multiplies in float32, 4 in int8")
     check_forms(model)
     if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
         model = copy.deepcopy(model).float()
@@ -92,7 +90,7 @@ def export_module(
             opset_version=21,
             input_names=wrapper.input_names,
             output_names=wrapper.output_names,
-            custom_translation_table=table(1),
+            custom_translation_table=table(),
             optimize=True,
             verbose=False,
         )

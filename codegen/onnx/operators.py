@@ -14,8 +14,13 @@ cache, D their size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+import qcompile.ops  # noqa: F401  registers torch.ops.qcompile
+from qcompile.packing import unpack
 
 
 @torch.library.custom_op("qcompile_onnx::nbits_linear", mutates_args=())
@@ -32,42 +37,31 @@ def nbits_linear(
 
 
 @nbits_linear.register_fake
-def _(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, k: int, bits: int, block: int
-) -> Tensor:
+def _(x: Tensor, codes: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 def blocks_to_numbers(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, block: int) -> Tensor:
     """The weight [N, blocks * block] behind packed blocks."""
     n, blocks = scales.shape
-    levels = _unpacked(codes.reshape(n, -1), bits).reshape(n, blocks, block).float()
+    levels = unpack(codes.reshape(n, -1), bits, blocks * block).reshape(n, blocks, block).float()
     if zeros is None:
         z = torch.full_like(scales, 2 ** (bits - 1))
     else:
-        z = zeros if zeros.is_floating_point() else _unpacked(zeros, bits)[:, :blocks].float()
+        z = zeros if zeros.is_floating_point() else unpack(zeros, bits, blocks).float()
     return ((levels - z[..., None]) * scales[..., None]).reshape(n, -1)
-
-
-def _unpacked(packed: Tensor, bits: int) -> Tensor:
-    """uint8 [N, bytes] -> [N, values]; two 4-bit values lie in a byte, the low half first."""
-    return packed if bits == 8 else torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
 @torch.library.custom_op("qcompile_onnx::int8_linear", mutates_args=())
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, per_row: bool) -> Tensor:
     """round(x / s) @ weight [K, N] int8, times s and scale [N], plus bias; s = max|x| / 127 of a row or of all x."""
-    peak = x.abs().amax(-1, keepdim=True) if per_row else x.abs().amax()
-    step = peak / 127
-    step = torch.where(step > 1e-30, step, torch.ones_like(step))
-    codes = (x / step).round().clamp(-128, 127).to(torch.int8)
-    sums = torch._int_mm(codes.reshape(-1, x.shape[-1]), weight.contiguous()).reshape(*x.shape[:-1], -1)
-    out = sums.float() * step * scale
+    codes, step, _ = torch.ops.qcompile.quantize(x, "int8/row" if per_row else "int8/tensor")
+    out = (codes.double() @ weight.double()).float() * step * scale  # float64 sums of int8 products are exact
     return out if bias is None else out + bias
 
 
 @int8_linear.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, per_row: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
@@ -115,20 +109,9 @@ def group_attention(
 
 @group_attention.register_fake
 def _(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    past_key: Tensor,
-    past_value: Tensor,
-    last: Tensor,
-    total: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    heads: int,
-    scale: float,
-    window: int,
-    interleaved: bool,
+    query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    heads = rest[4]
     batch, groups, past, size = past_key.shape
     grown = [t.new_empty((batch, groups, past + query.shape[1], size)) for t in (past_key, past_value)]
     return query.new_empty((batch, query.shape[1], heads * size)), grown[0], grown[1]
@@ -193,5 +176,5 @@ def gather_nbits(
 
 
 @gather_nbits.register_fake
-def _(ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, k: int, bits: int, block: int) -> Tensor:
+def _(ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, k: int, *_: int) -> Tensor:
     return scales.new_empty((*ids.shape, k))

@@ -7,13 +7,14 @@ compared with what an operator computes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from qcompile.program import Program
+from qcompile.program import Program, hint
 
 aten = torch.ops.aten
 
@@ -22,10 +23,11 @@ _LAYOUTS = {
     aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.clone.default, aten.flatten.using_ints,
     aten.unflatten.int, aten._to_copy.default, aten.to.dtype, aten.contiguous.default,
 }  # fmt: skip
+_SHAPE_ONLY = {aten.new_ones.default, aten.new_zeros.default, aten.ones_like.default, aten.zeros_like.default}
 _CHANNELWISE = _LAYOUTS | {
     aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.select.int,
     aten.cat.default, aten.stack.default, aten.neg.default, aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor,
-    torch.ops.aten.index_select.default,
+    aten.index_select.default, operator.getitem,
 }  # fmt: skip
 
 
@@ -68,22 +70,18 @@ def _compute(program: Program, node: fx.Node, values: Mapping[fx.Node, Any]) -> 
     return node.target(*args, **kwargs)
 
 
-def token_values(program: Program) -> set[fx.Node]:
-    """Nodes whose numbers depend on the tokens or the cache, not only on their count."""
+def token_values(program: Program, mask: fx.Node) -> set[fx.Node]:
+    """Nodes whose numbers depend on the tokens or the cache, not only on their count or on the mask."""
     found: set[fx.Node] = set()
-    masks = {n for n in program.inputs if n.name == "attention_mask"}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            if program.weight_name(node) is None and node not in masks:
+            if program.weight_name(node) is None and node is not mask:
                 found.add(node)
         elif isinstance(node.meta.get("val"), (torch.SymInt, int)) or node.target in _SHAPE_ONLY:
             continue
         elif any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found
-
-
-_SHAPE_ONLY = {aten.new_ones.default, aten.new_zeros.default, aten.ones_like.default, aten.zeros_like.default}
 
 
 def origin(node: fx.Node, tokens: set[fx.Node]) -> fx.Node:
@@ -98,8 +96,7 @@ def origin(node: fx.Node, tokens: set[fx.Node]) -> fx.Node:
         latest = max(frontier, key=lambda n: order[n])
         before = [n for n in latest.all_input_nodes if n in tokens]
         tables = [n for n in latest.all_input_nodes if n not in tokens]
-        is_item = getattr(latest.target, "__name__", "") == "getitem"
-        if not before or not (latest.target in _CHANNELWISE or is_item) or not all(map(_of_positions, tables)):
+        if not before or latest.target not in _CHANNELWISE or not all(map(_of_positions, tables)):
             return single
         if latest.target is aten.mul.Tensor and len(before) == 2:  # a gate: not linear
             return single
@@ -119,11 +116,6 @@ def through_layouts(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and node.target in _LAYOUTS:
         node = node.args[0]
     return node
-
-
-def hint(size: Any) -> int:
-    """The number that a free size had in the example."""
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def channels(node: fx.Node) -> list[int]:

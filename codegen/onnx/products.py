@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qcompile.program import Program
+from qcompile.program import WEIGHT, Program
 
 aten = torch.ops.aten
 ops = torch.ops.qcompile_onnx
@@ -44,11 +44,9 @@ def is_product(program: Program, node: fx.Node) -> bool:
     return all(w is None or program.weight_name(w) is not None for w in weights)
 
 
-def width(program: Program, node: fx.Node) -> int:
+def width(node: fx.Node) -> int:
     """The number of channels that a product makes."""
-    size = node.meta["val"].shape[-1]
-    assert isinstance(size, int)
-    return size
+    return int(node.meta["val"].shape[-1])
 
 
 def can_join(program: Program, nodes: list[fx.Node]) -> bool:
@@ -67,38 +65,24 @@ def can_join(program: Program, nodes: list[fx.Node]) -> bool:
 
 def join(program: Program, parts: list[Part], before: fx.Node, name: str) -> fx.Node:
     """One product that makes the channels of all parts, one after another."""
-    first = parts[0].product
-    places, axes, bias_at = _WEIGHTS[first.target]
-    args = list(first.args)
+    target = parts[0].product.target
+    places, axes, bias_at = _WEIGHTS[target]
+    args = list(parts[0].product.args)
 
-    def weights_at(place: int, axis: int) -> list[Tensor]:
+    def joined(place: int, axis: int) -> Tensor:
         found = []
         for part in parts:
-            tensor = program.weights[program.weight_name(part.product.args[place]) or ""]
+            weight = part.product.args[place] if len(part.product.args) > place else None
+            tensor = torch.zeros(width(part.product)) if weight is None else program.weights[weight.meta[WEIGHT]]
             found.append(tensor if part.rows is None else tensor.index_select(axis, part.rows))
-        return found
+        return torch.cat(found, axis).contiguous()
 
     for place, axis in zip(places, axes, strict=True):
         if args[place] is not None:
-            args[place] = program.add_weight(f"{name}.{place}", torch.cat(weights_at(place, axis), axis).contiguous())
-    biases = [part.product.args[bias_at] if len(part.product.args) > bias_at else None for part in parts]
-    if any(b is not None for b in biases):
-        found = []
-        for part, bias in zip(parts, biases, strict=True):
-            rows = torch.arange(width(program, part.product)) if part.rows is None else part.rows
-            stored = (
-                torch.zeros(width(program, part.product)) if bias is None else program.weights[_name(program, bias)]
-            )
-            found.append(stored[rows])
-        weight = program.add_weight(f"{name}.bias", torch.cat(found))
-        args = [*args[:bias_at], weight, *args[bias_at + 1 :]]
-    return program.insert(first.target, args, before=before)
-
-
-def _name(program: Program, node: object) -> str:
-    name = program.weight_name(node)
-    assert name is not None
-    return name
+            args[place] = program.add_weight(f"{name}.{place}", joined(place, axis))
+    if any(len(part.product.args) > bias_at and part.product.args[bias_at] is not None for part in parts):
+        args[bias_at : bias_at + 1] = [program.add_weight(f"{name}.bias", joined(bias_at, 0))]
+    return program.insert(target, args, before=before)
 
 
 def join_siblings(program: Program) -> int:
@@ -112,14 +96,9 @@ def join_siblings(program: Program) -> int:
         if len(nodes) < 2 or not can_join(program, nodes):
             continue
         whole = join(program, [Part(n, None) for n in nodes], nodes[0], f"joined_{nodes[0].name}")
-        sizes = [width(program, n) for n in nodes]
-        pieces = program.insert(aten.split_with_sizes.default, (whole, sizes, -1), after=whole)
-        place = pieces
+        pieces = program.insert(aten.split_with_sizes.default, (whole, [width(n) for n in nodes], -1), after=whole)
         for index, node in enumerate(nodes):
-            with program.graph.inserting_after(place):
-                place = program.graph.call_function(operator.getitem, (pieces, index))
-            place.meta["val"] = pieces.meta["val"][index]
-            node.replace_all_uses_with(place)
+            node.replace_all_uses_with(program.insert(operator.getitem, (pieces, index), after=pieces))
         gone += len(nodes) - 1
     program.cleanup()
     return gone

@@ -7,22 +7,28 @@ it is and named in the report.
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
 from torch import fx
 
 from qcompile.codegen.onnx.attention import CachedAttention, Heads, find_attentions
-from qcompile.codegen.onnx.probe import evaluate, hint
+from qcompile.codegen.onnx.probe import channels, evaluate
 from qcompile.codegen.onnx.products import Part, can_join, is_product, join, join_siblings
 from qcompile.codegen.onnx.tables import Shared, share_tables
 from qcompile.norms import Norm, find_norms
-from qcompile.program import Program
+from qcompile.program import Program, hint
 from qcompile.report import PassReport
 from qcompile.rotation_flow import Obstacle
 
 aten = torch.ops.aten
 ops = torch.ops.qcompile_onnx
+
+_FORWARD = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
+    aten.clone.default,
+}  # fmt: skip
 
 
 def rewrite(program: Program, positions: int | None) -> tuple[PassReport, list[Shared]]:
@@ -79,10 +85,10 @@ def _replace_attention(
     if not lengths:
         mask = program.inputs[1]
         both = program.insert(ops.lengths.default, (mask,), after=program.placeholders[-1])
-        lengths += [_item(program, both, 1), _item(program, both, 0)][::-1]
+        lengths += _items(program, both, 2)
     cos = sin = None
     if a.rotary is not None:
-        key = a.rotary.cos.numpy().tobytes()
+        key = a.rotary.cos.numpy().tobytes() + a.rotary.sin.numpy().tobytes()
         if key not in tables:
             tables[key] = (
                 program.add_weight(f"cos_cache_{len(tables)}", a.rotary.cos),
@@ -94,7 +100,7 @@ def _replace_attention(
     key_node = value_node = None
     if all(is_product(program, s) for s in sources) and can_join(program, sources):
         parts = [Part(h.source, h.rows) for h in three]
-        query = _rows_and_tokens(program, join(program, parts, a.node, name), a.node)
+        query = _laid_out(program, join(program, parts, a.node, name), a.node, sum(len(h.rows) for h in three))
     else:
         query, key_node, value_node = (
             _flat(program, h, a.node, f"{name}.{part}") for h, part in zip(three, "qkv", strict=True)
@@ -102,9 +108,7 @@ def _replace_attention(
     interleaved = a.rotary is not None and a.rotary.interleaved
     args = (query, key_node, value_node, *a.past, *lengths, cos, sin, a.heads, a.scale, a.window, interleaved)
     fused = program.insert(ops.group_attention.default, args, before=a.node)
-    values = _item(program, fused, 2)
-    keys = _item(program, fused, 1)
-    out = _item(program, fused, 0)
+    out, keys, values = _items(program, fused, 3)
     for old, new in zip(a.present, (keys, values), strict=True):
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user.op == "output")
     node = _flattened(program, a)
@@ -116,8 +120,7 @@ def _replace_attention(
             node = source
     else:
         size = a.past[0].meta["val"].shape[-1]
-        sizes = [program.insert(aten.sym_size.int, (out, d), before=a.node) for d in (0, 1)]
-        split = program.insert(aten.view.default, (out, [*sizes, a.heads, size]), before=a.node)
+        split = _laid_out(program, out, a.node, a.heads, size)
         a.node.replace_all_uses_with(program.insert(aten.transpose.int, (split, 1, 2), before=a.node))
     program.graph.erase_node(a.node)  # it has a dropout: no clean-up would drop it
 
@@ -144,20 +147,17 @@ def _lengths_of_the_mask(program: Program) -> None:
     program.cleanup()
 
 
-def _item(program: Program, node: fx.Node, index: int) -> fx.Node:
-    with program.graph.inserting_after(node):
-        item = program.graph.call_function(operator.getitem, (node, index))
-    item.meta["val"] = node.meta["val"][index]
-    return item
+def _items(program: Program, node: fx.Node, count: int) -> list[fx.Node]:
+    return [program.insert(operator.getitem, (node, index), after=node) for index in range(count)]
 
 
-def _rows_and_tokens(program: Program, node: fx.Node, before: fx.Node) -> fx.Node:
-    """[B, S, N] of a product's output that may be [B S, N]."""
-    if node.meta["val"].ndim == 3:
+def _laid_out(program: Program, node: fx.Node, before: fx.Node, *inner: int) -> fx.Node:
+    """A value as [B, S, *inner]; products may hand over [B S, N]."""
+    if node.meta["val"].ndim == 3 and len(inner) == 1:
         return node
     ids = program.inputs[0]
     sizes = [program.insert(aten.sym_size.int, (ids, d), before=before) for d in (0, 1)]
-    return program.insert(aten.view.default, (node, [*sizes, node.meta["val"].shape[-1]]), before=before)
+    return program.insert(aten.reshape.default, (node, [*sizes, *inner]), before=before)
 
 
 def _flat(program: Program, heads: Heads, before: fx.Node, name: str) -> fx.Node:
@@ -166,14 +166,13 @@ def _flat(program: Program, heads: Heads, before: fx.Node, name: str) -> fx.Node
     if is_product(program, source):
         if not torch.equal(rows, torch.arange(source.meta["val"].shape[-1])):
             source = join(program, [Part(source, rows)], before, name)
-        return _rows_and_tokens(program, source, before)
+        return _laid_out(program, source, before, len(rows))
     shape = source.meta["val"].shape
     if len(shape) == 4 and isinstance(shape[1], int):  # [B, H, S, D]
         source = program.insert(aten.transpose.int, (source, 1, 2), before=before)
-    ids = program.inputs[0]
-    sizes = [program.insert(aten.sym_size.int, (ids, d), before=before) for d in (0, 1)]
-    flat = program.insert(aten.reshape.default, (source, [*sizes, -1]), before=before)
-    if torch.equal(rows, torch.arange(len(rows))) and flat.meta["val"].shape[-1] == len(rows):
+    width = math.prod(channels(source))
+    flat = _laid_out(program, source, before, width)
+    if torch.equal(rows, torch.arange(width)):
         return flat
     chosen = program.add_weight(f"{name}.rows", rows)
     return program.insert(aten.index_select.default, (flat, 2, chosen), before=before)
@@ -182,7 +181,7 @@ def _flat(program: Program, heads: Heads, before: fx.Node, name: str) -> fx.Node
 def _flattened(program: Program, a: CachedAttention) -> fx.Node | None:
     """The node behind an attention that lays its output [B, H, S, D] out as [B, S, H D]."""
     shape = [hint(d) for d in a.node.meta["val"].shape]
-    numbers = torch.arange(float(torch.tensor(shape).prod())).reshape(shape)
+    numbers = torch.arange(float(math.prod(shape))).reshape(shape)
     want = numbers.transpose(1, 2).flatten(2)
     sizes = {n: torch.zeros([hint(d) for d in n.meta["val"].shape]) for n in program.inputs}
     node = a.node
@@ -193,12 +192,6 @@ def _flattened(program: Program, a: CachedAttention) -> fx.Node | None:
         if torch.equal(evaluate(program, node, {**sizes, a.node: numbers}), want):
             return node
     return None
-
-
-_FORWARD = {
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
-    aten.clone.default,
-}  # fmt: skip
 
 
 def _replace_norm(program: Program, norm: Norm, index: int) -> bool:
@@ -215,8 +208,7 @@ def _replace_norm(program: Program, norm: Norm, index: int) -> bool:
     shapes = [n.meta["val"].shape for n in x.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     if x.target is aten.add.Tensor and not x.kwargs and len(shapes) == 2 and shapes[0] == shapes[1]:
         both = program.insert(ops.skip_rms_norm.default, (*x.args, gain, eps), after=x)
-        total = _item(program, both, 1)
-        out = _item(program, both, 0)
+        out, total = _items(program, both, 2)
         norm.output.replace_all_uses_with(out)
         x.replace_all_uses_with(total, delete_user_cb=lambda user: user is not both)
     else:

@@ -75,12 +75,10 @@ def _microsoft(name: str, domain: str = _DOMAIN) -> Any:
     return getattr(Opset(domain, 1), name)
 
 
-def _nbits_linear(
-    level: int, x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, k: int, bits: int, block: int
-) -> Any:
-    n = codes.shape[0]
+def _nbits_linear(x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, k: int, bits: int, block: int) -> Any:
+    # accuracy_level 1 multiplies in float32, which is what is proven; export.py may raise it afterwards.
     return _microsoft("MatMulNBits")(
-        x, codes, scales, zeros, None, bias, K=k, N=n, bits=bits, block_size=block, accuracy_level=level
+        x, codes, scales, zeros, None, bias, K=k, N=codes.shape[0], bits=bits, block_size=block, accuracy_level=1
     )
 
 
@@ -142,15 +140,11 @@ def _number(value: float, dtype: Any) -> Any:
     return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype=dtype)))
 
 
-def table(level: int) -> dict[Any, Callable[..., Any]]:
-    """Operator -> translation; `level` is MatMulNBits' accuracy_level: 1 computes in float32, 4 in int8."""
+def table() -> dict[Any, Callable[..., Any]]:
+    """Operator -> translation."""
     ops = torch.ops.qcompile_onnx
-
-    def nbits_linear(x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, k: int, bits: int, block: int) -> Any:
-        return _nbits_linear(level, x, codes, scales, zeros, bias, k, bits, block)
-
     return {
-        ops.nbits_linear.default: nbits_linear,
+        ops.nbits_linear.default: _nbits_linear,
         ops.int8_linear.default: _int8_linear,
         ops.group_attention.default: _group_attention,
         ops.lengths.default: _lengths,

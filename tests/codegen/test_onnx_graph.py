@@ -107,14 +107,11 @@ def test_the_rotary_embedding_of_the_operator_turns_pairs(interleaved):
         assert torch.allclose(turned[..., j], number.imag, atol=1e-5)
 
 
-def test_a_mask_with_a_bias_is_left(monkeypatch):
-    import transformers as tf
-
-    torch.manual_seed(0)
-    model = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=128, hidden_size=64, n_layer=1, n_head=4)).eval()
-    program, wrapper = traced(model)
+def test_a_mask_with_a_bias_is_left():
+    program, wrapper = traced(build("bloom"))
     want = program(*wrapper.flat(wrapper.arguments()))
     report, _ = rewrite(program, LENGTH)
+    assert len(report.left) == 2 and all(left.reason for left in report.left)
     assert not program.graph.find_nodes(op="call_function", target=torch.ops.qcompile_onnx.group_attention.default)
     assert relative_error(program(*wrapper.flat(wrapper.arguments())), want) < 1e-5
 
@@ -161,6 +158,29 @@ def test_the_graph_of_a_decoder(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("change", ["untied", "scaled", "turned"])
+def test_a_table_that_the_codes_are_no_rounding_of_is_kept(change, tmp_path):
+    """The proof holds the shared table's numbers in the module: it cannot see a table shared by mistake."""
+    model = build("llama")
+    if change == "untied":
+        model.lm_head.weight = nn.Parameter(torch.randn(128, 64) * 0.02, requires_grad=False)
+    elif change == "scaled":  # as a folded gain would
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight * (1 + 0.3 * torch.rand(64)), requires_grad=False)
+    else:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.flip(0), requires_grad=False)
+    for form in ("int4/group32/zero", "int8"):
+        small = Quantize(Format.parse(form), None, output=Format.parse(form), clip=True)
+        folder = tmp_path / form.replace("/", "-")
+        qcompile.export_onnx(model, folder, Recipe("small", (small, Fuse())), progress=False)
+        assert nodes(folder)[1]["GatherBlockQuantized"] == 0
+
+
+def test_attentions_that_are_spelled_out_are_named():
+    program, _ = traced(build("gemma2"))  # a soft cap
+    report, _ = rewrite(program, LENGTH)
+    assert len(report.left) == 2 and all("spelled out as two products" in left.reason for left in report.left)
+
+
 def test_float_products_are_joined_too(tmp_path):
     qcompile.export_onnx(build("qwen2"), tmp_path / "m", progress=False)  # biases on queries, keys, values
     _, counts = nodes(tmp_path / "m")
@@ -173,8 +193,8 @@ def test_accuracy_level(tmp_path):
     four = qcompile.export_onnx(model, tmp_path / "4", "w4a16", progress=False)
     assert one.numbers["onnx relative error as run"] == one.numbers["onnx relative error"] < 1e-5
     assert 1e-4 < four.numbers["onnx relative error as run"] < 0.1
-    with pytest.raises(ValueError, match="accuracy_level 2"):
-        qcompile.export_onnx(model, tmp_path / "2", accuracy_level=2)
+    with pytest.raises(ValueError, match="accuracy_level 2"):  # before a recipe that does not exist is looked up
+        qcompile.export_onnx(model, tmp_path / "2", "no such recipe", accuracy_level=2)
 
 
 @pytest.mark.parametrize("flaw", ["rows", "scale", "window", "sin"])
