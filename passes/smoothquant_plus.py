@@ -1,8 +1,9 @@
 """SmoothQuant+: one smoothing strength for the whole model, searched with errors accumulated.
 
 Source: Pan et al. 2023, arXiv:2312.03788 sec. 3. The authors published no search; theirs is described
-        as the alpha with the least loss of the whole quantized model. Here the loss is the squared
-        error of the model's outputs, quantized layers feeding later ones.
+        as the alpha with the least squared error of the whole quantized model. Here the loss is the
+        divergence of the logits, quantized layers feeding later ones: by squared error of the logits
+        the winner can be worse than no smoothing (docs/algorithms/smoothquant-plus.md).
 Law:    s = max|X|^a / max|W|^(1-a) as in smooth.py, for a in 0, step .. 1, and *no smoothing* as a
         candidate of its own (a = 0 is not it: it equalises the weights). Strengths are ranked on one
         batch without the clip search; the best two and no smoothing are then held against each other
@@ -21,6 +22,7 @@ from rich.progress import track
 from torch import Tensor
 
 from qcompile.calibrate import Statistics
+from qcompile.divergence import divergence, squared_error
 from qcompile.formats import Format
 from qcompile.passes.quantize import Quantize, SitePlan, quantize
 from qcompile.passes.smooth import Smooth, smooth
@@ -39,6 +41,7 @@ class SmoothQuantPlus:
     clip: bool = False  # whether the Quantize pass behind it searches clips: the search sees the same rounding
     step: float = 0.1  # of alpha; the paper's is 0.05
     batches: int = 4  # of the calibration data, for the loss of the finalists
+    logits: bool = True  # whether the first output holds logits [.., V]; without, the loss is its squared error
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, str):
@@ -63,7 +66,7 @@ def smoothquant_plus(program: Program, how: SmoothQuantPlus, seen: Statistics, p
     """Search alpha on quantized copies, then smooth the program with the winner, in place."""
     assert plan.batches is not None
     data = [batch for _, batch in zip(range(how.batches), plan.batches(), strict=False)]
-    want = [outputs_of(program, batch) for batch in data]
+    want = [first_output(program, batch) for batch in data]
     grid = [min(1.0, i * how.step) for i in range(round(1 / how.step) + 1)]
     coarse = dataclasses.replace(how, clip=False)
     ranked = {
@@ -91,9 +94,9 @@ def loss_of(
     plan: SitePlan,
     alpha: float | None,
     data: list[Sequence[Any]],
-    want: list[list[Tensor]],
+    want: list[Tensor],
 ) -> float:
-    """Squared error of the outputs after smoothing with alpha (None: not) and rounding all weights."""
+    """Divergence from the outputs `want` after smoothing with alpha (None: not) and rounding all weights."""
     candidate = program.copy()
     if alpha is not None:
         smooth(candidate, Smooth(alpha=alpha), seen)
@@ -104,13 +107,12 @@ def loss_of(
         dataclasses.replace(plan, corrected=False),
     )
     candidate.cleanup()
-    total = 0.0
-    for batch, values in zip(data, want, strict=True):
-        got = outputs_of(candidate, batch)
-        total += sum(float((a - b).double().square().sum()) for a, b in zip(got, values, strict=True))
-    return total
+    measure = divergence if how.logits else squared_error
+    pairs = zip(data, want, strict=True)
+    return sum(float(measure(value, first_output(candidate, batch))) for batch, value in pairs) / len(data)
 
 
-def outputs_of(program: Program, batch: Sequence[Any]) -> list[Tensor]:
-    """The outputs of one batch. (A hidden value would not do: smoothing rescales those on purpose.)"""
-    return [y.float() for y in program(*batch) if isinstance(y, Tensor) and y.is_floating_point()]
+def first_output(program: Program, batch: Sequence[Any]) -> Tensor:
+    """Logits, or the output of an encoder. (A hidden value would not do: smoothing rescales those on purpose.)"""
+    found: Tensor = program(*batch)[0]
+    return found

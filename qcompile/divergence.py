@@ -1,4 +1,4 @@
-"""KL(float || quantized) of logits: what training lowers and sensitivity ranks by."""
+"""How far outputs are from the float model's: what training lowers, and searches and sensitivity rank by."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def divergence(want: Tensor, got: Tensor) -> Tensor:
         a, b = p.float().log_softmax(-1), q.float().log_softmax(-1)
         total = total + (a.exp() * (a - b)).sum()
     return total / tokens
+
+
+def squared_error(want: Tensor, got: Tensor) -> Tensor:
+    """|got - want|^2 / |want|^2."""
+    return (got - want).float().square().sum() / want.float().square().sum().clamp_min(1e-30)

@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from qcompile.divergence import divergence
+from qcompile.divergence import divergence, squared_error
 from qcompile.formats import Format
 from qcompile.program import Program
 from qcompile.recipe import Recipe, Rule
@@ -110,11 +110,6 @@ def _product(program: Program, site: Site, x: Tensor, weight: Tensor, kind: Kind
     if kind.act is not None:
         x = quantize_tensor(x, kind.act).dequantize(x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else program.weights[bias])
-
-
-def squared_error(want: Tensor, got: Tensor) -> Tensor:
-    """|got - want|^2 / |want|^2."""
-    return (got - want).float().square().sum() / want.float().square().sum().clamp_min(1e-30)
 
 
 def mix(damages: Sequence[Damage], *, nbytes: int | None = None, kl: float | None = None) -> dict[str, Kind]:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from zoo import build, example, is_dynamic
 
 from qcompile.capture import capture
-from qcompile.divergence import divergence
+from qcompile.divergence import divergence, squared_error
 from qcompile.formats import Format
 from qcompile.passes import Fuse, Quantize
 from qcompile.pipeline import run
 from qcompile.presets import find_recipe
 from qcompile.recipe import Recipe
-from qcompile.sensitivity import Damage, Kind, mix, mixed_recipe, plot, sensitivity, squared_error, table
+from qcompile.sensitivity import Damage, Kind, mix, mixed_recipe, plot, sensitivity, table
 from qcompile.sites import find_sites
 
 KINDS = [Kind.parse("int4/group32/zero"), Kind.parse("int8:int8/row")]

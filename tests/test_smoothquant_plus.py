@@ -12,7 +12,7 @@ from qcompile.capture import capture
 from qcompile.formats import Format
 from qcompile.passes import Smooth, SmoothQuantPlus, Untie
 from qcompile.passes.quantize import SitePlan
-from qcompile.passes.smoothquant_plus import loss_of, outputs_of, smoothquant_plus
+from qcompile.passes.smoothquant_plus import first_output, loss_of, smoothquant_plus
 from qcompile.passes.untie import untie
 from qcompile.quantize import flat_inputs
 from qcompile.recipe import Recipe
@@ -53,7 +53,7 @@ def test_the_winner_is_the_least_loss_and_outliers_make_it_smooth():
     after = program.copy()
     report = smoothquant_plus(after, HOW, seen, plan)
     assert report.done and "alpha" in report.notes[-1]
-    want = [outputs_of(program, batch)]
+    want = [first_output(program, batch)]
     losses = {a: loss_of(program, HOW, seen, plan, a, [batch], want) for a in (None, 0.0, 0.25, 0.5, 0.75, 1.0)}
     best = min(losses, key=losses.get)
     assert f"alpha {best:.2f}" in report.notes[-1] and losses[best] < losses[None]
