@@ -56,21 +56,23 @@ BEFORE = (*EXACT, "IntactKV", "QuantizeKV")
 class Quantize:
     """Formats of weights and activations; None keeps the activation float.
 
-    The last product (the logits) is the most sensitive one and in decoding as large as any: it is
-    quantized weight-only, in `output`; None treats it as every other site.
+    The last product (the logits) is the most sensitive one and in decoding as large as any: it has
+    formats of its own; `output` None treats it as every other site.
     """
 
     weight: Format = Format("int8")
     act: Format | None = Format("int8")
-    output: Format | None = Format("int8")  # weight-only, for sites that write the graph's output
+    output: Format | None = Format("int8")  # of sites that write the graph's output
+    output_act: Format | None = None  # of their activations
     clip: bool = False  # search the clip of each weight range that minimises sum |e|^2.4
 
     def __post_init__(self) -> None:
-        for name in ("weight", "act", "output"):
+        for name in ("weight", "act", "output", "output_act"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Format.parse(getattr(self, name)))
-        if self.act is not None and self.act.two_level:
-            raise RecipeError(f"Quantize: an activation has no second level ({self.act})")
+        for act in (self.act, self.output_act):
+            if act is not None and act.two_level:
+                raise RecipeError(f"Quantize: an activation has no second level ({act})")
         if self.weight.smooth:
             raise RecipeError(f"Quantize: smooth is for activations, not for a weight ({self.weight})")
 
@@ -172,7 +174,7 @@ def formats_of(site: Site, how: Quantize, rule: Rule | None) -> tuple[Format, Fo
     """Weight and activation format of one site."""
     weight, act = how.weight, how.act
     if how.output is not None and writes_output(site):
-        weight, act = how.output, None
+        weight, act = how.output, how.output_act
     if rule is not None:
         weight, act = rule.weight or weight, rule.act or act
     return weight, None if site.kind == "experts" else act

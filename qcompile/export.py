@@ -26,6 +26,8 @@ def export_onnx(
     example: Any = None,
     tokenizer: Any = None,
     accuracy_level: int = 4,
+    low_memory: bool = False,
+    last_logits: bool = False,
     progress: bool = True,
 ) -> Report:
     """Write `folder` with model.onnx, its weights, the tokenizer and a report.
@@ -36,7 +38,11 @@ def export_onnx(
         batches: calibration data for the recipe. example: inputs to trace an encoder with.
         tokenizer: saved beside the model, so that `qcompile generate FOLDER` can run.
         accuracy_level: how MatMulNBits multiplies: 4 rounds activations to int8 in blocks, as ONNX Runtime's
-            tools do by default; 1 keeps float32 and is slower. progress: show bars.
+            tools do by default; 1 keeps float32 and is slower.
+        low_memory: W4A8 products only by their 4-bit codes. Otherwise more than two tokens are multiplied in int8,
+            two to three times as fast, and an open session holds the weights in 4 and in 8 bits.
+        last_logits: a decoder's file gives the logits of the last token only: enough to generate, and a prompt is
+            read faster; perplexity cannot be measured on it. progress: show bars.
 
     Raises:
         ValueError: bad recipe, a site without an ONNX form, a folder that is not empty, or an
@@ -60,7 +66,15 @@ def export_onnx(
         elif not any(isinstance(m, QuantLinear) for m in model.modules()):
             report = Report("float")
         with detached(model) as prefix:
-            done = export_module(model, work, example=example, tokenizer=tokenizer, accuracy_level=accuracy_level)
+            done = export_module(
+                model,
+                work,
+                example=example,
+                tokenizer=tokenizer,
+                accuracy_level=accuracy_level,
+                low_memory=low_memory,
+                last_logits=last_logits,
+            )
         if prefix is not None:
             save_file(prefix.state_dict(), str(work / PREFIX_FILE))
         report.passes.append(done.rewritten)

@@ -37,7 +37,7 @@ def _recipe(name: str, source: str, *passes: object) -> Recipe:
     return Recipe(name, (*passes, *fuse), (), source)
 
 
-_SMALL = Format.parse("int4/group64/zero")
+_SMALL = Format.parse("int4/group64/zero/dual")
 
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
@@ -91,13 +91,15 @@ PRESETS: dict[str, Recipe] = {
         ),
         _recipe(
             "int4-cpu",
-            "weight-only int4 everywhere, the logits too, groups of 64: what an ONNX folder for a CPU wants",
-            Quantize(_SMALL, None, output=_SMALL, clip=True),
+            "smoothed, dual-grained W4A8 everywhere, the logits too: what an ONNX folder for a CPU wants",
+            Smooth(alpha=0.6),  # no Untie: a tied table stays one table in the file
+            Quantize(_SMALL, Format("int8"), output=_SMALL, output_act=Format("int8"), clip=True),
         ),
         _recipe(
             "int4-cpu-gptq",
-            "int4-cpu with its codes chosen by GPTQ (arXiv:2210.17323); needs calibration",
-            GPTQ(_SMALL, None, output=_SMALL, clip=True),
+            "int4-cpu with its codes chosen by GPTQ (arXiv:2210.17323)",
+            Smooth(alpha=0.6),
+            GPTQ(_SMALL, Format("int8"), output=_SMALL, output_act=Format("int8"), clip=True),
         ),
         _recipe(
             "w4a16-gptq",

@@ -31,6 +31,7 @@ class WithCache(nn.Module):
         batch, past = "batch", "past_sequence"
         self.dimensions = [{0: batch, 1: "sequence"}, {0: batch, 1: "total_sequence"}]
         self.dimensions += [{0: batch, 2: past} for _ in self.shapes]
+        self.last = False  # whether only the last token's logits are given
         self.out_dimensions = [{0: batch, 1: "sequence"}] + [{0: batch, 2: "total_sequence"} for _ in self.shapes]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -41,7 +42,13 @@ class WithCache(nn.Module):
         for index in range(len(past) // 2):
             cache.update(past[2 * index], past[2 * index + 1], index)
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-        return out.logits, [part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)]
+        logits = out.logits[:, -1:] if self.last else out.logits
+        return logits, [part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)]
+
+    def only_last(self) -> None:
+        """From now on, give the last token's logits only."""
+        self.last = True
+        self.out_dimensions[0] = {0: "batch"}
 
     def arguments(self, batch: int = 2, length: int = 3, past: int = 5) -> tuple[Any, ...]:
         """Random inputs of given sizes."""

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import io
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,10 @@ from torch import nn
 from qcompile.capture import from_exported
 from qcompile.codegen.onnx.calls import Plain, WithCache
 from qcompile.codegen.onnx.genai import write_genai_config
+from qcompile.codegen.onnx.int8 import Way, is_dual, one_way, two_ways
+from qcompile.codegen.onnx.last_logits import only_last
 from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, refusal
-from qcompile.codegen.onnx.proof import as_numbers, holding, prove
+from qcompile.codegen.onnx.proof import differences, holding, prove, reference
 from qcompile.codegen.onnx.rewrite import rewrite
 from qcompile.codegen.onnx.translate import table
 from qcompile.expert_stack import QuantStack
@@ -53,8 +54,9 @@ class Exported:
 
 
 def export_module(
-    model: nn.Module, folder: Path, *, example: Any = None, tokenizer: Any = None, accuracy_level: int = 4
-) -> Exported:
+    model: nn.Module, folder: Path, *, example: Any = None, tokenizer: Any = None, accuracy_level: int = 4,
+    low_memory: bool = False, last_logits: bool = False,
+) -> Exported:  # fmt: skip
     """Write model.onnx (+ model.onnx.data) into an existing folder.
 
     Args:
@@ -62,6 +64,8 @@ def export_module(
         example: keyword arguments of a module without a cache; None for a causal LM.
         tokenizer: saved beside the model.
         accuracy_level: of MatMulNBits: 4 rounds activations to int8 in blocks while multiplying, 1 does not.
+        low_memory: multiply dual-grained weights by their 4-bit codes only.
+        last_logits: of a decoder, only those of each text's last token, [B, 1, V].
 
     Raises:
         NoOnnxForm: formats without an operator (before any work). ExportMismatch: wrong results.
@@ -78,6 +82,12 @@ def export_module(
         program = from_exported(exported, wrapper)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", 4096) if example is None else None
     rewritten, shared = rewrite(program, positions)
+    if last_logits:
+        if positions is None:
+            raise NoOnnxForm("last_logits is for decoders: an encoder has no last token")
+        if (obstacle := only_last(program)) is not None:
+            raise NoOnnxForm(f"last_logits: {obstacle.reason} (node {obstacle.node})")
+        wrapper.only_last()
     with torch.no_grad(), _quiet():
         graph = torch.onnx.export(
             torch.export.export(
@@ -97,20 +107,35 @@ def export_module(
         assert graph is not None
         _name_dimensions(graph.model, wrapper)
         graph.save(str(folder / MODEL), external_data=True)
-    with torch.no_grad(), holding(wrapper, shared), as_numbers(wrapper):  # the quantized linears are back
-        checks = wrapper.checks()
-    # A value on the edge of a rounding step may fall to either side: one int8 step, not a wrong law.
-    rounded = any(isinstance(m, QuantLinear) and m.act is not None for m in wrapper.modules())
-    error = as_run = prove(folder / MODEL, wrapper, checks, 5e-2 if rounded else 1e-3)
-    if accuracy_level != 1:
-        set_accuracy_level(folder / MODEL, accuracy_level)
-        as_run = prove(folder / MODEL, wrapper, checks, math.inf)  # how much, not whether: it rounds on purpose
+    with torch.no_grad(), holding(wrapper, shared):  # the quantized linears are back
+        error, as_run = _finish(folder / MODEL, wrapper, accuracy_level, low_memory)
     if isinstance(wrapper, WithCache):
         _describe(wrapper, program, folder, positions or 0)
     for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
         if hasattr(part, "save_pretrained"):
             part.save_pretrained(str(folder))
     return Exported(error, as_run, rewritten)
+
+
+def _finish(path: Path, wrapper: Any, accuracy_level: int, low_memory: bool) -> tuple[float, float]:
+    """Prove every way that the file may multiply, then write it as it will run; the errors of both."""
+    import onnx
+
+    exported = onnx.load(str(path), load_external_data=False)
+    ways: list[Way] = ["many"] if isinstance(wrapper, Plain) else ["few", "many"]
+    if low_memory or not is_dual(exported):
+        ways = ["few"]
+    error = 0.0
+    for way in ways:
+        onnx.save(one_way(exported, way), str(path))
+        against = reference(wrapper, lambda site, way=way: way == "few" and site.format.dual)
+        error = max(error, prove(path, wrapper, against))
+    if len(ways) == 2:
+        onnx.save(two_ways(exported), str(path))
+    elif accuracy_level == 1:
+        return error, error
+    set_accuracy_level(path, accuracy_level)
+    return error, differences(path, wrapper, reference(wrapper, lambda site: False) if len(ways) == 2 else against)
 
 
 def _describe(wrapper: WithCache, program: Program, folder: Path, positions: int) -> None:
@@ -157,10 +182,14 @@ def set_accuracy_level(path: Path, level: int) -> None:
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
-                attribute.i = level
+    graphs = [model.graph]
+    for graph in graphs:
+        for node in graph.node:
+            for attribute in node.attribute:
+                if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                    attribute.i = level
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    graphs.append(attribute.g)
     onnx.save(model, str(path))
 
 

@@ -1,8 +1,9 @@
 """Quantized linears in the form that ONNX has operators for.
 
     weight-only int4/int8   MatMulNBits(x, codes, scales, zeros)       float activations, float sums
-    int8 x int8             per-token codes, MatMulInteger, scales     exact int32 sums
-    W4A8 (dual), W4A4       per-token quantize-dequantize, then MatMulNBits
+    int8 x int8             Int8Linear: u8 x s8 products               exact int32 sums (int8.py)
+    dual int4 x int8        DualLinear: both of the above, by the number of rows (int8.py)
+    other W4A8, W4A4        per-token quantize-dequantize, then MatMulNBits
 
 Each module computes exactly what qcompile::qlinear means; only the layout of the weights differs.
 MatMulNBits holds [N, blocks, block bits / 8] bytes; a ragged last block is padded with zero points.
@@ -49,7 +50,8 @@ class OnnxLinear(nn.Module):
         self.turn = None if source.signs is None else Hadamard(source.signs)
         self.factors = nn.ParameterList(source.factors(torch.float32)).requires_grad_(False)
         self.register_buffer("bias", None if source.bias is None else source.bias.float())
-        self.integer = source.format == Format("int8") and source.act in (Format("int8"), Format("int8", "tensor"))
+        rounded = source.act in (Format("int8"), Format("int8", "tensor"))
+        self.integer, self.dual = rounded and source.format == Format("int8"), rounded and source.format.dual
         if self.integer:
             self.register_buffer("weight", source.codes.t().contiguous())
             self.register_buffer("scale", source.scale.reshape(-1).float())
@@ -57,6 +59,7 @@ class OnnxLinear(nn.Module):
         self.bits, self.block = source.format.bits, block_of(source.format, self.k)
         for name, tensor in zip(("codes", "scales", "zeros"), to_blocks(source), strict=True):
             self.register_buffer(name, tensor)
+        self.register_buffer("row", source.scale.reshape(-1).float() if self.dual else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] float32 -> [.., N]."""
@@ -64,6 +67,9 @@ class OnnxLinear(nn.Module):
             x = self.turn(x)
         if self.integer:
             out = ops.int8_linear(x, self.weight, self.scale, self.bias, self.act.per == "row")
+        elif self.dual:
+            blocks = (self.codes, self.scales, self.zeros, self.bias, self.k, self.bits, self.block)
+            out = ops.dual_linear(x, *blocks, self.row, self.act.per == "row")
         else:
             steps = x if self.act is None else self._rounded(x)
             out = ops.nbits_linear(steps, self.codes, self.scales, self.zeros, self.bias, self.k, self.bits, self.block)

@@ -65,6 +65,24 @@ def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
+@torch.library.custom_op("qcompile_onnx::dual_linear", mutates_args=())
+def dual_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, k: int, bits: int, block: int,
+    row: Tensor, per_row: bool,
+) -> Tensor:  # fmt: skip
+    """The int8 product with a dual-grained weight: row [N] its scales, scales / row its integer group scales.
+
+    Arguments as of nbits_linear, which multiplies the same weight by activations that are not rounded.
+    """
+    units = blocks_to_numbers(codes, (scales / row[:, None]).round(), zeros, bits, block)[:, :k]
+    return int8_linear(x, units.to(torch.int8).t(), row, bias, per_row)
+
+
+@dual_linear.register_fake
+def _(x: Tensor, codes: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
 @torch.library.custom_op("qcompile_onnx::group_attention", mutates_args=())
 def group_attention(
     query: Tensor,

@@ -1,6 +1,6 @@
 """Products of one value with several weights as one product: q, k, v of an attention, gate and up.
 
-A product is `nbits_linear`, `int8_linear` or a float linear with weights of the program. Each row of its
+A product is `nbits_linear`, `dual_linear`, `int8_linear` or a float linear with weights of the program. Each row of its
 weight (codes, scales, zero points, bias) makes one channel, so rows may be chosen, put in another order
 and joined with those of another product of the same format that reads the same value.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+import qcompile.codegen.onnx.operators  # noqa: F401  registers torch.ops.qcompile_onnx
 from qcompile.program import WEIGHT, Program
 
 aten = torch.ops.aten
@@ -21,6 +22,7 @@ ops = torch.ops.qcompile_onnx
 # operator -> (places of its weights, which axis of each holds the rows, place of the bias)
 _WEIGHTS = {
     ops.nbits_linear.default: ((1, 2, 3), (0, 0, 0), 4),
+    ops.dual_linear.default: ((1, 2, 3, 8), (0, 0, 0, 0), 4),
     ops.int8_linear.default: ((1, 2), (1, 0), 3),
     aten.linear.default: ((1,), (0,), 2),
 }
@@ -58,7 +60,8 @@ def can_join(program: Program, nodes: list[fx.Node]) -> bool:
 
     def kinds(node: fx.Node) -> list[object]:
         weights = [program.weights.get(program.weight_name(node.args[p]) or "") for p in places]
-        return [getattr(w, "dtype", None) for w in weights] + list(node.args[bias + 1 :])
+        rest = [a for place, a in enumerate(node.args) if place > bias and place not in places]
+        return [getattr(w, "dtype", None) for w in weights] + rest
 
     return all(kinds(n) == kinds(first) for n in nodes)
 

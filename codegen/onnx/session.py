@@ -88,7 +88,10 @@ class Session:
 
     def __call__(self, *, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V] of a window; what evaluate.perplexity calls."""
-        return torch.from_numpy(self.step(input_ids.numpy(), None)[0])
+        logits = self.step(input_ids.numpy(), None)[0]
+        if logits.shape[1] != input_ids.shape[1]:
+            raise FolderError("this folder gives the last token's logits only: export it without last_logits")
+        return torch.from_numpy(logits)
 
     def stream(
         self, ids: Tensor, new: int, *, temperature: float = 0.0, seed: int = 0, stop: set[int] | None = None

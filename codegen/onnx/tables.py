@@ -31,7 +31,7 @@ class Shared:
 
 def share_tables(program: Program) -> list[Shared]:
     """Let embeddings gather from the codes of products that hold a rounding of their table."""
-    products = [n for n in program.graph.nodes if n.target is ops.nbits_linear.default]
+    products = [n for n in program.graph.nodes if n.target in (ops.nbits_linear.default, ops.dual_linear.default)]
     found = []
     for node in list(program.graph.find_nodes(op="call_function", target=aten.embedding.default)):
         name = program.weight_name(node.args[0])
@@ -39,7 +39,7 @@ def share_tables(program: Program) -> list[Shared]:
             numbers = None if name is None else _rounding_of(program, program.weights[name], product)
             if numbers is None or name is None:
                 continue
-            _, codes, scales, zeros, _, k, bits, block = product.args
+            _, codes, scales, zeros, _, k, bits, block = product.args[:8]
             args = (node.args[1], codes, scales, zeros, k, bits, block)
             node.replace_all_uses_with(program.insert(ops.gather_nbits.default, args, before=node))
             program.graph.erase_node(node)

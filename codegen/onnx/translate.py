@@ -6,18 +6,18 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnxscript import opset21 as op
 from onnxscript.values import Opset
 
 import qcompile.codegen.onnx.operators  # noqa: F401  registers the operators
+from qcompile.codegen.onnx.int8 import DOMAIN
 
 _DOMAIN = "com.microsoft"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
-# ONNX ships no schemas of ONNX Runtime's own domain; the tracer needs names and arity of these.
+# ONNX ships no schemas of ONNX Runtime's own domain, nor of the nodes that int8.py replaces; the tracer needs them.
 # operator -> (inputs, outputs, attributes); a name with "?" may be left out.
 _SCHEMAS = {
     "MatMulNBits": (
@@ -43,6 +43,12 @@ _SCHEMAS = {
         dict(bits="INT", block_size="INT", gather_axis="INT", quantize_axis="INT"),
     ),
     "QuickGelu": (["X"], ["Y"], dict(alpha="FLOAT")),
+    "DualLinear": (
+        ["X", "codes", "scales", "zero_points", "row_scale", "bias?"],
+        ["Y"],
+        dict(K="INT", N="INT", bits="INT", block_size="INT", per_row="INT"),
+    ),
+    "Int8Linear": (["X", "weight", "scale", "bias?"], ["Y"], dict(per_row="INT")),
 }  # fmt: skip
 
 
@@ -70,34 +76,35 @@ def _declare(name: str, domain: str) -> None:
 
 
 @functools.cache
-def _microsoft(name: str, domain: str = _DOMAIN) -> Any:
+def _own(name: str, domain: str = _DOMAIN) -> Any:
     _declare(name, domain)
     return getattr(Opset(domain, 1), name)
 
 
 def _nbits_linear(x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, k: int, bits: int, block: int) -> Any:
     # accuracy_level 1 multiplies in float32, which is what is proven; export.py may raise it afterwards.
-    return _microsoft("MatMulNBits")(
+    return _own("MatMulNBits")(
         x, codes, scales, zeros, None, bias, K=k, N=codes.shape[0], bits=bits, block_size=block, accuracy_level=1
     )
 
 
+def _dual_linear(
+    x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, k: int, bits: int, block: int, row: Any, per_row: bool
+) -> Any:
+    return _own("DualLinear", DOMAIN)(
+        x, codes, scales, zeros, row, bias, K=k, N=codes.shape[0], bits=bits, block_size=block, per_row=int(per_row)
+    )
+
+
 def _int8_linear(x: Any, weight: Any, scale: Any, bias: Any, per_row: bool) -> Any:
-    peak = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]), keepdims=1) if per_row else op.ReduceMax(op.Abs(x))
-    step = op.Mul(peak, _number(1 / 127, np.float32))
-    step = op.Where(op.Greater(step, _number(1e-30, np.float32)), step, _number(1, np.float32))
-    codes = op.Add(op.Round(op.Div(x, step)), _number(128, np.float32))
-    codes = op.Cast(op.Clip(codes, _number(0, np.float32), _number(255, np.float32)), to=onnx.TensorProto.UINT8)
-    sums = op.MatMulInteger(codes, weight, _number(128, np.uint8), _number(0, np.int8))
-    out = op.Mul(op.Mul(op.Cast(sums, to=onnx.TensorProto.FLOAT), step), scale)
-    return out if bias is None else op.Add(out, bias)
+    return _own("Int8Linear", DOMAIN)(x, weight, scale, bias, per_row=int(per_row))
 
 
 def _group_attention(
     query: Any, key: Any, value: Any, past_key: Any, past_value: Any, last: Any, total: Any, cos: Any, sin: Any,
     heads: int, scale: float, window: int, interleaved: bool,
 ) -> Any:  # fmt: skip
-    return _microsoft("GroupQueryAttention")(
+    return _own("GroupQueryAttention")(
         query, key, value, past_key, past_value, last, total, cos, sin, num_heads=heads,
         kv_num_heads=past_key.shape[1], scale=scale, local_window_size=window, do_rotary=int(cos is not None),
         rotary_interleaved=int(interleaved),
@@ -112,18 +119,18 @@ def _lengths(mask: Any) -> Any:
 
 def _rms_norm(x: Any, gain: Any, eps: float) -> Any:
     # ONNX Runtime registers this one in the standard domain.
-    return _microsoft("SimplifiedLayerNormalization", "")(x, gain, axis=-1, epsilon=eps, stash_type=1)
+    return _own("SimplifiedLayerNormalization", "")(x, gain, axis=-1, epsilon=eps, stash_type=1)
 
 
 def _skip_rms_norm(x: Any, skip: Any, gain: Any, eps: float) -> Any:
-    out, _, _, total = _microsoft("SkipSimplifiedLayerNormalization")(x, skip, gain, epsilon=eps)
+    out, _, _, total = _own("SkipSimplifiedLayerNormalization")(x, skip, gain, epsilon=eps)
     return out, total
 
 
 def _gather_nbits(ids: Any, codes: Any, scales: Any, zeros: Any, k: int, bits: int, block: int) -> Any:
     rows, blocks, _ = codes.shape
     flat = op.Reshape(codes, op.Constant(value_ints=[rows, -1]))
-    numbers = _microsoft("GatherBlockQuantized")(
+    numbers = _own("GatherBlockQuantized")(
         flat, ids, scales, zeros, bits=bits, block_size=block, gather_axis=0, quantize_axis=1
     )
     if blocks * block == k:
@@ -133,11 +140,7 @@ def _gather_nbits(ids: Any, codes: Any, scales: Any, zeros: Any, k: int, bits: i
 
 
 def _silu(x: Any) -> Any:
-    return _microsoft("QuickGelu")(x, alpha=1.0)  # x sigmoid(alpha x)
-
-
-def _number(value: float, dtype: Any) -> Any:
-    return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype=dtype)))
+    return _own("QuickGelu")(x, alpha=1.0)  # x sigmoid(alpha x)
 
 
 def table() -> dict[Any, Callable[..., Any]]:
@@ -145,6 +148,7 @@ def table() -> dict[Any, Callable[..., Any]]:
     ops = torch.ops.qcompile_onnx
     return {
         ops.nbits_linear.default: _nbits_linear,
+        ops.dual_linear.default: _dual_linear,
         ops.int8_linear.default: _int8_linear,
         ops.group_attention.default: _group_attention,
         ops.lengths.default: _lengths,

@@ -48,6 +48,12 @@ def export_onnx(
     accuracy_level: Annotated[
         int, typer.Option(help="of int4 products: 4 rounds activations to int8 in blocks, 1 keeps float32, slower")
     ] = 4,
+    low_memory: Annotated[
+        bool, typer.Option(help="W4A8 products by 4-bit codes only: long prompts slower, half the memory")
+    ] = False,
+    last_logits: Annotated[
+        bool, typer.Option(help="only the last token's logits: prompts faster, no `qcompile eval` of the folder")
+    ] = False,
 ) -> None:
     """Quantize MODEL and write an ONNX folder, checked against PyTorch before it appears.
 
@@ -66,6 +72,8 @@ def export_onnx(
             calibration_batches(recipe, tokenizer, text),
             tokenizer=tokenizer,
             accuracy_level=accuracy_level,
+            low_memory=low_memory,
+            last_logits=last_logits,
             progress=False,
         )
     console.print(str(report), highlight=False)

@@ -1,0 +1,162 @@
+"""Files that multiply in two ways, and files that give the last logits only."""
+
+from __future__ import annotations
+
+import collections
+import functools
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from zoo import build, example
+
+import qcompile
+import qcompile.codegen.onnx.export as export
+from qcompile.codegen.onnx.int8 import FEW, two_ways
+from qcompile.codegen.onnx.last_logits import last_tokens
+from qcompile.codegen.onnx.linear import NoOnnxForm
+from qcompile.codegen.onnx.proof import ExportMismatch
+from qcompile.codegen.onnx.session import FolderError, Session
+
+DUAL = "int4-cpu"
+
+
+def opened(path):
+    return onnx.load(str(path / "model.onnx"), load_external_data=False).graph
+
+
+def branches(graph):
+    (choice,) = [node for node in graph.node if node.op_type == "If"]
+    return {a.name: collections.Counter(n.op_type for n in a.g.node) for a in choice.attribute}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])  # no biases; some; all, and odd layouts
+def folders(request, tmp_path_factory):
+    """One model in files that multiply by 4-bit codes, in int8, and in both ways."""
+    place = tmp_path_factory.mktemp(request.param)
+    model = build(request.param)
+    batch = [example(request.param)]
+    qcompile.quantize(model, DUAL, batch, progress=False)
+    qcompile.export_onnx(model, place / "both", progress=False)
+    qcompile.export_onnx(model, place / "few", low_memory=True, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "two_ways", functools.partial(two_ways, few=0))
+        qcompile.export_onnx(model, place / "many", progress=False)
+    return model, place
+
+
+def test_few_tokens_are_multiplied_by_codes_and_many_in_int8(folders):
+    model, place = folders
+    sessions = {name: Session(place / name) for name in ("both", "few", "many")}
+    ids = torch.randint(3, 128, (1, 8), generator=torch.Generator().manual_seed(0)).numpy()
+    for tokens in range(1, 8):
+        got = {name: session.step(ids[:, :tokens], None)[0] for name, session in sessions.items()}
+        same, other = ("few", "many") if tokens <= FEW else ("many", "few")
+        assert np.array_equal(got["both"], got[same]) and not np.array_equal(got["both"], got[other])
+    two_rows = np.concatenate([ids, ids])[:, :2]  # four tokens: rows count too
+    logits = {name: session.step(two_rows, None)[0] for name, session in sessions.items()}
+    assert np.array_equal(logits["both"], logits["many"])
+
+
+def test_both_ways_read_the_same_bytes(folders):
+    model, place = folders
+    graph = opened(place / "both")
+    counts = branches(graph)
+    assert counts["then_branch"]["MatMulNBits"] == counts["else_branch"]["MatMulIntegerToFloat"] > 0
+    assert not counts["then_branch"]["MatMulIntegerToFloat"] and not counts["else_branch"]["MatMulNBits"]
+    where = {t.name: {e.key: e.value for e in t.external_data} | {"raw": t.raw_data} for t in graph.initializer}
+    seen = [name for name in where if name.endswith("/uint4")]
+    assert len(seen) == 2 * counts["then_branch"]["MatMulNBits"]  # codes and zero points
+    assert all(where[name] == where[name.removeprefix("qcompile/").removesuffix("/uint4")] for name in seen)
+    sizes = [(place / name / "model.onnx.data").stat().st_size for name in ("both", "few")]
+    assert sizes[0] == sizes[1]
+    assert "If" not in {n.op_type for n in opened(place / "few").node}
+
+
+def test_the_int8_weights_are_computed_when_the_file_is_opened(folders):
+    _, place = folders
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(place / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(place / "both/model.onnx"), options, providers=["CPUExecutionProvider"])
+    kinds = {n.op_type for n in onnx.load(str(place / "optimized.onnx"), load_external_data=False).graph.node}
+    assert not kinds & {"Transpose", "Unsqueeze", "Mul", "Round"}
+
+
+def test_an_encoder_is_multiplied_in_int8_only(tmp_path):
+    report = qcompile.export_onnx(
+        build("bert"), tmp_path / "m", DUAL, [example("bert")], example=example("bert"), progress=False
+    )
+    kinds = collections.Counter(n.op_type for n in opened(tmp_path / "m").node)
+    assert kinds["MatMulIntegerToFloat"] and not kinds["MatMulNBits"] and not kinds["If"]
+    assert report.numbers["onnx relative error"] < 0.05
+
+
+def test_a_wrong_zero_point_is_found(tmp_path, monkeypatch):
+    """The two proofs are separate: a fault in the int8 weights alone must not pass."""
+    real = export.one_way
+
+    def wrong(model, way):
+        found = real(model, way)
+        for node in found.graph.node:
+            if node.op_type == "Sub" and node.output[0].endswith("levels"):
+                node.op_type = "Add"  # the zero point
+        return found
+
+    monkeypatch.setattr(export, "one_way", wrong)
+    with pytest.raises(ExportMismatch, match="differs from the module"):
+        qcompile.export_onnx(build("llama"), tmp_path / "m", DUAL, [example("llama")], progress=False)
+    assert not (tmp_path / "m").exists()
+
+
+def generated(folder, rows, length=14):
+    import onnxruntime_genai as genai
+
+    parameters = genai.GeneratorParams(model := genai.Model(str(folder)))
+    parameters.set_search_options(max_length=length, min_length=length, batch_size=len(rows))
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(np.array(rows, dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [generator.get_sequence(i).tolist() for i in range(len(rows))]
+
+
+@pytest.mark.parametrize("recipe", ["w4a16", DUAL])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_the_last_logits_are_enough_to_generate(name, recipe, tmp_path):
+    model = build(name)
+    with torch.no_grad():
+        for parameter in model.parameters():  # what layers add must outweigh the token, or it repeats for ever
+            if parameter.ndim == 2 and parameter is not model.get_input_embeddings().weight:
+                parameter.mul_(6)
+    options = dict(accuracy_level=1, progress=False)
+    qcompile.export_onnx(model, tmp_path / "all", recipe, [example(name)], **options)
+    qcompile.export_onnx(model, tmp_path / "last", recipe, [example(name)], last_logits=True, **options)
+    rows = [[5, 9, 17, 33], [90, 8, 51, 0]]  # genai pads the shorter behind
+    assert generated(tmp_path / "all", rows) == generated(tmp_path / "last", rows)
+    session, ids = Session(tmp_path / "last"), torch.tensor(rows[:1])
+    assert session.step(ids.numpy(), None)[0].shape == (1, 1, 128)
+    assert len(list(session.stream(ids, 4))) == 4
+    with pytest.raises(FolderError, match="last token's logits only"):
+        session(input_ids=ids)
+    inside = branches(opened(tmp_path / "last"))["else_branch"] if recipe == DUAL else {"MatMulNBits": 1}
+    assert inside["MatMulNBits"] == 1  # one row: the logits need no int8
+
+
+def test_last_tokens_of_padded_texts():
+    x = torch.arange(3 * 4, dtype=torch.float32).reshape(3, 4, 1)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    assert last_tokens(x, mask).flatten().tolist() == [3.0, 5.0, 8.0]
+    behind = torch.ones(3, 9, dtype=torch.long)  # five tokens of a cache before them
+    assert last_tokens(x, behind).flatten().tolist() == [3.0, 7.0, 11.0]
+    one = torch.tensor([[1, 1, 0, 0, 1]])  # a padded text that goes on, one token at a time
+    assert last_tokens(torch.ones(1, 1, 1), one).shape == (1, 1, 1)
+
+
+def test_an_encoder_has_no_last_token(tmp_path):
+    with pytest.raises(NoOnnxForm, match="for decoders"):
+        qcompile.export_onnx(nn.Sequential(nn.Linear(8, 8)), tmp_path / "m", example=torch.randn(2, 8),
+                             last_logits=True, progress=False)  # fmt: skip
