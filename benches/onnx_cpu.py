@@ -1,22 +1,26 @@
-"""INT4 ONNX on a CPU against onnxruntime-genai's own model builder: speed, size, perplexity.
+"""INT4 ONNX on a CPU against onnxruntime-genai's own model builder: speed, size, memory, perplexity.
 
     python benches/onnx_cpu.py [TEXT [CALIBRATION_TEXT]]      writes benches/results/onnx_cpu.json and .png
 
 Every folder, ours and the peers', runs in onnxruntime-genai in a process of its own; the processes take
 turns, one at a time, so that no idle thread of another spins. Perplexity is that of the ONNX model: 4
-windows of 2048 tokens. Peers that are not installed are named and left out.
+windows of 2048 tokens. Peers that are not installed are named and left out. Last comes the number of
+tokens from which int8 products are faster than 4-bit codes, which codegen/onnx/int8.py has as FEW.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,34 +37,53 @@ from qcompile.text import batches, read_text, windows
 
 RESULTS = Path(__file__).parent / "results" / "onnx_cpu.json"
 SAME_BLOCKS = Path(__file__).parent / "recipes" / "onnx"
-OURS = [str(SAME_BLOCKS / "int4-g32.json"), str(SAME_BLOCKS / "int4-g128.json"), "int4-cpu", "int4-cpu-gptq"]
+BEST = "int4-cpu-gptq"
+OURS = {  # name -> recipe, options of the export
+    "int4-g32": (str(SAME_BLOCKS / "int4-g32.json"), {}),
+    "int4-g128": (str(SAME_BLOCKS / "int4-g128.json"), {}),
+    "int4-cpu": ("int4-cpu", {}),
+    BEST: (BEST, {}),
+    f"{BEST}, low memory": (BEST, {"low_memory": True}),
+    f"{BEST}, last logits": (BEST, {"last_logits": True}),
+}
 BUILDER = {
     "builder int4, block 32": ["block_size=32"],
     "builder int4, block 128": ["block_size=128"],
     "builder int4, block 32, k_quant": ["block_size=32", "algo_config=k_quant"],
 }
 PROMPT, NEW, ROUNDS = 512, 32, 7
+LONG = (2048, 4096, 8000)  # prompts that are timed a few times only
+LONG_ROUNDS = 2
 
 
 def serve(folder: str) -> None:
-    """Child process: at each line of stdin, time one prompt and some new tokens; print both as JSON."""
+    """Child process: at each line "PROMPT NEW", time one prompt and some new tokens; print both and memory as JSON."""
     import onnxruntime_genai as genai
 
+    before, start = _memory(), time.perf_counter()
     model = genai.Model(folder)
-    prompt = np.random.default_rng(0).integers(3, 40000, PROMPT).astype(np.int32)
-    print("ready", flush=True)
-    for _ in sys.stdin:
+    opened, peak = time.perf_counter() - start, _memory("VmHWM") - before
+    print(json.dumps([opened, peak]), flush=True)
+    for line in sys.stdin:
+        length, new = map(int, line.split())
+        prompt = np.random.default_rng(0).integers(3, 40000, length).astype(np.int32)
         parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=PROMPT + NEW + 1, min_length=PROMPT + NEW + 1)
+        parameters.set_search_options(max_length=length + new + 1, min_length=length + new + 1)
         generator = genai.Generator(model, parameters)
         start = time.perf_counter()
         generator.append_tokens(prompt)
         generator.generate_next_token()
         first = time.perf_counter()
-        for _ in range(NEW):
+        for _ in range(new):
             generator.generate_next_token()
         done = time.perf_counter()
-        print(json.dumps([first - start, (done - first) / NEW]), flush=True)
+        print(json.dumps([first - start, (done - first) / max(1, new), _memory() - before]), flush=True)
+
+
+def _memory(kind: str = "VmRSS") -> float:
+    """Bytes that this process holds, or held at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
 def build_peers(work: Path, model: torch.nn.Module, tokenizer: object, console: Console) -> dict[str, Path]:
@@ -81,37 +104,96 @@ def build_peers(work: Path, model: torch.nn.Module, tokenizer: object, console: 
     return found
 
 
-def time_all(folders: dict[str, Path]) -> dict[str, list[tuple[float, float]]]:
-    """[seconds to the first token, seconds for a token] of each round, all folders in turn."""
-    script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import onnx_cpu; onnx_cpu.serve(sys.argv[1])"
-    )
-    children = {
-        name: subprocess.Popen(
+class Child:
+    """A folder in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        place = str(Path(__file__).parent)
+        script = f"import sys; sys.path.insert(0, {place!r}); import onnx_cpu; onnx_cpu.serve(sys.argv[1])"
+        self.process = subprocess.Popen(
             [sys.executable, "-c", script, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        for name, folder in folders.items()
-    }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in children}
+        self.opened, self.peak = self._answer()
+
+    def _answer(self) -> list[float]:
+        assert self.process.stdout is not None
+        return list(json.loads(self.process.stdout.readline()))
+
+    def ask(self, prompt: int, new: int) -> list[float]:
+        """Seconds to the first token, seconds for each further one, bytes held."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{prompt} {new}\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+
+def time_all(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Rates, memory and long prompts of all folders, in turn."""
+    children = {name: Child(folder) for name, folder in folders.items()}
+    rounds: dict[str, list[list[float]]] = {name: [] for name in children}
+    long: dict[str, dict[int, list[list[float]]]] = {name: {n: [] for n in LONG} for name in children}
     try:
-        for child in children.values():
-            assert child.stdout is not None and child.stdout.readline() == "ready\n"
         for step in range(ROUNDS + 1):  # the first warms up
             for name, child in children.items():
-                assert child.stdin is not None and child.stdout is not None
-                child.stdin.write("go\n")
-                child.stdin.flush()
-                answer = json.loads(child.stdout.readline())
+                answer = child.ask(PROMPT, NEW)
                 if step:
-                    times[name].append((answer[0], answer[1]))
+                    rounds[name].append(answer)
+        for length in LONG:
+            for _ in range(LONG_ROUNDS):
+                for name, child in children.items():
+                    long[name][length].append(child.ask(length, NEW))
     finally:
         for child in children.values():
-            child.kill()
-    return times
+            child.process.kill()
+
+    def middle(answers: Sequence[Sequence[float]], column: int) -> float:
+        return statistics.median(answer[column] for answer in answers)
+
+    return {
+        name: dict(
+            prefill=PROMPT / middle(rounds[name], 0),
+            decode=1 / middle(rounds[name], 1),
+            opened=child.opened,
+            opening_peak_megabytes=child.peak / 1e6,
+            held_megabytes=middle(rounds[name], 2) / 1e6,
+            long={n: dict(first=middle(a, 0), decode=1 / middle(a, 1)) for n, a in long[name].items()},
+        )
+        for name, child in children.items()
+    }
+
+
+def few_or_many(folder: Path, threads: int) -> list[dict[str, float]]:
+    """Milliseconds of a few tokens by 4-bit codes and in int8, behind a cache of 256."""
+    import onnx
+    import onnxruntime
+
+    model, options, sessions = onnx.load(str(folder / "model.onnx"), load_external_data=False), None, {}
+    limit = next(node for node in model.graph.node if node.op_type == "LessOrEqual").input[1]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    for way, few in (("few", 10**6), ("many", 0)):
+        held = next(tensor for tensor in model.graph.initializer if tensor.name == limit)
+        held.CopyFrom(onnx.numpy_helper.from_array(np.array(few, np.int64), limit))
+        onnx.save(model, str(folder / f"{way}.onnx"))
+        sessions[way] = onnxruntime.InferenceSession(str(folder / f"{way}.onnx"), options, ["CPUExecutionProvider"])
+    rows = []
+    for tokens in (1, 2, 3, 4, 6, 8, 16):
+        cache = [np.zeros((1, i.shape[1], 256, i.shape[3]), np.float32) for i in sessions["few"].get_inputs()[2:]]
+        ids, mask = np.full((1, tokens), 7), np.ones((1, 256 + tokens), np.int64)
+        feeds = dict(zip((i.name for i in sessions["few"].get_inputs()), (ids, mask, *cache), strict=True))
+        times: dict[str, list[float]] = {way: [] for way in sessions}
+        for step in range(22):
+            for way, session in sessions.items():
+                start = time.perf_counter()
+                session.run(None, feeds)
+                if step > 1:
+                    times[way].append(time.perf_counter() - start)
+        rows.append(dict(tokens=tokens, **{way: 1e3 * statistics.median(t) for way, t in times.items()}))
+    return rows
 
 
 def bandwidth() -> float:
@@ -135,38 +217,46 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         folders = build_peers(work, model, tokenizer, console)
-        for name in OURS:
-            data = batches(tokenizer, calibration, count=64) if find_recipe(name).needs else None
-            out = work / f"qcompile-{Path(name).stem}"
-            qcompile.export_onnx(model, out, name, data, tokenizer=tokenizer)
-            folders[f"qcompile {Path(name).stem}"] = out
-        times, rows, speed = time_all(folders), [], bandwidth()
+        quantized: dict[str, torch.nn.Module] = {}
+        for name, (recipe, options) in OURS.items():
+            if recipe not in quantized:
+                data = batches(tokenizer, calibration, count=64) if find_recipe(recipe).needs else None
+                quantized[recipe] = copy.deepcopy(model)
+                qcompile.quantize(quantized[recipe], recipe, data)
+            out = work / f"qcompile-{name.replace(', ', '-').replace(' ', '-')}"
+            qcompile.export_onnx(quantized[recipe], out, tokenizer=tokenizer, **options)
+            folders[f"qcompile {name}"] = out
+        del quantized
+        speed, times, rows = bandwidth(), time_all(folders), []
+        few = few_or_many(folders[f"qcompile {BEST}"], torch.get_num_threads())
         for name, folder in folders.items():
             size = sum(f.stat().st_size for f in folder.iterdir() if f.name.startswith("model.onnx"))
-            first, token = (statistics.median(column) for column in zip(*times[name], strict=True))
-            rows.append(
-                dict(
-                    folder=name,
-                    prefill=PROMPT / first,
-                    decode=1 / token,
-                    megabytes=size / 1e6,
-                    perplexity=perplexity(Session(folder), pieces, label=name),
-                    share_of_bandwidth=size / token / speed,
-                )
-            )
-    table = Table("folder", "prefill 512, tokens/s", "decode, tokens/s", "MB", "perplexity", "decode / bandwidth")
+            row = dict(folder=name, **times[name], megabytes=size / 1e6)
+            row["share_of_bandwidth"] = size * times[name]["decode"] / speed
+            if "last logits" not in name and "low memory" not in name:  # the former has not all, the latter the same
+                row["perplexity"] = perplexity(Session(folder), pieces, label=name)
+            rows.append(row)
+    table = Table("folder", "prefill 512", "decode", "open MB", "file MB", "perplexity", "decode / bandwidth")
     for row in rows:
         table.add_row(
-            str(row["folder"]), f"{row['prefill']:.0f}", f"{row['decode']:.1f}", f"{row['megabytes']:.1f}",
-            f"{row['perplexity']:.2f}", f"{row['share_of_bandwidth']:.0%}",
+            row["folder"], f"{row['prefill']:.0f}", f"{row['decode']:.1f}", f"{row['held_megabytes']:.0f}",
+            f"{row['megabytes']:.1f}", f"{row['perplexity']:.2f}" if "perplexity" in row else "",
+            f"{row['share_of_bandwidth']:.0%}",
         )  # fmt: skip
     console.print(table)
-    found = dict(versions=versions(), bandwidth=speed, prompt=PROMPT, new=NEW, rounds=ROUNDS, rows=rows)
+    long = Table("folder", *(f"{n} tokens, s to first" for n in LONG), f"decode behind {LONG[1]}")
+    for row in rows:
+        long.add_row(
+            row["folder"], *(f"{row['long'][n]['first']:.2f}" for n in LONG), f"{row['long'][LONG[1]]['decode']:.1f}"
+        )
+    console.print(long)
+    console.print(*(f"{r['tokens']} tokens: codes {r['few']:.2f} ms, int8 {r['many']:.2f} ms" for r in few), sep="\n")
+    found = dict(versions=versions(), bandwidth=speed, prompt=PROMPT, new=NEW, rounds=ROUNDS, few=few, rows=rows)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     plot(rows)
 
 
-def plot(rows: list[dict[str, object]]) -> None:
+def plot(rows: list[dict[str, Any]]) -> None:
     """Prefill and decode rates side by side."""
     import matplotlib.pyplot as plt
 

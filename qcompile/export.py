@@ -39,7 +39,7 @@ def export_onnx(
         tokenizer: saved beside the model, so that `qcompile generate FOLDER` can run.
         accuracy_level: how MatMulNBits multiplies: 4 rounds activations to int8 in blocks, as ONNX Runtime's
             tools do by default; 1 keeps float32 and is slower.
-        low_memory: W4A8 products only by their 4-bit codes. Otherwise more than two tokens are multiplied in int8,
+        low_memory: W4A8 products only by their 4-bit codes. Otherwise more than four tokens are multiplied in int8,
             two to three times as fast, and an open session holds the weights in 4 and in 8 bits.
         last_logits: a decoder's file gives the logits of the last token only: enough to generate, and a prompt is
             read faster; perplexity cannot be measured on it. progress: show bars.

@@ -27,6 +27,12 @@ def folder(tmp_path_factory):
     return str(path)
 
 
+def text_file(place):
+    path = place / "text.txt"
+    path.write_text("the of a is in to and " * 2000)
+    return path
+
+
 def call(*arguments):
     result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -52,6 +58,35 @@ def test_export_and_generate(folder, tmp_path):
     assert "onnx relative error" in call("export-onnx", folder, tmp_path / "o", "--recipe", "int8")
     assert call("generate", tmp_path / "o", "--prompt", "the", "--tokens", 3).startswith("the")
     assert "perplexity" in call("eval", tmp_path / "o", "--windows", 1, "--length", 32)
+    call("export-onnx", folder, tmp_path / "l", "--last-logits", "--low-memory", "--text", text_file(tmp_path))
+    few = ["--prompt", 8, "--tokens", 2, "--rounds", 1]
+    out = call("bench", tmp_path / "o", "--against", tmp_path / "l", *few, "--out", tmp_path / "b.json")
+    assert "decode" in out and len(json.loads((tmp_path / "b.json").read_text())["rows"]) == 2
+    with pytest.raises(ValueError, match="last token's logits only"):
+        call("eval", tmp_path / "l", "--windows", 1, "--length", 32)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        call("generate", tmp_path / "o", "--prompt", "")
+    (tmp_path / "o/tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        call("generate", tmp_path / "o", "--prompt", "the")
+
+
+def test_chat(folder, tmp_path):
+    with pytest.raises(ValueError, match="no chat template"):
+        call("chat", folder)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    call("export-onnx", tmp_path / "m", tmp_path / "o", "--recipe", "w4a16")
+    outputs = []
+    for place in (tmp_path / "m", tmp_path / "o"):
+        result = CliRunner().invoke(app, ["chat", str(place), "--tokens", "4"], input="the of\nis\n\n")
+        assert result.exit_code == 0, result.output
+        outputs.append(result.output)
+    assert all(output.count("you:") == 3 for output in outputs)
 
 
 def test_compare_tune_sensitivity_advise(folder, tmp_path, monkeypatch):

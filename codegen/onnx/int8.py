@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 Way = Literal["few", "many"]
 DOMAIN = "qcompile"
-FEW = 2  # tokens that are multiplied by 4-bit codes; benches/onnx_cpu.py --rows measures both ways
+FEW = 4  # tokens that are multiplied by 4-bit codes; benches/onnx_cpu.py measures both ways
 
 _TINY = 1e-30 / 127  # a step of zero would make 0 / 0 of a row of zeros
 

@@ -1,16 +1,18 @@
-"""Run an exported folder in ONNX Runtime: greedy or sampled generation, and logits of a window."""
+"""Run an exported folder in ONNX Runtime: logits of a window, tokens one by one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from qcompile.chat import stream
 from qcompile.codegen.onnx.genai import FILE
 
 PREFIX_FILE = "prefix.safetensors"  # ids, logits, keys and values of a prefix (passes/intact_kv.py)
@@ -48,6 +50,7 @@ class Session:
         self.longest: int | None = described.get("context_length")
         size = described.get("decoder", {}).get("head_size")  # folders of other tools leave it free in the graph
         self.shapes = [(i.shape[1], i.shape[3] if isinstance(i.shape[3], int) else size) for i in self.past]
+        self.vocabulary = int(self.session.get_outputs()[0].shape[2])
         self.prefix: dict[str, np.ndarray] | None = None
         if (Path(folder) / PREFIX_FILE).is_file():
             self.prefix = load_file(str(Path(folder) / PREFIX_FILE))
@@ -97,17 +100,17 @@ class Session:
         self, ids: Tensor, new: int, *, temperature: float = 0.0, seed: int = 0, stop: set[int] | None = None
     ) -> Iterator[int]:
         """New tokens after ids [1, T], one by one; temperature 0 is greedy."""
-        generator = np.random.default_rng(seed)
-        current, cache = ids.numpy(), None
-        for _ in range(new):
-            logits, cache = self.step(current, cache)
-            scores = logits[0, -1].astype(np.float64)
-            if temperature > 0:
-                scores = np.exp((scores - scores.max()) / temperature)
-                token = int(generator.choice(scores.size, p=scores / scores.sum()))
-            else:
-                token = int(scores.argmax())
-            yield token
-            if stop and token in stop:
-                return
-            current = np.array([[token]], np.int64)
+        yield from stream(self.step, ids.numpy(), new, temperature=temperature, seed=seed, stop=stop)
+
+
+def tokenizer_of(folder: str | Path) -> Any:
+    """The tokenizer of an exported folder.
+
+    Raises:
+        FolderError: it holds none.
+    """
+    from transformers import AutoTokenizer
+
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        raise FolderError(f"{folder} holds no tokenizer: give export_onnx one (tokenizer=..), or copy its files there")
+    return AutoTokenizer.from_pretrained(str(folder))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -78,43 +77,3 @@ def export_onnx(
         )
     console.print(str(report), highlight=False)
     console.print(f"written to {folder}")
-
-
-@app.command()
-def generate(
-    folder: Annotated[str, typer.Argument(help="exported ONNX folder, or any MODEL", metavar="FOLDER")],
-    prompt: Annotated[str, typer.Option(help="text to continue")],
-    tokens: Annotated[int, typer.Option(help="new tokens at most")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
-) -> None:
-    """Continue a prompt with an exported ONNX folder (or with a PyTorch MODEL)."""
-    import torch
-
-    if not (Path(folder) / "model.onnx").is_file():
-        loaded, tokenizer = load(folder)
-        ids = tokenizer(prompt, return_tensors="pt")
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        torch.manual_seed(seed)
-        out = loaded.generate(**ids, max_new_tokens=tokens, **sampling)
-        console.print(tokenizer.decode(out[0], skip_special_tokens=True), highlight=False)
-        return
-    from transformers import AutoTokenizer
-
-    from qcompile.codegen.onnx.session import Session
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    session = Session(folder)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    end = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    new: list[int] = []
-    shown = ""
-    sys.stdout.write(prompt)
-    for token in session.stream(ids, tokens, temperature=temperature, seed=seed, stop=end):
-        new.append(token)
-        text = tokenizer.decode(new, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # a character may span tokens
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
-    sys.stdout.write("\n")

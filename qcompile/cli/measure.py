@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +30,9 @@ def evaluate(
     from qcompile.text import windows as cut
 
     if (Path(model) / "model.onnx").is_file():
-        from transformers import AutoTokenizer
+        from qcompile.codegen.onnx.session import Session, tokenizer_of
 
-        from qcompile.codegen.onnx.session import Session
-
-        loaded, tokenizer = Session(model), AutoTokenizer.from_pretrained(model)
+        loaded, tokenizer = Session(model), tokenizer_of(model)
     else:
         loaded, tokenizer = load(model, dtype)
         if recipe is not None:
@@ -188,16 +188,38 @@ def bench(
     tokens: Annotated[int, typer.Option(help="decoded tokens")] = 16,
     rounds: Annotated[int, typer.Option(help="counted rounds")] = 5,
     dtype: Dtype = "bfloat16",
+    against: Annotated[list[str] | None, typer.Option(help="another ONNX folder; repeat for several")] = None,
     out: Annotated[Path | None, typer.Option(help="write the numbers as JSON")] = None,
 ) -> None:
-    """Prefill and decode speed against torch.compile (Inductor) of the float model, interleaved."""
+    """Prefill and decode speed against torch.compile (Inductor) of the float model, interleaved.
+
+    Of an exported ONNX folder: its own speed, beside that of other folders (--against).
+    """
     from qcompile.bench import compare_with_inductor
 
+    if (Path(model) / "model.onnx").is_file():
+        _bench_folders([model, *(against or [])], prompt, tokens, rounds, out)
+        return
     loaded, _ = load(model, dtype)
     result = compare_with_inductor(loaded, recipe or ["int8", "w4a8"], prompt=prompt, new=tokens, rounds=rounds)
     console.print(result.table())
     if out is not None:
         result.write(out)
+
+
+def _bench_folders(folders: list[str], prompt: int, tokens: int, rounds: int, out: Path | None) -> None:
+    from qcompile.bench import versions
+    from qcompile.codegen.onnx.session import Session
+    from qcompile.codegen.onnx.speed import speeds
+
+    found = speeds({f: Session(f) for f in folders}, prompt=prompt, new=tokens, rounds=rounds)
+    table = Table("folder", f"prefill {prompt}, tokens/s", "decode, tokens/s")
+    for name, speed in found.items():
+        table.add_row(name, f"{speed.prefill:.0f}", f"{speed.decode:.1f}")
+    console.print(table)
+    if out is not None:
+        rows = {name: dataclasses.asdict(speed) for name, speed in found.items()}
+        out.write_text(json.dumps({"versions": versions(), "prompt": prompt, "rows": rows}, indent=1) + "\n")
 
 
 def _share(text: str) -> float:

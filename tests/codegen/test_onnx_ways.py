@@ -56,7 +56,7 @@ def test_few_tokens_are_multiplied_by_codes_and_many_in_int8(folders):
         got = {name: session.step(ids[:, :tokens], None)[0] for name, session in sessions.items()}
         same, other = ("few", "many") if tokens <= FEW else ("many", "few")
         assert np.array_equal(got["both"], got[same]) and not np.array_equal(got["both"], got[other])
-    two_rows = np.concatenate([ids, ids])[:, :2]  # four tokens: rows count too
+    two_rows = np.concatenate([ids, ids])[:, :3]  # six tokens: rows count too
     logits = {name: session.step(two_rows, None)[0] for name, session in sessions.items()}
     assert np.array_equal(logits["both"], logits["many"])
 

@@ -1,0 +1,98 @@
+"""Conversations: what is read again and what is not, and text that arrives in readable pieces."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from zoo import build
+
+from qcompile.chat import Conversation, readable, steps_of, stream
+
+
+class Letters:
+    """A tokenizer of characters: token = code point, 2 ends a text."""
+
+    chat_template, eos_token_id = "yes", 2
+
+    def apply_chat_template(self, turns, add_generation_prompt, tokenize):
+        return "".join(f"{t['role'][0]}:{t['content']};" for t in turns) + "a:"
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(c) for c in text]}
+
+    def decode(self, tokens, skip_special_tokens):
+        return "".join(chr(t) for t in tokens if t > 2)
+
+
+def counting(model, read):
+    step = steps_of(model)
+
+    def counted(ids, cache):
+        read.append(ids.shape[1])
+        return step(ids, cache)
+
+    return counted
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = build("llama")
+    with torch.no_grad():
+        for parameter in model.parameters():  # or it repeats the last token for ever
+            if parameter.ndim == 2 and parameter is not model.get_input_embeddings().weight:
+                parameter.mul_(6)
+    return model
+
+
+def test_a_stream_is_what_generate_gives(model):
+    ids = torch.tensor([[5, 9, 17, 33]])
+    want = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 4:].tolist()
+    assert list(stream(steps_of(model), ids.numpy(), 8)) == want
+    assert list(stream(steps_of(model), ids.numpy(), 8, stop={want[3]})) == want[: want.index(want[3]) + 1]
+    sampled = [list(stream(steps_of(model), ids.numpy(), 8, temperature=5.0, seed=s)) for s in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_second_turn_reads_only_what_is_new(model):
+    read = []
+    talk = Conversation(counting(model, read), Letters(), new=4)
+    first = "".join(talk.answer("hi"))
+    assert read == [len("u:hi;a:"), 1, 1, 1] and talk.turns[-1] == {"role": "assistant", "content": first}
+    again = first == "".join(chr(t) for t in talk.seen[len("u:hi;a:") :]) + first[-1:]  # all tokens are text
+    del read[:]
+    second = "".join(talk.answer("so"))
+    new = len(first[-1:] + ";u:so;a:") if again else len(f"u:hi;a:{first};u:so;a:")
+    assert read == [new, 1, 1, 1]
+    whole = np.array([[ord(c) for c in f"u:hi;a:{first};u:so;a:"]])
+    assert "".join(readable(Letters(), stream(steps_of(model), whole, 4))) == second
+
+
+def test_a_turn_that_the_template_writes_otherwise_is_read_again(model):
+    class Forgetful(Letters):
+        def apply_chat_template(self, turns, add_generation_prompt, tokenize):
+            return f"u:{turns[-1]['content']};a:"
+
+    read = []
+    talk = Conversation(counting(model, read), Forgetful(), new=2)
+    list(talk.answer("hi"))
+    second = "".join(talk.answer("yes"))
+    assert read == [7, 1, 8, 1]
+    fresh = "".join(Conversation(steps_of(model), Forgetful(), new=2).answer("yes"))
+    assert second == fresh
+
+
+def test_characters_that_span_tokens_wait():
+    class Bytes:
+        def decode(self, tokens, skip_special_tokens):
+            return bytes(tokens).decode("utf-8", errors="replace")
+
+    assert list(readable(Bytes(), "aé!".encode())) == ["a", "é", "!"]
+
+
+def test_a_model_without_a_template(model):
+    class Plain:
+        chat_template = None
+
+    with pytest.raises(ValueError, match="no chat template"):
+        Conversation(steps_of(model), Plain())
