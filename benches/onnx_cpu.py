@@ -5,7 +5,7 @@
 Every folder, ours and the peers', runs in onnxruntime-genai in a process of its own; the processes take
 turns, one at a time, so that no idle thread of another spins. Perplexity is that of the ONNX model: 4
 windows of 2048 tokens. Peers that are not installed are named and left out. Last comes the number of
-tokens from which int8 products are faster than 4-bit codes, which codegen/onnx/int8.py has as FEW.
+tokens from which int8 products are faster than 4-bit codes, which codegen/onnx/lower.py has as FEW.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ BUILDER = {
 PROMPT, NEW, ROUNDS = 512, 32, 7
 LONG = (2048, 4096, 8000)  # prompts that are timed a few times only
 LONG_ROUNDS = 2
+LONG_ONLY = ("builder int4, block 32", "builder int4, block 128", *(f"qcompile {name}" for name in list(OURS)[3:]))
 
 
 def serve(folder: str) -> None:
@@ -135,7 +136,9 @@ def time_all(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Rates, memory and long prompts of all folders, in turn."""
     children = {name: Child(folder) for name, folder in folders.items()}
     rounds: dict[str, list[list[float]]] = {name: [] for name in children}
-    long: dict[str, dict[int, list[list[float]]]] = {name: {n: [] for n in LONG} for name in children}
+    long: dict[str, dict[int, list[list[float]]]] = {
+        name: {n: [] for n in LONG if name in LONG_ONLY} for name in children
+    }
     try:
         for step in range(ROUNDS + 1):  # the first warms up
             for name, child in children.items():
@@ -144,8 +147,8 @@ def time_all(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
                     rounds[name].append(answer)
         for length in LONG:
             for _ in range(LONG_ROUNDS):
-                for name, child in children.items():
-                    long[name][length].append(child.ask(length, NEW))
+                for name in filter(children.__contains__, LONG_ONLY):
+                    long[name][length].append(children[name].ask(length, NEW))
     finally:
         for child in children.values():
             child.process.kill()
@@ -245,7 +248,7 @@ def main() -> None:
         )  # fmt: skip
     console.print(table)
     long = Table("folder", *(f"{n} tokens, s to first" for n in LONG), f"decode behind {LONG[1]}")
-    for row in rows:
+    for row in (row for row in rows if row["long"]):
         long.add_row(
             row["folder"], *(f"{row['long'][n]['first']:.2f}" for n in LONG), f"{row['long'][LONG[1]]['decode']:.1f}"
         )

@@ -28,6 +28,7 @@ def export_onnx(
     accuracy_level: int = 4,
     low_memory: bool = False,
     last_logits: bool = False,
+    portable: bool = False,
     progress: bool = True,
 ) -> Report:
     """Write `folder` with model.onnx, its weights, the tokenizer and a report.
@@ -42,14 +43,16 @@ def export_onnx(
         low_memory: W4A8 products only by their 4-bit codes. Otherwise more than four tokens are multiplied in int8,
             two to three times as fast, and an open session holds the weights in 4 and in 8 bits.
         last_logits: a decoder's file gives the logits of the last token only: enough to generate, and a prompt is
-            read faster; perplexity cannot be measured on it. progress: show bars.
+            read faster; perplexity cannot be measured on it.
+        portable: operators of the ONNX standard only (opset 21), for other runtimes than ONNX Runtime. progress: show
+            bars.
 
     Raises:
         ValueError: bad recipe, a site without an ONNX form, a folder that is not empty, or an
             exported model whose output differs from the module's. Nothing is then left behind.
     """
     try:
-        from qcompile.codegen.onnx.export import export_module
+        from qcompile.codegen.onnx.export import Layout, export_module
         from qcompile.codegen.onnx.session import PREFIX_FILE
     except ImportError as error:
         raise RecipeError("ONNX export needs: pip install 'torch-qcompile[onnx]'") from error
@@ -66,15 +69,8 @@ def export_onnx(
         elif not any(isinstance(m, QuantLinear) for m in model.modules()):
             report = Report("float")
         with detached(model) as prefix:
-            done = export_module(
-                model,
-                work,
-                example=example,
-                tokenizer=tokenizer,
-                accuracy_level=accuracy_level,
-                low_memory=low_memory,
-                last_logits=last_logits,
-            )
+            layout = Layout(accuracy_level, low_memory, last_logits, portable)
+            done = export_module(model, work, layout, example=example, tokenizer=tokenizer)
         if prefix is not None:
             save_file(prefix.state_dict(), str(work / PREFIX_FILE))
         report.passes.append(done.rewritten)

@@ -32,7 +32,9 @@ class WithCache(nn.Module):
         self.dimensions = [{0: batch, 1: "sequence"}, {0: batch, 1: "total_sequence"}]
         self.dimensions += [{0: batch, 2: past} for _ in self.shapes]
         self.last = False  # whether only the last token's logits are given
-        self.out_dimensions = [{0: batch, 1: "sequence"}] + [{0: batch, 2: "total_sequence"} for _ in self.shapes]
+        self.out_dimensions: list[dict[int, Any]] = [{0: batch, 1: "sequence"}] + [
+            {0: batch, 2: "total_sequence"} for _ in self.shapes
+        ]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the grown cache."""
@@ -48,7 +50,7 @@ class WithCache(nn.Module):
     def only_last(self) -> None:
         """From now on, give the last token's logits only."""
         self.last = True
-        self.out_dimensions[0] = {0: "batch"}
+        self.out_dimensions[0] = {0: "batch", 1: 1}
 
     def arguments(self, batch: int = 2, length: int = 3, past: int = 5) -> tuple[Any, ...]:
         """Random inputs of given sizes."""
@@ -99,7 +101,7 @@ class Plain(nn.Module):
             outputs = self.forward(*self.example.values())
         self.output_names = [f"output_{i}" if i else "output" for i in range(len(outputs))]
         self.dimensions = [{0: "batch", 1: "sequence"} if v.ndim == 2 else {0: "batch"} for v in self.example.values()]
-        self.out_dimensions: list[dict[int, str]] = [{} for _ in outputs]
+        self.out_dimensions: list[dict[int, Any]] = [{} for _ in outputs]
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Every tensor that the module returns."""

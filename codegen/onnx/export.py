@@ -24,9 +24,9 @@ from torch import nn
 from qcompile.capture import from_exported
 from qcompile.codegen.onnx.calls import Plain, WithCache
 from qcompile.codegen.onnx.genai import write_genai_config
-from qcompile.codegen.onnx.int8 import Way, is_dual, one_way, two_ways
 from qcompile.codegen.onnx.last_logits import only_last
 from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, refusal
+from qcompile.codegen.onnx.lower import Way, is_dual, one_way, two_ways
 from qcompile.codegen.onnx.proof import differences, holding, prove, reference
 from qcompile.codegen.onnx.rewrite import rewrite
 from qcompile.codegen.onnx.translate import table
@@ -53,36 +53,51 @@ class Exported:
     rewritten: PassReport
 
 
-def export_module(
-    model: nn.Module, folder: Path, *, example: Any = None, tokenizer: Any = None, accuracy_level: int = 4,
-    low_memory: bool = False, last_logits: bool = False,
-) -> Exported:  # fmt: skip
-    """Write model.onnx (+ model.onnx.data) into an existing folder.
+@dataclass(frozen=True)
+class Layout:
+    """What kind of file.
 
-    Args:
-        model: float32 or castable; left as it is. folder: where to write.
-        example: keyword arguments of a module without a cache; None for a causal LM.
-        tokenizer: saved beside the model.
+    Attributes:
         accuracy_level: of MatMulNBits: 4 rounds activations to int8 in blocks while multiplying, 1 does not.
         low_memory: multiply dual-grained weights by their 4-bit codes only.
         last_logits: of a decoder, only those of each text's last token, [B, 1, V].
+        portable: operators of the standard (opset 21) only.
+    """
+
+    accuracy_level: int = 4
+    low_memory: bool = False
+    last_logits: bool = False
+    portable: bool = False
+
+
+def export_module(
+    model: nn.Module, folder: Path, layout: Layout = Layout(), *, example: Any = None, tokenizer: Any = None
+) -> Exported:
+    """Write model.onnx (+ model.onnx.data) into an existing folder.
+
+    Args:
+        model: float32 or castable; left as it is. folder: where to write. layout: what kind of file.
+        example: keyword arguments of a module without a cache; None for a causal LM.
+        tokenizer: saved beside the model.
 
     Raises:
         NoOnnxForm: formats without an operator (before any work). ExportMismatch: wrong results.
     """
-    check_forms(model)
+    check_forms(model, layout.portable)
     if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
         model = copy.deepcopy(model).float()
     model.eval()
-    with _onnx_linears(model), torch.no_grad(), _quiet():
+    with _onnx_linears(model, layout.portable), torch.no_grad(), _quiet():
         wrapper = WithCache(model) if example is None else Plain(model, example)
         exported = torch.export.export(
             wrapper, wrapper.arguments(), dynamic_shapes=wrapper.dynamic_shapes(), strict=False
         )
         program = from_exported(exported, wrapper)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", 4096) if example is None else None
-    rewritten, shared = rewrite(program, positions)
-    if last_logits:
+    rewritten, shared = (
+        (PassReport("operators of the standard"), []) if layout.portable else rewrite(program, positions)
+    )
+    if layout.last_logits:
         if positions is None:
             raise NoOnnxForm("last_logits is for decoders: an encoder has no last token")
         if (obstacle := only_last(program)) is not None:
@@ -100,15 +115,15 @@ def export_module(
             opset_version=21,
             input_names=wrapper.input_names,
             output_names=wrapper.output_names,
-            custom_translation_table=table(),
+            custom_translation_table=table(layout.portable),
             optimize=True,
             verbose=False,
         )
         assert graph is not None
-        _name_dimensions(graph.model, wrapper)
+        _name_dimensions(graph.model, wrapper, program)
         graph.save(str(folder / MODEL), external_data=True)
     with torch.no_grad(), holding(wrapper, shared):  # the quantized linears are back
-        error, as_run = _finish(folder / MODEL, wrapper, accuracy_level, low_memory)
+        error, as_run = _finish(folder / MODEL, wrapper, layout)
     if isinstance(wrapper, WithCache):
         _describe(wrapper, program, folder, positions or 0)
     for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
@@ -117,24 +132,24 @@ def export_module(
     return Exported(error, as_run, rewritten)
 
 
-def _finish(path: Path, wrapper: Any, accuracy_level: int, low_memory: bool) -> tuple[float, float]:
+def _finish(path: Path, wrapper: Any, layout: Layout) -> tuple[float, float]:
     """Prove every way that the file may multiply, then write it as it will run; the errors of both."""
     import onnx
 
     exported = onnx.load(str(path), load_external_data=False)
     ways: list[Way] = ["many"] if isinstance(wrapper, Plain) else ["few", "many"]
-    if low_memory or not is_dual(exported):
+    if layout.low_memory or not is_dual(exported):
         ways = ["few"]
     error = 0.0
     for way in ways:
-        onnx.save(one_way(exported, way), str(path))
+        onnx.save(one_way(exported, way, layout.portable), str(path))
         against = reference(wrapper, lambda site, way=way: way == "few" and site.format.dual)
         error = max(error, prove(path, wrapper, against))
     if len(ways) == 2:
         onnx.save(two_ways(exported), str(path))
-    elif accuracy_level == 1:
+    elif layout.accuracy_level == 1 and not layout.portable:
         return error, error
-    set_accuracy_level(path, accuracy_level)
+    set_accuracy_level(path, layout.accuracy_level)
     return error, differences(path, wrapper, reference(wrapper, lambda site: False) if len(ways) == 2 else against)
 
 
@@ -193,12 +208,12 @@ def set_accuracy_level(path: Path, level: int) -> None:
     onnx.save(model, str(path))
 
 
-def check_forms(model: nn.Module) -> None:
+def check_forms(model: nn.Module, portable: bool = False) -> None:
     """Refuse every site without an ONNX form, all at once."""
     bad = {
         path: reason
         for path, module in model.named_modules()
-        if isinstance(module, QuantLinear) and (reason := refusal(module)) is not None
+        if isinstance(module, QuantLinear) and (reason := refusal(module, portable)) is not None
     }
     bad |= {
         path: "a stack of experts: ONNX Runtime has no operator for its products"
@@ -213,21 +228,20 @@ def check_forms(model: nn.Module) -> None:
         )
 
 
-def _name_dimensions(model: Any, wrapper: Any) -> None:
-    """Give the free dimensions the names that ONNX tools expect."""
+def _name_dimensions(model: Any, wrapper: Any, program: Program) -> None:
+    """Give the free dimensions the names that ONNX tools expect, and outputs of our own nodes their types."""
     import onnx_ir as ir
 
-    sides = ((model.graph.inputs, wrapper.dimensions), (model.graph.outputs, wrapper.out_dimensions))
-    for values, names in sides:
-        for value, named in zip(values, names, strict=False):
-            if value.shape is None:
-                continue
-            sizes = [named.get(i, d) for i, d in enumerate(value.shape)]
-            value.shape = ir.Shape(sizes)
+    for value, names in zip(model.graph.inputs, wrapper.dimensions, strict=True):
+        value.shape = ir.Shape([names.get(i, d) for i, d in enumerate(value.shape)])
+    for value, names, node in zip(model.graph.outputs, wrapper.out_dimensions, program.outputs, strict=True):
+        made = node.meta["val"]
+        value.shape = ir.Shape([names.get(i, d if isinstance(d, int) else None) for i, d in enumerate(made.shape)])
+        value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
 
 
 @contextlib.contextmanager
-def _onnx_linears(model: nn.Module) -> Iterator[None]:
+def _onnx_linears(model: nn.Module, portable: bool) -> Iterator[None]:
     """Put ONNX forms in the place of quantized linears, and the originals back afterwards."""
     found: Sequence[tuple[str, nn.Module]] = [
         (path, m) for path, m in model.named_modules() if isinstance(m, (QuantLinear, RotatedLinear))
@@ -235,7 +249,7 @@ def _onnx_linears(model: nn.Module) -> Iterator[None]:
     try:
         for path, module in found:
             if isinstance(module, QuantLinear):
-                model.set_submodule(path, OnnxLinear(module))
+                model.set_submodule(path, OnnxLinear(module, portable))
             else:
                 model.set_submodule(path, nn.Sequential(Hadamard(module.signs), module.inner))
         yield

@@ -1,10 +1,11 @@
 """Quantized linears in the form that ONNX has operators for.
 
     weight-only int4/int8   MatMulNBits(x, codes, scales, zeros)       float activations, float sums
-    int8 x int8             Int8Linear: u8 x s8 products               exact int32 sums (int8.py)
-    dual int4 x int8        DualLinear: both of the above, by the number of rows (int8.py)
+    int8 x int8             Int8Linear: u8 x s8 products               exact int32 sums (lower.py)
+    dual int4 x int8        DualLinear: both of the above, by the number of rows (lower.py)
     other W4A8, W4A4        per-token quantize-dequantize, then MatMulNBits
 
+In a portable file, of standard operators only, MatMulNBits is BlockedLinear (lower.py): DequantizeLinear and MatMul.
 Each module computes exactly what qcompile::qlinear means; only the layout of the weights differs.
 MatMulNBits holds [N, blocks, block bits / 8] bytes; a ragged last block is padded with zero points.
 """
@@ -18,7 +19,7 @@ import qcompile.codegen.onnx.operators  # noqa: F401  registers torch.ops.qcompi
 from qcompile.formats import Format, load_codes
 from qcompile.hadamard import factor, hadamard_matrix
 from qcompile.module import QuantLinear
-from qcompile.packing import pack
+from qcompile.packing import pack, unpack
 
 ops = torch.ops.qcompile_onnx
 
@@ -27,9 +28,11 @@ class NoOnnxForm(ValueError):
     """Sites whose format has no ONNX operator; the text names all of them and the mend."""
 
 
-def refusal(module: QuantLinear) -> str | None:
+def refusal(module: QuantLinear, portable: bool = False) -> str | None:
     """Why a site has no ONNX form, or None."""
     form, act = module.format, module.act
+    if portable and form.zero == "float":
+        return f"{form}: DequantizeLinear takes integer zero points"
     if form.bits not in (4, 8) or form.is_float:
         return f"{form}: ONNX Runtime's CPU operators take int4 and int8 weights"
     if form.per == "tensor":
@@ -44,20 +47,24 @@ def refusal(module: QuantLinear) -> str | None:
 class OnnxLinear(nn.Module):
     """What a QuantLinear computes, from operators that ONNX has."""
 
-    def __init__(self, source: QuantLinear) -> None:
+    def __init__(self, source: QuantLinear, portable: bool = False) -> None:
         super().__init__()
-        self.n, self.k, self.act = source.out_features, source.in_features, source.act
+        self.portable = portable
+        self.n, self.k = source.out_features, source.in_features
+        self.act = None if portable and source.format.dual else source.act  # codes are what dual weights are there for
         self.turn = None if source.signs is None else Hadamard(source.signs)
         self.factors = nn.ParameterList(source.factors(torch.float32)).requires_grad_(False)
         self.register_buffer("bias", None if source.bias is None else source.bias.float())
-        rounded = source.act in (Format("int8"), Format("int8", "tensor"))
-        self.integer, self.dual = rounded and source.format == Format("int8"), rounded and source.format.dual
+        rounded = self.act in (Format("int8"), Format("int8", "tensor"))
+        self.integer = rounded and source.format == Format("int8")
+        self.dual = rounded and source.format.dual
         if self.integer:
             self.register_buffer("weight", source.codes.t().contiguous())
             self.register_buffer("scale", source.scale.reshape(-1).float())
             return
         self.bits, self.block = source.format.bits, block_of(source.format, self.k)
-        for name, tensor in zip(("codes", "scales", "zeros"), to_blocks(source), strict=True):
+        parts = to_blocks(source)
+        for name, tensor in zip(("codes", "scales", "zeros"), turned(self, *parts) if portable else parts, strict=True):
             self.register_buffer(name, tensor)
         self.register_buffer("row", source.scale.reshape(-1).float() if self.dual else None)
 
@@ -72,7 +79,11 @@ class OnnxLinear(nn.Module):
             out = ops.dual_linear(x, *blocks, self.row, self.act.per == "row")
         else:
             steps = x if self.act is None else self._rounded(x)
-            out = ops.nbits_linear(steps, self.codes, self.scales, self.zeros, self.bias, self.k, self.bits, self.block)
+            blocks = (self.codes, self.scales, self.zeros, self.bias)
+            if self.portable:
+                out = ops.blocked_linear(steps, *blocks, self.bits, self.block)
+            else:
+                out = ops.nbits_linear(steps, *blocks, self.k, self.bits, self.block)
         low = x
         for factor_ in self.factors:
             low = nn.functional.linear(low, factor_)
@@ -112,6 +123,15 @@ def to_blocks(source: QuantLinear) -> tuple[Tensor, Tensor, Tensor | None]:
     if zeros is not None:
         zeros = zeros.float().contiguous() if zeros.is_floating_point() else pack(zeros.contiguous(), form.bits)
     return codes, scales.expand(len(unsigned), blocks).contiguous(), zeros
+
+
+def turned(of: OnnxLinear, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks of `to_blocks` as blocked_linear has them: codes of [K, N], scales and zero points [blocks, N]."""
+    blocks = scales.shape[1]
+    levels = unpack(codes.reshape(of.n, -1), of.bits, blocks * of.block)[:, : of.k]
+    z = torch.full((of.n, blocks), 2 ** (of.bits - 1)) if zeros is None else unpack(zeros, of.bits, blocks)
+    flat = [pack(part.t().reshape(-1), of.bits) for part in (levels, z)]
+    return flat[0], scales.t().contiguous(), flat[1]
 
 
 class Hadamard(nn.Module):

@@ -83,6 +83,26 @@ def _(x: Tensor, codes: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+@torch.library.custom_op("qcompile_onnx::blocked_linear", mutates_args=())
+def blocked_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, bits: int, block: int
+) -> Tensor:
+    """x [.., K] @ dq(codes) + bias, of a weight [K, N] in blocks of rows: the layout of DequantizeLinear.
+
+    codes, zeros: uint8, the packed stream of [K, N] and of [blocks, N]. scales: [blocks, N] float32.
+    """
+    k, (blocks, n) = x.shape[-1], scales.shape
+    levels = unpack(codes, bits, k * n).reshape(k, n).float()
+    z = unpack(zeros, bits, blocks * n).reshape(blocks, n).float()
+    weight = (levels - z.repeat_interleave(block, 0)[:k]) * scales.repeat_interleave(block, 0)[:k]
+    return torch.nn.functional.linear(x, weight.t(), bias)
+
+
+@blocked_linear.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], scales.shape[1]))
+
+
 @torch.library.custom_op("qcompile_onnx::group_attention", mutates_args=())
 def group_attention(
     query: Tensor,

@@ -12,12 +12,12 @@ from onnxscript import opset21 as op
 from onnxscript.values import Opset
 
 import qcompile.codegen.onnx.operators  # noqa: F401  registers the operators
-from qcompile.codegen.onnx.int8 import DOMAIN
+from qcompile.codegen.onnx.lower import DOMAIN
 
 _DOMAIN = "com.microsoft"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
-# ONNX ships no schemas of ONNX Runtime's own domain, nor of the nodes that int8.py replaces; the tracer needs them.
+# ONNX ships no schemas of ONNX Runtime's own domain, nor of the nodes that lower.py replaces; the tracer needs them.
 # operator -> (inputs, outputs, attributes); a name with "?" may be left out.
 _SCHEMAS = {
     "MatMulNBits": (
@@ -47,6 +47,9 @@ _SCHEMAS = {
         ["X", "codes", "scales", "zero_points", "row_scale", "bias?"],
         ["Y"],
         dict(K="INT", N="INT", bits="INT", block_size="INT", per_row="INT"),
+    ),
+    "BlockedLinear": (
+        ["X", "codes", "scales", "zero_points", "bias?"], ["Y"], dict(K="INT", bits="INT", block_size="INT")
     ),
     "Int8Linear": (["X", "weight", "scale", "bias?"], ["Y"], dict(per_row="INT")),
 }  # fmt: skip
@@ -96,6 +99,10 @@ def _dual_linear(
     )
 
 
+def _blocked_linear(x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, bits: int, block: int) -> Any:
+    return _own("BlockedLinear", DOMAIN)(x, codes, scales, zeros, bias, K=x.shape[-1], bits=bits, block_size=block)
+
+
 def _int8_linear(x: Any, weight: Any, scale: Any, bias: Any, per_row: bool) -> Any:
     return _own("Int8Linear", DOMAIN)(x, weight, scale, bias, per_row=int(per_row))
 
@@ -143,13 +150,15 @@ def _silu(x: Any) -> Any:
     return _own("QuickGelu")(x, alpha=1.0)  # x sigmoid(alpha x)
 
 
-def table() -> dict[Any, Callable[..., Any]]:
-    """Operator -> translation."""
+def table(portable: bool) -> dict[Any, Callable[..., Any]]:
+    """Operator -> translation; portable: only what becomes operators of the standard."""
     ops = torch.ops.qcompile_onnx
-    return {
+    standard = {ops.blocked_linear.default: _blocked_linear, ops.int8_linear.default: _int8_linear}
+    if portable:
+        return standard
+    return standard | {
         ops.nbits_linear.default: _nbits_linear,
         ops.dual_linear.default: _dual_linear,
-        ops.int8_linear.default: _int8_linear,
         ops.group_attention.default: _group_attention,
         ops.lengths.default: _lengths,
         ops.rms_norm.default: _rms_norm,

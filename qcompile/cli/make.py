@@ -53,6 +53,9 @@ def export_onnx(
     last_logits: Annotated[
         bool, typer.Option(help="only the last token's logits: prompts faster, no `qcompile eval` of the folder")
     ] = False,
+    portable: Annotated[
+        bool, typer.Option(help="operators of the ONNX standard only: for other runtimes; slower in ONNX Runtime")
+    ] = False,
 ) -> None:
     """Quantize MODEL and write an ONNX folder, checked against PyTorch before it appears.
 
@@ -73,6 +76,7 @@ def export_onnx(
             accuracy_level=accuracy_level,
             low_memory=low_memory,
             last_logits=last_logits,
+            portable=portable,
             progress=False,
         )
     console.print(str(report), highlight=False)

@@ -15,9 +15,9 @@ from zoo import build, example
 
 import qcompile
 import qcompile.codegen.onnx.export as export
-from qcompile.codegen.onnx.int8 import FEW, two_ways
 from qcompile.codegen.onnx.last_logits import last_tokens
 from qcompile.codegen.onnx.linear import NoOnnxForm
+from qcompile.codegen.onnx.lower import FEW, two_ways
 from qcompile.codegen.onnx.proof import ExportMismatch
 from qcompile.codegen.onnx.session import FolderError, Session
 
@@ -68,9 +68,10 @@ def test_both_ways_read_the_same_bytes(folders):
     assert counts["then_branch"]["MatMulNBits"] == counts["else_branch"]["MatMulIntegerToFloat"] > 0
     assert not counts["then_branch"]["MatMulIntegerToFloat"] and not counts["else_branch"]["MatMulNBits"]
     where = {t.name: {e.key: e.value for e in t.external_data} | {"raw": t.raw_data} for t in graph.initializer}
-    seen = [name for name in where if name.endswith("/uint4")]
+    kinds = {t.name: t.data_type for t in graph.initializer}
+    seen = [name for name in where if kinds[name] == onnx.TensorProto.UINT4]
     assert len(seen) == 2 * counts["then_branch"]["MatMulNBits"]  # codes and zero points
-    assert all(where[name] == where[name.removeprefix("qcompile/").removesuffix("/uint4")] for name in seen)
+    assert all(where[name] == where[name.removeprefix("qcompile/").rpartition("/")[0]] for name in seen)
     sizes = [(place / name / "model.onnx.data").stat().st_size for name in ("both", "few")]
     assert sizes[0] == sizes[1]
     assert "If" not in {n.op_type for n in opened(place / "few").node}
@@ -99,8 +100,8 @@ def test_a_wrong_zero_point_is_found(tmp_path, monkeypatch):
     """The two proofs are separate: a fault in the int8 weights alone must not pass."""
     real = export.one_way
 
-    def wrong(model, way):
-        found = real(model, way)
+    def wrong(model, way, portable):
+        found = real(model, way, portable)
         for node in found.graph.node:
             if node.op_type == "Sub" and node.output[0].endswith("levels"):
                 node.op_type = "Add"  # the zero point
@@ -124,8 +125,7 @@ def generated(folder, rows, length=14):
     return [generator.get_sequence(i).tolist() for i in range(len(rows))]
 
 
-@pytest.mark.parametrize("recipe", ["w4a16", DUAL])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name,recipe", [("llama", "w4a16"), ("llama", DUAL), ("gpt2", DUAL), ("gemma3", "w4a16")])
 def test_the_last_logits_are_enough_to_generate(name, recipe, tmp_path):
     model = build(name)
     with torch.no_grad():
@@ -160,3 +160,46 @@ def test_an_encoder_has_no_last_token(tmp_path):
     with pytest.raises(NoOnnxForm, match="for decoders"):
         qcompile.export_onnx(nn.Sequential(nn.Linear(8, 8)), tmp_path / "m", example=torch.randn(2, 8),
                              last_logits=True, progress=False)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name,recipe",
+    [("llama", "int8"), ("llama", DUAL), ("gpt2", "w8a16"), ("gemma2", "w4a16"), ("bert", "w4a16"), ("bert", DUAL)],
+)
+def test_a_portable_file_is_of_standard_operators(name, recipe, tmp_path):
+    batch = example(name)
+    more = dict(example=batch) if name == "bert" else {}
+    report = qcompile.export_onnx(build(name), tmp_path / "m", recipe, [batch], portable=True, progress=False, **more)
+    path = str(tmp_path / "m/model.onnx")
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} <= {""} and not model.functions
+    assert report.numbers["onnx relative error"] < 1e-5
+    if recipe != "int8":  # ONNX Runtime makes its own operator of them: as fast as ours
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+        fused = collections.Counter(n.op_type for n in optimized.graph.node)
+        assert fused["MatMulNBits"] == sum(n.op_type == "DequantizeLinear" for n in model.graph.node) > 0
+
+
+def test_a_portable_file_in_another_runtime(tmp_path):
+    """ONNX's own reference evaluator knows nothing but the standard."""
+    from onnx.reference import ReferenceEvaluator
+
+    model = build("llama")
+    qcompile.quantize(model, "w4a16", progress=False)
+    qcompile.export_onnx(model, tmp_path / "m", portable=True, progress=False)
+    ids = torch.tensor([[5, 9, 17, 33], [90, 8, 51, 70]])
+    feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones((2, 4), np.int64)}
+    feeds |= {
+        f"past_key_values.{i}.{part}": np.zeros((2, 2, 0, 16), np.float32) for i in (0, 1) for part in ("key", "value")
+    }
+    logits = ReferenceEvaluator(str(tmp_path / "m/model.onnx")).run(["logits"], feeds)[0]
+    assert torch.allclose(torch.from_numpy(logits), model(ids).logits, atol=1e-4)
+
+
+def test_float_zero_points_are_not_portable(tmp_path):
+    with pytest.raises(NoOnnxForm, match="integer zero points"):
+        qcompile.export_onnx(build("llama"), tmp_path / "m", "w4a16-hqq", portable=True, progress=False)

@@ -1,12 +1,13 @@
-"""Products of int8 activations, in nodes that ONNX Runtime has; written after the export.
+"""Quantized products in nodes that a runtime has; written after the export.
 
-Two nodes of our own stand in an exported graph, and none in a file:
+Three nodes of our own stand in an exported graph, and none in a file:
 
     Int8Linear   an int8 weight: u8 x s8 products, whatever the number of rows
     DualLinear   a dual-grained weight s_row s1 (q - z), |s1 (q - z)| <= 127 (DGQ, arXiv:2310.04836; QoQ,
                  arXiv:2405.04532): int4 in groups and int8 in a row at once, so there are two ways to multiply
                      few rows    MatMulNBits on the int4 codes: decoding waits for memory, which holds 4 bits
                      many rows   u8 x s8 products on s1 (q - z), 2 to 3 times as fast
+    BlockedLinear  of a portable file: DequantizeLinear and MatMul, which ONNX Runtime makes one MatMulNBits again
 
 The file holds the 4-bit codes once: s1 (q - z) is computed from the same bytes, which ONNX Runtime does when
 it opens the file (constant folding). A decoder becomes one `If` on its number of tokens around the whole graph,
@@ -36,14 +37,15 @@ def is_dual(model: onnx.ModelProto) -> bool:
     return any(node.op_type == "DualLinear" for node in model.graph.node)
 
 
-def one_way(model: onnx.ModelProto, way: Way) -> onnx.ModelProto:
-    """A copy in which every product of int8 activations is multiplied in one way."""
+def one_way(model: onnx.ModelProto, way: Way, portable: bool = False) -> onnx.ModelProto:
+    """A copy in which every product is multiplied in one way; portable: by operators of the standard."""
     found = copy.deepcopy(model)
-    writer = _Writer(found.graph)
+    writer = _Writer(found.graph, portable)
     nodes = list(found.graph.node)
     weights = [] if way == "few" else writer.int8_weights(nodes)
     del found.graph.value_info[:]  # names of free sizes that only the exporter knew
     _replace(found.graph.node, weights + writer.lowered(nodes, way))
+    _drop_unread(found.graph)
     return found
 
 
@@ -69,8 +71,14 @@ def two_ways(model: onnx.ModelProto, few: int = FEW) -> onnx.ModelProto:
     return found
 
 
-def _replace(held: Any, nodes: Iterable[onnx.NodeProto]) -> None:
-    new = list(nodes)
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Without weights that no node reads any more: those read as uint4 only."""
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in read])
+
+
+def _replace(held: Any, parts: Iterable[Any]) -> None:
+    new = list(parts)
     del held[:]
     held.extend(new)
 
@@ -95,8 +103,8 @@ def _branch(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], way: Way) -> on
 class _Writer:
     """Nodes and constants for the products of one graph."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.graph = graph
+    def __init__(self, graph: onnx.GraphProto, portable: bool = False) -> None:
+        self.graph, self.portable = graph, portable
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.constants: dict[tuple[str, bytes], str] = {}
         self.int8: dict[str, str] = {}  # codes -> int8 weight [K, N]
@@ -119,6 +127,8 @@ class _Writer:
             if node.op_type == "Int8Linear":
                 x, weight, scale, *bias = node.input
                 found += self._product(node, x, weight, scale, bias)
+            elif node.op_type == "BlockedLinear":
+                found += self._dequantized(node)
             elif node.op_type == "DualLinear" and way == "many":
                 x, codes, _, _, row, *bias = node.input
                 found += self._product(node, x, self.int8[codes], row, bias)
@@ -159,14 +169,14 @@ class _Writer:
             found += [
                 helper.make_node("Div", [x, step], [inner["units"]]),
                 helper.make_node("QuantizeLinear", [inner["units"], one, middle], [inner["codes"]]),
-                self._multiplied(inner["codes"], weight, one, scale, middle, inner["sums"]),
+                *self._multiplied(inner["codes"], weight, one, scale, middle, inner["sums"]),
                 helper.make_node("Mul", [inner["sums"], step], [total if bias else out]),
             ]
         else:
             total = inner["sums"]
             found += [
                 helper.make_node("QuantizeLinear", [x, step, middle], [inner["codes"]]),
-                self._multiplied(inner["codes"], weight, step, scale, middle, total if bias else out),
+                *self._multiplied(inner["codes"], weight, step, scale, middle, total if bias else out),
             ]
         if bias:
             found.append(helper.make_node("Add", [total, *bias], [out]))
@@ -174,9 +184,39 @@ class _Writer:
             made.name = f"{node.name}/{index}"
         return found
 
-    def _multiplied(self, codes: str, weight: str, step: str, scale: str, middle: str, out: str) -> onnx.NodeProto:
-        inputs = [codes, weight, step, scale, middle]
-        return helper.make_node("MatMulIntegerToFloat", inputs, [out], domain="com.microsoft")
+    def _multiplied(
+        self, codes: str, weight: str, step: str, scale: str, middle: str, out: str
+    ) -> list[onnx.NodeProto]:
+        if not self.portable:
+            inputs = [codes, weight, step, scale, middle]
+            return [helper.make_node("MatMulIntegerToFloat", inputs, [out], domain="com.microsoft")]
+        sums, numbers, scales = (f"{out}/{part}" for part in ("integers", "numbers", "scales"))
+        return [
+            helper.make_node("MatMulInteger", [codes, weight, middle], [sums]),
+            helper.make_node("Cast", [sums], [numbers], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [scale, step], [scales]),
+            helper.make_node("Mul", [numbers, scales], [out]),
+        ]
+
+    def _dequantized(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """x @ DequantizeLinear(codes [K, N]) + bias."""
+        x, codes, scales, zeros, *bias = node.input
+        sizes, weight, product = _attributes(node), self.name(node.name, "weight"), self.name(node.name, "product")
+        blocks, n = self.weights[scales].dims
+        kind = TensorProto.UINT4 if sizes["bits"] == 4 else TensorProto.UINT8
+        codes, zeros = self._seen(codes, [sizes["K"], n], kind), self._seen(zeros, [blocks, n], kind)
+        bias = [name for name in bias if name]
+        found = [
+            helper.make_node(
+                "DequantizeLinear", [codes, scales, zeros], [weight], axis=0, block_size=sizes["block_size"]
+            ),
+            helper.make_node("MatMul", [x, weight], [product if bias else node.output[0]]),
+        ]
+        if bias:
+            found.append(helper.make_node("Add", [product, *bias], list(node.output)))
+        for index, made in enumerate(found):
+            made.name = f"{node.name}/{index}"
+        return found
 
     def int8_weights(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         """s1 (q - z) as int8 [K, N] of every dual weight, computed from its 4-bit codes [N, blocks, block / 2]."""
@@ -196,8 +236,8 @@ class _Writer:
             last, first = self.constant(np.array([-1], np.int64)), self.constant(np.array([0], np.int64))
             one = self.constant(np.array([1], np.int64))
             found += [
-                helper.make_node("Cast", [self._nibbles(codes, [n, blocks, block])], [inner("q")], **cast),
-                helper.make_node("Cast", [self._nibbles(zeros, [n, blocks + blocks % 2])], [inner("padded")], **cast),
+                helper.make_node("Cast", [self._seen(codes, [n, blocks, block])], [inner("q")], **cast),
+                helper.make_node("Cast", [self._seen(zeros, [n, blocks + blocks % 2])], [inner("padded")], **cast),
                 helper.make_node(
                     "Slice", [inner("padded"), first, self.constant(np.array([blocks])), one], [inner("flat")]
                 ),
@@ -224,12 +264,12 @@ class _Writer:
             made.name = made.output[0]
         return found
 
-    def _nibbles(self, name: str, dims: list[int]) -> str:
-        """The bytes of a uint8 weight seen as uint4: on disk they lie there once."""
-        seen = self.name(name, "uint4")
+    def _seen(self, name: str, dims: list[int], kind: int = TensorProto.UINT4) -> str:
+        """The bytes of a uint8 weight in another shape and type: on disk they lie there once."""
+        seen = self.name(name, "x".join(map(str, dims)))
         if seen not in self.weights:
             tensor = copy.deepcopy(self.weights[name])
-            tensor.name, tensor.data_type = seen, TensorProto.UINT4
+            tensor.name, tensor.data_type = seen, kind
             tensor.dims[:] = dims
             self.weights[seen] = tensor
             self.graph.initializer.append(tensor)
