@@ -61,9 +61,12 @@ def serve(folder: str) -> None:
     """Child process: at each line "PROMPT NEW", time one prompt and some new tokens; print both and memory as JSON."""
     import onnxruntime_genai as genai
 
+    from qcompile.memory import give_back
+
     before, start = _memory(), time.perf_counter()
     model = genai.Model(folder)
     opened, peak = time.perf_counter() - start, _memory("VmHWM") - before
+    give_back()  # what opening needed for a moment
     print(json.dumps([opened, peak]), flush=True)
     for line in sys.stdin:
         length, new = map(int, line.split())

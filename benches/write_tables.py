@@ -7,7 +7,7 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- recipes NAME NAME .. -->      those recipes as the model is and on its rotated twin
     <!-- prefixes -->                  intact_kv.json
     <!-- costs -->                     quantize_cost.json
-    <!-- onnx -->                      onnx_cpu.json
+    <!-- onnx -->, long, few           onnx_cpu.json
 """
 
 from __future__ import annotations
@@ -69,18 +69,46 @@ def costs(_: str) -> str:
 
 def onnx(_: str) -> str:
     """ONNX folders of ours and of onnxruntime-genai's builder."""
-    head = "| folder | prefill of 512, tokens/s | decode, tokens/s | MB | perplexity |"
+    head = "| folder | prefill of 512, tokens/s | decode, tokens/s | file MB | open MB | perplexity |"
     return "\n".join(
-        [head, "|---|---|---|---|---|"]
+        [head, "|---|---|---|---|---|---|"]
         + [
             f"| {r['folder']} | {r['prefill']:.0f} | {r['decode']:.1f} | {r['megabytes']:.1f} "
-            f"| {number(r['perplexity'])} |"
+            f"| {r['held_megabytes']:.0f} | {number(r['perplexity']) if 'perplexity' in r else ''} |"
             for r in rows_of("onnx_cpu")
         ]
     )
 
 
-TABLES = {"table": accuracy, "recipes": chosen, "prefixes": prefixes, "costs": costs, "onnx": onnx}
+def onnx_long(_: str) -> str:
+    """The same with long prompts."""
+    rows = [r for r in rows_of("onnx_cpu") if r["long"]]
+    lengths = list(rows[0]["long"])
+    head = [f"| folder | {' | '.join(f'{n} tokens, s to the first new one | decode' for n in lengths)} |"]
+    head.append("|---" * (1 + 2 * len(lengths)) + "|")
+    cells = [" | ".join(f"{a['first']:.2f} | {a['decode']:.0f}" for a in r["long"].values()) for r in rows]
+    return "\n".join([*head, *(f"| {r['folder']} | {cell} |" for r, cell in zip(rows, cells, strict=True))])
+
+
+def onnx_few(_: str) -> str:
+    """From how many tokens int8 products are faster."""
+    rows = json.loads((ROOT / "benches" / "results" / "onnx_cpu.json").read_text())["few"]
+    lines = [f"| tokens behind a cache of 256 | {' | '.join(str(r['tokens']) for r in rows)} |"]
+    lines.append("|---" * (1 + len(rows)) + "|")
+    for way, name in (("few", "4-bit codes, ms"), ("many", "int8, ms")):
+        lines.append(f"| {name} | {' | '.join(f'{r[way]:.1f}' for r in rows)} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "table": accuracy,
+    "recipes": chosen,
+    "prefixes": prefixes,
+    "costs": costs,
+    "onnx": onnx,
+    "long": onnx_long,
+    "few": onnx_few,
+}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ Leaves: what Smooth leaves.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -23,7 +24,8 @@ from torch import Tensor
 from qcompile.calibrate import CalibrationError, Statistics
 from qcompile.formats import Format
 from qcompile.norms import find_norms
-from qcompile.passes.quantize import SitePlan
+from qcompile.passes.gptq import GPTQ
+from qcompile.passes.quantize import Quantize, SitePlan
 from qcompile.passes.sequential import hessian_of
 from qcompile.passes.smooth import changed_by, fold_scale, shared_scale
 from qcompile.program import Program
@@ -68,7 +70,17 @@ def scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format, c
     return float(((error @ hessian.float()) * error).sum(dtype=torch.float64))
 
 
-@rewrites(AWQ, exact=True, sitewise=True, needs=("inputs",), after=("Untie", "FoldNorm"))
+def rounds_otherwise(how: Any, passes: tuple[object, ...]) -> list[str]:
+    """Faults where the pass behind a search rounds in another way than the search has in mind."""
+    return [
+        f"{type(how).__name__} searches for weight={how.weight}, clip={how.clip}, and {type(p).__name__} rounds with "
+        f"weight={p.weight}, clip={p.clip}: give both the same"
+        for p in passes
+        if type(p) in (Quantize, GPTQ) and (p.weight, p.clip) != (how.weight, how.clip)
+    ]
+
+
+@rewrites(AWQ, exact=True, sitewise=True, needs=("inputs",), after=("Untie", "FoldNorm"), conflicts=rounds_otherwise)
 def awq(program: Program, how: AWQ, seen: Statistics, plan: SitePlan) -> PassReport:
     """Search and fold a scale for every group of readers that has a place for one, in place."""
     report = PassReport("AWQ")

@@ -24,6 +24,7 @@ from torch import Tensor
 from qcompile.calibrate import Statistics
 from qcompile.divergence import divergence, squared_error
 from qcompile.formats import Format
+from qcompile.passes.awq import rounds_otherwise
 from qcompile.passes.quantize import Quantize, SitePlan, quantize
 from qcompile.passes.smooth import Smooth, smooth
 from qcompile.program import Program
@@ -57,9 +58,8 @@ class SmoothQuantPlus:
     needs=("absmax", "inputs"),
     after=("Untie", "FoldNorm"),
     conflicts=lambda how, passes: (
-        ["SmoothQuantPlus and Smooth do the same twice: drop Smooth"]
-        if any(isinstance(p, Smooth) for p in passes)
-        else []
+        ["SmoothQuantPlus and Smooth do the same twice: drop Smooth"] * any(isinstance(p, Smooth) for p in passes)
+        + rounds_otherwise(how, passes)
     ),
 )
 def smoothquant_plus(program: Program, how: SmoothQuantPlus, seen: Statistics, plan: SitePlan) -> PassReport:

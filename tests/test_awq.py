@@ -11,7 +11,7 @@ from zoo import build, example
 import qcompile
 from qcompile.capture import capture
 from qcompile.formats import Format
-from qcompile.passes import AWQ, Fuse, Quantize, Rotate
+from qcompile.passes import AWQ, GPTQ, Fuse, Quantize, Rotate, SmoothQuantPlus
 from qcompile.passes.awq import awq_scale, scaled_error
 from qcompile.pipeline import run
 from qcompile.recipe import Recipe, Rule
@@ -83,5 +83,9 @@ def test_bad_recipes():
         AWQ(steps=1)
     with pytest.raises(ValueError, match=r"AWQ\(norms=True\) puts scales"):
         Recipe("both", (qcompile.passes.FoldNorm(), AWQ(), Rotate())).check()
+    for search in (AWQ(FORM), SmoothQuantPlus(FORM)):
+        for behind in (Quantize(FORM, clip=True), GPTQ(Format.parse("int4/group64/zero"))):
+            with pytest.raises(ValueError, match="give both the same"):
+                Recipe("other", (search, behind, Fuse())).check()
     with pytest.raises(ValueError, match="needs calibration data for AWQ"):
         qcompile.quantize(build("llama"), "w4a16-awq")

@@ -25,8 +25,8 @@ from qcompile.capture import from_exported
 from qcompile.codegen.onnx.calls import Plain, WithCache
 from qcompile.codegen.onnx.genai import write_genai_config
 from qcompile.codegen.onnx.last_logits import only_last
-from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, refusal
-from qcompile.codegen.onnx.lower import Way, is_dual, one_way, two_ways
+from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, refusal, two_ways
+from qcompile.codegen.onnx.lower import Way, by_tokens, is_dual, one_way
 from qcompile.codegen.onnx.proof import differences, holding, prove, reference
 from qcompile.codegen.onnx.rewrite import rewrite
 from qcompile.codegen.onnx.translate import table
@@ -84,6 +84,8 @@ def export_module(
         NoOnnxForm: formats without an operator (before any work). ExportMismatch: wrong results.
     """
     check_forms(model, layout.portable)
+    if layout.last_logits and example is not None:
+        raise NoOnnxForm("last_logits is for decoders: an encoder has no last token")
     if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
         model = copy.deepcopy(model).float()
     model.eval()
@@ -98,10 +100,9 @@ def export_module(
         (PassReport("operators of the standard"), []) if layout.portable else rewrite(program, positions)
     )
     if layout.last_logits:
-        if positions is None:
-            raise NoOnnxForm("last_logits is for decoders: an encoder has no last token")
         if (obstacle := only_last(program)) is not None:
             raise NoOnnxForm(f"last_logits: {obstacle.reason} (node {obstacle.node})")
+        assert isinstance(wrapper, WithCache)
         wrapper.only_last()
     with torch.no_grad(), _quiet():
         graph = torch.onnx.export(
@@ -143,10 +144,10 @@ def _finish(path: Path, wrapper: Any, layout: Layout) -> tuple[float, float]:
     error = 0.0
     for way in ways:
         onnx.save(one_way(exported, way, layout.portable), str(path))
-        against = reference(wrapper, lambda site, way=way: way == "few" and site.format.dual)
+        against = reference(wrapper, lambda site, way=way: way == "few" and two_ways(site))
         error = max(error, prove(path, wrapper, against))
     if len(ways) == 2:
-        onnx.save(two_ways(exported), str(path))
+        onnx.save(by_tokens(exported), str(path))
     elif layout.accuracy_level == 1 and not layout.portable:
         return error, error
     set_accuracy_level(path, layout.accuracy_level)

@@ -24,7 +24,7 @@ _TOKENWISE = {  # between the product and the output: a soft cap, a cast, a fact
 def only_last(program: Program) -> Obstacle | None:
     """Let a decoder (ids [B, S], attention_mask [B, P + S], caches ..) give logits [B, 1, V], in place."""
     node = program.outputs[0]
-    while not is_product(program, node):
+    while node.target is not ops.blocked_linear.default and not is_product(program, node):
         before = [n for n in node.all_input_nodes if program.weight_name(n) is None]
         if node.target not in _TOKENWISE or len(before) != 1:
             return Obstacle(node.name, "the product that makes the logits is not found")

@@ -44,6 +44,11 @@ def refusal(module: QuantLinear, portable: bool = False) -> str | None:
     return None
 
 
+def two_ways(module: QuantLinear) -> bool:
+    """Whether a site is multiplied by its 4-bit codes or in int8, by the number of rows."""
+    return module.format.dual and module.act in (Format("int8"), Format("int8", "tensor"))
+
+
 class OnnxLinear(nn.Module):
     """What a QuantLinear computes, from operators that ONNX has."""
 
@@ -51,13 +56,12 @@ class OnnxLinear(nn.Module):
         super().__init__()
         self.portable = portable
         self.n, self.k = source.out_features, source.in_features
-        self.act = None if portable and source.format.dual else source.act  # codes are what dual weights are there for
+        self.act = None if portable and two_ways(source) else source.act  # a portable file has the first way only
         self.turn = None if source.signs is None else Hadamard(source.signs)
         self.factors = nn.ParameterList(source.factors(torch.float32)).requires_grad_(False)
         self.register_buffer("bias", None if source.bias is None else source.bias.float())
-        rounded = self.act in (Format("int8"), Format("int8", "tensor"))
-        self.integer = rounded and source.format == Format("int8")
-        self.dual = rounded and source.format.dual
+        self.integer = source.format == Format("int8") and self.act in (Format("int8"), Format("int8", "tensor"))
+        self.dual = two_ways(source) and not portable
         if self.integer:
             self.register_buffer("weight", source.codes.t().contiguous())
             self.register_buffer("scale", source.scale.reshape(-1).float())

@@ -2,12 +2,12 @@
 
 Three nodes of our own stand in an exported graph, and none in a file:
 
-    Int8Linear   an int8 weight: u8 x s8 products, whatever the number of rows
-    DualLinear   a dual-grained weight s_row s1 (q - z), |s1 (q - z)| <= 127 (DGQ, arXiv:2310.04836; QoQ,
-                 arXiv:2405.04532): int4 in groups and int8 in a row at once, so there are two ways to multiply
-                     few rows    MatMulNBits on the int4 codes: decoding waits for memory, which holds 4 bits
-                     many rows   u8 x s8 products on s1 (q - z), 2 to 3 times as fast
-    BlockedLinear  of a portable file: DequantizeLinear and MatMul, which ONNX Runtime makes one MatMulNBits again
+    Int8Linear      an int8 weight: u8 x s8 products, whatever the number of rows
+    DualLinear      a dual-grained weight s_row s1 (q - z), |s1 (q - z)| <= 127 (DGQ, arXiv:2310.04836; QoQ,
+                    arXiv:2405.04532): int4 in groups and int8 in a row at once, so there are two ways to multiply
+                        few rows    MatMulNBits on the int4 codes: decoding waits for memory, which holds 4 bits
+                        many rows   u8 x s8 products on s1 (q - z), about twice as fast
+    BlockedLinear   of a portable file: DequantizeLinear and MatMul, which ONNX Runtime makes one MatMulNBits again
 
 The file holds the 4-bit codes once: s1 (q - z) is computed from the same bytes, which ONNX Runtime does when
 it opens the file (constant folding). A decoder becomes one `If` on its number of tokens around the whole graph,
@@ -49,7 +49,7 @@ def one_way(model: onnx.ModelProto, way: Way, portable: bool = False) -> onnx.Mo
     return found
 
 
-def two_ways(model: onnx.ModelProto, few: int = FEW) -> onnx.ModelProto:
+def by_tokens(model: onnx.ModelProto, few: int = FEW) -> onnx.ModelProto:
     """A copy that multiplies up to `few` tokens (rows times length of its first input) by 4-bit codes, more by int8."""
     found = copy.deepcopy(model)
     graph, writer = found.graph, _Writer(found.graph)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qcompile.chat import stream
 from qcompile.codegen.onnx.genai import FILE
+from qcompile.memory import give_back
 
 PREFIX_FILE = "prefix.safetensors"  # ids, logits, keys and values of a prefix (passes/intact_kv.py)
 
@@ -42,6 +43,7 @@ class Session:
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        give_back()  # opening computes int8 weights, which takes several times their size for a moment
         self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         if not self.past:
             raise FolderError(f"{path} takes no cache: it is not a causal LM")

@@ -35,7 +35,7 @@ def linear(form, act, columns, bias=True, signs=False):
 FORMS = [
     ("int8/row", "int8/row"), ("int8/row", ""), ("int4/group32", ""), ("int4/group32/zero", ""),
     ("int4/group32/floatzero", ""), ("int4/group32/zero/dual", "int8/row"), ("int4/group32", "int4/row"),
-    ("int4/row", ""),
+    ("int4/group32/zero/dual", "int4/row"), ("int4/row", ""),
 ]  # fmt: skip
 
 

@@ -1,0 +1,80 @@
+"""INT4 ONNX of a Llama of 1B shapes (random weights, some layers) against onnxruntime-genai's model builder.
+
+    python benches/onnx_shapes.py [LAYERS]      writes benches/results/onnx_shapes.json
+
+As benches/onnx_cpu.py, without perplexity: speed, memory, sizes, and what exporting takes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import onnx_cpu
+from rich.console import Console
+from rich.table import Table
+
+import qcompile
+from qcompile.bench import versions
+from qcompile.formats import Format
+from qcompile.memory import watch_peak
+from qcompile.passes import Fuse, Quantize
+from qcompile.pretrained import load_pretrained
+from qcompile.recipe import Recipe
+
+RESULTS = Path(__file__).parent / "results" / "onnx_shapes.json"
+DUAL = Format.parse("int4/group64/zero/dual")
+# As int4-cpu, without the smoothing: random weights have nothing to smooth.
+RECIPE = Recipe("int4-cpu", (Quantize(DUAL, Format("int8"), output=DUAL, output_act=Format("int8")), Fuse()))
+
+
+def shapes(layers: int) -> Any:
+    """Hidden 2048, intermediate 8192, 32 heads of 64, 8 key/value heads, tied; float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).requires_grad_(False).eval()
+
+
+def main() -> None:
+    """Export, measure, print, write."""
+    layers = int(sys.argv[1]) if len(sys.argv) > 1 else 4
+    console = Console(width=140)
+    model, tokenizer = shapes(layers), load_pretrained()[1]
+    weights = sum(p.nbytes for p in model.parameters())
+    onnx_cpu.BUILDER.pop("builder int4, block 32, k_quant")
+    onnx_cpu.LONG = ()
+    with tempfile.TemporaryDirectory() as place:
+        work = Path(place)
+        folders = onnx_cpu.build_peers(work, model, tokenizer, console)
+        qcompile.quantize(model, RECIPE)
+        start = time.perf_counter()
+        with watch_peak() as peak:
+            qcompile.export_onnx(model, work / "ours", tokenizer=tokenizer)
+        export = dict(seconds=time.perf_counter() - start, peak_over_float=peak.bytes / weights)
+        qcompile.export_onnx(model, work / "last", tokenizer=tokenizer, last_logits=True)
+        folders |= {"qcompile int4-cpu": work / "ours", "qcompile int4-cpu, last logits": work / "last"}
+        del model
+        times = onnx_cpu.time_all(folders)
+        sizes = {name: sum(f.stat().st_size for f in folder.glob("model.onnx*")) for name, folder in folders.items()}
+    rows = [dict(folder=name, megabytes=sizes[name] / 1e6, **times[name]) for name in folders]
+    table = Table(f"{layers} layers", "prefill 512, tokens/s", "decode, tokens/s", "file MB", "open MB")
+    for row in rows:
+        numbers = (row["prefill"], row["decode"], row["megabytes"], row["held_megabytes"])
+        table.add_row(row["folder"], *(f"{number:.1f}" for number in numbers))
+    console.print(table, export)
+    found = dict(versions=versions(), layers=layers, float_bytes=weights, export=export, rows=rows)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
