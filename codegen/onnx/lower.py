@@ -11,8 +11,8 @@ Three nodes of our own stand in an exported graph, and none in a file:
 
 The file holds the 4-bit codes once: s1 (q - z) is computed from the same bytes, which ONNX Runtime does when
 it opens the file (constant folding). A decoder becomes one `If` on its number of tokens around the whole graph,
-whose two branches share all weights. (An `If` around every product would cost a frame each; one costs nothing
-that can be measured.)
+whose two branches share all weights. (An `If` around every product would cost a frame each; one costs up to 3 %
+of a decoded token.)
 """
 
 from __future__ import annotations
