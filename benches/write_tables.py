@@ -116,8 +116,8 @@ def main() -> None:
     for page in (ROOT / "docs").rglob("*.md"):
         text = page.read_text()
         new = re.sub(
-            rf"(<!-- ({'|'.join(TABLES)}) ?(.*?) -->\n).*?(<!-- end -->)",
-            lambda m: f"{m[1]}{TABLES[m[2]](m[3])}\n{m[4]}",
+            rf"(<!-- ({'|'.join(TABLES)})((?: [^\n]*?)?) -->\n).*?(<!-- end -->)",
+            lambda m: f"{m[1]}{TABLES[m[2]](m[3].strip())}\n{m[4]}",
             text,
             flags=re.S,
         )
