@@ -61,11 +61,11 @@ def serve(folder: str) -> None:
     """Child process: at each line "PROMPT NEW", time one prompt and some new tokens; print both and memory as JSON."""
     import onnxruntime_genai as genai
 
-    from qcompile.memory import give_back
+    from qcompile.memory import give_back, held
 
-    before, start = _memory(), time.perf_counter()
+    before, start = held(), time.perf_counter()
     model = genai.Model(folder)
-    opened, peak = time.perf_counter() - start, _memory("VmHWM") - before
+    opened, peak = time.perf_counter() - start, held("VmHWM") - before
     give_back()  # what opening needed for a moment
     print(json.dumps([opened, peak]), flush=True)
     for line in sys.stdin:
@@ -81,13 +81,7 @@ def serve(folder: str) -> None:
         for _ in range(new):
             generator.generate_next_token()
         done = time.perf_counter()
-        print(json.dumps([first - start, (done - first) / max(1, new), _memory() - before]), flush=True)
-
-
-def _memory(kind: str = "VmRSS") -> float:
-    """Bytes that this process holds, or held at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+        print(json.dumps([first - start, (done - first) / max(1, new), held() - before]), flush=True)
 
 
 def build_peers(work: Path, model: torch.nn.Module, tokenizer: object, console: Console) -> dict[str, Path]:

@@ -8,6 +8,7 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- prefixes -->                  intact_kv.json
     <!-- costs -->                     quantize_cost.json
     <!-- onnx -->, long, few           onnx_cpu.json
+    <!-- shapes -->                    onnx_shapes.json
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def costs(_: str) -> str:
     return "\n".join([*lines, *(f"| `{r['recipe']}` | {r['seconds']:.1f} | {r['ratio']:.2f} |" for r in rows)])
 
 
-def onnx(_: str) -> str:
+def onnx(_: str, name: str = "onnx_cpu") -> str:
     """ONNX folders of ours and of onnxruntime-genai's builder."""
     head = "| folder | prefill of 512, tokens/s | decode, tokens/s | file MB | open MB | perplexity |"
     return "\n".join(
@@ -75,9 +76,14 @@ def onnx(_: str) -> str:
         + [
             f"| {r['folder']} | {r['prefill']:.0f} | {r['decode']:.1f} | {r['megabytes']:.1f} "
             f"| {r['held_megabytes']:.0f} | {number(r['perplexity']) if 'perplexity' in r else ''} |"
-            for r in rows_of("onnx_cpu")
+            for r in rows_of(name)
         ]
     )
+
+
+def onnx_shapes(_: str) -> str:
+    """The same of random weights, which have no perplexity."""
+    return "\n".join(line.rpartition("|")[0].rpartition("|")[0] + "|" for line in onnx("", "onnx_shapes").split("\n"))
 
 
 def onnx_long(_: str) -> str:
@@ -107,6 +113,7 @@ TABLES = {
     "costs": costs,
     "onnx": onnx,
     "long": onnx_long,
+    "shapes": onnx_shapes,
     "few": onnx_few,
 }
 

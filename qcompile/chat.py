@@ -65,6 +65,14 @@ def steps_of(model: torch.nn.Module) -> Step:
     return step
 
 
+def ends_of(tokenizer: Any, model: torch.nn.Module | None = None) -> set[int]:
+    """The tokens that end a text: the tokenizer's, and those that the model's generation config names."""
+    found = {tokenizer.eos_token_id}
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found |= set(named) if isinstance(named, list) else {named}
+    return found - {None}
+
+
 class Conversation:
     """Turns of a user and a model, in the chat template of the tokenizer.
 
@@ -72,9 +80,17 @@ class Conversation:
     """
 
     def __init__(
-        self, step: Step, tokenizer: Any, *, system: str = "", new: int = 512, temperature: float = 0.0, seed: int = 0
+        self,
+        step: Step,
+        tokenizer: Any,
+        *,
+        system: str = "",
+        new: int = 512,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: set[int] | None = None,
     ) -> None:
-        """Begin; `new` tokens at most in an answer.
+        """Begin; an answer has `new` tokens at most and ends at one of `stop` (None: the tokenizer's end).
 
         Raises:
             ValueError: the tokenizer has no chat template.
@@ -86,8 +102,7 @@ class Conversation:
         self.turns = [{"role": "system", "content": system}] if system else []
         self.seen: list[int] = []  # the tokens in the cache
         self.cache: Any = None
-        end = tokenizer.eos_token_id
-        self.stop = set() if end is None else {end}
+        self.stop = ends_of(tokenizer) if stop is None else stop
 
     def answer(self, text: str) -> Iterator[str]:
         """The model's answer to a turn, piece by piece."""

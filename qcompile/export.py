@@ -39,9 +39,9 @@ def export_onnx(
         batches: calibration data for the recipe. example: inputs to trace an encoder with.
         tokenizer: saved beside the model, so that `qcompile generate FOLDER` can run.
         accuracy_level: how MatMulNBits multiplies: 4 rounds activations to int8 in blocks, as ONNX Runtime's
-            tools do by default; 1 keeps float32 and is slower.
+            tools do by default; 1 keeps float32 and is slower. A portable file does not say it: its runtime decides.
         low_memory: W4A8 products only by their 4-bit codes. Otherwise more than four tokens are multiplied in int8,
-            two to three times as fast, and an open session holds the weights in 4 and in 8 bits.
+            which reads a prompt faster (docs/onnx.md), and an open session holds the weights in 4 and in 8 bits.
         last_logits: a decoder's file gives the logits of the last token only: enough to generate, and a prompt is
             read faster; perplexity cannot be measured on it.
         portable: operators of the ONNX standard only (opset 21), for other runtimes than ONNX Runtime. progress: show
@@ -60,6 +60,13 @@ def export_onnx(
 
     if accuracy_level not in (1, 4):
         raise RecipeError(f"accuracy_level {accuracy_level} is unknown: 1 multiplies in float32, 4 in int8")
+    if portable and accuracy_level == 1:
+        raise RecipeError(
+            "accuracy_level 1 cannot be written into a portable file: leave it out, and set ONNX Runtime's "
+            "session.qdq_matmulnbits_accuracy_level to 1 where the file is opened"
+        )
+    if last_logits and example is not None:
+        raise RecipeError("last_logits is for decoders: an encoder (example=..) has no last token")
 
     with atomic_folder(folder) as work:
         report = Report("as it is")

@@ -27,7 +27,8 @@ class Peak:
     bytes = 0
 
 
-def _field(name: str) -> int:
+def held(name: str = "VmRSS") -> int:
+    """Bytes that this process holds ("VmHWM": held at most). Linux only: 0 elsewhere."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
@@ -42,9 +43,9 @@ def watch_peak() -> Iterator[Peak]:
     give_back()  # what was freed before must not hide what is taken now
     try:
         _CLEAR.write_text("5")  # forget the high-water mark of before
-        start = _field("VmRSS")
+        start = held()
     except OSError:
         yield peak
         return
     yield peak
-    peak.bytes = max(0, _field("VmHWM") - start)
+    peak.bytes = max(0, held("VmHWM") - start)

@@ -141,10 +141,10 @@ def _batched_sums(program: Program) -> None:
         product = program.insert(aten.bmm.default, factors, before=node)
         if alpha != 1:
             product = program.insert(aten.mul.Tensor, (product, alpha), before=node)
-        if beta != 1:
-            total = program.insert(aten.mul.Tensor, (total, beta), before=node)
-        out = program.insert(aten.add.Tensor, (product, total), before=node)
-        node.replace_all_uses_with(out)
+        if beta != 0:  # 0 leaves c out, whatever it holds
+            total = total if beta == 1 else program.insert(aten.mul.Tensor, (total, beta), before=node)
+            product = program.insert(aten.add.Tensor, (product, total), before=node)
+        node.replace_all_uses_with(product)
         program.graph.erase_node(node)
 
 

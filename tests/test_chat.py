@@ -7,7 +7,7 @@ import pytest
 import torch
 from zoo import build
 
-from qcompile.chat import Conversation, readable, steps_of, stream
+from qcompile.chat import Conversation, ends_of, readable, steps_of, stream
 
 
 class Letters:
@@ -59,11 +59,10 @@ def test_a_second_turn_reads_only_what_is_new(model):
     talk = Conversation(counting(model, read), Letters(), new=4)
     first = "".join(talk.answer("hi"))
     assert read == [len("u:hi;a:"), 1, 1, 1] and talk.turns[-1] == {"role": "assistant", "content": first}
-    again = first == "".join(chr(t) for t in talk.seen[len("u:hi;a:") :]) + first[-1:]  # all tokens are text
+    assert len(first) == 4 and "u:hi;a:" + first[:3] == "".join(map(chr, talk.seen))  # every token is a letter
     del read[:]
     second = "".join(talk.answer("so"))
-    new = len(first[-1:] + ";u:so;a:") if again else len(f"u:hi;a:{first};u:so;a:")
-    assert read == [new, 1, 1, 1]
+    assert read == [len(first[-1:] + ";u:so;a:"), 1, 1, 1]
     whole = np.array([[ord(c) for c in f"u:hi;a:{first};u:so;a:"]])
     assert "".join(readable(Letters(), stream(steps_of(model), whole, 4))) == second
 
@@ -88,6 +87,18 @@ def test_characters_that_span_tokens_wait():
             return bytes(tokens).decode("utf-8", errors="replace")
 
     assert list(readable(Bytes(), "aé!".encode())) == ["a", "é", "!"]
+
+
+def test_a_text_ends_at_any_token_that_the_model_names(model):
+    other = build("llama")
+    other.generation_config.eos_token_id = [7, 9]
+    assert ends_of(Letters(), other) == {2, 7, 9}
+    other.generation_config.eos_token_id = 5
+    assert ends_of(Letters(), other) == {2, 5} and ends_of(Letters()) == {2}
+    whole = np.array([[ord(c) for c in "u:hi;a:"]])
+    tokens = list(stream(steps_of(model), whole, 4))
+    talk = Conversation(steps_of(model), Letters(), new=4, stop={tokens[1]})
+    assert "".join(talk.answer("hi")) == "".join(map(chr, tokens[: tokens.index(tokens[1]) + 1]))
 
 
 def test_a_model_without_a_template(model):

@@ -62,6 +62,12 @@ def test_export_and_generate(folder, tmp_path):
     few = ["--prompt", 8, "--tokens", 2, "--rounds", 1]
     out = call("bench", tmp_path / "o", "--against", tmp_path / "l", *few, "--out", tmp_path / "b.json")
     assert "decode" in out and len(json.loads((tmp_path / "b.json").read_text())["rows"]) == 2
+    with pytest.raises(ValueError, match="--recipe is for a PyTorch model"):
+        call("bench", tmp_path / "o", "--recipe", "int8")
+    with pytest.raises(ValueError, match="--recipe is for a PyTorch model"):
+        call("eval", tmp_path / "o", "--recipe", "int8")
+    with pytest.raises(ValueError, match="--against is for ONNX folders"):
+        call("bench", folder, "--against", tmp_path / "o")
     with pytest.raises(ValueError, match="last token's logits only"):
         call("eval", tmp_path / "l", "--windows", 1, "--length", 32)
     with pytest.raises(ValueError, match="prompt is empty"):
@@ -87,6 +93,9 @@ def test_chat(folder, tmp_path):
         assert result.exit_code == 0, result.output
         outputs.append(result.output)
     assert all(output.count("you:") == 3 for output in outputs)
+    read = ["generate", str(tmp_path / "m"), "--prompt", "the of ", "--tokens", "4"]  # what the template makes of it
+    answer = CliRunner().invoke(app, read).output.removeprefix("the of ").strip()
+    assert answer and answer in outputs[0]
 
 
 def test_compare_tune_sensitivity_advise(folder, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from zoo import build, example
@@ -10,7 +12,7 @@ import qcompile
 from qcompile.calibrate import observe
 from qcompile.capture import capture
 from qcompile.formats import Format
-from qcompile.passes import Smooth, SmoothQuantPlus, Untie
+from qcompile.passes import Fuse, Quantize, Smooth, SmoothQuantPlus, Untie
 from qcompile.passes.quantize import SitePlan
 from qcompile.passes.smoothquant_plus import first_output, loss_of, smoothquant_plus
 from qcompile.passes.untie import untie
@@ -57,6 +59,37 @@ def test_the_winner_is_the_least_loss_and_outliers_make_it_smooth():
     losses = {a: loss_of(program, HOW, seen, plan, a, [batch], want) for a in (None, 0.0, 0.25, 0.5, 0.75, 1.0)}
     best = min(losses, key=losses.get)
     assert f"alpha {best:.2f}" in report.notes[-1] and losses[best] < losses[None]
+
+
+def test_the_loss_is_the_divergence_of_the_rounded_models_logits():
+    """Against a model smoothed and quantized by itself: F.kl_div, no search, no program."""
+    model, batch = outliers(build("llama")), example("llama")
+    program = capture(model, (), batch)
+    untie(program, Untie(), None)
+    data = [flat_inputs(program, batch, batch)]
+    seen, plan = observe(program, data), SitePlan(batches=lambda: data)
+    for clip in (False, True):
+        how = dataclasses.replace(HOW, clip=clip)
+        got = loss_of(program, how, seen, plan, 0.5, data, [first_output(program, data[0])])
+        rounded = outliers(build("llama"))
+        passes = (Untie(), Smooth(0.5), Quantize(HOW.weight, None, clip=clip), Fuse())
+        qcompile.quantize(rounded, Recipe("same", passes), [batch], progress=False)
+        with torch.no_grad():
+            p, q = (m(**batch).logits.flatten(0, -2).log_softmax(-1) for m in (model, rounded))
+        want = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+        assert got == pytest.approx(float(want), rel=1e-3)
+
+
+def test_the_finalists_are_rounded_with_the_clips_of_the_pass_behind():
+    program = capture(outliers(build("llama")), (), example("llama"))
+    untie(program, Untie(), None)
+    batch = flat_inputs(program, example("llama"), example("llama"))
+    seen, plan = observe(program, [batch]), SitePlan(batches=lambda: [batch])
+    how = dataclasses.replace(HOW, clip=True)
+    note = smoothquant_plus(program.copy(), how, seen, plan).notes[-1]
+    want = [first_output(program, batch)]
+    clipped, plain = (loss_of(program, h, seen, plan, None, [batch], want) for h in (how, HOW))
+    assert f"without smoothing {clipped:.4g}" in note and f"{clipped:.4g}" != f"{plain:.4g}"
 
 
 def test_bad_recipes():

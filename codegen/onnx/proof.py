@@ -52,7 +52,7 @@ def reference(module: Any, exempt: Callable[[QuantLinear], bool]) -> Reference:
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|."""
+    """|got - want| / |want|, of norms: one value whose rounding fell to the other side must not decide."""
     return float((got.float() - want.float()).norm()) / max(float(want.float().norm()), 1e-6)
 
 

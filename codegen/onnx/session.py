@@ -32,7 +32,8 @@ class Session:
         Raises:
             FolderError: no model.onnx, or a model without a cache.
 
-        `longest` is the number of tokens that the folder's tables reach; None if it does not say.
+        `longest` is the number of tokens that the folder's tables reach, None if it does not say; `ends` the
+        tokens that end a text.
         """
         import onnxruntime
 
@@ -52,7 +53,8 @@ class Session:
         self.longest: int | None = described.get("context_length")
         size = described.get("decoder", {}).get("head_size")  # folders of other tools leave it free in the graph
         self.shapes = [(i.shape[1], i.shape[3] if isinstance(i.shape[3], int) else size) for i in self.past]
-        self.vocabulary = int(self.session.get_outputs()[0].shape[2])
+        ends = described.get("eos_token_id") or []
+        self.ends: set[int] = set(ends) if isinstance(ends, list) else {ends}
         self.prefix: dict[str, np.ndarray] | None = None
         if (Path(folder) / PREFIX_FILE).is_file():
             self.prefix = load_file(str(Path(folder) / PREFIX_FILE))

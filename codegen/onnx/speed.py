@@ -28,7 +28,7 @@ def speeds(
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
     for step in track(range(rounds + 1), "timing", disable=not progress, transient=True):
         for name, session in sessions.items():
-            ids = np.random.default_rng(0).integers(0, session.vocabulary, (1, prompt))
+            ids = np.arange(1, prompt + 1)[None] % 1000  # of any vocabulary: what they say costs no time
             start = time.perf_counter()
             _, cache = session.step(ids, None)
             read = time.perf_counter()

@@ -14,7 +14,7 @@ from onnxscript.values import Opset
 import qcompile.codegen.onnx.operators  # noqa: F401  registers the operators
 from qcompile.codegen.onnx.lower import DOMAIN
 
-_DOMAIN = "com.microsoft"
+_MICROSOFT = "com.microsoft"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
 # ONNX ships no schemas of ONNX Runtime's own domain, nor of the nodes that lower.py replaces; the tracer needs them.
@@ -79,14 +79,14 @@ def _declare(name: str, domain: str) -> None:
 
 
 @functools.cache
-def _own(name: str, domain: str = _DOMAIN) -> Any:
+def _operator(name: str, domain: str = _MICROSOFT) -> Any:
     _declare(name, domain)
     return getattr(Opset(domain, 1), name)
 
 
 def _nbits_linear(x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, k: int, bits: int, block: int) -> Any:
     # accuracy_level 1 multiplies in float32, which is what is proven; export.py may raise it afterwards.
-    return _own("MatMulNBits")(
+    return _operator("MatMulNBits")(
         x, codes, scales, zeros, None, bias, K=k, N=codes.shape[0], bits=bits, block_size=block, accuracy_level=1
     )
 
@@ -94,24 +94,24 @@ def _nbits_linear(x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, k: int
 def _dual_linear(
     x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, k: int, bits: int, block: int, row: Any, per_row: bool
 ) -> Any:
-    return _own("DualLinear", DOMAIN)(
+    return _operator("DualLinear", DOMAIN)(
         x, codes, scales, zeros, row, bias, K=k, N=codes.shape[0], bits=bits, block_size=block, per_row=int(per_row)
     )
 
 
 def _blocked_linear(x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, bits: int, block: int) -> Any:
-    return _own("BlockedLinear", DOMAIN)(x, codes, scales, zeros, bias, K=x.shape[-1], bits=bits, block_size=block)
+    return _operator("BlockedLinear", DOMAIN)(x, codes, scales, zeros, bias, K=x.shape[-1], bits=bits, block_size=block)
 
 
 def _int8_linear(x: Any, weight: Any, scale: Any, bias: Any, per_row: bool) -> Any:
-    return _own("Int8Linear", DOMAIN)(x, weight, scale, bias, per_row=int(per_row))
+    return _operator("Int8Linear", DOMAIN)(x, weight, scale, bias, per_row=int(per_row))
 
 
 def _group_attention(
     query: Any, key: Any, value: Any, past_key: Any, past_value: Any, last: Any, total: Any, cos: Any, sin: Any,
     heads: int, scale: float, window: int, interleaved: bool,
 ) -> Any:  # fmt: skip
-    return _own("GroupQueryAttention")(
+    return _operator("GroupQueryAttention")(
         query, key, value, past_key, past_value, last, total, cos, sin, num_heads=heads,
         kv_num_heads=past_key.shape[1], scale=scale, local_window_size=window, do_rotary=int(cos is not None),
         rotary_interleaved=int(interleaved),
@@ -126,18 +126,18 @@ def _lengths(mask: Any) -> Any:
 
 def _rms_norm(x: Any, gain: Any, eps: float) -> Any:
     # ONNX Runtime registers this one in the standard domain.
-    return _own("SimplifiedLayerNormalization", "")(x, gain, axis=-1, epsilon=eps, stash_type=1)
+    return _operator("SimplifiedLayerNormalization", "")(x, gain, axis=-1, epsilon=eps, stash_type=1)
 
 
 def _skip_rms_norm(x: Any, skip: Any, gain: Any, eps: float) -> Any:
-    out, _, _, total = _own("SkipSimplifiedLayerNormalization")(x, skip, gain, epsilon=eps)
+    out, _, _, total = _operator("SkipSimplifiedLayerNormalization")(x, skip, gain, epsilon=eps)
     return out, total
 
 
 def _gather_nbits(ids: Any, codes: Any, scales: Any, zeros: Any, k: int, bits: int, block: int) -> Any:
     rows, blocks, _ = codes.shape
     flat = op.Reshape(codes, op.Constant(value_ints=[rows, -1]))
-    numbers = _own("GatherBlockQuantized")(
+    numbers = _operator("GatherBlockQuantized")(
         flat, ids, scales, zeros, bits=bits, block_size=block, gather_axis=0, quantize_axis=1
     )
     if blocks * block == k:
@@ -147,7 +147,7 @@ def _gather_nbits(ids: Any, codes: Any, scales: Any, zeros: Any, k: int, bits: i
 
 
 def _silu(x: Any) -> Any:
-    return _own("QuickGelu")(x, alpha=1.0)  # x sigmoid(alpha x)
+    return _operator("QuickGelu")(x, alpha=1.0)  # x sigmoid(alpha x)
 
 
 def table(portable: bool) -> dict[Any, Callable[..., Any]]:

@@ -32,6 +32,8 @@ def evaluate(
     if (Path(model) / "model.onnx").is_file():
         from qcompile.codegen.onnx.session import Session, tokenizer_of
 
+        if recipe is not None:
+            raise ValueError(f"--recipe is for a PyTorch model, and {model} is exported as it is")
         loaded, tokenizer = Session(model), tokenizer_of(model)
     else:
         loaded, tokenizer = load(model, dtype)
@@ -198,8 +200,12 @@ def bench(
     from qcompile.bench import compare_with_inductor
 
     if (Path(model) / "model.onnx").is_file():
+        if recipe:
+            raise ValueError(f"--recipe is for a PyTorch model, and {model} is exported: name folders with --against")
         _bench_folders([model, *(against or [])], prompt, tokens, rounds, out)
         return
+    if against:
+        raise ValueError(f"--against is for ONNX folders, and {model} is none: export it first (qcompile export-onnx)")
     loaded, _ = load(model, dtype)
     result = compare_with_inductor(loaded, recipe or ["int8", "w4a8"], prompt=prompt, new=tokens, rounds=rounds)
     console.print(result.table())

@@ -16,16 +16,17 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy")]
 Seed = Annotated[int, typer.Option(help="of the sampling")]
 
 
-def open_model(name: str) -> tuple[Any, Any]:
-    """What makes logits from ids (qcompile.chat.Step), and the tokenizer."""
-    from qcompile.chat import steps_of
+def open_model(name: str) -> tuple[Any, Any, set[int]]:
+    """What makes logits from ids (qcompile.chat.Step), the tokenizer, and the tokens that end a text."""
+    from qcompile.chat import ends_of, steps_of
 
     if (Path(name) / "model.onnx").is_file():
         from qcompile.codegen.onnx.session import Session, tokenizer_of
 
-        return Session(name).step, tokenizer_of(name)
+        session, tokenizer = Session(name), tokenizer_of(name)
+        return session.step, tokenizer, session.ends | ends_of(tokenizer)
     model, tokenizer = load(name)
-    return steps_of(model), tokenizer
+    return steps_of(model), tokenizer, ends_of(tokenizer, model)
 
 
 @app.command()
@@ -39,11 +40,10 @@ def generate(
     """Continue a prompt with an exported ONNX folder (or with a PyTorch MODEL)."""
     from qcompile.chat import readable, stream
 
-    step, tokenizer = open_model(folder)
+    step, tokenizer, end = open_model(folder)
     ids = np.array(tokenizer(prompt)["input_ids"], np.int64)[None]
     if not ids.size:
         raise ValueError("the prompt is empty: give at least one token")
-    end = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     sys.stdout.write(prompt)
     for piece in readable(tokenizer, stream(step, ids, tokens, temperature=temperature, seed=seed, stop=end)):
         sys.stdout.write(piece)
@@ -62,8 +62,8 @@ def chat(
     """Talk with an exported ONNX folder (or with a PyTorch MODEL); an empty line ends it."""
     from qcompile.chat import Conversation
 
-    step, tokenizer = open_model(folder)
-    talk = Conversation(step, tokenizer, system=system, new=tokens, temperature=temperature, seed=seed)
+    step, tokenizer, end = open_model(folder)
+    talk = Conversation(step, tokenizer, system=system, new=tokens, temperature=temperature, seed=seed, stop=end)
     while True:
         try:
             said = console.input("[bold]you:[/] ")

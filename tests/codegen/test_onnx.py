@@ -14,8 +14,8 @@ from zoo import build, example
 import qcompile
 import qcompile.codegen.onnx.linear
 from qcompile.checkpoint import CheckpointError
-from qcompile.codegen.onnx.linear import NoOnnxForm, OnnxLinear
-from qcompile.codegen.onnx.proof import ExportMismatch
+from qcompile.codegen.onnx.linear import NoOnnxForm, OnnxLinear, two_ways
+from qcompile.codegen.onnx.proof import ExportMismatch, unrounded
 from qcompile.codegen.onnx.session import FolderError, Session
 from qcompile.formats import Format
 from qcompile.hadamard import random_signs
@@ -35,7 +35,8 @@ def linear(form, act, columns, bias=True, signs=False):
 FORMS = [
     ("int8/row", "int8/row"), ("int8/row", ""), ("int4/group32", ""), ("int4/group32/zero", ""),
     ("int4/group32/floatzero", ""), ("int4/group32/zero/dual", "int8/row"), ("int4/group32", "int4/row"),
-    ("int4/group32/zero/dual", "int4/row"), ("int4/row", ""),
+    ("int4/group32/zero/dual", "int4/row"), ("int4/row", ""), ("int8/row", "int8/tensor"),
+    ("int4/group32/zero/dual", "int8/tensor"),
 ]  # fmt: skip
 
 
@@ -44,11 +45,16 @@ FORMS = [
 def test_forms(form, act, columns, bias, signs, tmp_path):
     model = nn.Sequential(linear(form, act, columns, bias, signs))
     x = torch.randn(2, 3, columns)
-    with torch.no_grad():
-        error = float((OnnxLinear(model[0])(x) - model(x)).abs().max())
-    assert error < 1e-4
-    report = qcompile.export_onnx(model, tmp_path / "m", example=x)
-    assert report.numbers["onnx relative error"] < 1e-3 and report.numbers["onnx relative error as run"] < 0.05
+    x[1, 2] = 0  # its step would be zero
+    for portable in (False, True):
+        if portable and "floatzero" in form:
+            continue
+        with torch.no_grad(), unrounded(model, lambda site, portable=portable: portable and two_ways(site)):
+            error = float((OnnxLinear(model[0], portable)(x) - model(x)).abs().max())
+        assert error < 1e-4
+        place = tmp_path / str(portable)
+        report = qcompile.export_onnx(model, place, example=x, portable=portable, progress=False)
+        assert report.numbers["onnx relative error"] < 1e-3 and report.numbers["onnx relative error as run"] < 0.05
     assert isinstance(model[0], QuantLinear)
 
 

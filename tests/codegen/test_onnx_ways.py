@@ -7,6 +7,7 @@ import functools
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 import torch
@@ -17,9 +18,10 @@ import qcompile
 import qcompile.codegen.onnx.export as export
 from qcompile.codegen.onnx.last_logits import last_tokens
 from qcompile.codegen.onnx.linear import NoOnnxForm
-from qcompile.codegen.onnx.lower import FEW, by_tokens
+from qcompile.codegen.onnx.lower import FEW, by_tokens, one_way
 from qcompile.codegen.onnx.proof import ExportMismatch
 from qcompile.codegen.onnx.session import FolderError, Session
+from qcompile.recipe import RecipeError
 
 DUAL = "int4-cpu"
 
@@ -96,6 +98,58 @@ def test_an_encoder_is_multiplied_in_int8_only(tmp_path):
     assert report.numbers["onnx relative error"] < 0.05
 
 
+def test_equal_codes_with_other_scales_are_two_int8_weights():
+    """torch.onnx stores equal tensors once, so two weights may share some of theirs."""
+    rng = np.random.default_rng(0)
+    tensors = dict(codes=rng.integers(0, 256, (32, 2, 16), np.uint8), zeros=rng.integers(0, 256, (32, 1), np.uint8))
+    for index, levels in enumerate((rng.integers(1, 8, (32, 2)), rng.integers(1, 8, (32, 2)))):
+        tensors[f"row{index}"] = np.full(32, 0.01 * (index + 1), np.float32)
+        tensors[f"scales{index}"] = (levels * tensors[f"row{index}"][:, None]).astype(np.float32)
+    sizes = dict(domain="qcompile", K=64, N=32, bits=4, block_size=32, per_row=1)
+    nodes = [
+        onnx.helper.make_node(
+            "DualLinear", ["x", "codes", f"scales{i}", "zeros", f"row{i}"], [f"y{i}"], f"n{i}", **sizes
+        )
+        for i in (0, 1)
+    ]
+    values = [
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["m", k])
+        for n, k in (("x", 64), ("y0", 32), ("y1", 32))
+    ]
+    graph = onnx.helper.make_graph(
+        nodes, "g", values[:1], values[1:], [onnx.numpy_helper.from_array(t, n) for n, t in tensors.items()]
+    )
+    imports = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)
+    x = rng.integers(-127, 128, (3, 64)).astype(np.float32)
+    x[:, 0] = 127  # whole numbers in steps of one: nothing is rounded
+    few, many = (
+        onnxruntime.InferenceSession(one_way(model, way).SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, {"x": x}
+        )
+        for way in ("few", "many")
+    )
+    assert all(np.allclose(a, b, rtol=1e-5, atol=1e-3) for a, b in zip(few, many, strict=True))
+    assert not np.allclose(many[1], 2 * many[0], rtol=0.1)
+
+
+def test_nested_graphs_read_values_of_the_branch_around_them():
+    """An If of the model's own inside the If on the number of tokens."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        model (float[n] x) => (float[n] y) {
+            flag = Constant <value = bool {1}> ()
+            doubled = Add (x, x)
+            y = If (flag) <then_branch = inner () => (float[n] a) { a = Add (doubled, x) },
+                           else_branch = other () => (float[n] b) { b = Neg (doubled) }>
+        }"""
+    whole = by_tokens(onnx.parser.parse_model(text))
+    onnx.checker.check_model(whole, full_check=True)
+    session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
+    for length in (2, 9):
+        assert session.run(None, {"x": np.ones(length, np.float32)})[0].tolist() == [3.0] * length
+
+
 def test_a_wrong_zero_point_is_found(tmp_path, monkeypatch):
     """The two proofs are separate: a fault in the int8 weights alone must not pass."""
     real = export.one_way
@@ -127,15 +181,18 @@ def generated(folder, rows, length=14):
 
 @pytest.mark.parametrize(
     "name,recipe,portable",
-    [("llama", DUAL, False), ("llama", "w4a16", True), ("gpt2", DUAL, False), ("gemma3", "w4a16", False)],
-)
+    [
+        ("llama", DUAL, False), ("llama", "w4a16", True), ("gpt2", DUAL, False), ("gemma3", "w4a16", False),
+        ("gemma2", "w4a16", False),  # a soft cap behind the logits
+    ],
+)  # fmt: skip
 def test_the_last_logits_are_enough_to_generate(name, recipe, portable, tmp_path):
     model = build(name)
     with torch.no_grad():
         for parameter in model.parameters():  # what layers add must outweigh the token, or it repeats for ever
             if parameter.ndim == 2 and parameter is not model.get_input_embeddings().weight:
                 parameter.mul_(6)
-    options = dict(accuracy_level=1, portable=portable, progress=False)
+    options = dict(accuracy_level=4 if portable else 1, portable=portable, progress=False)
     qcompile.export_onnx(model, tmp_path / "all", recipe, [example(name)], **options)
     qcompile.export_onnx(model, tmp_path / "last", recipe, [example(name)], last_logits=True, **options)
     rows = [[5, 9, 17, 33], [90, 8, 51, 0]]  # genai pads the shorter behind
@@ -159,10 +216,18 @@ def test_last_tokens_of_padded_texts():
     assert last_tokens(torch.ones(1, 1, 1), one).shape == (1, 1, 1)
 
 
-def test_an_encoder_has_no_last_token(tmp_path):
-    with pytest.raises(NoOnnxForm, match="for decoders"):
-        qcompile.export_onnx(nn.Sequential(nn.Linear(8, 8)), tmp_path / "m", example=torch.randn(2, 8),
-                             last_logits=True, progress=False)  # fmt: skip
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (dict(example=torch.randn(2, 8), last_logits=True), "for decoders"),
+        (dict(example=torch.randn(2, 8), portable=True, accuracy_level=1), "cannot be written into a portable file"),
+        (dict(example=torch.randn(2, 8), accuracy_level=2), "accuracy_level 2 is unknown"),
+    ],
+)
+def test_options_that_cannot_be_kept_are_refused_before_any_work(options, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("qcompile.export.quantize", None)
+    with pytest.raises(RecipeError, match=words):
+        qcompile.export_onnx(nn.Sequential(nn.Linear(8, 8)), tmp_path / "m", "int8", progress=False, **options)
 
 
 @pytest.mark.parametrize(
