@@ -10,6 +10,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton kernels run in its interpreter, which triton decides when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Shrinking a failed decoder takes minutes; ask for it with QCOMPILE_SHRINK=1 when you look for a cause.
 hypothesis.settings.register_profile(
     "qcompile",

@@ -1,0 +1,60 @@
+"""Run row_quant: a norm or a gate, smoothing and a Hadamard transform, then codes and scales of each row."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.codegen.triton.build import kernel
+from qcompile.codegen.triton.render import padded
+from qcompile.codegen.triton.spec import RowQuant
+from qcompile.hadamard import hadamard_matrix
+
+LONGEST = 32768  # numbers of a row that one program holds in registers
+
+
+def row_quant(spec: RowQuant, x: Tensor, eps: float = 0.0, **tensors: Tensor) -> dict[str, Tensor]:
+    """Quantize the rows of x [M, K].
+
+    Args:
+        spec: what to do. x: bf16 or fp16, contiguous. eps: of the norm.
+        tensors: residual, gate [M, K], gain, shift, smooth, signs [K], as far as the spec has them.
+
+    Returns:
+        codes [M, K] (int4: uint8 [M, K / 2]), scale [M, groups] float32, total [M, K] if there is a residual.
+    """
+    m, k = x.shape
+    kind = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}[spec.codes]
+    found = dict(
+        codes=torch.empty(m, k // 2 if spec.codes == "int4" else k, dtype=kind, device=x.device),
+        scale=torch.empty(m, -(-k // spec.group) if spec.group else 1, device=x.device),
+    )
+    if spec.residual:
+        found["total"] = torch.empty_like(x)
+    if not m:
+        return found
+    arguments: dict[str, Any] = dict(x=x, eps=eps, K=k, BLOCK=1 << (k - 1).bit_length(), **tensors, **found)
+    if spec.hadamard:
+        arguments["left"], arguments["right"] = factors(spec, x.device)
+    run = kernel(spec)
+    given = {name: arguments[name] for name in run.arg_names}
+    run[(m,)](**given, num_warps=warps(spec, k), num_stages=1)
+    return found
+
+
+def warps(spec: RowQuant, k: int) -> int:
+    """Some 16 numbers a thread; products take at least four warps."""
+    return max(4 if spec.hadamard else 1, min(32 if not spec.hadamard else 8, k // 512))
+
+
+@functools.lru_cache(maxsize=32)
+def factors(spec: RowQuant, device: torch.device) -> tuple[Tensor, Tensor]:
+    """H_left^T, padded with zeros, and H_right, float32, with H_n = H_left (x) H_right."""
+    left = hadamard_matrix(spec.left).t()
+    side = padded(spec.left)
+    wide = torch.zeros(side, side)
+    wide[: spec.left, : spec.left] = left
+    return wide.to(device), hadamard_matrix(spec.right).float().to(device)
