@@ -20,12 +20,13 @@ from torch import Tensor, fx
 
 from qcompile.capture import capture_dynamo
 from qcompile.codegen.cpu.choose import choose
-from qcompile.codegen.cpu.lower import lower, regime, rows_of
+from qcompile.codegen.cpu.lower import lower
 from qcompile.passes.quantize import Quantize, formats_of
 from qcompile.pipeline import NothingToQuantize, run
 from qcompile.presets import find_recipe
 from qcompile.program import WEIGHT, Program
 from qcompile.recipe import Recipe, RecipeError, Rule
+from qcompile.regime import regime, rows_of
 from qcompile.report import Report
 from qcompile.sharing import fingerprint, shared
 from qcompile.sites import find_sites
@@ -175,13 +176,13 @@ def _version(tensor: Tensor) -> tuple[int, int]:
 def compile_program(
     program: Program, args: Sequence[Any], input_args: Sequence[int], how: Options
 ) -> tuple[Program, Report]:
-    """Run the recipe and lower for the CPU."""
+    """Run the recipe and lower for the device that the weights are on."""
     inputs = [args[i] for i in input_args]
     # int(i) would pin the symbol to this one value, and every new length would recompile.
     example = [i.node.hint if isinstance(i, torch.SymInt) else i for i in inputs]
     ready = any("qcompile" in str(n.target) for n in program.graph.nodes)
     recipe = Recipe("already quantized") if ready else _applicable(how, program)
-    keep = _slower_sites(program, recipe) if how.slower == "float" else {}
+    keep = _slower_sites(program, recipe) if how.slower == "float" and _gpu(program) is None else {}
     concrete = all(not isinstance(i, Tensor) or type(i) in (Tensor, torch.nn.Parameter) for i in example)
     try:
         rewritten, report = run(program, recipe, example=example if concrete else None, verify=how.verify, keep=keep)
@@ -195,13 +196,24 @@ def compile_program(
         rewritten.alive.append(made)
         return made.tensors
 
-    kernels = lower(rewritten, remember)
+    device = _gpu(rewritten)
+    if device is None:
+        kernels = lower(rewritten, remember)
+    else:
+        from qcompile.codegen.triton.lower import lower as lower_for_gpu
+
+        kernels = lower_for_gpu(rewritten, remember, torch.cuda.get_device_capability(device))
     named = {site.name: site for site in report.sites}
     for name, by_regime in kernels.items():
         if name in named:
             named[name].kernel = by_regime
     rewritten.graph_module.recompile()
     return rewritten, report
+
+
+def _gpu(program: Program) -> torch.device | None:
+    """The GPU that the weights are on, if they are."""
+    return next((tensor.device for tensor in program.weights.values() if tensor.is_cuda), None)
 
 
 def _applicable(how: Options, program: Program) -> Recipe:

@@ -44,6 +44,7 @@ class Norm:
     gain: fx.Node | None  # weight placeholder, [n]
     bias: fx.Node | None  # weight placeholder, [n]
     one_plus: bool  # the gain is 1 + weight
+    eps: float
     inner: frozenset[fx.Node]
 
     def gain_value(self, program: Program) -> Tensor:
@@ -98,7 +99,10 @@ def _single_op(program: Program, node: fx.Node) -> Norm | None:
             return None
     source: fx.Node = args[0]
     kind: Literal["rms", "layer"] = "layer" if layer else "rms"
-    return Norm(kind, source, node, gain, bias, False, frozenset({node}))
+    eps = args[4] if layer else args[3]
+    if eps is None:  # LayerNorm's default, or the dtype's as torch has it for RMSNorm
+        eps = 1e-5 if layer else torch.finfo(source.meta["val"].dtype).eps
+    return Norm(kind, source, node, gain, bias, False, eps, frozenset({node}))
 
 
 def _decomposed_rms(program: Program, rsqrt: fx.Node) -> Norm | None:
@@ -106,8 +110,8 @@ def _decomposed_rms(program: Program, rsqrt: fx.Node) -> Norm | None:
     add = rsqrt.args[0]
     if not isinstance(add, fx.Node) or add.target is not aten.add.Tensor:
         return None
-    mean = add.args[0]
-    if not isinstance(mean, fx.Node) or mean.target is not aten.mean.dim:
+    mean, eps = add.args
+    if not isinstance(eps, (int, float)) or not isinstance(mean, fx.Node) or mean.target is not aten.mean.dim:
         return None
     dims = list(mean.args[1])
     square = mean.args[0]
@@ -140,10 +144,10 @@ def _decomposed_rms(program: Program, rsqrt: fx.Node) -> Norm | None:
         if any(user not in inner for user in cast.users):
             source, inner = cast, inner - {cast}
             break
-    return _with_gain(program, source, product, inner)
+    return _with_gain(program, source, product, float(eps), inner)
 
 
-def _with_gain(program: Program, source: fx.Node, product: fx.Node, inner: set[fx.Node]) -> Norm:
+def _with_gain(program: Program, source: fx.Node, product: fx.Node, eps: float, inner: set[fx.Node]) -> Norm:
     output, node = product, product
     while len(node.users) == 1:
         user = next(iter(node.users))
@@ -163,8 +167,8 @@ def _with_gain(program: Program, source: fx.Node, product: fx.Node, inner: set[f
         while len(output.users) == 1 and is_cast(next(iter(output.users))):
             output = next(iter(output.users))
             inner.add(output)
-        return Norm("rms", source, output, gain, None, one_plus, frozenset(inner))
-    return Norm("rms", source, output, None, None, False, frozenset(inner))
+        return Norm("rms", source, output, gain, None, one_plus, eps, frozenset(inner))
+    return Norm("rms", source, output, None, None, False, eps, frozenset(inner))
 
 
 def _gain_expression(program: Program, value: object) -> tuple[fx.Node | None, bool, set[fx.Node]]:

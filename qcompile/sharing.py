@@ -36,7 +36,7 @@ def shared(key: Hashable, make: Callable[[], tuple[Tensor | None, ...]]) -> Shar
 
 def fingerprint(tensor: Tensor) -> str:
     """A hash of dtype, shape and bytes."""
-    flat = tensor.detach().contiguous().view(-1)
+    flat = tensor.detach().cpu().contiguous().view(-1)
     data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
     return hashlib.sha1(data, usedforsecurity=False).hexdigest() + str((tensor.dtype, tuple(tensor.shape)))
 

@@ -19,19 +19,9 @@ import torch
 from torch import Tensor
 
 import qcompile.codegen.cpu.native  # noqa: F401  registers the operators
-from qcompile.formats import Format, dequantize_codes, load_codes
+from qcompile.formats import Format, load_codes
 
 ops = torch.ops.qcompile_cpu
-
-# -- activations -------------------------------------------------------------------------------
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes and float32 scale [.., 1] of each row: the values of qcompile::quantize, in ATen."""
-    wide = x.float()
-    scale = wide.abs().amax(-1, keepdim=True) / 127
-    scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
-    return (wide / scale).round().clamp(-128, 127).to(torch.int8), scale
 
 
 def finish(sums: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -105,10 +95,3 @@ def group_offsets(scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
     a = scale.float().contiguous()
     z = torch.full_like(a, 8.0) if zero is None else zero.float()
     return a, (a * z).contiguous()
-
-
-def dequantize_weight(
-    stored: Tensor, scale: Tensor, zero: Tensor | None, group_scale: Tensor | None, format: Format, columns: int
-) -> Tensor:
-    """Stored codes -> float32 [N, K], in ATen."""
-    return dequantize_codes(load_codes(stored, format, columns), scale, zero, group_scale, format)

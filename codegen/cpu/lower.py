@@ -14,29 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qcompile.codegen import aten
 from qcompile.codegen.cpu import kernels
 from qcompile.codegen.cpu.choose import Choice, choose
-from qcompile.formats import Format, dequantize_codes
-from qcompile.hadamard import apply_hadamard
-from qcompile.packing import unpack
+from qcompile.formats import Format
 from qcompile.program import Program
+from qcompile.regime import regime, rows_of
 
 ops = torch.ops.qcompile
-
-
-def rows_of(node: fx.Node) -> tuple[int, bool]:
-    """Rows of a value, and whether the number is symbolic (then the hint is given)."""
-    rows, symbolic = 1, False
-    for size in node.meta["val"].shape[:-1]:
-        symbolic |= isinstance(size, torch.SymInt)
-        rows *= int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-    return max(rows, 1), symbolic
-
-
-def regime(node: fx.Node) -> str:
-    """How a report names the rows of a value."""
-    rows, symbolic = rows_of(node)
-    return f"rows {rows}" + (" (dynamic)" if symbolic else "")
 
 
 Remember = Callable[[str, Tensor, Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]
@@ -59,15 +44,15 @@ def lower(program: Program, remember: Remember) -> dict[str, dict[str, str]]:
             chosen.setdefault(_site(program, node), {})[regime(node)] = str(_qlinear(program, node, remember))
     for node in list(program.graph.nodes):
         if node.target is ops.quantize.default and node.args[1] == "int8/row":
-            codes, scale = program.inline(kernels.quantize_rows, (node.args[0],), before=node)
+            codes, scale = program.inline(aten.quantize_rows, (node.args[0],), before=node)
             for user in list(node.users):
                 if user.target is operator.getitem and user.args[1] < 2:
                     user.replace_all_uses_with((codes, scale)[user.args[1]])
         elif node.target is ops.hadamard.default:
-            node.replace_all_uses_with(program.inline(_hadamard, node.args, before=node))
+            node.replace_all_uses_with(program.inline(aten.hadamard, node.args, before=node))
         elif node.target is ops.dequantize.default:
             codes, scale, zero, group_scale, form, columns, dtype = node.args
-            run = functools.partial(_dequantize, form=Format.parse(form), columns=columns, dtype=dtype)
+            run = functools.partial(aten.dequantize, form=Format.parse(form), columns=columns, dtype=dtype)
             node.replace_all_uses_with(program.inline(run, (codes, scale, zero, group_scale), before=node))
     program.cleanup()
     return chosen
@@ -85,7 +70,7 @@ def _qlinear(program: Program, node: fx.Node, remember: Remember) -> Choice:
     build = _BUILDERS.get(choice.kernel)
     if build is None:
         out = program.inline(
-            functools.partial(_plain, form=form, act=act, columns=k, dtype=dtype),
+            functools.partial(aten.product, form=form, act=act, columns=k, dtype=dtype),
             (x, x_scale, x_zero, stored, scale, zero, group_scale, bias),
             before=node,
         )
@@ -169,35 +154,3 @@ _BUILDERS: dict[str, Callable[[Program, fx.Node, Format, Remember], fx.Node]] = 
     "int8_float": _int8_float,
     "nibble_float": _nibble_float,
 }
-
-
-def _plain(
-    x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, stored: Tensor, scale: Tensor, zero: Tensor | None,
-    group_scale: Tensor | None, bias: Tensor | None, *, form: Format, act: str, columns: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Any format: dequantise both sides and multiply in the model's dtype."""
-    if act:
-        assert x_scale is not None
-        x = dequantize_codes(x, x_scale, x_zero, None, Format.parse(act)).to(dtype)
-    weight = kernels.dequantize_weight(stored, scale, zero, group_scale, form, columns).to(dtype)
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-def _dequantize(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    group_scale: Tensor | None,
-    *,
-    form: Format,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    if columns and form.bits < 8:
-        unsigned = unpack(codes, form.bits, columns)
-        codes = unsigned if form.qmin == 0 else unsigned.to(torch.int8) + form.qmin
-    return dequantize_codes(codes, scale, zero, group_scale, form).to(dtype)
-
-
-def _hadamard(x: Tensor, signs: Tensor) -> Tensor:
-    return apply_hadamard(x.float(), signs.float()).to(x.dtype)

@@ -221,7 +221,9 @@ def test_rows(spec):
         spread = steps.repeat_interleave(spec.group or k, 1)[:, :k]
         # half a step: of e4m3 in proportion to the number, but for the smallest
         half = 2**-4 * want.abs() + 2**-10 * spread if spec.codes == "fp8" else 0.5 * spread
-        assert bool(((numbers - want).abs() <= half * 1.002 + 1e-12).all()), float(((numbers - want).abs() / spread).max())
+        assert bool(((numbers - want).abs() <= half * 1.002 + 1e-12).all()), float(
+            ((numbers - want).abs() / spread).max()
+        )
 
 
 def test_steps_that_halve_are_rounded_to_even():

@@ -1,0 +1,43 @@
+"""The dialect in plain ATen: what every target falls back to where it has no kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.formats import Format, dequantize_codes, load_codes
+from qcompile.hadamard import apply_hadamard
+
+
+def product(
+    x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, stored: Tensor, scale: Tensor, zero: Tensor | None,
+    group_scale: Tensor | None, bias: Tensor | None, *, form: Format, act: str, columns: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Any format: dequantize both sides and multiply in the model's dtype."""
+    if act:
+        assert x_scale is not None
+        x = dequantize_codes(x, x_scale, x_zero, None, Format.parse(act)).to(dtype)
+    weight = dequantize(stored, scale, zero, group_scale, form=form, columns=columns, dtype=dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, group_scale: Tensor | None,
+    *, form: Format, columns: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Codes -> numbers; `columns` > 0 says that they are stored packed with K = columns."""
+    unpacked = load_codes(codes, form, columns) if columns else codes
+    return dequantize_codes(unpacked, scale, zero, group_scale, form).to(dtype)
+
+
+def hadamard(x: Tensor, signs: Tensor) -> Tensor:
+    """x [.., n] -> x diag(signs) H_n / sqrt(n)."""
+    return apply_hadamard(x.float(), signs.float()).to(x.dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes and float32 scale [.., 1] of each row: the values of qcompile::quantize, in ATen."""
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
+    return (wide / scale).round().clamp(-128, 127).to(torch.int8), scale

@@ -1,0 +1,258 @@
+"""Lower the dialect of a Program to the operators of ops.py, and fuse what stands around them.
+
+qlinear, x in numbers        linear_w       int2, int3, int4, int8 weights in rows or groups
+qlinear, x in codes          linear_a8      int8 x int8 (also the int8 that dual-grained int4 is), fp8 x fp8
+any other                    plain ATen     dequantize and multiply
+product + low-rank correction, + residual   the product's epilogue
+norm | silu(a) b | Hadamard -> quantize     row_quant
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.codegen import aten as plain
+from qcompile.codegen.triton import ops as _register  # noqa: F401  registers torch.ops.qcompile_triton
+from qcompile.codegen.triton.packing import layout_of, prepare
+from qcompile.codegen.triton.products import FEW, MANY, NAMES
+from qcompile.codegen.triton.rows import LONGEST
+from qcompile.codegen.triton.spec import RowQuant
+from qcompile.formats import Format, load_codes
+from qcompile.norms import Norm, find_norms
+from qcompile.program import Program
+from qcompile.regime import regime, rows_of
+
+aten = torch.ops.aten
+ops = torch.ops.qcompile
+kernels = torch.ops.qcompile_triton
+
+Remember = Callable[[str, Tensor, Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]
+_PRODUCTS = (kernels.linear_w.default, kernels.linear_a8.default)
+_EXTRA = slice(5, 8)  # residual, low and up among the arguments of both
+_LOWEST = {"fp8": (8, 9)}  # compute capability
+
+
+def lower(program: Program, remember: Remember, capability: tuple[int, int] = (9, 0)) -> dict[str, dict[str, str]]:
+    """Rewrite every dialect node in place.
+
+    Args:
+        program: after fuse. remember: as in cpu/lower.py. capability: of the GPU.
+
+    Returns:
+        site name -> regime -> kernel, for the report.
+    """
+    chosen: dict[str, dict[str, str]] = {}
+    for node in list(program.graph.find_nodes(op="call_function", target=ops.qlinear.default)):
+        site = (program.weight_name(node.args[3]) or node.name).removesuffix(".codes")
+        chosen.setdefault(site, {})[regime(node)] = _product(program, node, remember, capability)
+    for target in _PRODUCTS:
+        for node in list(program.graph.find_nodes(op="call_function", target=target)):
+            _fuse_epilogue(program, node)
+    _quantize_rows(program, capability)
+    for node in list(program.graph.nodes):
+        if node.target is ops.hadamard.default:
+            node.replace_all_uses_with(program.inline(plain.hadamard, node.args, before=node))
+        elif node.target is ops.dequantize.default:
+            codes, scale, zero, group_scale, form, columns, dtype = node.args
+            run = functools.partial(plain.dequantize, form=Format.parse(form), columns=columns, dtype=dtype)
+            node.replace_all_uses_with(program.inline(run, (codes, scale, zero, group_scale), before=node))
+    program.cleanup()
+    return chosen
+
+
+# -- products ------------------------------------------------------------------------------------------
+
+
+def _product(program: Program, node: fx.Node, remember: Remember, capability: tuple[int, int]) -> str:
+    x, x_scale, x_zero, stored, scale, zero, group_scale, bias, text, act, k, dtype = node.args
+    form, none = Format.parse(text), (None, None, None)
+    name = program.weight_name(stored)
+    row_scale, points, levels = (
+        None if a is None else program.weights[program.weight_name(a) or ""] for a in node.args[4:7]
+    )
+    out: fx.Node
+    if name is None or dtype not in NAMES or (act and act.partition("/")[0] not in ("int8", "fp8")):
+        label = "plain"
+    elif not act and layout_of(form) is not None:
+        codes = program.weights[name]
+        made = _prepared(
+            program, name, "linear_w", remember, lambda: prepare(codes, row_scale, points, levels, form, k)
+        )
+        packed, scales, zeros = (*made, None)[:3]
+        out = program.insert(kernels.linear_w.default, (x, packed, scales, zeros, bias, *none, text, k), before=node)
+        label = _label(rows_of(node)[0])
+    elif _takes_codes(form, act, capability):
+        weight = stored
+        if form.dual:
+            codes = program.weights[name]
+            (weight,) = _prepared(program, name, "int8", remember, lambda: (_int8(codes, points, levels, form, k),))
+        args = (x, x_scale, weight, scale, bias, *none, dtype)
+        out = program.insert(kernels.linear_a8.default, args, before=node)
+        label = "gemm_a8" + (" (int8 of dual codes)" if form.dual else "")
+    else:
+        label = "plain"
+    if label == "plain":
+        run = functools.partial(plain.product, form=form, act=act, columns=k, dtype=dtype)
+        out = program.inline(run, (x, x_scale, x_zero, stored, scale, zero, group_scale, bias), before=node)
+        label = "dequantize, then cuBLAS"
+    node.replace_all_uses_with(out)
+    program.graph.erase_node(node)
+    return label
+
+
+def _label(rows: int) -> str:
+    return "gemv_w" if rows <= FEW else "gemm_w" if rows <= MANY else "dequant, then cuBLAS"
+
+
+def _takes_codes(form: Format, act: str, capability: tuple[int, int]) -> bool:
+    """Whether codes of both sides multiply as they are: one scale for a row, symmetric."""
+    if capability < _LOWEST.get(form.dtype, (8, 0)):
+        return False
+    one = form.dual or (form.dtype in ("int8", "fp8") and form.per == "row" and form.zero == "none")
+    kind = "int8" if form.dual else form.dtype
+    return one and act in (f"{kind}/row", f"{kind}/tensor")
+
+
+def _int8(stored: Tensor, zero: Tensor, group_scale: Tensor, form: Format, k: int) -> Tensor:
+    """s1 (q - z) of a dual format: what int8 activations multiply."""
+    blocks = torch.nn.functional.pad(load_codes(stored, form, k).to(torch.int8), (0, -k % form.group))
+    wide = blocks.unflatten(-1, (-1, form.group)) - zero.to(torch.int8)[..., None]
+    return (wide * group_scale[..., None]).flatten(-2)[..., :k].contiguous()
+
+
+def _prepared(
+    program: Program, name: str, kind: str, remember: Remember, make: Callable[[], tuple[Tensor | None, ...]]
+) -> list[fx.Node]:
+    def there() -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor in make() if tensor is not None)
+
+    found = []
+    for index, tensor in enumerate(remember(kind, program.weights[name], there)):
+        full = f"{name}.{kind}.{index}"
+        found.append(program.node_of(full) if full in program.weights else program.add_weight(full, tensor))
+    return found
+
+
+def _fuse_epilogue(program: Program, node: fx.Node) -> None:
+    """The only readers of a product that add something of its shape: a correction first, then a residual."""
+    for take in (_low_rank, _residual):
+        users = list(node.users)
+        if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs:
+            return
+        add = users[0]
+        other = add.args[1] if add.args[0] is node else add.args[0]
+        if not isinstance(other, fx.Node) or other is node or not _alike(other, node):
+            return
+        extra = take(program, other)
+        if extra is None:
+            continue
+        args = list(node.args)
+        args[_EXTRA] = [old if new is None else new for old, new in zip(args[_EXTRA], extra, strict=True)]
+        fused = program.insert(node.target, args, before=add)
+        add.replace_all_uses_with(fused)
+        program.graph.erase_node(add)
+        program.graph.erase_node(node)
+        node = fused
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return isinstance(x, Tensor) and x.dtype == y.dtype and tuple(x.shape) == tuple(y.shape)
+
+
+def _low_rank(program: Program, other: fx.Node) -> tuple[Any, ...] | None:
+    """linear(low, up) with a small inner dimension -> (no residual, low, up)."""
+    if other.target is not aten.linear.default or len(other.args) > 2 or len(other.users) != 1:
+        return None
+    low, up = other.args
+    return (None, low, up) if up.meta["val"].shape[1] <= 256 else None
+
+
+def _residual(program: Program, other: fx.Node) -> tuple[Any, ...] | None:
+    return other, None, None
+
+
+# -- rows ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What is computed before rows are quantized: where it starts, fields of the spec, tensors of the operator."""
+
+    x: fx.Node
+    fields: dict[str, Any]
+    tensors: dict[str, fx.Node]
+    eps: float = 0.0
+
+
+def _quantize_rows(program: Program, capability: tuple[int, int]) -> None:
+    norms = {norm.output: norm for norm in find_norms(program)}
+    made: dict[tuple[fx.Node, str], fx.Node] = {}
+    for node in list(program.graph.find_nodes(op="call_function", target=ops.quantize.default)):
+        x, act = node.args
+        form = Format.parse(act)
+        value = x.meta["val"]
+        known = form.dtype in ("int8", "fp8") and form.per == "row" and form.zero == "none"
+        if not known or value.dtype not in NAMES or int(value.shape[-1]) > LONGEST:
+            if known and form.dtype == "int8":
+                _replace(node, *program.inline(plain.quantize_rows, (x,), before=node))
+            continue
+        if (x, act) not in made:
+            before = _before(program, x, norms)
+            spec = RowQuant(NAMES[value.dtype], **before.fields, codes=form.dtype)
+            names = ("residual", "gate", "gain", "shift", "smooth", "signs")
+            args = (before.x, *(before.tensors.get(name) for name in names), before.eps, str(spec))
+            made[x, act] = program.insert(kernels.row_quant.default, args, before=node)
+        codes, scale = (program.insert(operator.getitem, (made[x, act], index), before=node) for index in (0, 1))
+        _replace(node, codes, scale)
+
+
+def _replace(node: fx.Node, codes: fx.Node, scale: fx.Node) -> None:
+    for user in list(node.users):
+        if user.target is operator.getitem and user.args[1] < 2:
+            user.replace_all_uses_with((codes, scale)[user.args[1]])
+
+
+def _before(program: Program, x: fx.Node, norms: dict[fx.Node, Norm]) -> _Before:
+    """Walk back from what is quantized over what row_quant computes too, if nobody else reads it."""
+    fields: dict[str, Any] = {}
+    tensors: dict[str, fx.Node] = {}
+    if x.target is ops.hadamard.default and _only_quantized(x):
+        fields["hadamard"] = int(x.meta["val"].shape[-1])
+        x, tensors["signs"] = x.args
+        alone = all(user.target is ops.hadamard.default for user in x.users)
+    else:
+        alone = _only_quantized(x)
+    norm = norms.get(x)
+    if not alone:
+        return _Before(x, fields, tensors)
+    if norm is not None and norm.input.meta["val"].dtype == x.meta["val"].dtype:
+        fields["first"] = norm.kind
+        tensors["gain"] = _constant(program, f"{x.name}.gain", norm.gain_value(program).float())
+        if norm.kind == "layer":
+            shift = program.weight_name(norm.bias)
+            zeros = torch.zeros_like(program.weights[program.weight_name(tensors["gain"]) or ""])
+            value = zeros if shift is None else program.weights[shift].float()
+            tensors["shift"] = _constant(program, f"{x.name}.shift", value)
+        return _Before(norm.input, fields, tensors, norm.eps)
+    if x.target is aten.mul.Tensor:
+        for gate, other in (x.args, x.args[::-1]):
+            both = isinstance(gate, fx.Node) and isinstance(other, fx.Node) and _alike(gate, other)
+            if both and gate.target is aten.silu.default:
+                return _Before(gate.args[0], fields | {"first": "gate"}, tensors | {"gate": other})
+    return _Before(x, fields, tensors)
+
+
+def _only_quantized(x: fx.Node) -> bool:
+    return all(user.target is ops.quantize.default for user in x.users)
+
+
+def _constant(program: Program, name: str, tensor: Tensor) -> fx.Node:
+    return program.node_of(name) if name in program.weights else program.add_weight(name, tensor)

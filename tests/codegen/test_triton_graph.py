@@ -1,0 +1,187 @@
+"""Whole models in terms of the Triton operators: which, how many, and the same numbers."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from zoo import ZOO, build, example
+
+import qcompile
+from qcompile.capture import capture
+from qcompile.codegen.triton.lower import lower
+from qcompile.codegen.triton.packing import prepare
+from qcompile.codegen.triton.spec import parse
+from qcompile.formats import Format
+from qcompile.passes import Fuse, LoRC, Quantize
+from qcompile.program import WEIGHT
+from qcompile.quantize import widen_batch
+from qcompile.recipe import Recipe
+from qcompile.rounding import quantize_tensor
+from qcompile.verify import widen
+
+kernels = torch.ops.qcompile_triton
+
+
+def lowered(model, batch, recipe, **how):
+    """The program of a model after quantizing, and in terms of the kernels."""
+    qcompile.quantize(model, recipe, [batch], progress=False)
+    program = capture(model, *widen_batch((), batch))
+    found = program.copy()
+    chosen = lower(found, lambda kind, codes, make: make(), **how)
+    inputs = widen([batch[name] for name in batch], torch.float16)
+    return program, found, inputs, chosen
+
+
+def counts(program):
+    """What there is, how many: operators, what row_quant begins with, and epilogues."""
+    found = collections.Counter()
+    for node in program.graph.nodes:
+        if node.target is kernels.row_quant.default:
+            spec = parse(node.args[8])
+            found.update(["row_quant", spec.first] + ["hadamard"] * bool(spec.hadamard))
+        elif node.target in (kernels.linear_w.default, kernels.linear_a8.default):
+            found[str(node.target).split(".")[1]] += 1
+            found.update(name for name, at in (("residual", 5), ("up", 7)) if node.args[at] is not None)
+        elif "qcompile" in str(node.target):
+            found["dialect"] += 1
+    return dict(found)
+
+
+MODELS = [name for name in ZOO if name not in ("mixtral", "qwen2_moe")]  # experts have no kernel yet
+
+
+@pytest.mark.parametrize("recipe", ["int8", "w4a16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_compute_the_same(name, recipe):
+    """To what quantizing changes: where a sum is rounded once and not twice, values fall to other sides of a step."""
+    model, batch = build(name).half(), example(name)
+    batch = {key: value.half() if value.is_floating_point() else value for key, value in batch.items()}
+    with torch.no_grad():
+        plain = model(**batch)[0].float()
+    program, found, inputs, chosen = lowered(model, batch, recipe)
+    assert "dialect" not in counts(found) and set(chosen) and "plain" not in str(chosen)
+    want, got = program(*inputs)[0].float(), found(*inputs)[0].float()
+    assert float((got - want).norm()) <= max(1e-3 * float(want.norm()), 1.5 * float((want - plain).norm()))
+    on_gpu = fake_outputs(found, inputs)
+    assert [tuple(o.shape) for o in on_gpu] == [tuple(o.shape) for o in found(*inputs)]
+    assert {o.device.type for o in on_gpu} == {"cuda"}
+
+
+def fake_outputs(program, inputs):
+    """The outputs of the program on a GPU that is not there."""
+    program, gpu = program.copy(), torch.device("cuda")
+    for node in program.graph.nodes:  # what the model makes on its own device, and moves there
+        if node.target is torch.ops.aten.to.device:  # torch without CUDA knows no such move, though all is there
+            node.target, node.args = torch.ops.aten.to.dtype, (node.args[0], node.args[2])
+        node.args, node.kwargs = torch.fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda a: gpu if isinstance(a, torch.device) else a
+        )
+    with FakeTensorMode():
+
+        def there(tensor):
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+
+        rest, values = iter(inputs), []
+        for node in program.placeholders:
+            values.append(there(program.weights[node.meta[WEIGHT]] if WEIGHT in node.meta else next(rest)))
+        outputs = torch.fx.Interpreter(program.graph_module).run(*values)
+        return [o for o in outputs if isinstance(o, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    "name,recipe,want",
+    [
+        # two layers: norms before attention and feed-forward, a gate, sums behind both
+        ("llama", "int8", dict(row_quant=8, rms=4, gate=2, none=2, linear_a8=14, linear_w=1, residual=4)),
+        ("llama", "int8-rotated", {"row_quant": 8, "rms": 4, "gate": 2, "hadamard": 2, "none": 2} | dict(
+            linear_a8=14, linear_w=1, residual=4)),
+        ("llama", "w4a16", dict(linear_w=15, residual=4)),
+        ("gpt2", "w4a8", dict(row_quant=8, layer=4, none=4, linear_a8=8, linear_w=1, residual=4)),
+        ("llama", "fp8", dict(row_quant=8, rms=4, gate=2, none=2, linear_a8=14, linear_w=1, residual=4)),
+        # norms behind the sums: what is quantized is read by the sum too
+        ("bert", "int8", dict(row_quant=8, none=8, linear_a8=12, linear_w=1, residual=4)),
+    ],
+)  # fmt: skip
+def test_what_is_fused(name, recipe, want):
+    assert counts(lowered(build(name).half(), example(name), recipe)[1]) == want
+
+
+def test_a_correction_is_an_epilogue():
+    int4 = Format.parse("int4/group32/zero")
+    recipe = Recipe("lorc", (Quantize(int4, None), LoRC(rank=4), Fuse()))
+    program, found, inputs, _ = lowered(build("llama").half(), example("llama"), recipe)
+    assert counts(found) == dict(linear_w=15, up=15, residual=4)
+    want, got = program(*inputs)[0].float(), found(*inputs)[0].float()
+    assert float((got - want).norm()) <= 2e-3 * float(want.norm())
+
+
+def test_formats_without_a_kernel_are_dequantized():
+    fp4 = Format.parse("fp4/group32")
+    recipe = Recipe("fp4", (Quantize(fp4, None, output=fp4), Fuse()))
+    program, found, inputs, chosen = lowered(build("llama").half(), example("llama"), recipe)
+    assert {label for by_rows in chosen.values() for label in by_rows.values()} == {"dequantize, then cuBLAS"}
+    assert torch.allclose(program(*inputs)[0].float(), found(*inputs)[0].float(), atol=2e-3)
+
+
+def test_fp8_products_need_a_gpu_that_has_them():
+    found = lowered(build("llama").half(), example("llama"), "fp8", capability=(8, 0))[1]
+    assert counts(found) == dict(row_quant=8, rms=4, gate=2, none=2, linear_w=1)
+
+
+def test_another_reader_keeps_its_value():
+    """A product that two read cannot take the sum of one into its epilogue; nor a norm."""
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+            self.norm = torch.nn.RMSNorm(64)
+
+        def forward(self, x):
+            y = self.norm(x)
+            z = self.a(y)
+            return self.b(z + x) + y, z
+
+    model, x = Two().half(), torch.randn(3, 64).half()
+    int8 = Format("int8")
+    recipe = Recipe("two", (Quantize(int8, int8, output=int8, output_act=int8), Fuse()))
+    qcompile.quantize(model, recipe, example=x, progress=False)
+    program = capture(model, (x,))
+    found = program.copy()
+    lower(found, lambda kind, codes, make: make())
+    assert counts(found) == dict(row_quant=2, none=2, linear_a8=2, residual=1)
+    for got, want in zip(found(x), program(x), strict=True):
+        assert torch.allclose(got, want, atol=2e-2)
+
+
+def arguments(op):
+    torch.manual_seed(0)
+    if op == "linear_w":
+        form = Format.parse("int4/group32/zero")
+        q = quantize_tensor(torch.randn(24, 64), form)
+        packed, scale, zero = prepare(q.stored(), q.scale, q.zero, None, form, 64)
+        more = torch.randn(24), torch.randn(2, 3, 24), torch.randn(2, 3, 4), torch.randn(24, 4)
+        return (torch.randn(2, 3, 64), packed, scale, zero, *more, str(form), 64)
+    if op == "linear_a8":
+        x, w = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((2, 3, 64), (24, 64)))
+        return (x, torch.rand(2, 3, 1), w, torch.rand(24, 1), torch.randn(24), None, None, None, torch.float16)
+    x = torch.randn(2, 3, 64).half()
+    return (
+        x,
+        x,
+        None,
+        torch.ones(64),
+        None,
+        None,
+        torch.ones(64),
+        1e-5,
+        "row_quant/fp16/first=rms/residual/hadamard=64",
+    )
+
+
+@pytest.mark.parametrize("op", ["linear_w", "linear_a8", "row_quant"])
+def test_opcheck(op):
+    torch.library.opcheck(getattr(kernels, op), arguments(op))
