@@ -7,9 +7,10 @@ K until every multiprocessor has work.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from qcompile.codegen.triton.spec import GemmA8, GemmW, KernelSpec
+from qcompile.codegen.triton.spec import Gemm8, GemmW, KernelSpec
 
 ROWS = (16, 32, 64, 128)  # the regimes of tensor core products: up to so many rows, and beyond
 
@@ -59,15 +60,21 @@ def regime(rows: int) -> int:
     return next((limit for limit in ROWS if rows <= limit), ROWS[-1])
 
 
-def launch_of(spec: KernelSpec, rows: int = 1) -> Launch:
-    """How to run a kernel for so many rows of x."""
+def launch_of(spec: KernelSpec, rows: int = 1, capability: tuple[int, int] = (9, 0)) -> Launch:
+    """How to run a kernel for so many rows of x on a GPU."""
     table = TABLE[spec.template]
-    return table[regime(rows)] if isinstance(spec, (GemmW, GemmA8)) else next(iter(table.values()))
+    if isinstance(spec, GemmW) and spec.bits in (2, 3) and rows > 32 and capability >= (10, 0):
+        return Launch(64, 64, 4, 3)  # triton 3.6 loses the body of larger tiles with so many products in a step
+    return table[regime(rows)] if isinstance(spec, (GemmW, Gemm8)) else next(iter(table.values()))
 
 
-def scaled(rows: int) -> str:
-    """Where the scales go: few rows have few sums, many rows few weights in comparison."""
-    return "sums" if rows <= 32 else "weights"
+def scaled(spec: GemmW, rows: int) -> GemmW:
+    """The spec with the scales where they cost less: few rows have few sums, many rows few weights in comparison.
+
+    One scale for a row goes to the sums at the end; fp16 could not hold a small scale without loss.
+    """
+    weights = rows > 32 and spec.group > 0 and spec.dtype == "bf16"
+    return dataclasses.replace(spec, scaled="weights" if weights else "sums")
 
 
 def parts_of(rows: int, channels: int, steps: int, launch: Launch, multiprocessors: int) -> int:

@@ -22,7 +22,7 @@ from qcompile.codegen import aten as plain
 from qcompile.codegen.triton import ops as _register  # noqa: F401  registers torch.ops.qcompile_triton
 from qcompile.codegen.triton.packing import layout_of, prepare
 from qcompile.codegen.triton.products import FEW, MANY, NAMES
-from qcompile.codegen.triton.rows import LONGEST
+from qcompile.codegen.triton.rows import LONGEST, fuses_hadamard
 from qcompile.codegen.triton.spec import RowQuant
 from qcompile.formats import Format, load_codes
 from qcompile.norms import Norm, find_norms
@@ -205,7 +205,7 @@ def _quantize_rows(program: Program, capability: tuple[int, int]) -> None:
                 _replace(node, *program.inline(plain.quantize_rows, (x,), before=node))
             continue
         if (x, act) not in made:
-            before = _before(program, x, norms)
+            before = _before(program, x, norms, capability)
             spec = RowQuant(NAMES[value.dtype], **before.fields, codes=form.dtype)
             names = ("residual", "gate", "gain", "shift", "smooth", "signs")
             args = (before.x, *(before.tensors.get(name) for name in names), before.eps, str(spec))
@@ -220,12 +220,13 @@ def _replace(node: fx.Node, codes: fx.Node, scale: fx.Node) -> None:
             user.replace_all_uses_with((codes, scale)[user.args[1]])
 
 
-def _before(program: Program, x: fx.Node, norms: dict[fx.Node, Norm]) -> _Before:
+def _before(program: Program, x: fx.Node, norms: dict[fx.Node, Norm], capability: tuple[int, int]) -> _Before:
     """Walk back from what is quantized over what row_quant computes too, if nobody else reads it."""
     fields: dict[str, Any] = {}
     tensors: dict[str, fx.Node] = {}
-    if x.target is ops.hadamard.default and _only_quantized(x):
-        fields["hadamard"] = int(x.meta["val"].shape[-1])
+    n = int(x.meta["val"].shape[-1])
+    if x.target is ops.hadamard.default and _only_quantized(x) and fuses_hadamard(n, capability):
+        fields["hadamard"] = n
         x, tensors["signs"] = x.args
         alone = all(user.target is ops.hadamard.default for user in x.users)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from qcompile.codegen.triton.build import kernel
 from qcompile.codegen.triton.launch import Launch, launch_of, parts_of, scaled
 from qcompile.codegen.triton.packing import Layout
-from qcompile.codegen.triton.spec import Dequant, Dtype, GemmA8, GemmW, GemvW, KernelSpec, SumK, Zero
+from qcompile.codegen.triton.spec import Dequant, Dtype, Gemm8, GemmW, GemvW, KernelSpec, SumK, Zero
 
 FEW = 4  # rows for which gemv_w is taken
 MANY = 1024  # rows above which a weight is dequantized once and multiplied by cuBLAS
@@ -72,9 +73,21 @@ class Weight:
         return found if self.zero is None else found | dict(zero=self.zero)
 
 
-def multiprocessors(x: Tensor) -> int:
-    """Of the device that x is on; an H100's elsewhere, so that the interpreter splits as a GPU would."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+@dataclass(frozen=True)
+class Gpu:
+    """What sizes depend on; an H100's where there is none, so that the interpreter tiles and splits as one would."""
+
+    multiprocessors: int = 132
+    capability: tuple[int, int] = (9, 0)
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    """The GPU that a tensor is on."""
+    if device.type != "cuda":
+        return Gpu()
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.multi_processor_count, (found.major, found.minor))
 
 
 def run(spec: KernelSpec, grid: tuple[int, ...], how: Launch, **arguments: Any) -> None:
@@ -95,9 +108,9 @@ def linear_w(x: Tensor, weight: Weight, more: Epilogue) -> Tensor:
         return _by_cublas(x, weight, more)
     if m <= FEW:
         return _gemv(x, weight, more)
-    spec = GemmW(dtype, **weight.fields, scaled=scaled(m), **more.flags)
-    how = launch_of(spec, m)
-    parts = parts_of(m, n, weight.tensors["blocks"], how, multiprocessors(x))
+    spec = scaled(GemmW(dtype, **weight.fields, **more.flags), m)
+    how = launch_of(spec, m, gpu(x.device).capability)
+    parts = parts_of(m, n, weight.tensors["blocks"], how, gpu(x.device).multiprocessors)
     out = x.new_empty(m, n)
     tiles = -(-m // how.rows) * -(-n // how.channels)
     arguments = weight.tensors | more.parts | dict(x=x, M=m)
@@ -150,9 +163,9 @@ def linear_a8(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, more: E
         return x.new_empty(0, n, dtype=dtype)
     codes = "int8" if x.dtype == torch.int8 else "fp8"
     act = "row" if x_scale.numel() > 1 or m == 1 else "tensor"
-    spec = GemmA8(NAMES[dtype], codes, act, **more.flags)
-    how = launch_of(spec, m)
-    parts = 1 if more.up is not None else parts_of(m, n, -(-k // how.columns), how, multiprocessors(x))
+    spec = Gemm8(NAMES[dtype], codes, act, **more.flags)
+    how = launch_of(spec, m, gpu(x.device).capability)
+    parts = 1 if more.up is not None else parts_of(m, n, -(-k // how.columns), how, gpu(x.device).multiprocessors)
     spec = dataclasses.replace(spec, ragged=k % how.columns != 0)
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     tiles = -(-m // how.rows) * -(-n // how.channels)

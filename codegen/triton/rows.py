@@ -11,7 +11,7 @@ from torch import Tensor
 from qcompile.codegen.triton.build import kernel
 from qcompile.codegen.triton.render import padded
 from qcompile.codegen.triton.spec import RowQuant
-from qcompile.hadamard import hadamard_matrix
+from qcompile.hadamard import factor, hadamard_matrix
 
 LONGEST = 32768  # numbers of a row that one program holds in registers
 
@@ -46,15 +46,29 @@ def row_quant(spec: RowQuant, x: Tensor, eps: float = 0.0, **tensors: Tensor) ->
 
 
 def warps(spec: RowQuant, k: int) -> int:
-    """Some 16 numbers a thread; products take at least four warps."""
-    return max(4 if spec.hadamard else 1, min(32 if not spec.hadamard else 8, k // 512))
+    """Some 16 numbers a thread; the products of a transform take four warps, or eight."""
+    if spec.hadamard:
+        return 4 if spec.hadamard <= 4096 else 8
+    return max(1, min(32, 1 << (k // 512).bit_length() - 1)) if k >= 512 else 1
+
+
+def fuses_hadamard(n: int, capability: tuple[int, int]) -> bool:
+    """Whether a transform of n channels fits into row_quant on a GPU: into the registers of one program.
+
+    On sm_100 triton 3.6 fails on its products.
+    """
+    split = factor(n)
+    if split is None or split[1] < 4 or capability >= (10, 0):
+        return False
+    spec = RowQuant(hadamard=n)
+    return padded(spec.left) * spec.right <= (16384 if capability >= (9, 0) else 8192)
 
 
 @functools.lru_cache(maxsize=32)
 def factors(spec: RowQuant, device: torch.device) -> tuple[Tensor, Tensor]:
-    """H_left^T, padded with zeros, and H_right, float32, with H_n = H_left (x) H_right."""
+    """H_left^T, padded with zeros, and H_right, with H_n = H_left (x) H_right; entries of +-1 in bfloat16."""
     left = hadamard_matrix(spec.left).t()
     side = padded(spec.left)
-    wide = torch.zeros(side, side)
+    wide = torch.zeros(side, side, dtype=torch.bfloat16)
     wide[: spec.left, : spec.left] = left
-    return wide.to(device), hadamard_matrix(spec.right).float().to(device)
+    return wide.to(device), hadamard_matrix(spec.right).bfloat16().to(device)

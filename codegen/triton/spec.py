@@ -121,7 +121,7 @@ class GemvW(_Weight):
 
 
 @dataclass(frozen=True)
-class GemmA8(KernelSpec):
+class Gemm8(KernelSpec):
     """out = (x W^T) x_scale w_scale [+ low up^T] [+ bias] [+ residual]; sums in int32, or float32 for fp8.
 
     Attributes:
@@ -181,8 +181,8 @@ class RowQuant(KernelSpec):
     group: int = 0
 
     def __post_init__(self) -> None:
-        if self.hadamard and (self.group or factor(self.hadamard) is None):
-            raise ValueError(f"{self}: a Hadamard transform of a known size, and one scale for the row")
+        if self.hadamard and (self.group or factor(self.hadamard) is None or self.right < 16):
+            raise ValueError(f"{self}: a Hadamard transform of a size k 2^m with m of at least 4, and one scale a row")
         if self.group & (self.group - 1):
             raise ValueError(f"{self}: groups of {self.group}; a power of two")
 
@@ -210,7 +210,7 @@ class Dequant(_Weight):
     template: ClassVar[str] = "dequant"
 
 
-KINDS: dict[str, type[KernelSpec]] = {k.template: k for k in (GemmW, GemvW, GemmA8, SumK, RowQuant, Dequant)}
+KINDS: dict[str, type[KernelSpec]] = {k.template: k for k in (GemmW, GemvW, Gemm8, SumK, RowQuant, Dequant)}
 
 
 def parse(text: str) -> KernelSpec:

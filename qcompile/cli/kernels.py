@@ -1,0 +1,111 @@
+"""Commands about the Triton kernels: kernels list, show, check, bench."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import track
+from rich.syntax import Syntax
+from rich.table import Table
+
+from qcompile.cli.arguments import app, console
+
+kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels: what there is, their source, and what they cost.")
+app.add_typer(kernels, name="kernels")
+
+
+@kernels.command(name="list")
+def list_kernels(
+    arch: Annotated[int, typer.Option(help="architecture, as 90 for sm_90")] = 90,
+) -> None:
+    """The kernels that are compiled ahead of time, and what each costs."""
+    from qcompile.codegen.triton.budget import FILE
+    from qcompile.codegen.triton.budget import read as read_budget
+    from qcompile.codegen.triton.shipped import shipped
+
+    budget = read_budget()
+    table = Table(title=f"sm_{arch}, triton {budget['triton']}")
+    for name in ("kernel", "tile", "registers", "shared KB", "tensor cores"):
+        table.add_column(name, no_wrap=name == "kernel")
+    for one in shipped(arch):
+        cost = budget["kernels"].get(str(arch), {}).get(str(one))
+        spec, _, tile = str(one).partition(" ")
+        cells = ["", "", ""]
+        if cost is not None:
+            mma = ", ".join(f"{count} {family}" for family, count in cost["mma"].items())
+            cells = [str(cost["registers"]), f"{cost['shared'] / 1024:.0f}", mma]
+        table.add_row(spec, tile, *cells)
+    console.print(table)
+    console.print(f"from {FILE.name}; qcompile kernels show KERNEL prints one")
+
+
+@kernels.command()
+def show(
+    kernel: Annotated[str, typer.Argument(help="as gemm_w/bf16/group=64/zero=int/bias")],
+) -> None:
+    """The source of a kernel, as it is compiled."""
+    from qcompile.codegen.triton.render import render
+    from qcompile.codegen.triton.spec import parse
+
+    text = render(parse(kernel))
+    if console.is_terminal:
+        console.print(Syntax(text, "python", word_wrap=False))
+    else:
+        typer.echo(text, nl=False)
+
+
+@kernels.command()
+def check(
+    arch: Annotated[str, typer.Option(help="architectures, separated by commas")] = "80,89,90,100",
+    only: Annotated[str, typer.Option(help="kernels whose names hold this")] = "",
+    update: Annotated[bool, typer.Option("--update", help="make what was found the new budget")] = False,
+) -> None:
+    """Compile all kernels for GPUs that need not be there, and look for spills, lost bodies and slow instructions."""
+    from qcompile.codegen.triton import budget
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("TRITON_INTERPRET=1 interprets kernels, and there is nothing to compile: unset it")
+    try:
+        wanted = [int(a) for a in arch.split(",")]
+    except ValueError:
+        raise ValueError(f"--arch {arch!r}: write numbers, as 90 or 80,90") from None
+    total = sum(only in str(kernel) for a in wanted for kernel in budget.shipped(a))
+    if not total:
+        raise ValueError(f"--only {only!r}: no kernel holds this in its name (qcompile kernels list)")
+    rows = list(track(budget.check(wanted, only), "compiling", total=total, transient=True, console=console))
+    bad = [row for row in rows if row.complaints and not (update and row.built)]
+    if update:
+        budget.write(rows)
+        console.print(f"written: {budget.FILE}")
+    for row in bad:
+        console.print(f"[red]sm_{row.architecture}[/] {row.kernel}: {'; '.join(row.complaints)}", highlight=False)
+    console.print(f"{len(rows) - len(bad)} of {len(rows)} kernels as they should be")
+    if bad:
+        raise typer.Exit(1)
+
+
+@kernels.command()
+def bench(
+    shapes: Annotated[str, typer.Option(help="K x N, separated by commas")] = "4096x4096,4096x14336,14336x4096",
+    rows: Annotated[str, typer.Option(help="rows of x, separated by commas")] = "1,16,32,64,128,512,2048",
+    out: Annotated[Path | None, typer.Option(help="write the numbers as JSON")] = None,
+) -> None:
+    """Time the products on this machine's GPU against cuBLAS bf16 and what torch ships."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("no GPU here: qcompile kernels check compiles for one, only timing needs it")
+    from qcompile.codegen.triton.timing import compare
+
+    try:
+        sizes = [(int(k), int(n)) for k, _, n in (shape.partition("x") for shape in shapes.split(","))]
+        counts = [int(m) for m in rows.split(",")]
+    except ValueError:
+        raise ValueError(f"--shapes {shapes!r}, --rows {rows!r}: write 4096x4096,4096x14336 and 1,16") from None
+    result = compare(sizes, counts)
+    console.print(result.table())
+    if out is not None:
+        result.write(out)

@@ -1,0 +1,219 @@
+"""Kernels as text, as costs and as choices: everything about them that needs no GPU but the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import qcompile.codegen.triton.budget as budget
+from qcompile.cli import app, main
+from qcompile.codegen.triton.build import source_file
+from qcompile.codegen.triton.check import Built, complaints
+from qcompile.codegen.triton.launch import Launch, launch_of, parts_of, regime
+from qcompile.codegen.triton.render import render
+from qcompile.codegen.triton.rows import warps
+from qcompile.codegen.triton.shipped import shipped
+from qcompile.codegen.triton.spec import Dequant, Gemm8, GemmW, GemvW, RowQuant, SumK, parse
+from qcompile.codegen.triton.timing import Timed, copies_of, interleaved, ratio
+
+GOLDEN = Path(__file__).parent / "golden"
+READ = [
+    GemmW("bf16", zero="int", bias=True),
+    GemmW("fp16", bits=3, chunk=16, group=64, scaled="weights", ragged=True, low_rank=8),
+    GemmW("bf16", group=32, chunk=32, parts=True),
+    GemvW("bf16", group=0, bits=8, zero="float", rows=2, residual=True),
+    Gemm8("bf16", codes="fp8", act="tensor", residual=True),
+    Gemm8("fp16", parts=True),
+    SumK("bf16", codes="int8", bias=True),
+    Dequant("bf16", bits=2, chunk=32, group=64, zero="int"),
+    RowQuant("bf16", first="layer", residual=True, codes="fp8"),
+    RowQuant("bf16", first="gate", hadamard=14336),
+    RowQuant("fp16", first="rms", smooth=True, codes="int4", group=128),
+]
+
+
+@pytest.mark.parametrize("spec", READ, ids=str)
+def test_golden_sources(spec):
+    """What is rendered is reviewed: QCOMPILE_GOLDEN=1 rewrites the files."""
+    path = GOLDEN / (str(spec).replace("/", "-") + ".py.txt")
+    if os.environ.get("QCOMPILE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(render(spec))
+    assert render(spec) == path.read_text()
+    assert parse(str(spec)) == spec
+    assert max(map(len, render(spec).splitlines())) <= 160 and "if True" not in render(spec)
+
+
+def test_every_shipped_kernel_reads_back_and_none_is_there_twice():
+    for arch in (80, 90, 100):
+        names = [str(kernel) for kernel in shipped(arch)]
+        assert len(set(names)) == len(names)
+        assert all(parse(str(kernel.spec)) == kernel.spec for kernel in shipped(arch))
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("gemm_x/bf16", "there are gemm_w, gemv_w"),
+        ("gemm_w/bf16/blob=3", "it has dtype, bits"),
+        ("gemm_w/bf16/zero=some", "one of none, int, float"),
+        ("gemm_w/bf16/bits=four", "is a number"),
+        ("gemm_w/bf16/bits=5", "kernels for 2, 3, 4 and 8"),
+        ("gemm_w/bf16/group=96/chunk=64", "crosses groups"),
+        ("gemm_w/bf16/chunk=8", "at least 16"),
+        ("gemm_w/bf16/parts/bias", "sum_k adds"),
+        ("gemm_a8/bf16/parts/low_rank=4", "low_rank needs a whole"),
+        ("row_quant/bf16/hadamard=14336/group=128", "one scale a row"),
+        ("row_quant/bf16/hadamard=11008", "size k 2.m"),
+        ("row_quant/bf16/group=96", "power of two"),
+    ],
+)
+def test_bad_kernels_are_named(text, words):
+    with pytest.raises(ValueError, match=words):
+        parse(text)
+
+
+def test_the_source_is_a_file_that_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path))
+    path = source_file(GemmW())
+    assert path.parent == tmp_path / "kernels" and path.read_text() == render(GemmW())
+    before = path.stat().st_mtime_ns
+    assert source_file(GemmW()) == path and path.stat().st_mtime_ns == before
+    assert source_file(GemmW("fp16")) != path and len(list(path.parent.iterdir())) == 2
+
+
+# -- compiled ahead of time ------------------------------------------------------------------------
+
+
+def without_interpreter():
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@pytest.mark.timeout(900)
+def test_all_kernels_compile_for_all_architectures_within_budget():
+    command = [sys.executable, "-m", "qcompile.cli", "kernels", "check"]
+    done = subprocess.run(command, env=without_interpreter(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    total = sum(len(list(shipped(arch))) for arch in (80, 89, 90, 100))
+    assert f"{total} of {total} kernels as they should be" in done.stdout
+
+
+GOOD = Built(registers=100, spilled=0, shared=50_000, instructions=600, mma={"wgmma": 8}, from_registers=8)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({}, ""),
+        (dict(spilled=8), "spilled"),
+        (dict(shared=240_000), "shared memory"),
+        (dict(mma={}), "body is lost"),
+        (dict(mma={"mma": 16}), "not by wgmma"),
+        (dict(from_registers=0), "through shared memory"),
+    ],
+)
+def test_what_must_not_be(change, words):
+    spec = GemmW()
+    found = complaints(spec, launch_of(spec, 16), 90, dataclasses.replace(GOOD, **change))
+    assert words in "".join(found) and bool(found) == bool(words)
+
+
+def test_a_lost_body_of_a_kernel_without_tensor_cores():
+    tiny = dataclasses.replace(GOOD, mma={}, instructions=16)
+    assert "body is lost" in complaints(GemvW(), launch_of(GemvW()), 90, tiny)[0]
+
+
+def test_a_tenth_over_budget_is_found(tmp_path, monkeypatch):
+    import triton
+
+    monkeypatch.setattr(budget, "FILE", tmp_path / "budget.json")
+    budget.write([budget.Checked("k", 90, GOOD, [])])
+    assert budget.over_budget("k", 90, GOOD) == []
+    assert budget.over_budget("k", 90, dataclasses.replace(GOOD, registers=109)) == []
+    assert "111 registers for 100" in budget.over_budget("k", 90, dataclasses.replace(GOOD, registers=111))[0]
+    assert "540 instructions" not in str(budget.over_budget("k", 90, dataclasses.replace(GOOD, instructions=540)))
+    assert "500 instructions" in budget.over_budget("k", 90, dataclasses.replace(GOOD, instructions=500))[0]
+    assert "by nothing for wgmma" in budget.over_budget("k", 90, dataclasses.replace(GOOD, mma={}))[0]
+    assert "not in budget" in budget.over_budget("k", 80, GOOD)[0]
+    budget.FILE.write_text(json.dumps({"triton": triton.__version__ + "x", "kernels": {}}))
+    assert budget.over_budget("k", 80, GOOD) == []  # another compiler, other numbers
+
+
+# -- choices -----------------------------------------------------------------------------------------
+
+
+def test_regimes_and_parts():
+    assert [regime(m) for m in (1, 16, 17, 64, 65, 5000)] == [16, 16, 32, 64, 128, 128]
+    assert launch_of(GemmW(bits=3, chunk=16), 64, (10, 0)) != launch_of(GemmW(bits=3, chunk=16), 64, (9, 0))
+    how = Launch(16, 64, 4, 4)
+    assert parts_of(16, 4096, 32, how, 132) == 4  # 64 tiles
+    assert parts_of(16, 14336, 32, how, 132) == 1  # 224 tiles
+    assert parts_of(16, 64, 32, how, 132) == 8  # four steps at least
+    assert parts_of(128, 64, 32, how, 132) == 1 and parts_of(1, 64, 1, how, 132) == 1
+    assert [warps(RowQuant(), k) for k in (64, 512, 4096, 14336, 32768)] == [1, 1, 8, 16, 32]
+
+
+# -- timing ------------------------------------------------------------------------------------------
+
+
+def test_contenders_take_turns_and_the_first_round_does_not_count():
+    order = []
+
+    def timer(name, values):
+        rest = iter(values)
+        return lambda: (order.append(name), next(rest))[1]
+
+    timers = {"a": (timer("a", [99.0, 1, 2, 3]), 1000), "b": (timer("b", [99.0, 4, 4, 4]), 500)}
+    found = interleaved(timers, rounds=3)
+    assert order == ["a", "b"] * 4
+    assert found["a"].microseconds == 2 and found["b"] == Timed(4, 0.0, 500)
+    assert found["b"].bandwidth == 125e6
+    assert ratio(found["b"], found["a"]) is None  # a varied too much
+    assert ratio(Timed(2, 0.01, 1), Timed(5, 0.01, 1)) == 2.5
+    assert copies_of(8_700_000, 60_000_000) == 28 and copies_of(10**9, 60_000_000) == 2
+
+
+# -- the command line ----------------------------------------------------------------------------------
+
+
+def test_commands():
+    def call(*arguments):
+        result = CliRunner().invoke(app, ["kernels", *arguments])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert call("show", "gemm_w/fp16/bias") == render(GemmW("fp16", bias=True))
+    assert "gemm_a8/bf16/codes=fp8" in call("list") and "fp8" not in call("list", "--arch", "80")
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["show", "gemm"], "no template 'gemm'"),
+        (["check"], "TRITON_INTERPRET"),
+        (["bench"], "no GPU here"),
+    ],
+)
+def test_errors_are_one_line(arguments, words, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["qcompile", "kernels", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and words in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "arguments,words", [(["--arch", "x"], "write numbers"), (["--only", "zzz"], "no kernel holds")]
+)
+def test_a_check_of_nothing_is_an_error(arguments, words, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = CliRunner().invoke(app, ["kernels", "check", *arguments])
+    assert result.exit_code == 1 and words in str(result.exception)
