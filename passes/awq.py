@@ -65,7 +65,7 @@ def awq_scale(mean: Tensor, exponent: float) -> Tensor:
 
 def scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format, clip: bool = False) -> float:
     """tr(E H E^T) of one weight [N, K] rounded after scaling its columns by `scale` [K]."""
-    scale = scale.float()
+    scale = scale.float().to(weight.device)
     error = quantize_tensor(weight.float() * scale, form, clip=clip).dequantize() / scale - weight.float()
     return float(((error @ hessian.float()) * error).sum(dtype=torch.float64))
 

@@ -40,7 +40,7 @@ class FoldNorm:
 
 def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
     """W [N, K], scale [K] -> W diag(scale), in float64, cast back."""
-    return (weight.double() * scale.double()).to(weight.dtype)
+    return (weight.double() * scale.double().to(weight.device)).to(weight.dtype)
 
 
 def centre_rows(weight: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class GPTQ(Quantize):
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
     """Upper Cholesky factor of (H + damping mean(diag H) I)^-1, float64 [K, K]; None if singular."""
     h = hessian.double()
-    h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
     lower, failed = torch.linalg.cholesky_ex(h)
     if int(failed):
         return None
@@ -76,7 +76,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
     assert scale is not None
     wide = weight if weight.dtype == torch.float64 else weight.float()
     w, u = wide.t()[order].contiguous(), upper.to(wide.dtype)
-    found = torch.empty(w.shape, dtype=grid.codes.dtype)
+    found = torch.empty(w.shape, dtype=grid.codes.dtype, device=w.device)
     columns = len(w)
     for first in range(0, columns, block):
         last = min(first + block, columns)
@@ -122,7 +122,7 @@ def compensate(
     dead = hessian.diagonal() == 0  # never seen: such a column is rounded to nearest by itself
     hessian[dead, dead] = hessian.diagonal().max().clamp_min(1)
     diagonal = hessian.diagonal()
-    order = diagonal.argsort(descending=True) if how.order else torch.arange(len(diagonal))
+    order = diagonal.argsort(descending=True) if how.order else torch.arange(len(diagonal), device=diagonal.device)
     for harder in (1, 10, 100):
         upper = inverse_factor(hessian[order][:, order], how.damping * harder)
         if upper is not None:

@@ -62,7 +62,7 @@ def cayley_step(matrix: Tensor, gradient: Tensor, rate: float) -> Tensor:
     r, g = matrix.double(), gradient.double()
     skew = g @ r.t() - r @ g.t()
     rate = min(rate, 1.0 / float(skew.norm().clamp_min(1e-12)))
-    eye = torch.eye(len(r), dtype=torch.float64)
+    eye = torch.eye(len(r), dtype=torch.float64, device=r.device)
     return torch.linalg.solve(eye + rate / 2 * skew, (eye - rate / 2 * skew) @ r)
 
 
@@ -75,7 +75,7 @@ class _Basis:
     def round(self, x: Tensor, form: Format) -> Tensor:
         """Round x [.., k b] in the basis, b = len(matrix), and turn it back."""
         blocks = x.unflatten(-1, (-1, len(self.matrix)))
-        matrix = self.matrix.to(x.dtype)
+        matrix = self.matrix.to(x)
         turned = (blocks @ matrix).flatten(-2)
         return (round_through(turned, form).unflatten(-1, (-1, len(matrix))) @ matrix.t()).flatten(-2)
 
@@ -137,9 +137,9 @@ def learn_rotation(program: Program, how: LearnRotation, seen: Statistics, plan:
 
 def _in_hadamard(x: Tensor, signs: Tensor, form: Format) -> Tensor:
     n = x.shape[-1]
-    turned = apply_hadamard(x, signs.to(x.dtype))
-    back = torch.eye(n, dtype=x.dtype)
-    return round_through(turned, form) @ apply_hadamard(back, signs.to(x.dtype)).t()
+    turned = apply_hadamard(x, signs.to(x))
+    back = torch.eye(n, dtype=x.dtype, device=x.device)
+    return round_through(turned, form) @ apply_hadamard(back, signs.to(x)).t()
 
 
 def _descend(

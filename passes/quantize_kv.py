@@ -68,7 +68,7 @@ def quantize_kv(program: Program, how: QuantizeKV, seen: Statistics) -> PassRepo
         center = None
         if how.center:
             report.tensors[f"{index}.center"] = mean = seen.key_means[keys.name]
-            center = program.add_weight(f"keys.{index}.center", mean)
+            center = program.add_weight(f"keys.{index}.center", mean.to(keys.meta["val"].device))
         if product.turned:
             keys = program.insert(aten.transpose.int, (keys, -1, -2), before=product.node)
         turned = _round(program, keys, how, product.node, turn=how.hadamard, center=center)
@@ -97,7 +97,7 @@ def _round(
         width = int(x.meta["val"].shape[-1])
         name = f"keys{width}.turn"
         if name not in program.weights:
-            program.add_weight(name, rotation(width, 0)[0].float())
+            program.add_weight(name, rotation(width, 0)[0].float().to(x.meta["val"].device))
         args.append(program.node_of(name))
     if center is not None:
         args.append(center)

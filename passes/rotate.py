@@ -44,14 +44,14 @@ class Rotate:
 def rotate_columns(weight: Tensor, matrix: Tensor) -> Tensor:
     """W [.., n] -> W R for each block of columns, R [b, b] with b dividing n; float64, cast back."""
     blocks = weight.double().unflatten(-1, (-1, matrix.shape[0]))
-    return (blocks @ matrix).flatten(-2).to(weight.dtype)
+    return (blocks @ matrix.to(blocks.device)).flatten(-2).to(weight.dtype)
 
 
 def rotate_rows(weight: Tensor, matrix: Tensor) -> Tensor:
     """W [n, K] or b [n] -> R^T W for each block of rows."""
     wide = weight.double()
     blocks = wide.unflatten(0, (-1, matrix.shape[0]))
-    return torch.einsum("rs,br...->bs...", matrix, blocks).flatten(0, 1).to(weight.dtype)
+    return torch.einsum("rs,br...->bs...", matrix.to(blocks.device), blocks).flatten(0, 1).to(weight.dtype)
 
 
 def conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:

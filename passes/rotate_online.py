@@ -62,7 +62,7 @@ def rotate_online(program: Program, how: RotateOnline, seen: Statistics) -> Pass
             signs = random_signs(n, how.seed)
             name = f"hadamard{n}.signs"
             if name not in program.weights:
-                program.add_weight(name, signs.float())
+                program.add_weight(name, signs.float().to(program.weights[label].device))
             dtype = program.weights[label].dtype
             turned = program.insert(torch.ops.qcompile.hadamard.default, (root, program.node_of(name)), after=root)
             root.replace_all_uses_with(turned, delete_user_cb=lambda user, new=turned: user is not new)

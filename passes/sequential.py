@@ -80,7 +80,7 @@ def _experts(program: Program, walk: Walk, wanted: Wanted, choose: Choose) -> QT
             yield x[int(last[expert - 1]) if expert else 0 : int(last[expert])]
 
     for expert, weight in enumerate(matrix_of(program, site).float().split(site.N)):
-        total = torch.zeros(site.K, site.K, dtype=torch.float64)
+        total = torch.zeros(site.K, site.K, dtype=torch.float64, device=weight.device)
         for rows in rows_of(expert):
             total += gram(rows.float())
         found.append(choose(weight, total, wanted.weight, [f"{site.name}[{expert}]"]))
@@ -118,7 +118,9 @@ def hessian_of(walk: Walk, site: Site) -> tuple[Tensor, Tensor]:
     Raises:
         CalibrationError: NaN or Inf, with the batch and the site.
     """
-    total, size, rows = torch.zeros(site.K, site.K, dtype=torch.float64), torch.zeros(site.K, dtype=torch.float64), 0
+    device, rows = walk.program.weights[site.name].device, 0
+    total = torch.zeros(site.K, site.K, dtype=torch.float64, device=device)
+    size = torch.zeros(site.K, dtype=torch.float64, device=device)
     for x in _many_rows(walk, site):
         total += gram(x)
         size += x.abs().sum(0)
@@ -129,4 +131,4 @@ def hessian_of(walk: Walk, site: Site) -> tuple[Tensor, Tensor]:
             f"batches {bad} bring NaN or Inf to {site.name} (node {site.input.name}): "
             "drop them, or calibrate in float32"
         )
-    return total, size / rows
+    return total, (size / rows).cpu()

@@ -121,7 +121,7 @@ def fold_scale(program: Program, source: Source, sites: list[Site], scale: Tenso
         bias = program.weight_name(source.norm.bias)
         if bias is not None:
             old = program.weights[bias]
-            program.weights[bias] = (old.double() / scale).to(old.dtype)
+            program.weights[bias] = (old.double() / scale.to(old.device)).to(old.dtype)
     else:
         producer = source.site
         assert producer is not None
@@ -132,11 +132,11 @@ def fold_scale(program: Program, source: Source, sites: list[Site], scale: Tenso
         for name in names:
             old = program.weights[name].double()
             factor = by_row[:, None] if old.ndim == 2 else by_row
-            program.weights[name] = (old / factor).to(program.weights[name].dtype)
+            program.weights[name] = (old / factor.to(old.device)).to(program.weights[name].dtype)
     for site in sites:
         old = program.weights[site.name]
-        program.weights[site.name] = (old.double() * scale).to(old.dtype)
+        program.weights[site.name] = (old.double() * scale.to(old.device)).to(old.dtype)
 
 
 def _columns_absmax(program: Program, site: Site) -> Tensor:
-    return program.weights[site.name].double().abs().amax(0)
+    return program.weights[site.name].double().abs().amax(0).cpu()

@@ -59,7 +59,7 @@ def smooth_attention(program: Program, how: SmoothAttention, seen: Statistics) -
             names = [maker.name] + [n for n in [program.weight_name(maker.bias)] if n is not None]
             for name in names:
                 old = program.weights[name]
-                turned = old.double() * (by_row[:, None] if old.ndim == 2 else by_row)
+                turned = old.double() * (by_row[:, None] if old.ndim == 2 else by_row).to(old.device)
                 program.weights[name] = turned.to(old.dtype)
             report.done.append(maker.name)
         report.changed |= flow.between

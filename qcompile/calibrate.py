@@ -28,7 +28,7 @@ class CalibrationError(ValueError):
 
 @dataclass
 class Statistics:
-    """What calibration saw, by the name of the graph node.
+    """What calibration saw, by the name of the graph node: on the CPU, wherever the model is.
 
     Attributes:
         absmax: node name -> max |value| for each channel, [K] float32.
@@ -63,10 +63,10 @@ def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: boo
         if node in turned:
             keys = value.detach().transpose(-1, -2) if turned[node] else value.detach()
             for held, of in ((seen.keys, _key_peak), (seen.key_means, _key_mean)):
-                held[node.name] = held.get(node.name, 0) + of(keys)
+                held[node.name] = held.get(node.name, 0) + of(keys).cpu()
         if node not in label:
             return
-        peak = value.detach().abs().flatten(0, -2).amax(0).float()
+        peak = value.detach().abs().flatten(0, -2).amax(0).float().cpu()
         if not bool(torch.isfinite(peak).all()):
             raise CalibrationError(
                 f"batch {seen.batches + 1} brings NaN or Inf to {label[node]} (node {node.name}): "

@@ -87,7 +87,7 @@ def apply_hadamard(x: Tensor, signs: Tensor) -> Tensor:
         raise ValueError(f"no Hadamard matrix of size {n} is known here")
     k, m = split
     lead = x.shape[:-1]
-    y = (x * signs).reshape(*lead, k, 2**m)
+    y = (x * signs.to(x.device)).reshape(*lead, k, 2**m)
     for level in range(m):
         half = 2**level
         pairs = y.reshape(*lead, k, 2**m // (2 * half), 2, half)

@@ -48,11 +48,11 @@ class Norm:
     inner: frozenset[fx.Node]
 
     def gain_value(self, program: Program) -> Tensor:
-        """The gain as multiplied, [n] float64; ones when the norm has none."""
+        """The gain as multiplied, [n] float64 on the CPU, as all vectors of channels; ones when the norm has none."""
         n = self.input.meta["val"].shape[-1]
         if self.gain is None:
             return torch.ones(n, dtype=torch.float64)
-        stored = program.weights[program.weight_name(self.gain) or ""].double()
+        stored = program.weights[program.weight_name(self.gain) or ""].cpu().double()
         return stored + 1 if self.one_plus else stored
 
     def set_gain(self, program: Program, gain: Tensor) -> None:
@@ -61,7 +61,7 @@ class Norm:
         if name is None:
             raise ValueError(f"the norm at {self.output.name} has no gain to set")
         old = program.weights[name]
-        program.weights[name] = (gain - 1 if self.one_plus else gain).to(old.dtype)
+        program.weights[name] = (gain - 1 if self.one_plus else gain).to(old)
 
     def has_unit_gain(self, program: Program) -> bool:
         """Whether gain is exactly one and bias exactly zero."""

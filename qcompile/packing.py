@@ -26,10 +26,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         if k % 2:
             codes = torch.nn.functional.pad(codes, (0, 1))
         return codes[..., 0::2] | (codes[..., 1::2] << 4)
-    stream = (codes[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
+    stream = (codes[..., None] >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
     stream = stream.flatten(-2)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8))
-    weights = 1 << torch.arange(8, dtype=torch.uint8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
     return (stream.unflatten(-1, (-1, 8)) * weights).sum(-1).to(torch.uint8)
 
 

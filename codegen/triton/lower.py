@@ -236,12 +236,12 @@ def _before(program: Program, x: fx.Node, norms: dict[fx.Node, Norm], capability
         return _Before(x, fields, tensors)
     if norm is not None and norm.input.meta["val"].dtype == x.meta["val"].dtype:
         fields["first"] = norm.kind
-        tensors["gain"] = _constant(program, f"{x.name}.gain", norm.gain_value(program).float())
+        device, gain = x.meta["val"].device, norm.gain_value(program).float()
+        tensors["gain"] = _constant(program, f"{x.name}.gain", gain, device)
         if norm.kind == "layer":
             shift = program.weight_name(norm.bias)
-            zeros = torch.zeros_like(program.weights[program.weight_name(tensors["gain"]) or ""])
-            value = zeros if shift is None else program.weights[shift].float()
-            tensors["shift"] = _constant(program, f"{x.name}.shift", value)
+            value = torch.zeros_like(gain) if shift is None else program.weights[shift].float()
+            tensors["shift"] = _constant(program, f"{x.name}.shift", value, device)
         return _Before(norm.input, fields, tensors, norm.eps)
     if x.target is aten.mul.Tensor:
         for gate, other in (x.args, x.args[::-1]):
@@ -255,5 +255,5 @@ def _only_quantized(x: fx.Node) -> bool:
     return all(user.target is ops.quantize.default for user in x.users)
 
 
-def _constant(program: Program, name: str, tensor: Tensor) -> fx.Node:
-    return program.node_of(name) if name in program.weights else program.add_weight(name, tensor)
+def _constant(program: Program, name: str, tensor: Tensor, device: torch.device) -> fx.Node:
+    return program.node_of(name) if name in program.weights else program.add_weight(name, tensor.to(device))
