@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+from qcompile.codegen.triton import ops as _register  # noqa: F401
 from qcompile.codegen.triton import products, rows
 from qcompile.codegen.triton.launch import Launch
 from qcompile.codegen.triton.packing import layout_of, pack_weight, prepare, unpack_weight
@@ -141,6 +142,29 @@ def test_fp8():
     close(linear_a8(x, steps, w, scale, more, torch.bfloat16), want, size, torch.bfloat16, 2**-12)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the operators run the kernels there")
+@pytest.mark.parametrize(
+    "form", ["int4/group128/zero", "int3/group64", "int4/group64/floatzero", "int4/group64/zero/dual"]
+)
+def test_the_cpu_version_of_a_product_is_what_the_kernel_computes(form):
+    weight, _ = weight_of(form, 40, 272)
+    x, more = randn(7, 272, dtype=torch.float16), epilogue(("bias", "residual", "low", "up"), 7, 40, 5, torch.float16)
+    extra = (more.bias, more.residual, more.low, more.up)
+    got = torch.ops.qcompile_triton.linear_w(x, weight.packed, weight.scale, weight.zero, *extra, form, 272)
+    assert torch.allclose(got, linear_w(x, weight, more), rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the operators run the kernels there")
+def test_the_cpu_version_of_an_integer_product_is_what_the_kernel_computes():
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randint(-127, 128, s, dtype=torch.int8, generator=generator) for s in ((7, 96), (40, 96)))
+    steps, scale = randn(7, 1).abs() / 99, randn(40, 1, seed=6).abs() / 99
+    more = epilogue(("bias", "residual", "low", "up"), 7, 40, 5, torch.float16)
+    extra = (more.bias, more.residual, more.low, more.up)
+    got = torch.ops.qcompile_triton.linear_a8(x, steps, w, scale, *extra, torch.float16)
+    assert torch.allclose(got, linear_a8(x, steps, w, scale, more, torch.float16), rtol=2e-3, atol=2e-2)
+
+
 def test_no_rows():
     weight, _ = weight_of("int4/group64", 24, 128)
     assert linear_w(randn(0, 128, dtype=torch.float16), weight, Epilogue()).shape == (0, 24)
@@ -209,6 +233,11 @@ def test_rows(spec):
         want, total = reference(spec, x, 1e-5, tensors)
         if total is not None:
             assert torch.equal(got["total"], total)
+        if DEVICE == "cpu":  # the operator's own version
+            named = [tensors.get(name) for name in ("residual", "gate", "gain", "shift", "smooth", "signs")]
+            codes, scale, _ = torch.ops.qcompile_triton.row_quant(x, *named, 1e-5, str(spec))
+            assert torch.allclose(scale, got["scale"], rtol=1e-5)
+            assert float((codes.float() != got["codes"].float()).float().mean()) < 0.01  # the other side of a step
         codes, scale = got["codes"], got["scale"].double()
         if spec.codes == "int4":
             codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1).int() - 8

@@ -53,18 +53,26 @@ def counts(program):
 MODELS = [name for name in ZOO if name not in ("mixtral", "qwen2_moe")]  # experts have no kernel yet
 
 
-@pytest.mark.parametrize("recipe", ["int8", "w4a16"])
-@pytest.mark.parametrize("name", MODELS)
-def test_models_compute_the_same(name, recipe):
-    """To what quantizing changes: where a sum is rounded once and not twice, values fall to other sides of a step."""
+def compared(name, recipe):
+    """A model quantized, lowered, and compared; the lowered program, its inputs and its kernels.
+
+    The bound is what quantizing changes: where a sum is rounded once and not twice, values fall to other sides.
+    """
     model, batch = build(name).half(), example(name)
     batch = {key: value.half() if value.is_floating_point() else value for key, value in batch.items()}
     with torch.no_grad():
         plain = model(**batch)[0].float()
     program, found, inputs, chosen = lowered(model, batch, recipe)
-    assert "dialect" not in counts(found) and set(chosen) and "plain" not in str(chosen)
     want, got = program(*inputs)[0].float(), found(*inputs)[0].float()
     assert float((got - want).norm()) <= max(1e-3 * float(want.norm()), 1.5 * float((want - plain).norm()))
+    return found, inputs, chosen
+
+
+@pytest.mark.parametrize("recipe", ["int8", "w4a16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_compute_the_same(name, recipe):
+    found, inputs, chosen = compared(name, recipe)
+    assert "dialect" not in counts(found) and set(chosen) and "plain" not in str(chosen)
     on_gpu = fake_outputs(found, inputs)
     assert [tuple(o.shape) for o in on_gpu] == [tuple(o.shape) for o in found(*inputs)]
     assert {o.device.type for o in on_gpu} == {"cuda"}
@@ -106,7 +114,7 @@ def fake_outputs(program, inputs):
     ],
 )  # fmt: skip
 def test_what_is_fused(name, recipe, want):
-    assert counts(lowered(build(name).half(), example(name), recipe)[1]) == want
+    assert counts(compared(name, recipe)[0]) == want
 
 
 def test_a_correction_is_an_epilogue():
