@@ -78,7 +78,12 @@ def _product(program: Program, node: fx.Node, remember: Remember, capability: tu
         None if a is None else program.weights[program.weight_name(a) or ""] for a in node.args[4:7]
     )
     out: fx.Node
-    if name is None or dtype not in NAMES or (act and act.partition("/")[0] not in ("int8", "fp8")):
+    if (
+        name is None
+        or dtype not in NAMES
+        or capability < (8, 0)
+        or (act and act.partition("/")[0] not in ("int8", "fp8"))
+    ):
         label = "plain"
     elif not act and layout_of(form) is not None:
         codes = program.weights[name]

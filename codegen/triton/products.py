@@ -14,6 +14,7 @@ from qcompile.codegen.triton.build import kernel
 from qcompile.codegen.triton.launch import Launch, launch_of, parts_of, scaled
 from qcompile.codegen.triton.packing import Layout
 from qcompile.codegen.triton.spec import Dequant, Dtype, Gemm8, GemmW, GemvW, KernelSpec, SumK, Zero
+from qcompile.codegen.triton.tuned import Gpu, launch_for
 
 FEW = 4  # rows for which gemv_w is taken
 MANY = 1024  # rows above which a weight is dequantized once and multiplied by cuBLAS
@@ -73,21 +74,13 @@ class Weight:
         return found if self.zero is None else found | dict(zero=self.zero)
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What sizes depend on; an H100's where there is none, so that the interpreter tiles and splits as one would."""
-
-    multiprocessors: int = 132
-    capability: tuple[int, int] = (9, 0)
-
-
 @functools.cache
 def gpu(device: torch.device) -> Gpu:
     """The GPU that a tensor is on."""
     if device.type != "cuda":
         return Gpu()
     found = torch.cuda.get_device_properties(device)
-    return Gpu(found.multi_processor_count, (found.major, found.minor))
+    return Gpu(found.name, found.multi_processor_count, (found.major, found.minor))
 
 
 def run(spec: KernelSpec, grid: tuple[int, ...], how: Launch, **arguments: Any) -> None:
@@ -95,11 +88,16 @@ def run(spec: KernelSpec, grid: tuple[int, ...], how: Launch, **arguments: Any) 
     found = kernel(spec)
     names = found.arg_names
     given = {name: arguments[name] for name in names if name in arguments}
-    found[grid](**given, **how.constants(names), num_warps=how.warps, num_stages=how.stages)
+    with torch.cuda.device_of(arguments["out"]):  # the current one may be another
+        found[grid](**given, **how.constants(names), num_warps=how.warps, num_stages=how.stages)
 
 
-def linear_w(x: Tensor, weight: Weight, more: Epilogue) -> Tensor:
-    """x [M, K] bf16 or fp16 @ W^T and its epilogue -> [M, N] in x's dtype."""
+def linear_w(x: Tensor, weight: Weight, more: Epilogue, how: Launch | None = None) -> Tensor:
+    """x [M, K] bf16 or fp16 @ W^T and its epilogue -> [M, N] in x's dtype.
+
+    Args:
+        how: sizes of gemm_w; None takes those that were measured, or the table's.
+    """
     m, n = x.shape[0], len(weight.packed)
     dtype = NAMES[x.dtype]
     if m == 0:
@@ -109,7 +107,7 @@ def linear_w(x: Tensor, weight: Weight, more: Epilogue) -> Tensor:
     if m <= FEW:
         return _gemv(x, weight, more)
     spec = scaled(GemmW(dtype, **weight.fields, **more.flags), m)
-    how = launch_of(spec, m, gpu(x.device).capability)
+    how = how or launch_for(gpu(x.device), spec, n, weight.columns, m)
     parts = parts_of(m, n, weight.tensors["blocks"], how, gpu(x.device).multiprocessors)
     out = x.new_empty(m, n)
     tiles = -(-m // how.rows) * -(-n // how.channels)
@@ -164,7 +162,7 @@ def linear_a8(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, more: E
     codes = "int8" if x.dtype == torch.int8 else "fp8"
     act = "row" if x_scale.numel() > 1 or m == 1 else "tensor"
     spec = Gemm8(NAMES[dtype], codes, act, **more.flags)
-    how = launch_of(spec, m, gpu(x.device).capability)
+    how = launch_for(gpu(x.device), spec, n, k, m)
     parts = 1 if more.up is not None else parts_of(m, n, -(-k // how.columns), how, gpu(x.device).multiprocessors)
     spec = dataclasses.replace(spec, ragged=k % how.columns != 0)
     out = torch.empty(m, n, dtype=dtype, device=x.device)

@@ -41,7 +41,8 @@ def row_quant(spec: RowQuant, x: Tensor, eps: float = 0.0, **tensors: Tensor) ->
         arguments["left"], arguments["right"] = factors(spec, x.device)
     run = kernel(spec)
     given = {name: arguments[name] for name in run.arg_names}
-    run[(m,)](**given, num_warps=warps(spec, k), num_stages=1)
+    with torch.cuda.device_of(x):  # the current one may be another
+        run[(m,)](**given, num_warps=warps(spec, k), num_stages=1)
     return found
 
 

@@ -7,6 +7,7 @@ is given: then the machine was not quiet.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,12 @@ from rich.table import Table
 from torch import Tensor
 
 from qcompile.bench import versions
+from qcompile.codegen.triton.check import build, complaints
+from qcompile.codegen.triton.launch import Launch, scaled
 from qcompile.codegen.triton.packing import layout_of, prepare
-from qcompile.codegen.triton.products import Epilogue, Weight, linear_a8, linear_w
+from qcompile.codegen.triton.products import Epilogue, Weight, gpu, linear_a8, linear_w
+from qcompile.codegen.triton.spec import GemmW
+from qcompile.codegen.triton.tuned import candidates, fastest, key, remember, sound
 from qcompile.formats import Format
 from qcompile.rounding import quantize_tensor
 
@@ -108,13 +113,9 @@ def contenders(m: int, k: int, n: int, copies: int) -> dict[str, Contender]:
     moved = 2 * m * (k + n)
     found = {"cuBLAS bf16": Contender(lambda i: torch.nn.functional.linear(x, dense[i]), 2 * n * k + moved)}
 
-    q = quantize_tensor(dense[0].float().cpu(), Format.parse(INT4))
-    layout = layout_of(q.format)
-    parts = prepare(q.stored(), q.scale, q.zero, q.group_scale, q.format, k)
-    packed, scale, zero = (None if t is None else t.cuda() for t in parts)
-    assert layout is not None and packed is not None and scale is not None and zero is not None
-    weights = [Weight(packed.clone(), scale.clone(), zero.clone(), layout, k) for _ in range(copies)]
-    nbytes = packed.nbytes + scale.nbytes + zero.nbytes + moved
+    weight = random_weight(k, n)
+    weights = [dataclasses.replace(weight, packed=weight.packed.clone()) for _ in range(copies)]
+    nbytes = weight.packed.nbytes + weight.scale.nbytes + n * k // 128 + moved
     found["qcompile w4a16"] = Contender(lambda i: linear_w(x, weights[i], Epilogue()), nbytes)
 
     for name, kind in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
@@ -129,6 +130,16 @@ def contenders(m: int, k: int, n: int, copies: int) -> dict[str, Contender]:
     if hasattr(torch, "_convert_weight_to_int4pack"):
         found["torch._weight_int4pack_mm"] = _tinygemm(x, n, k, copies, moved)
     return found
+
+
+def random_weight(k: int, n: int) -> Weight:
+    """A random int4 weight on the GPU."""
+    form = Format.parse(INT4)
+    q = quantize_tensor(torch.randn(n, k) / k**0.5, form)
+    layout = layout_of(form)
+    packed, scale, zero = prepare(q.stored(), q.scale, q.zero, q.group_scale, form, k)
+    assert layout is not None and zero is not None
+    return Weight(packed.cuda(), scale.cuda(), zero.cuda(), layout, k)
 
 
 # Functions, so that each contender holds its own tensors.
@@ -152,6 +163,36 @@ def _tinygemm(x: Tensor, n: int, k: int, copies: int, moved: int) -> Contender:
     scales = torch.rand(k // 128, n, 2, device="cuda", dtype=torch.bfloat16)
     nbytes = bits.nbytes + scales.nbytes + moved
     return Contender(lambda i: torch._weight_int4pack_mm(x, packed[i], 128, scales), nbytes)
+
+
+def tune(shapes: Sequence[tuple[int, int]], rows: Sequence[int], rounds: int = 5) -> list[tuple[str, Launch, float]]:
+    """Time the sound launches of int4 gemm_w for shapes (K, N) and rows, and keep the best in the user's cache."""
+    here, found = gpu(torch.device("cuda")), []
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    for (k, n), m in track([(s, m) for s in shapes for m in rows], "tuning", transient=True):
+        weight = random_weight(k, n)
+        copies = copies_of(weight.packed.nbytes, cache)
+        weights = [dataclasses.replace(weight, packed=weight.packed.clone()) for _ in range(copies)]
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        spec = scaled(GemmW("bf16", **weight.fields), m)
+
+        def time(how: Launch, x: Tensor = x, weights: list[Weight] = weights) -> float:
+            once = graph_timer(lambda i: linear_w(x, weights[i], Epilogue(), how), len(weights))
+            return statistics.median(once() for _ in range(rounds + 1))
+
+        best, microseconds = fastest(sound(spec, candidates(spec, m, here.capability), here.capability, problems), time)
+        name = key(here, spec, n, k, m)
+        remember(name, best, microseconds)
+        found.append((name, best, microseconds))
+    return found
+
+
+def problems(spec: GemmW, how: Launch, architecture: int) -> list[str]:
+    """What is wrong with a launch, found by compiling it."""
+    try:
+        return complaints(spec, how, architecture, build(spec, how, architecture))
+    except Exception as error:  # the compiler raises whatever it likes
+        return [str(error)]
 
 
 @dataclass(frozen=True)

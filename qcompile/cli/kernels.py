@@ -87,25 +87,49 @@ def check(
         raise typer.Exit(1)
 
 
+Shapes = Annotated[str, typer.Option(help="K x N, separated by commas")]
+Rows = Annotated[str, typer.Option(help="rows of x, separated by commas")]
+
+
+@kernels.command()
+def tune(shapes: Shapes = "4096x4096,4096x14336,14336x4096", rows: Rows = "16,32,64,128") -> None:
+    """Time sizes of int4 products on this machine's GPU, and keep the best for later runs."""
+    sizes, counts = _on_gpu(shapes, rows)
+    from qcompile.codegen.triton.timing import tune as search
+    from qcompile.codegen.triton.tuned import file
+
+    table = Table("product", "tile", "warps", "stages", "us")
+    for name, how, microseconds in search(sizes, counts):
+        table.add_row(name, f"{how.rows}x{how.channels}", str(how.warps), str(how.stages), f"{microseconds:.1f}")
+    console.print(table)
+    console.print(f"written: {file()}")
+
+
 @kernels.command()
 def bench(
-    shapes: Annotated[str, typer.Option(help="K x N, separated by commas")] = "4096x4096,4096x14336,14336x4096",
-    rows: Annotated[str, typer.Option(help="rows of x, separated by commas")] = "1,16,32,64,128,512,2048",
+    shapes: Shapes = "4096x4096,4096x14336,14336x4096",
+    rows: Rows = "1,16,32,64,128,512,2048",
     out: Annotated[Path | None, typer.Option(help="write the numbers as JSON")] = None,
 ) -> None:
     """Time the products on this machine's GPU against cuBLAS bf16 and what torch ships."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError("no GPU here: qcompile kernels check compiles for one, only timing needs it")
+    sizes, counts = _on_gpu(shapes, rows)
     from qcompile.codegen.triton.timing import compare
+
+    result = compare(sizes, counts)
+    console.print(result.table())
+    if out is not None:
+        result.write(out)
+
+
+def _on_gpu(shapes: str, rows: str) -> tuple[list[tuple[int, int]], list[int]]:
+    """What to time, where there is something to time it on."""
+    import torch
 
     try:
         sizes = [(int(k), int(n)) for k, _, n in (shape.partition("x") for shape in shapes.split(","))]
         counts = [int(m) for m in rows.split(",")]
     except ValueError:
         raise ValueError(f"--shapes {shapes!r}, --rows {rows!r}: write 4096x4096,4096x14336 and 1,16") from None
-    result = compare(sizes, counts)
-    console.print(result.table())
-    if out is not None:
-        result.write(out)
+    if not torch.cuda.is_available():
+        raise ValueError("no GPU here: qcompile kernels check compiles for one, only timing needs it")
+    return sizes, counts

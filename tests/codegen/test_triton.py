@@ -267,7 +267,7 @@ def test_launch_sizes_reach_the_kernel(monkeypatch):
     monkeypatch.setattr(
         products, "run", lambda spec, grid, how, **a: (seen.append((spec, grid, how)), real(spec, grid, how, **a))
     )
-    monkeypatch.setattr(products, "launch_of", lambda *_: Launch(16, 16, 4, 2))
+    monkeypatch.setattr(products, "launch_for", lambda *_: Launch(16, 16, 4, 2))
     linear_w(randn(17, 128, dtype=torch.float16), weight, Epilogue())
     (spec, grid, how) = seen[0]
     assert grid[0] == 2 * 2 and how.channels == 16 and dataclasses.replace(spec, parts=False).scaled == "sums"

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import qcompile.codegen.triton.budget as budget
+import qcompile.codegen.triton.tuned as tuned
 from qcompile.cli import app, main
 from qcompile.codegen.triton.build import source_file
 from qcompile.codegen.triton.check import Built, complaints
@@ -160,6 +161,37 @@ def test_regimes_and_parts():
     assert [warps(RowQuant(), k) for k in (64, 512, 4096, 14336, 32768)] == [1, 1, 8, 16, 32]
 
 
+H200 = tuned.Gpu("H200", 132, (9, 0))
+
+
+def test_a_measured_launch_comes_before_the_tables(tmp_path, monkeypatch):
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path))
+    spec, other = GemmW("bf16", zero="int"), Launch(16, 128, 8, 5)
+    assert tuned.launch_for(H200, spec, 4096, 4096, 16) == launch_of(spec, 16)
+    tuned.remember(tuned.key(H200, spec, 4096, 4096, 9), other, 3.5)
+    tuned.remember(tuned.key(H200, spec, 4096, 8192, 9), Launch(16, 64, 4, 2), 3.5)
+    assert tuned.launch_for(H200, spec, 4096, 4096, 16) == other
+    assert tuned.launch_for(H200, dataclasses.replace(spec, bias=True, low_rank=8), 4096, 4096, 5) == other
+    for gpu, what, n, rows in (
+        (dataclasses.replace(H200, name="L4"), spec, 4096, 16), (H200, GemmW("bf16"), 4096, 16),
+        (H200, spec, 4095, 16), (H200, spec, 4096, 17),
+    ):  # fmt: skip
+        assert tuned.launch_for(gpu, what, n, 4096, rows) == launch_of(what, rows)
+    assert len(json.loads(tuned.file().read_text())) == 2
+
+
+def test_candidates_that_spill_are_not_timed():
+    spec = GemmW("bf16")
+    all_of_them = list(tuned.candidates(spec, 32, (9, 0)))
+    assert all_of_them[0] == launch_of(spec, 32) and len(set(all_of_them)) == len(all_of_them) > 8
+    assert max(how.rows for how in all_of_them) == 32
+    left = tuned.sound(spec, all_of_them, (9, 0), lambda s, how, arch: ["spills"] * (how.stages > 2 or arch != 90))
+    assert left and {how.stages for how in left} == {2}
+    assert tuned.fastest(left, lambda how: -how.channels) == (next(h for h in left if h.channels == 128), -128)
+    with pytest.raises(ValueError, match="nothing to time"):
+        tuned.fastest([], lambda how: 1.0)
+
+
 # -- timing ------------------------------------------------------------------------------------------
 
 
@@ -213,6 +245,8 @@ def test_commands():
         (["show", "gemm"], "no template 'gemm'"),
         (["check"], "TRITON_INTERPRET"),
         (["bench"], "no GPU here"),
+        (["tune"], "no GPU here"),
+        (["bench", "--shapes", "4096"], "write 4096x4096"),
     ],
 )
 def test_errors_are_one_line(arguments, words, monkeypatch, capsys):
@@ -221,7 +255,7 @@ def test_errors_are_one_line(arguments, words, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["qcompile", "kernels", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
-    assert stop.value.code == 2 and words in capsys.readouterr().err.replace("\n", " ")
+    assert stop.value.code == 2 and words in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""Launch sizes that were measured on this machine, before those of the table.
+
+A JSON file in the user's cache: (GPU, version of triton, kernel, shape of the weight, regime of rows) -> the launch and
+its microseconds. `qcompile kernels tune` writes it. Candidates are compiled and looked at first (check.py), so that a
+GPU's time goes only to those that do not spill and use its tensor cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qcompile.codegen.triton.build import cache_folder
+from qcompile.codegen.triton.launch import Launch, launch_of, regime
+from qcompile.codegen.triton.spec import Gemm8, GemmW
+
+Product = GemmW | Gemm8
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What launch sizes depend on; an H100 where there is none, so that the interpreter tiles as one would."""
+
+    name: str = "no GPU"
+    multiprocessors: int = 132
+    capability: tuple[int, int] = (9, 0)
+
+
+def file() -> Path:
+    """Where the measurements are."""
+    return cache_folder() / "tuned.json"
+
+
+def key(gpu: Gpu, spec: Product, n: int, k: int, rows: int) -> str:
+    """What a measurement holds for: a product with or without parts and an epilogue."""
+    import triton
+
+    bare = dataclasses.replace(spec, bias=False, residual=False, low_rank=0, parts=False)
+    return f"{gpu.name} | triton {triton.__version__} | {bare} | {n}x{k} | {regime(rows)} rows"
+
+
+def launch_for(gpu: Gpu, spec: Product, n: int, k: int, rows: int) -> Launch:
+    """The measured launch of a product with a weight [n, k]; else the table's."""
+    known = _read(file(), _stamp(file()))
+    found = known.get(key(gpu, spec, n, k, rows)) if known else None
+    return launch_of(spec, rows, gpu.capability) if found is None else Launch(**found["launch"])
+
+
+def _stamp(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, stamp: int) -> dict[str, Any]:
+    if not stamp:
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def remember(key: str, launch: Launch, microseconds: float) -> None:
+    """Write one measurement; the file is replaced whole."""
+    path = file()
+    known = _read(path, _stamp(path)) | {key: dict(launch=asdict(launch), microseconds=microseconds)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as out:
+        json.dump(known, out, indent=1, sort_keys=True)
+    os.replace(out.name, path)
+
+
+def candidates(spec: Product, rows: int, capability: tuple[int, int]) -> Iterator[Launch]:
+    """The table's launch first, then tiles of at most the regime's rows."""
+    first = launch_of(spec, rows, capability)
+    yield first
+    for tile, channels, warps, stages in itertools.product((16, 32, 64, 128), (64, 128), (4, 8), (2, 3, 4, 5)):
+        launch = Launch(tile, channels, warps, stages)
+        if tile <= regime(rows) and channels * tile >= warps * 256 and launch != first:
+            yield launch
+
+
+def sound(
+    spec: Product, launches: Iterable[Launch], capability: tuple[int, int], problems: Callable[..., list[str]]
+) -> list[Launch]:
+    """Those that compile without complaint; `problems(spec, launch, architecture)` says what is wrong with one."""
+    architecture = capability[0] * 10 + capability[1]
+    return [launch for launch in launches if not problems(spec, launch, architecture)]
+
+
+def fastest(launches: list[Launch], time: Callable[[Launch], float]) -> tuple[Launch, float]:
+    """The launch with the least time; the first of equals.
+
+    Raises:
+        ValueError: there is none to choose from.
+    """
+    if not launches:
+        raise ValueError("no launch compiles without spilling or losing its body: nothing to time")
+    times = {launch: time(launch) for launch in launches}
+    best = min(times, key=times.__getitem__)
+    return best, times[best]
