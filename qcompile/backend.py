@@ -191,8 +191,8 @@ def compile_program(
         for site in report.sites:
             site.reason = keep.get(site.name, str(reason))
 
-    def remember(kernel: str, codes: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        made = shared((kernel, fingerprint(codes)), make)
+    def remember(kernel: str, tensors: Sequence[Tensor], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        made = shared((kernel, *map(fingerprint, tensors)), make)
         rewritten.alive.append(made)
         return made.tensors
 

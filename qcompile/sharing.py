@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
+
+Remember = Callable[[str, Sequence[Tensor], Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]
+"""remember(kernel, tensors, make): what a kernel's layout makes of some tensors, made once for equal ones."""
 
 
 class Shared:

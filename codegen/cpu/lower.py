@@ -20,11 +20,9 @@ from qcompile.codegen.cpu.choose import Choice, choose
 from qcompile.formats import Format
 from qcompile.program import Program
 from qcompile.regime import regime, rows_of
+from qcompile.sharing import Remember
 
 ops = torch.ops.qcompile
-
-
-Remember = Callable[[str, Tensor, Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]
 
 
 def lower(program: Program, remember: Remember) -> dict[str, dict[str, str]]:
@@ -32,8 +30,7 @@ def lower(program: Program, remember: Remember) -> dict[str, dict[str, str]]:
 
     Args:
         program: after fuse.
-        remember: `remember(kernel, codes, make)` returns the prepared tensors, making them once
-            for one weight and kernel whatever the number of graphs.
+        remember: see sharing.py: prepared tensors are made once whatever the number of graphs.
 
     Returns:
         site name -> regime -> kernel, for the report.
@@ -92,9 +89,9 @@ def _prepared(
     program: Program, node: fx.Node, kernel: str, remember: Remember, make: Callable[[], tuple[Tensor, ...]]
 ) -> list[fx.Node]:
     name = program.weight_name(node.args[3]) or node.name
-    codes = program.weights[name]
+    held = [tensor for tensor in _weights(program, node) if tensor is not None]
     found = []
-    for index, tensor in enumerate(remember(kernel, codes, make)):
+    for index, tensor in enumerate(remember(kernel, held, make)):
         full = f"{name}.{kernel}.{index}"
         found.append(program.node_of(full) if full in program.weights else program.add_weight(full, tensor))
     return found

@@ -1,10 +1,12 @@
 """Lower the dialect of a Program to the operators of ops.py, and fuse what stands around them.
 
-qlinear, x in numbers        linear_w       int2, int3, int4, int8 weights in rows or groups
-qlinear, x in codes          linear_a8      int8 x int8 (also the int8 that dual-grained int4 is), fp8 x fp8
-any other                    plain ATen     dequantize and multiply
-product + low-rank correction, + residual   the product's epilogue
-norm | silu(a) b | Hadamard -> quantize     row_quant
+    qlinear, x in numbers        linear_w       int2, int3, int4, int8 weights in rows or groups
+    qlinear, x in codes          linear_a8      int8 x int8 (also the int8 that dual-grained int4 is), fp8 x fp8
+    any other                    plain ATen     dequantize and multiply
+    product + low-rank correction, + residual   the product's epilogue
+    norm | silu(a) b | Hadamard -> quantize     row_quant
+
+What a value is read by decides: a product or a norm that somebody else reads too keeps its own node.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ from qcompile.formats import Format, load_codes
 from qcompile.norms import Norm, find_norms
 from qcompile.program import Program
 from qcompile.regime import regime, rows_of
+from qcompile.sharing import Remember
 
 aten = torch.ops.aten
 ops = torch.ops.qcompile
 kernels = torch.ops.qcompile_triton
 
-Remember = Callable[[str, Tensor, Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]
+Make = Callable[[], tuple[Tensor | None, ...]]
 _PRODUCTS = (kernels.linear_w.default, kernels.linear_a8.default)
 _EXTRA = slice(5, 8)  # residual, low and up among the arguments of both
 _LOWEST = {"fp8": (8, 9)}  # compute capability
@@ -43,7 +46,7 @@ def lower(program: Program, remember: Remember, capability: tuple[int, int] = (9
     """Rewrite every dialect node in place.
 
     Args:
-        program: after fuse. remember: as in cpu/lower.py. capability: of the GPU.
+        program: after fuse. remember: see sharing.py. capability: of the GPU.
 
     Returns:
         site name -> regime -> kernel, for the report.
@@ -71,45 +74,48 @@ def lower(program: Program, remember: Remember, capability: tuple[int, int] = (9
 
 
 def _product(program: Program, node: fx.Node, remember: Remember, capability: tuple[int, int]) -> str:
-    x, x_scale, x_zero, stored, scale, zero, group_scale, bias, text, act, k, dtype = node.args
-    form, none = Format.parse(text), (None, None, None)
-    name = program.weight_name(stored)
-    row_scale, points, levels = (
-        None if a is None else program.weights[program.weight_name(a) or ""] for a in node.args[4:7]
-    )
-    out: fx.Node
-    if (
-        name is None
-        or dtype not in NAMES
-        or capability < (8, 0)
-        or (act and act.partition("/")[0] not in ("int8", "fp8"))
-    ):
-        label = "plain"
-    elif not act and layout_of(form) is not None:
-        codes = program.weights[name]
-        made = _prepared(
-            program, name, "linear_w", remember, lambda: prepare(codes, row_scale, points, levels, form, k)
-        )
-        packed, scales, zeros = (*made, None)[:3]
-        out = program.insert(kernels.linear_w.default, (x, packed, scales, zeros, bias, *none, text, k), before=node)
-        label = _label(rows_of(node)[0])
-    elif _takes_codes(form, act, capability):
-        weight = stored
-        if form.dual:
-            codes = program.weights[name]
-            (weight,) = _prepared(program, name, "int8", remember, lambda: (_int8(codes, points, levels, form, k),))
-        args = (x, x_scale, weight, scale, bias, *none, dtype)
-        out = program.insert(kernels.linear_a8.default, args, before=node)
-        label = "gemm_a8" + (" (int8 of dual codes)" if form.dual else "")
-    else:
-        label = "plain"
-    if label == "plain":
-        run = functools.partial(plain.product, form=form, act=act, columns=k, dtype=dtype)
-        out = program.inline(run, (x, x_scale, x_zero, stored, scale, zero, group_scale, bias), before=node)
-        label = "dequantize, then cuBLAS"
+    """Put what computes a site in its place; the name of the kernel."""
+    form, act, columns, dtype = Format.parse(node.args[8]), *node.args[9:]
+    out, label = None, ""
+    if dtype in NAMES and capability >= (8, 0) and program.weight_name(node.args[3]) is not None:
+        if not act and layout_of(form) is not None:
+            out, label = _of_numbers(program, node, form, remember), _label(rows_of(node)[0])
+        elif _takes_codes(form, act, capability):
+            out, label = _of_codes(program, node, form, remember), "gemm_a8" + " (int8 of dual codes)" * form.dual
+    if out is None:
+        run = functools.partial(plain.product, form=form, act=act, columns=columns, dtype=dtype)
+        out, label = program.inline(run, node.args[:8], before=node), "dequantize, then cuBLAS"
     node.replace_all_uses_with(out)
     program.graph.erase_node(node)
     return label
+
+
+def _of_numbers(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
+    x, bias, text, columns = node.args[0], node.args[7], node.args[8], node.args[10]
+    codes, scale, zero, group_scale = held = _held(program, node)
+    made = _prepared(
+        program, node, "linear_w", remember, held, lambda: prepare(codes, scale, zero, group_scale, form, columns)
+    )
+    packed, scales, zeros = (*made, None)[:3]
+    args = (x, packed, scales, zeros, bias, None, None, None, text, columns)
+    return program.insert(kernels.linear_w.default, args, before=node)
+
+
+def _of_codes(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
+    x, x_scale, _, weight, row_scale, _, _, bias = node.args[:8]
+    if form.dual:
+        codes, _, zero, group_scale = held = _held(program, node)
+        made = _prepared(
+            program, node, "int8", remember, held, lambda: (_int8(codes, zero, group_scale, form, node.args[10]),)
+        )
+        weight = made[0]
+    args = (x, x_scale, weight, row_scale, bias, None, None, None, node.args[11])
+    return program.insert(kernels.linear_a8.default, args, before=node)
+
+
+def _held(program: Program, node: fx.Node) -> list[Any]:
+    """Codes, scale, zero point and group scale of a site; None where absent."""
+    return [None if a is None else program.weights[program.weight_name(a) or ""] for a in node.args[3:7]]
 
 
 def _label(rows: int) -> str:
@@ -133,13 +139,15 @@ def _int8(stored: Tensor, zero: Tensor, group_scale: Tensor, form: Format, k: in
 
 
 def _prepared(
-    program: Program, name: str, kind: str, remember: Remember, make: Callable[[], tuple[Tensor | None, ...]]
+    program: Program, node: fx.Node, kind: str, remember: Remember, held: list[Any], make: Make
 ) -> list[fx.Node]:
+    """What a kernel reads of a site, as weights of the program; made once for equal sites."""
+
     def there() -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in make() if tensor is not None)
 
-    found = []
-    for index, tensor in enumerate(remember(kind, program.weights[name], there)):
+    name, found = program.weight_name(node.args[3]), []
+    for index, tensor in enumerate(remember(kind, [t for t in held if t is not None], there)):
         full = f"{name}.{kind}.{index}"
         found.append(program.node_of(full) if full in program.weights else program.add_weight(full, tensor))
     return found
