@@ -104,6 +104,16 @@ def test_graphs_share_their_weights():
     assert grown == before
 
 
+def test_equal_codes_with_other_scales_are_not_shared():
+    first, second = nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False)
+    second.weight.data = 4 * first.weight.data
+    model = nn.Sequential(first, nn.GELU(), second, nn.GELU(), nn.Linear(128, 8)).requires_grad_(False)
+    x, run = torch.randn(4, 128), compiled(model, recipe="w4a16")
+    got = run(x)
+    qcompile.quantize(model, "w4a16", example=x, progress=False)
+    assert relative_error([got], [model(x)]) < 1e-4
+
+
 def test_gradients_get_float_and_one_warning(monkeypatch):
     monkeypatch.setattr(backend, "_warned", [])
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
