@@ -11,7 +11,7 @@ READY = .venv/.ready
 
 .PHONY: demo test check bench clean
 
-$(READY): requirements-ci.txt pyproject.toml
+$(READY): Makefile requirements-ci.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-ci.txt
@@ -19,7 +19,7 @@ $(READY): requirements-ci.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
 
-demo: $(READY) ## rewrite, quantize, compile, export and measure a real LLM (about ten minutes)
+demo: $(READY) ## rewrite, quantize, compile, export and measure a real LLM (minutes: it compiles five models)
 	$(BIN)/qcompile demo
 
 check: $(READY) ## style and types

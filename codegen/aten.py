@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qcompile.formats import Format, dequantize_codes, load_codes
 from qcompile.hadamard import apply_hadamard
+from qcompile.program import Program
+
+ops = torch.ops.qcompile
+
+
+def lower_rest(program: Program) -> None:
+    """What no kernel took: int8 codes of rows, transforms and numbers of codes, for Inductor to fuse; in place."""
+    for node in list(program.graph.nodes):
+        if node.target is ops.quantize.default and node.args[1] == "int8/row" and node.users:
+            replace_quantize(node, *program.inline(quantize_rows, (node.args[0],), before=node))
+        elif node.target is ops.hadamard.default:
+            node.replace_all_uses_with(program.inline(hadamard, node.args, before=node))
+        elif node.target is ops.dequantize.default:
+            codes, scale, zero, group_scale, form, columns, dtype = node.args
+            run = functools.partial(dequantize, form=Format.parse(form), columns=columns, dtype=dtype)
+            node.replace_all_uses_with(program.inline(run, (codes, scale, zero, group_scale), before=node))
+
+
+def replace_quantize(node: fx.Node, codes: fx.Node, scale: fx.Node) -> None:
+    """Let readers of a symmetric quantize read these."""
+    for user in list(node.users):
+        if user.target is operator.getitem and user.args[1] < 2:
+            user.replace_all_uses_with((codes, scale)[user.args[1]])
 
 
 def product(

@@ -7,7 +7,6 @@ number at the size that the compiler saw first. The operators themselves look at
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -39,18 +38,7 @@ def lower(program: Program, remember: Remember) -> dict[str, dict[str, str]]:
     for node in list(program.graph.nodes):
         if node.target is ops.qlinear.default:
             chosen.setdefault(_site(program, node), {})[regime(node)] = str(_qlinear(program, node, remember))
-    for node in list(program.graph.nodes):
-        if node.target is ops.quantize.default and node.args[1] == "int8/row":
-            codes, scale = program.inline(aten.quantize_rows, (node.args[0],), before=node)
-            for user in list(node.users):
-                if user.target is operator.getitem and user.args[1] < 2:
-                    user.replace_all_uses_with((codes, scale)[user.args[1]])
-        elif node.target is ops.hadamard.default:
-            node.replace_all_uses_with(program.inline(aten.hadamard, node.args, before=node))
-        elif node.target is ops.dequantize.default:
-            codes, scale, zero, group_scale, form, columns, dtype = node.args
-            run = functools.partial(aten.dequantize, form=Format.parse(form), columns=columns, dtype=dtype)
-            node.replace_all_uses_with(program.inline(run, (codes, scale, zero, group_scale), before=node))
+    aten.lower_rest(program)
     program.cleanup()
     return chosen
 

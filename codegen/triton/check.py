@@ -133,8 +133,9 @@ def complaints(spec: KernelSpec, how: Launch, architecture: int, built: Built) -
     found = []
     if built.spilled:
         found.append(f"{built.spilled} bytes of a thread are spilled")
-    if built.shared > SHARED[architecture]:
-        found.append(f"{built.shared} bytes of shared memory; sm_{architecture} has {SHARED[architecture]}")
+    room = SHARED.get(architecture, min(SHARED.values()))
+    if built.shared > room:
+        found.append(f"{built.shared} bytes of shared memory; sm_{architecture} has {room}")
     if isinstance(spec, (Gemm8, GemmW)):
         wanted = {90: "wgmma"}.get(architecture)
         if not sum(built.mma.values()):

@@ -59,13 +59,7 @@ def lower(program: Program, remember: Remember, capability: tuple[int, int] = (9
         for node in list(program.graph.find_nodes(op="call_function", target=target)):
             _fuse_epilogue(program, node)
     _quantize_rows(program, capability)
-    for node in list(program.graph.nodes):
-        if node.target is ops.hadamard.default:
-            node.replace_all_uses_with(program.inline(plain.hadamard, node.args, before=node))
-        elif node.target is ops.dequantize.default:
-            codes, scale, zero, group_scale, form, columns, dtype = node.args
-            run = functools.partial(plain.dequantize, form=Format.parse(form), columns=columns, dtype=dtype)
-            node.replace_all_uses_with(program.inline(run, (codes, scale, zero, group_scale), before=node))
+    plain.lower_rest(program)
     program.cleanup()
     return chosen
 
@@ -213,9 +207,8 @@ def _quantize_rows(program: Program, capability: tuple[int, int]) -> None:
         form = Format.parse(act)
         value = x.meta["val"]
         known = form.dtype in ("int8", "fp8") and form.per == "row" and form.zero == "none"
+        known = known and capability >= _LOWEST.get(form.dtype, (8, 0))  # fp8 has no casts before sm_89
         if not known or value.dtype not in NAMES or int(value.shape[-1]) > LONGEST:
-            if known and form.dtype == "int8":
-                _replace(node, *program.inline(plain.quantize_rows, (x,), before=node))
             continue
         if (x, act) not in made:
             before = _before(program, x, norms, capability)
@@ -224,13 +217,7 @@ def _quantize_rows(program: Program, capability: tuple[int, int]) -> None:
             args = (before.x, *(before.tensors.get(name) for name in names), before.eps, str(spec))
             made[x, act] = program.insert(kernels.row_quant.default, args, before=node)
         codes, scale = (program.insert(operator.getitem, (made[x, act], index), before=node) for index in (0, 1))
-        _replace(node, codes, scale)
-
-
-def _replace(node: fx.Node, codes: fx.Node, scale: fx.Node) -> None:
-    for user in list(node.users):
-        if user.target is operator.getitem and user.args[1] < 2:
-            user.replace_all_uses_with((codes, scale)[user.args[1]])
+        plain.replace_quantize(node, codes, scale)
 
 
 def _before(program: Program, x: fx.Node, norms: dict[fx.Node, Norm], capability: tuple[int, int]) -> _Before:

@@ -94,7 +94,11 @@ Rows = Annotated[str, typer.Option(help="rows of x, separated by commas")]
 @kernels.command()
 def tune(shapes: Shapes = "4096x4096,4096x14336,14336x4096", rows: Rows = "16,32,64,128") -> None:
     """Time sizes of int4 products on this machine's GPU, and keep the best for later runs."""
+    from qcompile.codegen.triton.products import FEW, MANY
+
     sizes, counts = _on_gpu(shapes, rows)
+    if not all(FEW < m <= MANY for m in counts):
+        raise ValueError(f"--rows {rows!r}: {FEW + 1} to {MANY} rows are multiplied by the kernel that is tuned")
     from qcompile.codegen.triton.timing import tune as search
     from qcompile.codegen.triton.tuned import file
 
