@@ -19,7 +19,7 @@ $(READY): Makefile requirements-ci.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
 
-demo: $(READY) ## rewrite, quantize, compile, export and measure a real LLM (minutes: it compiles five models)
+demo: $(READY) ## rewrite, quantize, compile, export and measure a real LLM (minutes: it compiles three models)
 	$(BIN)/qcompile demo
 
 check: $(READY) ## style and types

@@ -12,6 +12,7 @@ from qcompile.passes.dgq import DGQ, dgq
 from qcompile.passes.finequant import FineQuant, finequant
 from qcompile.passes.fold_norm import FoldNorm, fold_norm
 from qcompile.passes.fuse import Fuse, fuse
+from qcompile.passes.gptaq import GPTAQ, gptaq
 from qcompile.passes.gptq import GPTQ, gptq
 from qcompile.passes.hqq import HQQ, hqq
 from qcompile.passes.intact_kv import IntactKV, intact_kv
@@ -31,6 +32,7 @@ __all__ = [
     "AWQ",
     "CalibratePrefix",
     "DGQ",
+    "GPTAQ",
     "GPTQ",
     "HQQ",
     "IntactKV",
@@ -54,6 +56,7 @@ __all__ = [
     "finequant",
     "fold_norm",
     "fuse",
+    "gptaq",
     "gptq",
     "hqq",
     "intact_kv",

@@ -25,15 +25,21 @@ from qcompile.walk import Walk
 Choose = Callable[[Tensor, Tensor, Format, list[str]], QTensor]
 """weight [N, K] float32 (sites on one input, stacked), Hessian [K, K], format, names -> codes."""
 
+Aim = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""weight [N, K], Hessian X X^T, and X~ X^T with the float model's inputs X~ -> the weight to aim at."""
+
 
 def quantize_sequentially(
-    program: Program, how: Quantize, plan: SitePlan, report: PassReport, choose: Choose
+    program: Program, how: Quantize, plan: SitePlan, report: PassReport, choose: Choose, aim: Aim | None = None
 ) -> PassReport:
     """Quantize every wanted site in place, in the order of the graph.
+
+    With `aim`, the program as it is now is walked beside it, and inputs are rounded as activations are.
 
     The logits, where the recipe gives them a format of their own (eight bits), are rounded to nearest:
     the largest matrix of a small model, and eight bits lose nothing that a search could win back.
     """
+    beside = Beside(program.copy(), plan) if aim is not None else None
     groups: dict[tuple[torch.fx.Node, Format], list[Wanted]] = {}
     for wanted in wanted_sites(program, how, plan, report):
         if wanted.last:
@@ -54,14 +60,49 @@ def quantize_sequentially(
                 q = _experts(program, walk, wanted, choose)
                 put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
                 report.done.append(wanted.site.name)
+                if aim is not None:
+                    report.notes.append(f"{wanted.site.name}: experts see other rows once routing differs; GPTQ")
             continue
-        hessian, _ = hessian_of(walk, members[0].site)
         weights = torch.cat([program.weights[w.site.name].float() for w in members])
+        if aim is None or beside is None:
+            hessian, _ = hessian_of(walk, members[0].site)
+        else:
+            hessian, cross = beside.moments(walk, members[0])
+            weights = aim(weights, hessian, cross)
         results = choose(weights, hessian, form, [w.site.name for w in members])
         for wanted, q in zip(members, results.split([w.site.N for w in members]), strict=True):
             put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
             report.done.append(wanted.site.name)
     return report
+
+
+class Beside:
+    """The float program, walked beside the one that is being quantized."""
+
+    def __init__(self, program: Program, plan: SitePlan) -> None:
+        assert plan.batches is not None
+        self.nodes = {node.name: node for node in program.graph.nodes}
+        self.walk = Walk(program, plan.batches())
+
+    def moments(self, walk: Walk, wanted: Wanted) -> tuple[Tensor, Tensor]:
+        """X X^T and X~ X^T, float64 [K, K]: X the site's rounded inputs, X~ those of the float program."""
+        site, act = wanted.site, wanted.act
+        self.walk.advance(self.nodes[site.node.name])
+        device = walk.program.weights[site.name].device
+        hessian = torch.zeros(site.K, site.K, dtype=torch.float64, device=device)
+        cross = torch.zeros_like(hessian)
+        for x, exact in zip(walk.see(site.input), self.walk.see(self.nodes[site.input.name]), strict=True):
+            rounded = x if act is None else as_rounded(x, act)
+            rows = rounded.flatten(0, -2).float()
+            hessian += gram(rows)
+            cross += exact.flatten(0, -2).float().t() @ rows
+        refuse_infinite(hessian, walk, site)
+        return hessian, cross
+
+
+def as_rounded(x: Tensor, act: Format) -> Tensor:
+    """What a site reads once its input is quantized to `act`."""
+    return quantize_tensor(x, act).dequantize().to(x.dtype)
 
 
 def _experts(program: Program, walk: Walk, wanted: Wanted, choose: Choose) -> QTensor:
@@ -125,10 +166,15 @@ def hessian_of(walk: Walk, site: Site) -> tuple[Tensor, Tensor]:
         total += gram(x)
         size += x.abs().sum(0)
         rows += len(x)
-    if not bool(torch.isfinite(total.diagonal()).all()):
+    refuse_infinite(total, walk, site)
+    return total, (size / rows).cpu()
+
+
+def refuse_infinite(hessian: Tensor, walk: Walk, site: Site) -> None:
+    """Raises CalibrationError, with the batch and the site, where a Hessian holds NaN or Inf."""
+    if not bool(torch.isfinite(hessian.diagonal()).all()):
         bad = [i + 1 for i, value in enumerate(walk.see(site.input)) if not bool(torch.isfinite(value).all())]
         raise CalibrationError(
             f"batches {bad} bring NaN or Inf to {site.name} (node {site.input.name}): "
             "drop them, or calibrate in float32"
         )
-    return total, (size / rows).cpu()

@@ -9,6 +9,7 @@ from qcompile.formats import Format
 from qcompile.passes import (
     AWQ,
     DGQ,
+    GPTAQ,
     GPTQ,
     HQQ,
     FineQuant,
@@ -28,7 +29,8 @@ from qcompile.passes import (
 )
 from qcompile.recipe import Recipe, RecipeError
 
-_ROTATIONS = (Untie(), FoldNorm(), Rotate(), RotateOnline())
+_FOLDED = (Untie(), FoldNorm(), Rotate())
+_ROTATIONS = (*_FOLDED, RotateOnline())
 
 
 def _recipe(name: str, source: str, *passes: object) -> Recipe:
@@ -107,6 +109,11 @@ PRESETS: dict[str, Recipe] = {
             GPTQ(Format.parse("int4/group128/zero"), None, clip=True),
         ),
         _recipe(
+            "w4a16-gptaq",
+            "w4a16-gptq towards what the float model computes (GPTAQ, arXiv:2504.02692); twice its time",
+            GPTAQ(Format.parse("int4/group128/zero"), None, clip=True),
+        ),
+        _recipe(
             "w4a16-awq",
             "AWQ scales (arXiv:2306.00978), then w4a16; needs calibration",
             Untie(),
@@ -135,17 +142,13 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "w4a16-rotated",
             "w4a16 on rotated bases",
-            Untie(),
-            FoldNorm(),
-            Rotate(),
+            *_FOLDED,
             Quantize(Format.parse("int4/group128/zero"), None, clip=True),
         ),
         _recipe(
             "w4a16-rotated-gptq",
             "w4a16-gptq on rotated bases",
-            Untie(),
-            FoldNorm(),
-            Rotate(),
+            *_FOLDED,
             GPTQ(Format.parse("int4/group128/zero"), None, clip=True),
         ),
         _recipe(
@@ -215,7 +218,7 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "w4a4-rrs",
             "Rotated Runtime Smooth (arXiv:2409.20361) made causal: scales for each token and group of sorted channels",
-            *_ROTATIONS[:3],
+            *_FOLDED,
             Reorder(stream=True),
             RotateOnline(),
             GPTQ(Format.parse("int4/group128/zero"), Format.parse("int4/group128"), clip=True),
@@ -223,7 +226,7 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "w4a4-rrs-sequence",
             "the same with the paper's statistic, which looks at the whole sequence: for comparison, not for decoding",
-            *_ROTATIONS[:3],
+            *_FOLDED,
             Reorder(stream=True),
             RotateOnline(),
             GPTQ(Format.parse("int4/group128/zero"), Format.parse("int4/group128/smooth"), clip=True),

@@ -18,7 +18,9 @@ from qcompile.module import QuantLinear
 
 _SUMS = 1e-3  # what another order of float sums may change an output by, of its norm
 
-_ROUNDINGS = 1.5  # what two roundings may be apart, in what one changes: sqrt(2), and a little
+# What two roundings may be apart, in what one changes: sqrt(2) where errors are small and many. Where a few tokens with
+# massive activations carry them, one rounding is no measure of the next: keys of a real model came out 1.6 apart.
+_ROUNDINGS = 2.5
 
 
 class ExportMismatch(ValueError):
@@ -38,7 +40,7 @@ def reference(module: Any, exempt: Callable[[QuantLinear], bool]) -> Reference:
 
     Where activations are rounded, a value near the middle of a step may fall to either side, and what follows
     sees it: deep in a model two correct computations are as far apart as two independent roundings, which is
-    sqrt(2) times what rounding changes at all. That is measured, for every output.
+    about sqrt(2) times what rounding changes at all. That is measured, for every output.
     """
     with unrounded(module, exempt), as_numbers(module):
         checks = module.checks()
@@ -80,7 +82,7 @@ def prove(path: Path, wrapper: Any, against: Reference, *, exact: bool = True) -
         for name, mine, want, most in zip(wrapper.output_names, outputs, wants, allowed, strict=True):
             error = relative(torch.from_numpy(mine), want)
             if not error <= most:
-                raise ExportMismatch(f"ONNX output {name} differs from the module by {error:.2e} (allowed {most:.0e})")
+                raise ExportMismatch(f"ONNX output {name} differs from the module by {error:.2e} (allowed {most:.2e})")
             worst = max(worst, error)
     return worst
 
