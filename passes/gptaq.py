@@ -6,7 +6,8 @@ Source: Li et al. 2025, arXiv:2504.02692 ("asymmetric calibration"), eq. 4. The 
 
             |W X~ - Q X|^2 = |(W* - Q) X|^2 + what Q cannot change,    W* = W + W (C - H) H^-1,
 
-        so that GPTQ on W* minimises the left side. The paper instead corrects column by column.
+        so that GPTQ on W* minimises the left side. The paper instead corrects column by column, and lets every
+        token count by its size; here each is divided by the root mean square of its float input.
 Law:    with X = X~ the result is GPTQ's. tr((W* - Q) H (W* - Q)^T) is not worse than round-to-nearest's
         of W* on the same grid.
 Needs:  the site's inputs, of the quantized model and of the float one: twice GPTQ's memory for values.
@@ -35,7 +36,7 @@ from qcompile.rounding import quantize_tensor
 class GPTAQ(GPTQ):
     """Quantize with GPTAQ; formats, output, clip, damping, order and block as for GPTQ."""
 
-    strength: float = 1.0  # of the step from W to W*: 0 is GPTQ
+    strength: float = 1.0  # of the step from W to W*
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -85,17 +85,22 @@ class Beside:
         self.walk = Walk(program, plan.batches())
 
     def moments(self, walk: Walk, wanted: Wanted) -> tuple[Tensor, Tensor]:
-        """X X^T and X~ X^T, float64 [K, K]: X the site's rounded inputs, X~ those of the float program."""
+        """X X^T and X~ X^T, float64 [K, K]: X the site's rounded inputs, X~ those of the float program.
+
+        Every token counts alike, by the norm of its float input: else the few tokens with massive
+        activations would decide where the weight moves to.
+        """
         site, act = wanted.site, wanted.act
         self.walk.advance(self.nodes[site.node.name])
         device = walk.program.weights[site.name].device
         hessian = torch.zeros(site.K, site.K, dtype=torch.float64, device=device)
         cross = torch.zeros_like(hessian)
         for x, exact in zip(walk.see(site.input), self.walk.see(self.nodes[site.input.name]), strict=True):
-            rounded = x if act is None else as_rounded(x, act)
-            rows = rounded.flatten(0, -2).float()
+            aim = exact.flatten(0, -2).float()
+            even = aim.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
+            rows = (x if act is None else as_rounded(x, act)).flatten(0, -2).float() * even
             hessian += gram(rows)
-            cross += exact.flatten(0, -2).float().t() @ rows
+            cross += (aim * even).t() @ rows
         refuse_infinite(hessian, walk, site)
         return hessian, cross
 
