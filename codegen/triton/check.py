@@ -54,7 +54,7 @@ def types_of(spec: KernelSpec) -> dict[str, str]:
     """Triton's type of every argument that a kernel of this spec may have."""
     codes = {"int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
     numbers, of = f"*{spec.dtype}", getattr(spec, "codes", "")
-    found = dict.fromkeys(("x", "residual", "total", "gate", "bias", "low", "up", "out"), numbers)
+    found = dict.fromkeys(("x", "residual", "total", "value", "gate", "bias", "low", "up", "out"), numbers)
     found |= dict.fromkeys(("scale", "x_scale", "gain", "shift", "smooth", "signs"), "*fp32")
     found |= dict.fromkeys(("left", "right"), "*bf16")
     found |= dict.fromkeys(("M", "N", "K", "blocks", "each", "parts"), "i32")

@@ -24,7 +24,8 @@ def row_quant(spec: RowQuant, x: Tensor, eps: float = 0.0, **tensors: Tensor) ->
         tensors: residual, gate [M, K], gain, shift, smooth, signs [K], as far as the spec has them.
 
     Returns:
-        codes [M, K] (int4: uint8 [M, K / 2]), scale [M, groups] float32, total [M, K] if there is a residual.
+        codes [M, K] (int4: uint8 [M, K / 2]), scale [M, groups] float32; total [M, K] if there is a residual, value
+        [M, K] if the spec writes it, both in x's dtype.
     """
     m, k = x.shape
     kind = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}[spec.codes]
@@ -32,8 +33,7 @@ def row_quant(spec: RowQuant, x: Tensor, eps: float = 0.0, **tensors: Tensor) ->
         codes=torch.empty(m, k // 2 if spec.codes == "int4" else k, dtype=kind, device=x.device),
         scale=torch.empty(m, -(-k // spec.group) if spec.group else 1, device=x.device),
     )
-    if spec.residual:
-        found["total"] = torch.empty_like(x)
+    found |= {name: torch.empty_like(x) for name in ("total",) * spec.residual + ("value",) * spec.value}
     if not m:
         return found
     arguments: dict[str, Any] = dict(x=x, eps=eps, K=k, BLOCK=1 << (k - 1).bit_length(), **tensors, **found)

@@ -167,6 +167,7 @@ class RowQuant(KernelSpec):
     Attributes:
         residual: x + residual is what is normed, and is written too.
         first: rms, layer (with a shift), gate (silu(x) * gate), or none.
+        value: what norm or gate gives is written too, for readers that want numbers; the codes are the same without.
         smooth: divide by smooth [K]. hadamard: K of an online Hadamard transform, 0 without.
         codes: int8, fp8 (e4m3) or int4 (two in a byte, even column low, stored plus 8, as packing.py).
         group: columns that share a scale, a power of two; 0: the row.
@@ -175,6 +176,7 @@ class RowQuant(KernelSpec):
     template: ClassVar[str] = "row_quant"
     first: Literal["none", "rms", "layer", "gate"] = "none"
     residual: bool = False
+    value: bool = False
     smooth: bool = False
     hadamard: int = 0
     codes: Literal["int8", "fp8", "int4"] = "int8"
@@ -185,6 +187,8 @@ class RowQuant(KernelSpec):
             raise ValueError(f"{self}: a Hadamard transform of a size k 2^m with m of at least 4, and one scale a row")
         if self.group & (self.group - 1):
             raise ValueError(f"{self}: groups of {self.group}; a power of two")
+        if self.value and self.first == "none":
+            raise ValueError(f"{self}: without a norm or a gate the value is x, which is there")
 
     @property
     def right(self) -> int:

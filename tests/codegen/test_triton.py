@@ -174,7 +174,7 @@ def test_no_rows():
 
 
 def reference(spec, x, eps, t):
-    """float64 numbers of a row before they are rounded, and the sum with the residual."""
+    """float64 numbers of a row before they are rounded, the sum with the residual, and what norm or gate gives."""
     total = None
     if spec.residual:
         total = (x.float() + t["residual"].float()).to(x.dtype)
@@ -186,11 +186,12 @@ def reference(spec, x, eps, t):
         v = torch.nn.functional.layer_norm(v, v.shape[-1:], t["gain"].double(), t["shift"].double(), eps)
     elif spec.first == "gate":
         v = torch.nn.functional.silu(v) * t["gate"].double()
+    value = v
     if spec.smooth:
         v = v / t["smooth"].double()
     if spec.hadamard:
         v = apply_hadamard(v, t["signs"].double())
-    return v, total
+    return v, total, value
 
 
 CASES = [
@@ -205,6 +206,10 @@ CASES = [
     RowQuant("fp16", group=64, codes="fp8"),
     RowQuant("bf16", hadamard=320),
     RowQuant("fp16", hadamard=256, first="gate", codes="int4"),
+    RowQuant("bf16", first="rms", residual=True, value=True),
+    RowQuant("fp16", first="layer", value=True, group=32),
+    RowQuant("bf16", first="gate", value=True, smooth=True),
+    RowQuant("fp16", hadamard=192, first="rms", value=True, smooth=True),
     RowQuant("bf16", hadamard=192, first="rms", residual=True),
 ]
 
@@ -230,13 +235,19 @@ def test_rows(spec):
         )
         tensors = {name: tensor for name, tensor in tensors.items() if given[name]}
         got = rows.row_quant(spec, x, 1e-5, **tensors)
-        want, total = reference(spec, x, 1e-5, tensors)
+        want, total, value = reference(spec, x, 1e-5, tensors)
         if total is not None:
             assert torch.equal(got["total"], total)
+        if spec.value:
+            assert torch.allclose(got["value"].double(), value, rtol=UNIT[dtype], atol=1e-6)
+            bare = rows.row_quant(dataclasses.replace(spec, value=False), x, 1e-5, **tensors)
+            assert all(torch.equal(bare[name], got[name]) for name in bare) and "value" not in bare
         if DEVICE == "cpu":  # the operator's own version
             named = [tensors.get(name) for name in ("residual", "gate", "gain", "shift", "smooth", "signs")]
-            codes, scale, _ = torch.ops.qcompile_triton.row_quant(x, *named, 1e-5, str(spec))
+            codes, scale, *both = torch.ops.qcompile_triton.row_quant(x, *named, 1e-5, str(spec))
             assert torch.allclose(scale, got["scale"], rtol=1e-5)
+            for name, tensor in zip(("total", "value"), both, strict=True):  # empty where it is not written
+                assert torch.allclose(tensor, got.get(name, x[:0, 0]), rtol=4 * UNIT[dtype], atol=1e-6)
             assert float((codes.float() != got["codes"].float()).float().mean()) < 0.01  # the other side of a step
         codes, scale = got["codes"], got["scale"].double()
         if spec.codes == "int4":

@@ -37,6 +37,7 @@ READ = [
     RowQuant("bf16", first="layer", residual=True, codes="fp8"),
     RowQuant("bf16", first="gate", hadamard=14336),
     RowQuant("fp16", first="rms", smooth=True, codes="int4", group=128),
+    RowQuant("bf16", first="rms", residual=True, value=True, smooth=True),
 ]
 
 
@@ -74,6 +75,7 @@ def test_every_shipped_kernel_reads_back_and_none_is_there_twice():
         ("row_quant/bf16/hadamard=14336/group=128", "one scale a row"),
         ("row_quant/bf16/hadamard=11008", "size k 2.m"),
         ("row_quant/bf16/group=96", "power of two"),
+        ("row_quant/bf16/value", "without a norm or a gate"),
     ],
 )
 def test_bad_kernels_are_named(text, words):
