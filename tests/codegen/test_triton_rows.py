@@ -110,6 +110,22 @@ def test_two_norms_of_one_sum_read_it_once():
     assert not found.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
 
 
+class Both(Norms):
+    """The sum and the norm are both read by others, the sum before the norm is computed."""
+
+    def forward(self, x):
+        y = self.c(x) + x
+        early = y.cos()
+        z = self.first(y)
+        return self.a(z), early, z
+
+
+def test_a_sum_and_a_norm_are_both_written():
+    recipe = Recipe("both", ALL, (Rule("c.weight", keep=True),))
+    got, _ = of(Both(), torch.randn(3, 64).half(), recipe)
+    assert got == dict(row_quant=1, rms=1, sum=1, value=1, linear_a8=1)
+
+
 # -- vectors of channels -------------------------------------------------------------------------------
 
 
