@@ -28,7 +28,7 @@ from qcompile.program import WEIGHT, Program
 from qcompile.recipe import Recipe, RecipeError, Rule
 from qcompile.regime import regime, rows_of
 from qcompile.report import Report
-from qcompile.sharing import fingerprint, shared
+from qcompile.sharing import shared
 from qcompile.sites import find_sites
 
 OPTIONS = {
@@ -192,7 +192,7 @@ def compile_program(
             site.reason = keep.get(site.name, str(reason))
 
     def remember(kernel: str, tensors: Sequence[Tensor], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        made = shared((kernel, *map(fingerprint, tensors)), make)
+        made = shared(kernel, tensors, make)
         rewritten.alive.append(made)
         return made.tensors
 

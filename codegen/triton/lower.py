@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from qcompile.codegen import aten as plain
 from qcompile.codegen.triton import ops as _register  # noqa: F401  registers torch.ops.qcompile_triton
 from qcompile.codegen.triton.lower_rows import LOWEST, alike, quantize_rows
-from qcompile.codegen.triton.packing import layout_of, prepare
+from qcompile.codegen.triton.packing import layout_of
+from qcompile.codegen.triton.prepare import prepare
 from qcompile.codegen.triton.products import FEW, MANY, NAMES
 from qcompile.formats import Format, load_codes
 from qcompile.program import Program

@@ -47,7 +47,7 @@ def linear_w(
     """x W^T [+ low up^T] [+ bias] [+ residual], rounded once.
 
     Args:
-        x: [.., K] bf16 or fp16. packed, scale, zero: of W [N, K], as packing.prepare makes them.
+        x: [.., K] bf16 or fp16. packed, scale, zero: of W [N, K], as prepare.py makes them.
         bias: [N]. residual: [.., N]. low: [.., R]. up: [N, R]. format: of the codes. columns: K.
     """
     layout, rows = layout_of(Format.parse(format)), _rows(x)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from qcompile.codegen.triton.launch import ROWS, Launch, launch_of, scaled
 from qcompile.codegen.triton.packing import layout_of
 from qcompile.codegen.triton.rows import fuses_hadamard, warps
-from qcompile.codegen.triton.spec import Dequant, Gemm8, GemmW, GemvW, KernelSpec, RowQuant, SumK
+from qcompile.codegen.triton.spec import Dequant, Gemm8, GemmW, GemvW, KernelSpec, Pack, RowQuant, SumK
 from qcompile.formats import Format
 
 FORMS = ("int4/group128", "int4/group128/zero", "int4/group64/floatzero", "int4/group32/zero", "int4/row", "int8/row",
@@ -57,6 +57,8 @@ def _all(architecture: int) -> Iterator[Shipped]:
         yield Shipped(few, launch_of(few))
         whole = Dequant("bf16", **fields)
         yield Shipped(whole, launch_of(whole))
+        stored = Pack(bits=layout.bits, group=0, chunk=layout.chunk, signed=layout.bits == 8)
+        yield Shipped(stored, launch_of(stored))
     for spec in (
         GemmW("fp16"),
         GemmW("bf16", parts=True),

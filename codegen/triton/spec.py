@@ -6,6 +6,7 @@
     row_quant  [residual +] norm or gate or nothing, [/ smoothing], [Hadamard]  ->  codes and scales of each row
     sum_k      the parts of a product that was split along K, in order, with its epilogue
     dequant    W [N, K] codes -> numbers, for a product by cuBLAS
+    pack       W [N, K] codes as a checkpoint holds them -> as the kernels read them
 
 A spec says what is computed, not how large the tiles are: that is a Launch (launch.py). Everything a kernel
 does not need is absent from its source.
@@ -214,7 +215,24 @@ class Dequant(_Weight):
     template: ClassVar[str] = "dequant"
 
 
-KINDS: dict[str, type[KernelSpec]] = {k.template: k for k in (GemmW, GemvW, Gemm8, SumK, RowQuant, Dequant)}
+@dataclass(frozen=True)
+class Pack(_Weight):
+    """Stored codes of W [N, K] as packing.py lays them out; scales and zero points are none of its business.
+
+    Attributes:
+        signed: 8-bit codes are signed, and get 128 more. Below 8 bits they are stored unsigned, as a stream of bits.
+    """
+
+    template: ClassVar[str] = "pack"
+    signed: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.signed and self.bits != 8:
+            raise ValueError(f"{self}: codes of {self.bits} bits are stored unsigned")
+
+
+KINDS: dict[str, type[KernelSpec]] = {k.template: k for k in (GemmW, GemvW, Gemm8, SumK, RowQuant, Dequant, Pack)}
 
 
 def parse(text: str) -> KernelSpec:

@@ -23,7 +23,8 @@ from torch import Tensor
 from qcompile.bench import versions
 from qcompile.codegen.triton.check import build, complaints
 from qcompile.codegen.triton.launch import Launch, scaled
-from qcompile.codegen.triton.packing import layout_of, prepare
+from qcompile.codegen.triton.packing import layout_of
+from qcompile.codegen.triton.prepare import prepare
 from qcompile.codegen.triton.products import Epilogue, Weight, gpu, linear_a8, linear_w
 from qcompile.codegen.triton.spec import GemmW
 from qcompile.codegen.triton.tuned import candidates, fastest, key, remember, sound

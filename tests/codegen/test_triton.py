@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from qcompile.codegen.triton import ops as _register  # noqa: F401
+from qcompile.codegen.triton import prepare as preparing
 from qcompile.codegen.triton import products, rows
 from qcompile.codegen.triton.launch import Launch
-from qcompile.codegen.triton.packing import layout_of, pack_weight, prepare, unpack_weight
+from qcompile.codegen.triton.packing import layout_of, pack_weight, unpack_weight
+from qcompile.codegen.triton.prepare import pack_plain, pack_stored, prepare
 from qcompile.codegen.triton.products import Epilogue, Weight, linear_a8, linear_w
 from qcompile.codegen.triton.spec import RowQuant
-from qcompile.formats import Format
+from qcompile.formats import Format, store_codes
 from qcompile.hadamard import apply_hadamard, random_signs
 from qcompile.rounding import quantize_tensor
 
@@ -69,6 +71,36 @@ def test_packing(bits, k):
     packed = pack_weight(codes, layout)
     assert packed.shape == (7, -(-k // layout.block) * layout.block * bits // 8)
     assert torch.equal(unpack_weight(packed, layout, k), codes)
+
+
+STORED = ["int2/group64/zero", "int2/group16", "int3/group128", "int3/group16/zero", "int4/group128",
+          "int4/group32/zero", "int4/group16/floatzero", "int8/row", "int8/group64/zero",
+          "int4/group64/zero/dual"]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", STORED)
+def test_packing_by_the_kernel_is_the_same(form):
+    form = Format.parse(form)
+    layout = layout_of(form)
+    for n, k in ((1, 16), (3, 200), (65, 130), (70, 257), (129, 384), (0, 128)):
+        codes = torch.randint(form.qmin, form.qmax + 1, (n, k), generator=torch.Generator().manual_seed(k))
+        stored = store_codes(codes.to(form.code_dtype), form).to(DEVICE)
+        want = pack_plain(stored, form, layout, k)
+        got = pack_stored(stored, form, layout, k)
+        assert got.dtype == want.dtype and torch.equal(got, want)
+        assert torch.equal(unpack_weight(got, layout, k).int().cpu() + form.qmin, codes.int())
+
+
+def test_weights_on_a_gpu_are_packed_there(monkeypatch):
+    """Nothing is unpacked in torch, and the result is that of a CPU."""
+    form = Format.parse("int3/group64/zero")
+    q = quantize_tensor(randn(40, 192).cpu(), form)
+    parts = [q.stored(), q.scale, q.zero, q.group_scale]
+    want = prepare(*parts, form, 192)
+    monkeypatch.setattr(preparing, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(preparing, "pack_plain", lambda *_: pytest.fail("unpacked"))
+    got = prepare(*[None if t is None else t.to(DEVICE) for t in parts], form, 192)
+    assert all(torch.equal(a, b.to(a.device)) for a, b in zip(got, want, strict=True))
 
 
 FORMS = ["int4/group128", "int4/group128/zero", "int4/group64/floatzero", "int4/group32/zero", "int4/row",

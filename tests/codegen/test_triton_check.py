@@ -21,7 +21,7 @@ from qcompile.codegen.triton.launch import Launch, launch_of, parts_of, regime
 from qcompile.codegen.triton.render import render
 from qcompile.codegen.triton.rows import warps
 from qcompile.codegen.triton.shipped import shipped
-from qcompile.codegen.triton.spec import Dequant, Gemm8, GemmW, GemvW, RowQuant, SumK, parse
+from qcompile.codegen.triton.spec import Dequant, Gemm8, GemmW, GemvW, Pack, RowQuant, SumK, parse
 from qcompile.codegen.triton.timing import Timed, copies_of, interleaved, ratio
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -34,6 +34,8 @@ READ = [
     Gemm8("fp16", parts=True),
     SumK("bf16", codes="int8", bias=True),
     Dequant("bf16", bits=2, chunk=32, group=64, zero="int"),
+    Pack(bits=3, group=0, chunk=16),
+    Pack(bits=8, group=0, signed=True),
     RowQuant("bf16", first="layer", residual=True, codes="fp8"),
     RowQuant("bf16", first="gate", hadamard=14336),
     RowQuant("fp16", first="rms", smooth=True, codes="int4", group=128),
@@ -75,6 +77,7 @@ def test_every_shipped_kernel_reads_back_and_none_is_there_twice():
         ("row_quant/bf16/hadamard=14336/group=128", "one scale a row"),
         ("row_quant/bf16/hadamard=11008", "size k 2.m"),
         ("row_quant/bf16/group=96", "power of two"),
+        ("pack/bf16/signed", "stored unsigned"),
         ("row_quant/bf16/value", "without a norm or a gate"),
     ],
 )

@@ -12,7 +12,7 @@ from zoo import ZOO, build, example
 import qcompile
 from qcompile.capture import capture
 from qcompile.codegen.triton.lower import lower
-from qcompile.codegen.triton.packing import prepare
+from qcompile.codegen.triton.prepare import prepare
 from qcompile.codegen.triton.spec import parse
 from qcompile.formats import Format
 from qcompile.passes import Fuse, LoRC, Quantize
