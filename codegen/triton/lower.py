@@ -20,10 +20,10 @@ from torch import Tensor, fx
 
 from qcompile.codegen import aten as plain
 from qcompile.codegen.triton import ops as _register  # noqa: F401  registers torch.ops.qcompile_triton
-from qcompile.codegen.triton.lower_rows import LOWEST, alike, quantize_rows
-from qcompile.codegen.triton.packing import layout_of
+from qcompile.codegen.triton.choose import NONE, Choice, choose, kind_of
+from qcompile.codegen.triton.lower_rows import alike, quantize_rows
 from qcompile.codegen.triton.prepare import prepare
-from qcompile.codegen.triton.products import FEW, MANY, NAMES
+from qcompile.codegen.triton.tuned import Gpu
 from qcompile.formats import Format, load_codes
 from qcompile.program import Program
 from qcompile.regime import regime, rows_of
@@ -38,23 +38,24 @@ _PRODUCTS = (kernels.linear_w.default, kernels.linear_a8.default)
 _EXTRA = slice(5, 8)  # residual, low and up among the arguments of both
 
 
-def lower(program: Program, remember: Remember, capability: tuple[int, int] = (9, 0)) -> dict[str, dict[str, str]]:
+def lower(program: Program, remember: Remember, here: Gpu | None = None) -> dict[str, dict[str, str]]:
     """Rewrite every dialect node in place.
 
     Args:
-        program: after fuse. remember: see sharing.py. capability: of the GPU.
+        program: after fuse. remember: see sharing.py. here: the GPU; None is one of sm_90 that nothing was measured on.
 
     Returns:
         site name -> regime -> kernel, for the report.
     """
     chosen: dict[str, dict[str, str]] = {}
+    here = here or Gpu()
     for node in list(program.graph.find_nodes(op="call_function", target=ops.qlinear.default)):
         site = (program.weight_name(node.args[3]) or node.name).removesuffix(".codes")
-        chosen.setdefault(site, {})[regime(node)] = _product(program, node, remember, capability)
+        chosen.setdefault(site, {})[regime(node)] = _product(program, node, remember, here)
     for target in _PRODUCTS:
         for node in list(program.graph.find_nodes(op="call_function", target=target)):
             _fuse_epilogue(program, node)
-    quantize_rows(program, capability)
+    quantize_rows(program, here.capability)
     plain.lower_rest(program)
     program.cleanup()
     return chosen
@@ -63,21 +64,21 @@ def lower(program: Program, remember: Remember, capability: tuple[int, int] = (9
 # -- products ------------------------------------------------------------------------------------------
 
 
-def _product(program: Program, node: fx.Node, remember: Remember, capability: tuple[int, int]) -> str:
-    """Put what computes a site in its place; the name of the kernel."""
+def _product(program: Program, node: fx.Node, remember: Remember, here: Gpu) -> str:
+    """Put what computes a site in its place; its name, and how it was measured to compare with float."""
     form, act, columns, dtype = Format.parse(node.args[8]), *node.args[9:]
-    out, label = None, ""
-    if dtype in NAMES and capability >= (8, 0) and program.weight_name(node.args[3]) is not None:
-        if not act and layout_of(form) is not None:
-            out, label = _of_numbers(program, node, form, remember), _label(rows_of(node)[0])
-        elif _takes_codes(form, act, capability):
-            out, label = _of_codes(program, node, form, remember), "gemm_a8" + " (int8 of dual codes)" * form.dual
-    if out is None:
+    chosen = choose(here, form, act, dtype, rows_of(node)[0], columns, int(node.args[3].meta["val"].shape[0]))
+    kind = kind_of(form, act, dtype, here.capability) if program.weight_name(node.args[3]) is not None else ""
+    if kind == "numbers":
+        out = _of_numbers(program, node, form, remember)
+    elif kind == "codes":
+        out = _of_codes(program, node, form, remember)
+    else:
         run = functools.partial(plain.product, form=form, act=act, columns=columns, dtype=dtype)
-        out, label = program.inline(run, node.args[:8], before=node), "dequantize, then cuBLAS"
+        out, chosen = program.inline(run, node.args[:8], before=node), Choice(NONE, has_kernel=False)
     node.replace_all_uses_with(out)
     program.graph.erase_node(node)
-    return label
+    return str(chosen)
 
 
 def _of_numbers(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
@@ -106,19 +107,6 @@ def _of_codes(program: Program, node: fx.Node, form: Format, remember: Remember)
 def _held(program: Program, node: fx.Node) -> list[Any]:
     """Codes, scale, zero point and group scale of a site; None where absent."""
     return [None if a is None else program.weights[program.weight_name(a) or ""] for a in node.args[3:7]]
-
-
-def _label(rows: int) -> str:
-    return "gemv_w" if rows <= FEW else "gemm_w" if rows <= MANY else "dequant, then cuBLAS"
-
-
-def _takes_codes(form: Format, act: str, capability: tuple[int, int]) -> bool:
-    """Whether codes of both sides multiply as they are: one scale for a row, symmetric."""
-    if capability < LOWEST.get(form.dtype, (8, 0)):
-        return False
-    one = form.dual or (form.dtype in ("int8", "fp8") and form.per == "row" and form.zero == "none")
-    kind = "int8" if form.dual else form.dtype
-    return one and act in (f"{kind}/row", f"{kind}/tensor")
 
 
 def _int8(stored: Tensor, zero: Tensor, group_scale: Tensor, form: Format, k: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from qcompile.codegen import aten as plain
 from qcompile.codegen.triton import ops as _register  # noqa: F401  registers torch.ops.qcompile_triton
+from qcompile.codegen.triton.choose import LOWEST
 from qcompile.codegen.triton.products import NAMES
 from qcompile.codegen.triton.rows import LONGEST, fuses_hadamard
 from qcompile.codegen.triton.spec import RowQuant
@@ -29,8 +30,6 @@ from qcompile.program import Program
 aten = torch.ops.aten
 ops = torch.ops.qcompile
 kernels = torch.ops.qcompile_triton
-
-LOWEST = {"fp8": (8, 9)}  # compute capability that has products of a format, and casts to it
 
 # Their results lie in memory whatever Inductor does, and so does what a kernel of ours reads: a sum of two such values
 # is a pass of its own. A sum with anything else (another norm, say) Inductor computes where that is, which reads less.

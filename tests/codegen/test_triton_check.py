@@ -22,7 +22,6 @@ from qcompile.codegen.triton.render import render
 from qcompile.codegen.triton.rows import warps
 from qcompile.codegen.triton.shipped import shipped
 from qcompile.codegen.triton.spec import Dequant, Gemm8, GemmW, GemvW, Pack, RowQuant, SumK, parse
-from qcompile.codegen.triton.timing import Timed, copies_of, interleaved, ratio
 
 GOLDEN = Path(__file__).parent / "golden"
 READ = [
@@ -198,23 +197,6 @@ def test_candidates_that_spill_are_not_timed():
 
 
 # -- timing ------------------------------------------------------------------------------------------
-
-
-def test_contenders_take_turns_and_the_first_round_does_not_count():
-    order = []
-
-    def timer(name, values):
-        rest = iter(values)
-        return lambda: (order.append(name), next(rest))[1]
-
-    timers = {"a": (timer("a", [99.0, 1, 2, 3]), 1000), "b": (timer("b", [99.0, 4, 4, 4]), 500)}
-    found = interleaved(timers, rounds=3)
-    assert order == ["a", "b"] * 4
-    assert found["a"].microseconds == 2 and found["b"] == Timed(4, 0.0, 500)
-    assert found["b"].bandwidth == 125e6
-    assert ratio(found["b"], found["a"]) is None  # a varied too much
-    assert ratio(Timed(2, 0.01, 1), Timed(5, 0.01, 1)) == 2.5
-    assert copies_of(8_700_000, 60_000_000) == 28 and copies_of(10**9, 60_000_000) == 2
 
 
 def test_the_bench_of_models_in_small(monkeypatch):

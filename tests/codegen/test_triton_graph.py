@@ -14,6 +14,7 @@ from qcompile.capture import capture
 from qcompile.codegen.triton.lower import lower
 from qcompile.codegen.triton.prepare import prepare
 from qcompile.codegen.triton.spec import parse
+from qcompile.codegen.triton.tuned import Gpu
 from qcompile.formats import Format
 from qcompile.passes import Fuse, LoRC, Quantize
 from qcompile.program import WEIGHT
@@ -136,7 +137,7 @@ def test_formats_without_a_kernel_are_dequantized():
 
 
 def test_fp8_products_need_a_gpu_that_has_them():
-    found = lowered(build("llama").half(), example("llama"), "fp8", capability=(8, 0))[1]
+    found = lowered(build("llama").half(), example("llama"), "fp8", here=Gpu(capability=(8, 0)))[1]
     assert counts(found) == dict(dialect=14, linear_w=1)  # nor casts to it
 
 
