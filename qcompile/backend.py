@@ -18,8 +18,9 @@ import torch
 import torch._dynamo.utils
 from torch import Tensor, fx
 
-from qcompile.capture import capture_dynamo
+from qcompile.capture import STATIC, capture_dynamo
 from qcompile.codegen.cpu.lower import lower
+from qcompile.inductor import GRAPHS, compile_graph, needs_gpu, patches_of
 from qcompile.pipeline import NothingToQuantize, run
 from qcompile.presets import find_recipe
 from qcompile.program import WEIGHT, Program
@@ -35,6 +36,7 @@ OPTIONS = {
     "verify": "certify exact passes on the first inputs; default True",
     "slower": "'float' (default) leaves sites float where no kernel reaches float speed, 'keep' quantizes them",
     "rows": "rows of x that slower='float' judges every graph at (in decoding the batch); default its first call's",
+    "mode": "'reduce-overhead' runs every graph as a CUDA graph, which needs a GPU; also as torch.compile(mode=...)",
     "inductor": "options passed on to Inductor",
 }
 
@@ -69,6 +71,10 @@ class Options:
         rows = given.get("rows")
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
             raise RecipeError(f"option rows={rows!r}: a whole number of at least 1, as 8 for a batch of 8 in decoding")
+        try:
+            inductor = patches_of(given.get("mode", "default"), given.get("inductor", {}))
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
         rules = tuple(r if isinstance(r, Rule) else Rule(**r) for r in given.get("rules", ()))
         recipe = find_recipe(given.get("recipe", "int8"))
         if recipe.needs:
@@ -78,7 +84,7 @@ class Options:
                 f"  qcompile.quantize(model, {recipe.name!r}, batches)\n"
                 f"  torch.compile(model, backend='qcompile')"
             )
-        return Options(recipe, rules, bool(given.get("verify", True)), slower, rows, given.get("inductor", {}))
+        return Options(recipe, rules, bool(given.get("verify", True)), slower, rows, inductor)
 
 
 def qcompile(
@@ -93,12 +99,13 @@ def qcompile(
     Raises:
         RecipeError: bad options, a recipe that needs data, a rule that matches nothing.
     """
-    how = Options.read(options)
-    if mode not in (None, "default"):
-        raise RecipeError(f"mode={mode!r} is Inductor's: pass options={{'inductor': {{...}}}} instead")
+    how = Options.read({**({} if mode is None else {"mode": mode}), **(options or {})})
+    problem = needs_gpu(example_inputs) if how.inductor.get(GRAPHS) else None
+    if problem is not None:
+        raise RecipeError(problem)
     if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in example_inputs):
         _warn_gradients()
-        return _inductor(graph_module, example_inputs, how)
+        return compile_graph(graph_module, example_inputs, how.inductor)
     return _Compiled(graph_module, example_inputs, how)
 
 
@@ -113,12 +120,6 @@ def _warn_gradients() -> None:
             "Call the model under torch.no_grad() or torch.inference_mode() to quantize it.",
             stacklevel=3,
         )
-
-
-def _inductor(graph_module: fx.GraphModule, inputs: Sequence[Any], how: Options) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
-
-    return compile_fx(graph_module, list(inputs), config_patches=how.inductor or None)
 
 
 class _Compiled:
@@ -159,7 +160,8 @@ class _Compiled:
                 if not live:  # a pass may have left other strides than the placeholder was traced with
                     node.meta["val"] = lowered.fake_mode.from_tensor(tensor, static_shapes=True)
         examples = [n.meta["val"] for n in lowered.placeholders]
-        self.call = _inductor(lowered.graph_module, examples, self.how)
+        static = [i for i, n in enumerate(lowered.placeholders) if WEIGHT in n.meta or STATIC in n.meta]
+        self.call = compile_graph(lowered.graph_module, examples, self.how.inductor, static)
 
     def __call__(self, *args: Any) -> Any:
         if any(args[index].item() != value for index, value in self.program.scalars.items()):

@@ -245,12 +245,16 @@ def test_tuning_keeps_the_fastest_launch():
 FORMATS = [(INT4, ""), (INT8, "int8/row"), (Format("fp8"), "fp8/row"), (Format.parse("int3/group128/zero"), "")]
 
 
-def test_ways_are_measured_and_decide():
+def test_ways_are_measured_and_decide(monkeypatch):
+    asked, real = [], search.linear_w
+    monkeypatch.setattr(search, "linear_w", lambda *given, way: (asked.append(way), real(*given, way=way))[1])
     # of every format in turn: kernel, [dequant,] float
     prices = [8.0, 2.0, 4.0, 3.0, 6.0, 6.0, 3.0, 1.0, 5.0, 2.0]
     machine = StandIn(prices)
     found = search.measure(FORMATS, [(128, 64)], [15, 16], rounds=2, machine=machine)
     assert [one.m for one in found] == [16] * 4 and all(one.kept for one in found) and len(machine.called) == 10
+    copies = machine.called[0]
+    assert asked == 2 * (["kernel"] * copies + ["dequant"] * copies)
 
     def of(form, act="", rows=9, n=64, dtype=torch.bfloat16, here=HERE):
         return choose(here, Format.parse(str(form)), act, dtype, rows, 128, n)
