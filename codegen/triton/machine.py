@@ -25,6 +25,11 @@ class Machine:
     device = torch.device("cuda", 0)
 
     @property
+    def there(self) -> bool:
+        """Whether there is one."""
+        return torch.cuda.is_available()
+
+    @property
     def gpu(self) -> Gpu:
         """What launches and measured times are kept under."""
         return gpu(self.device)

@@ -196,23 +196,6 @@ def test_candidates_that_spill_are_not_timed():
         tuned.fastest([], lambda how: 1.0)
 
 
-# -- timing ------------------------------------------------------------------------------------------
-
-
-def test_the_bench_of_models_in_small(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benches"))
-    import gpu
-
-    for name, value in dict(BATCHES=[2], PROMPT=16, CACHE=8, CALLS=1).items():
-        monkeypatch.setattr(gpu, name, value)
-    rows = gpu.time_model(gpu.model_of(1, "cpu", 256), ["int8"], "cpu", rounds=2)
-    assert [row["work"] for row in rows] == ["decode, batch 2", "prompt of 16"]
-    assert all(row["qcompile int8"] > 0 and row["Inductor bf16"] > 0 for row in rows)
-    assert "(1.00x)" in str(gpu.table_of(rows).columns[1]._cells)
-    with pytest.raises(AssertionError, match="overflow"):
-        gpu.time_model(None, [], "cpu", rounds=6)
-
-
 # -- the command line ----------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ INT4, INT8 = Format.parse("int4/group128/zero"), Format("int8")
 class StandIn(Machine):
     """Runs every call once, in the interpreter, and reads microseconds from a list, one for each timer in turn."""
 
-    device, gpu, cache_bytes = torch.device("cpu"), HERE, 64
+    device, gpu, cache_bytes, there = torch.device("cpu"), HERE, 64, True
 
     def __init__(self, microseconds=None):
         self.microseconds, self.called = iter(microseconds or itertools.repeat(1.0)), []
