@@ -12,6 +12,7 @@ kernel, beyond it dequantizes, and nothing is known about float.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 from qcompile.codegen.triton.tuned import Gpu, entry, write
@@ -38,6 +39,7 @@ def place(rows: int) -> int:
     return next((limit for limit in PLACES if rows <= limit), PLACES[-1])
 
 
+@functools.lru_cache(maxsize=4096)
 def key(gpu: Gpu, product: str, n: int, k: int, rows: int) -> str:
     """What measured times hold for."""
     import triton

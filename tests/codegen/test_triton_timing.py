@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_triton import DEVICE  # also gives the interpreter a bfloat16
 from typer.testing import CliRunner
+from zoo import build, example
 
 import qcompile.codegen.triton.machine as machine_of
 from qcompile.capture import capture
@@ -27,6 +28,7 @@ from qcompile.codegen.triton.tuned import Gpu
 from qcompile.formats import Format
 from qcompile.passes import Fuse, Quantize
 from qcompile.pipeline import run
+from qcompile.quantize import widen_batch
 from qcompile.recipe import Recipe
 from qcompile.slower import slower_sites
 
@@ -325,6 +327,13 @@ def test_sites_that_were_measured_slower_stay_float(monkeypatch):
     assert "rows 30 (option)" in slower_sites(program, recipe, device, 30)["0.weight"]
     fp4 = Recipe("fp4", (Quantize(Format.parse("fp4/group32"), None, output=Format.parse("fp4/group32")), Fuse()))
     assert all("dequantize, then cuBLAS" in why for why in slower_sites(program, fp4, device, None).values())
+
+
+def test_stacks_of_experts_stay_float_on_a_gpu_too(monkeypatch):
+    monkeypatch.setattr("qcompile.codegen.triton.products.gpu", lambda device: HERE)
+    program = capture(build("mixtral").bfloat16(), *widen_batch((), example("mixtral")))
+    found = slower_sites(program, Recipe("all", (Quantize(INT8, INT8), Fuse())), torch.device("cuda"), None)
+    assert found and all("experts" in name and "no fast kernel" in why for name, why in found.items())
 
 
 def test_the_report_says_what_was_not_measured():
