@@ -313,3 +313,23 @@ def test_launch_sizes_reach_the_kernel(monkeypatch):
     linear_w(randn(17, 128, dtype=torch.float16), weight, Epilogue())
     (spec, grid, how) = seen[0]
     assert grid[0] == 2 * 2 and how.channels == 16 and dataclasses.replace(spec, parts=False).scaled == "sums"
+
+
+def test_the_rows_choose_the_kernel_when_it_runs(monkeypatch, tmp_path):
+    """One packed weight, any number of rows: nothing about them is fixed when a graph is lowered."""
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path))
+    weight, numbers = weight_of("int4/group64", 24, 128)
+    seen, real = [], products.run
+
+    def run(spec, grid, how, **arguments):
+        seen.append((spec.template, how.rows))
+        real(spec, grid, how, **arguments)
+
+    monkeypatch.setattr(products, "run", run)
+    for m, want in ((1, ("gemv_w", 1)), (4, ("gemv_w", 1)), (5, ("gemm_w", 16)), (33, ("gemm_w", 64)),
+                    (65, ("gemm_w", 128)), (1024, ("gemm_w", 128)), (1025, ("dequant", 1))):  # fmt: skip
+        x = randn(m, 128, dtype=torch.float16)
+        del seen[:]
+        got = linear_w(x, weight, Epilogue())
+        assert seen[0] == want
+        close(got, x.double() @ numbers.t(), x.double().abs() @ numbers.abs().t(), torch.float16, UNIT[torch.float16])
