@@ -13,10 +13,14 @@ from zoo import build
 import qcompile
 from qcompile import backend
 from qcompile.codegen.triton.tuned import Gpu
+from qcompile.formats import Format
 from qcompile.inductor import needs_gpu, patches_of
+from qcompile.passes import Fuse, Quantize
+from qcompile.recipe import Recipe
 from qcompile.verify import relative_error
 
 kernels = torch.ops.qcompile_triton
+FP8 = Format("fp8")
 
 
 def mlp():
@@ -118,6 +122,23 @@ def test_cuda_graphs_are_asked_for_and_where_inductor_has_none_it_is_said(how, m
         with pytest.warns(UserWarning, match="without a CUDA graph, though they were asked for"):
             torch.compile(mlp(), backend="qcompile", **how)(torch.randn(3, 128))
     assert asked == [(True, True)]
+
+
+def test_formats_without_a_kernel_stay_float_on_a_gpu(as_on_gpu, monkeypatch):
+    """fp8 products need sm_89; where they are missing, dequantizing before every product would only cost."""
+    monkeypatch.setattr("qcompile.codegen.triton.products.gpu", lambda device: Gpu("A100", 108, (8, 0)))
+    model = mlp().bfloat16()
+    with torch.no_grad():
+        x = torch.randn(3, 128).bfloat16()
+        for slower, wanted in (("float", {False}), ("keep", {True})):
+            torch._dynamo.reset()
+            recipe = Recipe("fp8", (Quantize(FP8, FP8, output=FP8, output_act=FP8), Fuse()))
+            got = torch.compile(model, backend="qcompile", options={"recipe": recipe, "slower": slower})(x)
+            sites = backend.reports[-1].sites
+            assert {site.quantized for site in sites} == wanted
+            assert torch.allclose(got, model(x), atol=2e-2 if slower == "float" else 2e-1)
+            told = {site.reason or next(iter(site.kernel.values())) for site in sites}
+            assert all("dequantize, then cuBLAS" in word for word in told)
 
 
 # -- free sizes --------------------------------------------------------------------------------------

@@ -47,10 +47,14 @@ def row_quant(spec: RowQuant, x: Tensor, eps: float = 0.0, **tensors: Tensor) ->
 
 
 def warps(spec: RowQuant, k: int) -> int:
-    """Some 16 numbers a thread; the products of a transform take four warps, or eight."""
+    """Some 16 numbers a thread; the products of a transform take four warps, or eight.
+
+    Half as many where the value is written too: with more, ptxas spills some of them (sm_90, sm_100).
+    """
     if spec.hadamard:
         return 4 if spec.hadamard <= 4096 else 8
-    return max(1, min(32, 1 << (k // 512).bit_length() - 1)) if k >= 512 else 1
+    each = 256 if spec.value else 512
+    return max(1, min(32, 1 << (k // each).bit_length() - 1)) if k >= each else 1
 
 
 def fuses_hadamard(n: int, capability: tuple[int, int]) -> bool:

@@ -78,12 +78,13 @@ def check(
     if not total:
         raise ValueError(f"--only {only!r}: no kernel holds this in its name (qcompile kernels list)")
     rows = list(track(budget.check(wanted, only), "compiling", total=total, transient=True, console=console))
-    bad = [row for row in rows if row.complaints and not (update and row.built)]
+    bad = [row for row in rows if row.complaints or (row.over and not update)]
     if update:
         budget.write(rows)
         console.print(f"written: {budget.FILE}")
     for row in bad:
-        console.print(f"[red]sm_{row.architecture}[/] {row.kernel}: {'; '.join(row.complaints)}", highlight=False)
+        words = "; ".join(row.complaints + row.over)
+        console.print(f"[red]sm_{row.architecture}[/] {row.kernel}: {words}", highlight=False)
     console.print(f"{len(rows) - len(bad)} of {len(rows)} kernels as they should be")
     if bad:
         raise typer.Exit(1)

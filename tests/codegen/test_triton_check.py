@@ -151,6 +151,17 @@ def test_a_tenth_over_budget_is_found(tmp_path, monkeypatch):
     assert budget.over_budget("k", 80, GOOD) == []  # another compiler, other numbers
 
 
+def test_an_update_does_not_hide_what_must_not_be(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(budget, "FILE", tmp_path / "budget.json")
+    dearer, spills = budget.Checked("k", 90, GOOD, [], ["dearer"]), budget.Checked("s", 90, GOOD, ["spilled"], [])
+    for rows, update, code in (([dearer], [], 1), ([dearer], ["--update"], 0), ([dearer, spills], ["--update"], 1)):
+        monkeypatch.setattr(budget, "check", lambda *_, rows=rows: iter(rows))
+        result = CliRunner().invoke(app, ["kernels", "check", "--arch", "90", *update])
+        assert result.exit_code == code and ("s: spilled" in result.output) == (spills in rows)
+    assert list(budget.read()["kernels"]["90"]) == ["k"]
+
+
 # -- choices -----------------------------------------------------------------------------------------
 
 
@@ -163,6 +174,7 @@ def test_regimes_and_parts():
     assert parts_of(16, 64, 32, how, 132) == 8  # four steps at least
     assert parts_of(128, 64, 32, how, 132) == 1 and parts_of(1, 64, 1, how, 132) == 1
     assert [warps(RowQuant(), k) for k in (64, 512, 4096, 14336, 32768)] == [1, 1, 8, 16, 32]
+    assert [warps(RowQuant(first="rms", value=True), k) for k in (64, 256, 4096, 14336)] == [1, 1, 16, 32]
 
 
 H200 = tuned.Gpu("H200", 132, (9, 0))
