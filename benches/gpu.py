@@ -1,39 +1,46 @@
-"""Products and whole models on a GPU against cuBLAS, torch's own kernels and Inductor.
+"""Products and whole models on a GPU against cuBLAS, torch's own kernels, GemLite and Inductor.
 
+    python benches/gpu.py                          both, in under eight minutes
     python benches/gpu.py products                 writes benches/results/gpu_products.json
     python benches/gpu.py model [LAYERS]           writes benches/results/gpu_model.json
 
 products: one layer at a time, cold weights in CUDA graphs, all contenders in turn (codegen/triton/timing.py).
 model: Llama-3-8B shapes with random weights, tokens a second of decoding (batches of 1 to 128 over a cache of 1024)
-and of a prompt of 2048, against Inductor bf16 with CUDA graphs. Both take minutes, and refuse to run without a GPU.
+and of a prompt of 2048, against Inductor bf16 with CUDA graphs; the most telling first. What is measured is written
+after every row, so an interruption loses nothing, and what the time did not suffice for is named. Both end with what
+was asked of them (gpu_asked.py), and refuse to run without a GPU.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_asked
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from qcompile.bench import versions
+from qcompile.codegen.triton.machine import Machine
+from qcompile.codegen.triton.timing import Comparison, Timed, compare, interleaved, ratio
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES = [(4096, 4096), (4096, 6144), (4096, 14336), (14336, 4096)]  # K x N: o, qkv, gate or up, down
-ROWS = [1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
-RECIPES = ["w4a16", "int8", "fp8"]
-BATCHES = [1, 8, 32, 128]
-PROMPT, CACHE, ROUNDS = 2048, 1024, 10
+SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096)]  # K x N: o, gate or up, down
+ROWS = [1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+RECIPES = ["w4a16", "int8", "fp8", "auto"]
+FIRST = "Inductor bf16"
+WORK = [("decode", 1), ("prompt", 2048), ("decode", 8), ("decode", 32), ("decode", 128)]  # the most telling first
+CACHE, ROUNDS = 1024, 10
 WARM, CALLS = 3, 5  # calls that compile and record, and calls of one reading
+SECONDS = dict(products=170, model=270)  # after so many no row begins
 
 
-def model_of(layers: int, device: str, width: int = 4096) -> Any:
+def model_of(layers: int, device: torch.device, width: int = 4096) -> Any:
     """Llama-3-8B shapes (or of another width), random bf16 weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,120 +52,205 @@ def model_of(layers: int, device: str, width: int = 4096) -> Any:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device(device):
+        with device:
             return LlamaForCausalLM(config).requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def candidates(model: Any, recipes: list[str]) -> dict[str, Callable[..., Any]]:
-    """Inductor first; all with CUDA graphs."""
-    found = {"Inductor bf16": torch.compile(model, dynamic=True, options={"triton.cudagraphs": True})}
-    for recipe in recipes:
-        options = {"recipe": recipe, "inductor": {"triton.cudagraphs": True}}
-        found[f"qcompile {recipe}"] = torch.compile(model, backend="qcompile", dynamic=True, options=options)
+def candidates(model: Any, recipes: list[str], device: torch.device) -> dict[str, Callable[..., Any]]:
+    """Inductor first; all with CUDA graphs on a GPU. "auto" is the recipe that it chooses, once."""
+    from qcompile.presets import find_recipe
+
+    on_gpu = device.type == "cuda"
+    found = {FIRST: torch.compile(model, dynamic=True, mode="reduce-overhead" if on_gpu else "default")}
+    chosen = {name: find_recipe(name, model).name for name in recipes}
+    for recipe in dict.fromkeys(chosen.values()):
+        options = {"recipe": recipe, "verify": False, "mode": "reduce-overhead" if on_gpu else "default"}
+        label = f"qcompile {recipe}" + " (auto)" * (chosen.get("auto") == recipe and recipe not in recipes)
+        found[label] = torch.compile(model, backend="qcompile", dynamic=True, options=options)
     return found
 
 
-def milliseconds(call: Callable[[], Any], rounds: int) -> Callable[[], float]:
+def microseconds(call: Callable[[], Any], calls: int, device: torch.device) -> Callable[[], float]:
     """A reading: the mean of some calls, the device awaited before and after."""
 
     def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def once() -> float:
         wait()
         start = time.perf_counter()
-        for _ in range(rounds):
+        for _ in range(calls):
             call()
         wait()
-        return (time.perf_counter() - start) / rounds * 1e3
+        return (time.perf_counter() - start) / calls * 1e6
 
     return once
 
 
-def decoding(model: Any, config: Any, batch: int, device: str) -> Callable[[], Any]:
+def decoding(model: Any, config: Any, batch: int, device: torch.device) -> Callable[[], Any]:
     """One token for every row, attending over a static cache of CACHE tokens, which every call fills by one."""
     from transformers import StaticCache
 
     cache = StaticCache(config=config, max_cache_len=CACHE)
-    ids = torch.randint(0, 1000, (batch, 1), device=device)
+    ids = torch.randint(0, 100, (batch, 1), device=device)
     place = torch.full((batch, 1), CACHE // 2, device=device)
 
     def step() -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
             return model(input_ids=ids, position_ids=place, past_key_values=cache, use_cache=True).logits
 
     return step
 
 
-def prompt(model: Any, device: str) -> Callable[[], Any]:
-    """A prompt of PROMPT tokens, of which the last gives logits."""
-    ids = torch.randint(0, 1000, (1, PROMPT), device=device)
+def prompt(model: Any, tokens: int, device: torch.device) -> Callable[[], Any]:
+    """A prompt of so many tokens, of which the last gives logits."""
+    ids = torch.randint(0, 100, (1, tokens), device=device)
 
     def step() -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
             return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
 
     return step
 
 
-def time_model(model: Any, recipes: list[str], device: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Tokens a second of every candidate, in turn; medians over rounds."""
-    assert WARM + rounds * CALLS <= CACHE, "the cache would overflow"
+def time_model(
+    model: Any,
+    recipes: list[str],
+    device: torch.device,
+    rounds: int = ROUNDS,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    seconds: float = float("inf"),
+) -> list[dict[str, Any]]:
+    """Microseconds of a call of every candidate, in turn.
+
+    Args:
+        model, recipes, device: what to time, and where. rounds: readings of each.
+        keep: is given all rows after every one. seconds: no row begins after so many.
+    """
+    assert WARM + (rounds + 1) * CALLS <= CACHE, "the cache would overflow"
     torch._dynamo.config.recompile_limit = 256  # every candidate compiles the same code anew
-    models = candidates(model, recipes)
-    rows = []
-    work = [(f"decode, batch {b}", b, lambda m, b=b: decoding(m, model.config, b, device)) for b in BATCHES]
-    work.append((f"prompt of {PROMPT}", PROMPT, lambda m: prompt(m, device)))
-    for name, tokens, make in work:
+    start, models = time.monotonic(), candidates(model, recipes, device)
+    rows: list[dict[str, Any]] = []
+    for kind, tokens in WORK:
+        name = f"decode, batch {tokens}" if kind == "decode" else f"prompt of {tokens}"
+        row: dict[str, Any] = dict(work=name, tokens=tokens, times={}, absent={}, peak_bytes={})
+        rows.append(row)
+        if time.monotonic() - start > seconds:
+            row["absent"] = dict.fromkeys(models, "out of time")
+            continue
         timers = {}
         for candidate, compiled in models.items():
-            call = make(compiled)
-            for _ in range(WARM):
-                call()
-            timers[candidate] = milliseconds(call, CALLS)
-        readings: dict[str, list[float]] = {candidate: [] for candidate in models}
-        for _ in range(rounds):
-            for candidate, once in timers.items():
-                readings[candidate].append(once())
-        rows.append({"work": name} | {c: tokens / statistics.median(r) * 1e3 for c, r in readings.items()})
+            on_gpu = device.type == "cuda"
+            try:
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                call = (
+                    decoding(compiled, model.config, tokens, device) if kind == "decode"
+                    else prompt(compiled, tokens, device)
+                )  # fmt: skip
+                for _ in range(WARM):
+                    call()
+                if on_gpu:
+                    row["peak_bytes"][candidate] = torch.cuda.max_memory_allocated()
+                timers[candidate] = (microseconds(call, CALLS, device), 0)
+            except Exception as error:  # one that fails stops nobody else
+                line = (str(error).strip().splitlines() or [""])[0]
+                row["absent"][candidate] = f"{type(error).__name__}: {line[:300]}"
+        row["times"] = interleaved(timers, rounds)
+        keep(rows)
     return rows
 
 
+def times_inductor(row: dict[str, Any], name: str) -> float | None:
+    """How many times Inductor's speed; None where it cannot be said."""
+    first: Timed | None = row["times"].get(FIRST)
+    return None if first is None else ratio(row["times"][name], first)
+
+
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    """Tokens a second, and how many times Inductor's."""
-    names = list(rows[0])[1:]
+    """Tokens a second, and how many times Inductor's ("?" where the machine was not quiet)."""
+    names = list(dict.fromkeys(name for row in rows for name in (*row["times"], *row["absent"])))
     table = Table("tokens a second", *names)
     for row in rows:
-        table.add_row(row["work"], *(f"{row[n]:.0f} ({row[n] / row[names[0]]:.2f}x)" for n in names))
+        cells = []
+        for name in names:
+            timed, times = row["times"].get(name), times_inductor(row, name) if name in row["times"] else None
+            word = "?" if times is None else f"{times:.2f}x"
+            cells.append("-" if timed is None else f"{row['tokens'] / timed.microseconds * 1e6:.0f} ({word})")
+        table.add_row(row["work"], *cells)
     return table
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """As JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(found, indent=1, default=vars) + "\n")
+    os.replace(beside, path)
+
+
+def run_products(console: Console, machine: Machine, folder: Path) -> None:
+    """All contenders on all shapes."""
+
+    def keep(found: Comparison) -> None:
+        found.write(folder / "gpu_products.json")
+
+    found = compare(SHAPES, ROWS, machine=machine, keep=keep, seconds=SECONDS["products"])
+    console.print(found.table())
+    for word in found.words():
+        console.print(word, highlight=False)
+    console.print(gpu_asked.products(found))
+
+
+def run_model(console: Console, machine: Machine, folder: Path, layers: int, width: int = 4096) -> None:
+    """All recipes on the whole model."""
+    before = machine.facts()
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        found = dict(machine=before, after=machine.facts(), layers=layers, rows=rows, kernels=kernels_of_last())
+        write(folder / "gpu_model.json", found)
+
+    rows = time_model(
+        model_of(layers, machine.device, width), RECIPES, machine.device, keep=keep, seconds=SECONDS["model"]
+    )
+    keep(rows)
+    console.print(table_of(rows))
+    for row in rows:
+        for name, why in row["absent"].items():
+            console.print(f"{row['work']}, {name}: {why}", highlight=False)
+    console.print(gpu_asked.model(rows, times_inductor))
+
+
+def kernels_of_last() -> list[dict[str, Any]]:
+    """Of every graph that the backend compiled: its recipe, bytes, and how many sites have which kernel."""
+    from collections import Counter
+
+    from qcompile import backend
+
+    found = []
+    for report in backend.reports:
+        kernels = Counter(k for site in report.sites for k in (site.kernel.values() or [site.reason]))
+        found.append(dict(recipe=report.recipe, bytes_after=report.bytes_after, kernels=dict(kernels)))
+    return found
 
 
 def main() -> None:
     """Measure what was asked for, print, write."""
-    what = sys.argv[1] if len(sys.argv) > 1 else ""
-    if what not in ("products", "model"):
+    what = sys.argv[1] if len(sys.argv) > 1 else "all"
+    if what not in ("all", "products", "model"):
         raise SystemExit(__doc__)
-    if not torch.cuda.is_available():
+    console, machine = Console(width=240), Machine()
+    if not machine.there:
         raise SystemExit("no GPU here: nothing was measured, and nothing was written")
-    console = Console(width=200)
-    torch._dynamo.config.recompile_limit = 256  # every candidate compiles the same code anew
-    if what == "products":
-        from qcompile.codegen.triton.timing import compare
-
-        found = compare(SHAPES, ROWS)
-        console.print(found.table())
-        found.write(RESULTS / "gpu_products.json")
-        return
-    layers = int(sys.argv[2]) if len(sys.argv) > 2 else 32
-    rows = time_model(model_of(layers, "cuda"), RECIPES, "cuda")
-    console.print(table_of(rows))
-    machine = versions() | {"gpu": torch.cuda.get_device_name()}
-    (RESULTS / "gpu_model.json").write_text(
-        json.dumps(dict(machine=machine, layers=layers, rows=rows), indent=1) + "\n"
-    )
+    if what != "model":
+        run_products(console, machine, RESULTS)
+    if what != "products":
+        run_model(console, machine, RESULTS, int(sys.argv[2]) if len(sys.argv) > 2 else 32)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from qcompile.program import Program
 from qcompile.recipe import RecipeError, Rule, rewrites
 from qcompile.report import PassReport
 from qcompile.rounding import quantize_tensor
-from qcompile.sharing import fingerprint, shared
+from qcompile.sharing import shared
 from qcompile.sites import Site, find_sites
 
 ops = torch.ops.qcompile
@@ -123,7 +123,7 @@ def quantize(program: Program, how: Quantize, seen: Statistics, plan: SitePlan) 
                 raise RecipeError(f"Quantize: the weight {name} cannot be quantized: {error}") from error
             return q.stored(), q.scale, q.zero, q.group_scale
 
-        made = shared(("codes", fingerprint(original), str(wanted.weight), how.clip), make)
+        made = shared(("codes", str(wanted.weight), how.clip), [original], make)
         program.alive.append(made)
         put_codes(program, wanted, made.tensors, plan)
         report.done.append(name)

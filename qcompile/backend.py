@@ -18,24 +18,25 @@ import torch
 import torch._dynamo.utils
 from torch import Tensor, fx
 
-from qcompile.capture import capture_dynamo
-from qcompile.codegen.cpu.choose import choose
+from qcompile.capture import STATIC, capture_dynamo
 from qcompile.codegen.cpu.lower import lower
-from qcompile.passes.quantize import Quantize, formats_of
+from qcompile.inductor import GRAPHS, compile_graph, needs_gpu, patches_of
 from qcompile.pipeline import NothingToQuantize, run
 from qcompile.presets import find_recipe
 from qcompile.program import WEIGHT, Program
 from qcompile.recipe import Recipe, RecipeError, Rule
-from qcompile.regime import regime, rows_of
 from qcompile.report import Report
-from qcompile.sharing import fingerprint, shared
+from qcompile.sharing import shared
 from qcompile.sites import find_sites
+from qcompile.slower import slower_sites
 
 OPTIONS = {
     "recipe": "preset name, JSON path, dict or Recipe; default int8 (W8A8, dynamic per token)",
     "rules": "list of Rule or dicts, before the recipe's own",
     "verify": "certify exact passes on the first inputs; default True",
     "slower": "'float' (default) leaves sites float where no kernel reaches float speed, 'keep' quantizes them",
+    "rows": "rows of x that slower='float' judges every graph at (in decoding the batch); default its first call's",
+    "mode": "'reduce-overhead' runs every graph as a CUDA graph, which needs a GPU; also as torch.compile(mode=...)",
     "inductor": "options passed on to Inductor",
 }
 
@@ -51,6 +52,7 @@ class Options:
     rules: tuple[Rule, ...] = ()
     verify: bool = True
     slower: str = "float"
+    rows: int | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -66,6 +68,13 @@ class Options:
         slower = given.get("slower", "float")
         if slower not in ("float", "keep"):
             raise RecipeError(f"option slower={slower!r}: use 'float' or 'keep'")
+        rows = given.get("rows")
+        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+            raise RecipeError(f"option rows={rows!r}: a whole number of at least 1, as 8 for a batch of 8 in decoding")
+        try:
+            inductor = patches_of(given.get("mode", "default"), given.get("inductor", {}))
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
         rules = tuple(r if isinstance(r, Rule) else Rule(**r) for r in given.get("rules", ()))
         recipe = find_recipe(given.get("recipe", "int8"))
         if recipe.needs:
@@ -75,7 +84,7 @@ class Options:
                 f"  qcompile.quantize(model, {recipe.name!r}, batches)\n"
                 f"  torch.compile(model, backend='qcompile')"
             )
-        return Options(recipe, rules, bool(given.get("verify", True)), slower, given.get("inductor", {}))
+        return Options(recipe, rules, bool(given.get("verify", True)), slower, rows, inductor)
 
 
 def qcompile(
@@ -90,12 +99,13 @@ def qcompile(
     Raises:
         RecipeError: bad options, a recipe that needs data, a rule that matches nothing.
     """
-    how = Options.read(options)
-    if mode not in (None, "default"):
-        raise RecipeError(f"mode={mode!r} is Inductor's: pass options={{'inductor': {{...}}}} instead")
+    how = Options.read({**({} if mode is None else {"mode": mode}), **(options or {})})
+    problem = needs_gpu(example_inputs) if how.inductor.get(GRAPHS) else None
+    if problem is not None:
+        raise RecipeError(problem)
     if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in example_inputs):
         _warn_gradients()
-        return _inductor(graph_module, example_inputs, how)
+        return compile_graph(graph_module, example_inputs, how.inductor)
     return _Compiled(graph_module, example_inputs, how)
 
 
@@ -110,12 +120,6 @@ def _warn_gradients() -> None:
             "Call the model under torch.no_grad() or torch.inference_mode() to quantize it.",
             stacklevel=3,
         )
-
-
-def _inductor(graph_module: fx.GraphModule, inputs: Sequence[Any], how: Options) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
-
-    return compile_fx(graph_module, list(inputs), config_patches=how.inductor or None)
 
 
 class _Compiled:
@@ -156,7 +160,8 @@ class _Compiled:
                 if not live:  # a pass may have left other strides than the placeholder was traced with
                     node.meta["val"] = lowered.fake_mode.from_tensor(tensor, static_shapes=True)
         examples = [n.meta["val"] for n in lowered.placeholders]
-        self.call = _inductor(lowered.graph_module, examples, self.how)
+        static = [i for i, n in enumerate(lowered.placeholders) if WEIGHT in n.meta or STATIC in n.meta]
+        self.call = compile_graph(lowered.graph_module, examples, self.how.inductor, static)
 
     def __call__(self, *args: Any) -> Any:
         if any(args[index].item() != value for index, value in self.program.scalars.items()):
@@ -182,7 +187,7 @@ def compile_program(
     example = [i.node.hint if isinstance(i, torch.SymInt) else i for i in inputs]
     ready = any("qcompile" in str(n.target) for n in program.graph.nodes)
     recipe = Recipe("already quantized") if ready else _applicable(how, program)
-    keep = _slower_sites(program, recipe) if how.slower == "float" and _gpu(program) is None else {}
+    keep = slower_sites(program, recipe, _gpu(program), how.rows) if how.slower == "float" else {}
     concrete = all(not isinstance(i, Tensor) or type(i) in (Tensor, torch.nn.Parameter) for i in example)
     try:
         rewritten, report = run(program, recipe, example=example if concrete else None, verify=how.verify, keep=keep)
@@ -192,7 +197,7 @@ def compile_program(
             site.reason = keep.get(site.name, str(reason))
 
     def remember(kernel: str, tensors: Sequence[Tensor], make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        made = shared((kernel, *map(fingerprint, tensors)), make)
+        made = shared(kernel, tensors, make)
         rewritten.alive.append(made)
         return made.tensors
 
@@ -201,8 +206,9 @@ def compile_program(
         kernels = lower(rewritten, remember)
     else:
         from qcompile.codegen.triton.lower import lower as lower_for_gpu
+        from qcompile.codegen.triton.products import gpu
 
-        kernels = lower_for_gpu(rewritten, remember, torch.cuda.get_device_capability(device))
+        kernels = lower_for_gpu(rewritten, remember, gpu(device))
     named = {site.name: site for site in report.sites}
     for name, by_regime in kernels.items():
         if name in named:
@@ -227,27 +233,3 @@ def _applicable(how: Options, program: Program) -> Recipe:
         if not (program.breaks or torch._dynamo.utils.counters["graph_break"]):
             how.recipe.with_rules(how.rules).resolve(names)  # raises, with the nearest names
     return Recipe(how.recipe.name, how.recipe.passes, tuple(rules), how.recipe.source)
-
-
-def _slower_sites(program: Program, recipe: Recipe) -> dict[str, str]:
-    """Sites whose best kernel for these rows is slower than float, with the word for the report."""
-    config = next((c for c in recipe.passes if isinstance(c, Quantize)), None)
-    found: dict[str, str] = {}
-    if config is None:
-        return found
-    rules = recipe.resolve(dict.fromkeys(s.name for s in find_sites(program)))
-    for site in find_sites(program):
-        weight, act = formats_of(site, config, rules[site.name])
-        rows, _ = rows_of(site.input)
-        dtype = site.node.meta["val"].dtype
-        if site.kind == "experts":
-            found[site.name] = (
-                "experts have no fast kernel yet: float is faster (options={'slower': 'keep'} quantizes them)"
-            )
-            continue
-        choice = choose(weight, str(act) if act else "", dtype, rows, site.K, site.N)
-        if choice.slower:
-            found[site.name] = (
-                f"{choice} at {regime(site.input)}: slower than float (options={{'slower': 'keep'}} quantizes it)"
-            )
-    return found

@@ -21,6 +21,7 @@ from qcompile.normalise import normalise
 from qcompile.program import WEIGHT, Program, copy_graph
 
 _SEGMENT = re.compile(r"\[(?:'([^']+)'|\"([^\"]+)\"|(\d+))\]|\.(\w+)")
+STATIC = "qcompile_static"  # node.meta key: an input that stays where it is between calls (mark_static_address)
 _CONTAINERS = {"_modules", "_parameters", "_buffers"}
 
 
@@ -112,6 +113,8 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     for index, (node, origin, real) in enumerate(zip(traced, placeholders, example_inputs, strict=True)):
         node.meta["dynamo_index"] = index
         node.meta.setdefault("val", fakes[index])
+        if (origin.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"):
+            node.meta[STATIC] = True
         grapharg = origin.meta.get("grapharg")
         path = attribute_path(grapharg.source.name) if grapharg is not None else None
         if path is not None and isinstance(real, Tensor) and real.device.type != "meta":

@@ -160,6 +160,19 @@ def test_slower_sites_stay_float_and_say_so():
     assert all(not s.quantized and "slower than float" in s.reason for s in backend.reports[-1].sites)
 
 
+def test_every_graph_is_judged_at_the_rows_of_the_option():
+    """fp8 has no kernel on a CPU; int4 is slower than float for many rows in bfloat16, and faster for few."""
+    model = mlp().to(torch.bfloat16)
+    kept = []
+    with torch.no_grad():
+        x = torch.randn(512, 128, dtype=torch.bfloat16)
+        for options in ({}, {"rows": 1}):
+            torch._dynamo.reset()
+            torch.compile(model, backend="qcompile", options={"recipe": "w4a16", **options})(x)
+            kept.append(sum(not s.quantized for s in backend.reports[-1].sites))
+    assert kept[0] > kept[1]
+
+
 @pytest.mark.parametrize(
     "options,words",
     [
@@ -167,6 +180,7 @@ def test_slower_sites_stay_float_and_say_so():
         ({"recipe": "int9"}, "unknown recipe 'int9'; known"),
         ({"recipe": "int8-smooth"}, "needs calibration data for Smooth"),
         ({"slower": "maybe"}, "use 'float' or 'keep'"),
+        ({"rows": 0}, "at least 1"),
         ({"rules": [{"match": "nothing.*", "keep": True}]}, "matches no site; nearest"),
     ],
 )

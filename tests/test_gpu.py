@@ -8,6 +8,11 @@ from zoo import build, example
 
 import qcompile
 from qcompile import backend
+from qcompile.codegen.triton.machine import Machine
+from qcompile.codegen.triton.prepare import prepare
+from qcompile.fingerprint import fingerprint
+from qcompile.formats import Format
+from qcompile.rounding import quantize_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -27,13 +32,13 @@ def test_compiled_models(name, recipe):
     assert kernels and not any("dequantize, then" in kernel for kernel in kernels)
 
 
+@pytest.mark.parametrize("how", [{"mode": "reduce-overhead"}, {"inductor": {"triton.cudagraphs": True}}])
 @pytest.mark.parametrize("recipe", ["int8", "w4a16"])
-def test_cuda_graphs_give_the_same(recipe):
+def test_cuda_graphs_give_the_same(recipe, how):
     model = build("llama").bfloat16().cuda()
     ids = torch.randint(3, 128, (2, 9), device="cuda")
     plain = torch.compile(model, backend="qcompile", options={"recipe": recipe})
-    options = {"recipe": recipe, "inductor": {"triton.cudagraphs": True}}
-    graphs = torch.compile(model, backend="qcompile", options=options)
+    graphs = torch.compile(model, backend="qcompile", options={"recipe": recipe, **how})
     with torch.no_grad():
         want = plain(ids).logits
         for _ in range(4):  # warm up, record, replay
@@ -50,3 +55,26 @@ def test_generate():
     want = quantized.generate(ids, **how)
     model.forward = torch.compile(model.forward, backend="qcompile", options={"recipe": "w8a16"}, dynamic=True)
     assert torch.equal(model.generate(ids, **how)[:, :6], want[:, :6])
+
+
+@pytest.mark.parametrize("form", ["int4/group128/zero", "int3/group64/zero", "int2/group64", "int8/row"])
+def test_weights_are_prepared_on_the_gpu_as_on_a_cpu(form):
+    form = Format.parse(form)
+    q = quantize_tensor(torch.randn(300, 500), form)
+    parts = [q.stored(), q.scale, q.zero, q.group_scale]
+    want = prepare(*parts, form, 500)
+    got = prepare(*[None if part is None else part.cuda() for part in parts], form, 500)
+    assert all(torch.equal(a.cpu(), b) and a.is_cuda for a, b in zip(got, want, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4097, 4099)])
+def test_fingerprints_are_those_of_a_cpu(shape):
+    tensor = torch.randn(shape).bfloat16()
+    assert fingerprint(tensor.cuda()) == fingerprint(tensor).removesuffix("cpu") + "cuda:0"
+
+
+def test_readings_are_of_the_gpu():
+    machine = Machine()
+    x = torch.randn(512, 512, device=machine.device)
+    once = machine.timer(lambda i: x @ x, 2)
+    assert once() > 0 and machine.cache_bytes > 2**20 and "clocks" in machine.facts()

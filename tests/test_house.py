@@ -19,7 +19,8 @@ PACKAGES = [
 ]
 CORE = {
     "program", "capture", "normalise", "norms", "sites", "scale_flow", "row_flow", "attention_flow", "rotation_flow",
-    "formats", "rounding", "packing", "minifloat", "walk", "hadamard", "ops", "sharing", "calibrate", "recipe",
+    "formats", "rounding", "packing", "minifloat", "walk", "hadamard", "ops", "sharing", "fingerprint", "calibrate",
+    "recipe",
     "report", "verify", "memory", "straight_through", "divergence",
 }  # fmt: skip
 NAMES = re.compile(

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,17 @@ SLACK = 0.1
 
 @dataclass(frozen=True)
 class Checked:
-    """One kernel on one architecture; `built` is None if it did not compile."""
+    """One kernel on one architecture.
+
+    Attributes:
+        built: None if it did not compile. complaints: what must not be. over: where it is not as in the budget.
+    """
 
     kernel: str
     architecture: int
     built: Built | None
     complaints: list[str]
+    over: list[str] = field(default_factory=list)
 
 
 def check(architectures: Iterable[int], only: str = "") -> Iterator[Checked]:
@@ -44,7 +49,7 @@ def _check(work: tuple[Shipped, int]) -> Checked:
         last = (str(error).strip().splitlines() or [""])[-1]
         return Checked(str(kernel), architecture, None, [f"{type(error).__name__}: {last[:200]}"])
     found = complaints(kernel.spec, kernel.launch, architecture, built)
-    return Checked(str(kernel), architecture, built, found + over_budget(str(kernel), architecture, built))
+    return Checked(str(kernel), architecture, built, found, over_budget(str(kernel), architecture, built))
 
 
 def over_budget(kernel: str, architecture: int, built: Built) -> list[str]:
@@ -68,13 +73,13 @@ def over_budget(kernel: str, architecture: int, built: Built) -> list[str]:
 
 
 def write(rows: Iterable[Checked]) -> None:
-    """Make what was measured the budget; kernels that are not in `rows` keep theirs."""
+    """Make what was measured the budget, but for kernels with complaints; those that are not in `rows` keep theirs."""
     import triton
 
     budget = read()
     kernels: dict[str, dict[str, Any]] = budget["kernels"] if budget["triton"] == triton.__version__ else {}
     for row in rows:
-        if row.built is not None:
+        if row.built is not None and not row.complaints:
             kernels.setdefault(str(row.architecture), {})[row.kernel] = asdict(row.built)
     FILE.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=0, sort_keys=True) + "\n")
 

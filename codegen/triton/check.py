@@ -19,7 +19,7 @@ from typing import Any
 
 from qcompile.codegen.triton.build import kernel
 from qcompile.codegen.triton.launch import Launch
-from qcompile.codegen.triton.spec import Gemm8, GemmW, KernelSpec, RowQuant, SumK
+from qcompile.codegen.triton.spec import Gemm8, GemmW, KernelSpec, Pack, RowQuant, SumK
 
 ARCHITECTURES = (80, 89, 90, 100)
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have
@@ -54,15 +54,17 @@ def types_of(spec: KernelSpec) -> dict[str, str]:
     """Triton's type of every argument that a kernel of this spec may have."""
     codes = {"int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
     numbers, of = f"*{spec.dtype}", getattr(spec, "codes", "")
-    found = dict.fromkeys(("x", "residual", "total", "gate", "bias", "low", "up", "out"), numbers)
+    found = dict.fromkeys(("x", "residual", "total", "value", "gate", "bias", "low", "up", "out"), numbers)
     found |= dict.fromkeys(("scale", "x_scale", "gain", "shift", "smooth", "signs"), "*fp32")
     found |= dict.fromkeys(("left", "right"), "*bf16")
-    found |= dict.fromkeys(("M", "N", "K", "blocks", "each", "parts"), "i32")
+    found |= dict.fromkeys(("M", "N", "K", "blocks", "each", "parts", "width"), "i32")
     found |= dict(w="*u8", zero="*fp32" if getattr(spec, "zero", "") == "float" else "*u8", eps="fp32")
     if isinstance(spec, Gemm8):
         found |= dict(x=codes[of], w=codes[of])
     if isinstance(spec, RowQuant):
         found |= dict(codes=codes[of])
+    if isinstance(spec, Pack):
+        found |= dict(out="*u8", stored="*u8")
     if isinstance(spec, (Gemm8, GemmW)) and spec.parts:
         found |= dict(out="*i32" if of == "int8" else "*fp32")
     if isinstance(spec, SumK):

@@ -52,6 +52,7 @@ TABLE: dict[str, dict[int, Launch]] = {
     "gemv_w": {4: Launch(1, 16, 4, 1)},
     "sum_k": {1: Launch(1, 1024, 4, 1)},
     "dequant": {1: Launch(1, 64, 4, 1)},
+    "pack": {1: Launch(1, 64, 4, 1)},
 }
 
 

@@ -4,17 +4,15 @@
     qlinear, x in codes          linear_a8      int8 x int8 (also the int8 that dual-grained int4 is), fp8 x fp8
     any other                    plain ATen     dequantize and multiply
     product + low-rank correction, + residual   the product's epilogue
-    norm | silu(a) b | Hadamard -> quantize     row_quant
+    what stands before a quantize               row_quant, with it (lower_rows.py)
 
-What a value is read by decides: a product or a norm that somebody else reads too keeps its own node.
+What a value is read by decides: a product that somebody else reads too keeps its own node.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +20,11 @@ from torch import Tensor, fx
 
 from qcompile.codegen import aten as plain
 from qcompile.codegen.triton import ops as _register  # noqa: F401  registers torch.ops.qcompile_triton
-from qcompile.codegen.triton.packing import layout_of, prepare
-from qcompile.codegen.triton.products import FEW, MANY, NAMES
-from qcompile.codegen.triton.rows import LONGEST, fuses_hadamard
-from qcompile.codegen.triton.spec import RowQuant
+from qcompile.codegen.triton.choose import NONE, Choice, choose, kind_of
+from qcompile.codegen.triton.lower_rows import alike, quantize_rows
+from qcompile.codegen.triton.prepare import prepare
+from qcompile.codegen.triton.tuned import Gpu
 from qcompile.formats import Format, load_codes
-from qcompile.norms import Norm, find_norms
 from qcompile.program import Program
 from qcompile.regime import regime, rows_of
 from qcompile.sharing import Remember
@@ -39,26 +36,26 @@ kernels = torch.ops.qcompile_triton
 Make = Callable[[], tuple[Tensor | None, ...]]
 _PRODUCTS = (kernels.linear_w.default, kernels.linear_a8.default)
 _EXTRA = slice(5, 8)  # residual, low and up among the arguments of both
-_LOWEST = {"fp8": (8, 9)}  # compute capability
 
 
-def lower(program: Program, remember: Remember, capability: tuple[int, int] = (9, 0)) -> dict[str, dict[str, str]]:
+def lower(program: Program, remember: Remember, here: Gpu | None = None) -> dict[str, dict[str, str]]:
     """Rewrite every dialect node in place.
 
     Args:
-        program: after fuse. remember: see sharing.py. capability: of the GPU.
+        program: after fuse. remember: see sharing.py. here: the GPU; None is one of sm_90 that nothing was measured on.
 
     Returns:
         site name -> regime -> kernel, for the report.
     """
     chosen: dict[str, dict[str, str]] = {}
+    here = here or Gpu()
     for node in list(program.graph.find_nodes(op="call_function", target=ops.qlinear.default)):
         site = (program.weight_name(node.args[3]) or node.name).removesuffix(".codes")
-        chosen.setdefault(site, {})[regime(node)] = _product(program, node, remember, capability)
+        chosen.setdefault(site, {})[regime(node)] = _product(program, node, remember, here)
     for target in _PRODUCTS:
         for node in list(program.graph.find_nodes(op="call_function", target=target)):
             _fuse_epilogue(program, node)
-    _quantize_rows(program, capability)
+    quantize_rows(program, here.capability)
     plain.lower_rest(program)
     program.cleanup()
     return chosen
@@ -67,21 +64,21 @@ def lower(program: Program, remember: Remember, capability: tuple[int, int] = (9
 # -- products ------------------------------------------------------------------------------------------
 
 
-def _product(program: Program, node: fx.Node, remember: Remember, capability: tuple[int, int]) -> str:
-    """Put what computes a site in its place; the name of the kernel."""
+def _product(program: Program, node: fx.Node, remember: Remember, here: Gpu) -> str:
+    """Put what computes a site in its place; its name, and how it was measured to compare with float."""
     form, act, columns, dtype = Format.parse(node.args[8]), *node.args[9:]
-    out, label = None, ""
-    if dtype in NAMES and capability >= (8, 0) and program.weight_name(node.args[3]) is not None:
-        if not act and layout_of(form) is not None:
-            out, label = _of_numbers(program, node, form, remember), _label(rows_of(node)[0])
-        elif _takes_codes(form, act, capability):
-            out, label = _of_codes(program, node, form, remember), "gemm_a8" + " (int8 of dual codes)" * form.dual
-    if out is None:
+    chosen = choose(here, form, act, dtype, rows_of(node)[0], columns, int(node.args[3].meta["val"].shape[0]))
+    kind = kind_of(form, act, dtype, here.capability) if program.weight_name(node.args[3]) is not None else ""
+    if kind == "numbers":
+        out = _of_numbers(program, node, form, remember)
+    elif kind == "codes":
+        out = _of_codes(program, node, form, remember)
+    else:
         run = functools.partial(plain.product, form=form, act=act, columns=columns, dtype=dtype)
-        out, label = program.inline(run, node.args[:8], before=node), "dequantize, then cuBLAS"
+        out, chosen = program.inline(run, node.args[:8], before=node), Choice(NONE, has_kernel=False)
     node.replace_all_uses_with(out)
     program.graph.erase_node(node)
-    return label
+    return str(chosen)
 
 
 def _of_numbers(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
@@ -110,19 +107,6 @@ def _of_codes(program: Program, node: fx.Node, form: Format, remember: Remember)
 def _held(program: Program, node: fx.Node) -> list[Any]:
     """Codes, scale, zero point and group scale of a site; None where absent."""
     return [None if a is None else program.weights[program.weight_name(a) or ""] for a in node.args[3:7]]
-
-
-def _label(rows: int) -> str:
-    return "gemv_w" if rows <= FEW else "gemm_w" if rows <= MANY else "dequant, then cuBLAS"
-
-
-def _takes_codes(form: Format, act: str, capability: tuple[int, int]) -> bool:
-    """Whether codes of both sides multiply as they are: one scale for a row, symmetric."""
-    if capability < _LOWEST.get(form.dtype, (8, 0)):
-        return False
-    one = form.dual or (form.dtype in ("int8", "fp8") and form.per == "row" and form.zero == "none")
-    kind = "int8" if form.dual else form.dtype
-    return one and act in (f"{kind}/row", f"{kind}/tensor")
 
 
 def _int8(stored: Tensor, zero: Tensor, group_scale: Tensor, form: Format, k: int) -> Tensor:
@@ -155,7 +139,7 @@ def _fuse_epilogue(program: Program, node: fx.Node) -> None:
             return
         add = users[0]
         other = add.args[1] if add.args[0] is node else add.args[0]
-        if not isinstance(other, fx.Node) or other is node or not _alike(other, node):
+        if not isinstance(other, fx.Node) or other is node or not alike(other, node):
             return
         extra = take(program, other)
         if extra is None:
@@ -169,11 +153,6 @@ def _fuse_epilogue(program: Program, node: fx.Node) -> None:
         node = fused
 
 
-def _alike(a: fx.Node, b: fx.Node) -> bool:
-    x, y = a.meta["val"], b.meta["val"]
-    return isinstance(x, Tensor) and x.dtype == y.dtype and tuple(x.shape) == tuple(y.shape)
-
-
 def _low_rank(program: Program, other: fx.Node) -> tuple[Any, ...] | None:
     """linear(low, up) with a small inner dimension -> (no residual, low, up)."""
     if other.target is not aten.linear.default or len(other.args) > 2 or len(other.users) != 1:
@@ -184,76 +163,3 @@ def _low_rank(program: Program, other: fx.Node) -> tuple[Any, ...] | None:
 
 def _residual(program: Program, other: fx.Node) -> tuple[Any, ...] | None:
     return other, None, None
-
-
-# -- rows ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Before:
-    """What is computed before rows are quantized: where it starts, fields of the spec, tensors of the operator."""
-
-    x: fx.Node
-    fields: dict[str, Any]
-    tensors: dict[str, fx.Node]
-    eps: float = 0.0
-
-
-def _quantize_rows(program: Program, capability: tuple[int, int]) -> None:
-    norms = {norm.output: norm for norm in find_norms(program)}
-    made: dict[tuple[fx.Node, str], fx.Node] = {}
-    for node in list(program.graph.find_nodes(op="call_function", target=ops.quantize.default)):
-        x, act = node.args
-        form = Format.parse(act)
-        value = x.meta["val"]
-        known = form.dtype in ("int8", "fp8") and form.per == "row" and form.zero == "none"
-        known = known and capability >= _LOWEST.get(form.dtype, (8, 0))  # fp8 has no casts before sm_89
-        if not known or value.dtype not in NAMES or int(value.shape[-1]) > LONGEST:
-            continue
-        if (x, act) not in made:
-            before = _before(program, x, norms, capability)
-            spec = RowQuant(NAMES[value.dtype], **before.fields, codes=form.dtype)
-            names = ("residual", "gate", "gain", "shift", "smooth", "signs")
-            args = (before.x, *(before.tensors.get(name) for name in names), before.eps, str(spec))
-            made[x, act] = program.insert(kernels.row_quant.default, args, before=node)
-        codes, scale = (program.insert(operator.getitem, (made[x, act], index), before=node) for index in (0, 1))
-        plain.replace_quantize(node, codes, scale)
-
-
-def _before(program: Program, x: fx.Node, norms: dict[fx.Node, Norm], capability: tuple[int, int]) -> _Before:
-    """Walk back from what is quantized over what row_quant computes too, if nobody else reads it."""
-    fields: dict[str, Any] = {}
-    tensors: dict[str, fx.Node] = {}
-    n = int(x.meta["val"].shape[-1])
-    if x.target is ops.hadamard.default and _only_quantized(x) and fuses_hadamard(n, capability):
-        fields["hadamard"] = n
-        x, tensors["signs"] = x.args
-        alone = all(user.target is ops.hadamard.default for user in x.users)
-    else:
-        alone = _only_quantized(x)
-    norm = norms.get(x)
-    if not alone:
-        return _Before(x, fields, tensors)
-    if norm is not None and norm.input.meta["val"].dtype == x.meta["val"].dtype:
-        fields["first"] = norm.kind
-        device, gain = x.meta["val"].device, norm.gain_value(program).float()
-        tensors["gain"] = _constant(program, f"{x.name}.gain", gain, device)
-        if norm.kind == "layer":
-            shift = program.weight_name(norm.bias)
-            value = torch.zeros_like(gain) if shift is None else program.weights[shift].float()
-            tensors["shift"] = _constant(program, f"{x.name}.shift", value, device)
-        return _Before(norm.input, fields, tensors, norm.eps)
-    if x.target is aten.mul.Tensor:
-        for gate, other in (x.args, x.args[::-1]):
-            both = isinstance(gate, fx.Node) and isinstance(other, fx.Node) and _alike(gate, other)
-            if both and gate.target is aten.silu.default:
-                return _Before(gate.args[0], fields | {"first": "gate"}, tensors | {"gate": other})
-    return _Before(x, fields, tensors)
-
-
-def _only_quantized(x: fx.Node) -> bool:
-    return all(user.target is ops.quantize.default for user in x.users)
-
-
-def _constant(program: Program, name: str, tensor: Tensor, device: torch.device) -> fx.Node:
-    return program.node_of(name) if name in program.weights else program.add_weight(name, tensor.to(device))

@@ -47,7 +47,7 @@ def linear_w(
     """x W^T [+ low up^T] [+ bias] [+ residual], rounded once.
 
     Args:
-        x: [.., K] bf16 or fp16. packed, scale, zero: of W [N, K], as packing.prepare makes them.
+        x: [.., K] bf16 or fp16. packed, scale, zero: of W [N, K], as prepare.py makes them.
         bias: [N]. residual: [.., N]. low: [.., R]. up: [N, R]. format: of the codes. columns: K.
     """
     layout, rows = layout_of(Format.parse(format)), _rows(x)
@@ -129,10 +129,10 @@ def _spec(spec: str) -> RowQuant:
 def row_quant(
     x: Tensor, residual: Tensor | None, gate: Tensor | None, gain: Tensor | None, shift: Tensor | None,
     smooth: Tensor | None, signs: Tensor | None, eps: float, spec: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Codes, scales [.., groups] and x + residual of the rows of x [.., K]: see spec.RowQuant.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Codes, scales [.., groups], x + residual, and the value of norm or gate, of the rows of x [.., K].
 
-    Without a residual the last is empty.
+    See spec.RowQuant. What it does not write is empty.
     """
     tensors = dict(residual=_rows(residual), gate=_rows(gate), gain=gain, shift=shift, smooth=smooth, signs=signs)
     rows = _rows(x)
@@ -140,14 +140,15 @@ def row_quant(
     found = run_rows(_spec(spec), rows, eps, **{name: t for name, t in tensors.items() if t is not None})
     lead = x.shape[:-1]
     codes, scale = (found[name].reshape(*lead, found[name].shape[1]) for name in ("codes", "scale"))
-    return codes, scale, found["total"].reshape(x.shape) if "total" in found else x.new_empty(0)
+    total, value = (found[n].reshape(x.shape) if n in found else x.new_empty(0) for n in ("total", "value"))
+    return codes, scale, total, value
 
 
 @row_quant.register_kernel("cpu")
 def _(
     x: Tensor, residual: Tensor | None, gate: Tensor | None, gain: Tensor | None, shift: Tensor | None,
     smooth: Tensor | None, signs: Tensor | None, eps: float, spec: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     how, k = _spec(spec), x.shape[-1]
     total = x.new_empty(0)
     if residual is not None:
@@ -162,6 +163,7 @@ def _(
     elif how.first == "gate":
         assert gate is not None
         v = torch.nn.functional.silu(v) * gate.float()
+    value = v.to(x.dtype, copy=True) if how.value else x.new_empty(0)
     v = v if smooth is None else v / smooth
     v = v if signs is None else apply_hadamard(v, signs)
     width = how.group or k
@@ -175,17 +177,18 @@ def _(
     else:
         codes = units.round().clamp(-reach - 1, reach).to(torch.int8)
         codes = pack(codes + 8, 4) if how.codes == "int4" else codes
-    return codes.clone(), step.squeeze(-1).clone(), total
+    return codes.clone(), step.squeeze(-1).clone(), total, value
 
 
 @row_quant.register_fake
 def _(
     x: Tensor, residual: Tensor | None, gate: Tensor | None, gain: Tensor | None, shift: Tensor | None,
     smooth: Tensor | None, signs: Tensor | None, eps: float, spec: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     how, k = _spec(spec), x.shape[-1]
     kind = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}[how.codes]
     codes = x.new_empty((*x.shape[:-1], k // 2 if how.codes == "int4" else k), dtype=kind)
     groups = -(-k // how.group) if how.group else 1
     scale = x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
-    return codes, scale, x.new_empty(0) if residual is None else torch.empty_like(x).contiguous()
+    total, value = (x.new_empty(x.shape if there else 0) for there in (how.residual, how.value))
+    return codes, scale, total, value

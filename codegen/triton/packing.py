@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.formats import Format, load_codes
+from qcompile.formats import Format
 
 _CHUNKS = {2: 32, 3: 16, 4: 64, 8: 64}  # the largest, by bits
 
@@ -54,13 +54,13 @@ def layout_of(form: Format) -> Layout | None:
 
 def pack_weight(codes: Tensor, layout: Layout) -> Tensor:
     """Unsigned codes [N, K] uint8 -> bytes [N, blocks x bytes of a block]."""
-    n, k = codes.shape
+    k = codes.shape[1]
     c, bits = layout.chunk, layout.bits
     blocks = torch.nn.functional.pad(codes, (0, -k % layout.block)).unflatten(-1, (-1, layout.block))
     if bits == 3:
         low = _shifted(blocks & 3, 2 * c, 2)
-        return torch.cat([low, _shifted(blocks >> 2, c, 1)], -1).reshape(n, -1)
-    return _shifted(blocks, c, bits).reshape(n, -1)
+        return torch.cat([low, _shifted(blocks >> 2, c, 1)], -1).flatten(1)
+    return _shifted(blocks, c, bits).flatten(1)
 
 
 def _shifted(blocks: Tensor, chunk: int, bits: int) -> Tensor:
@@ -84,26 +84,3 @@ def unpack_weight(packed: Tensor, layout: Layout, k: int) -> Tensor:
 def _apart(rows: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=rows.device)
     return ((rows[..., None, :] >> shifts[:, None]) & (2**bits - 1)).flatten(-2)
-
-
-def prepare(
-    stored: Tensor, scale: Tensor, zero: Tensor | None, group_scale: Tensor | None, form: Format, k: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A stored weight -> bytes, scales [groups, N] float32 and zero points [groups, N].
-
-    The scales of a dual format are multiplied out.
-    """
-    layout = layout_of(form)
-    if layout is None:
-        raise ValueError(f"{form}: no kernel reads this format")
-    codes = load_codes(stored, form, k)
-    unsigned = codes if form.qmin == 0 else (codes.to(torch.int16) - form.qmin).to(torch.uint8)
-    scales = scale.float() if group_scale is None else scale.float() * group_scale.float()
-    columns = -(-k // layout.block) * layout.block
-    wanted = -(-columns // layout.group) if layout.group else 1
-
-    def turned(of: Tensor) -> Tensor:
-        return torch.nn.functional.pad(of.t(), (0, 0, 0, max(0, wanted - of.shape[1]))).contiguous()
-
-    points = None if zero is None else turned(zero if form.zero == "int" else zero.float())
-    return pack_weight(unsigned, layout), turned(scales), points

@@ -15,9 +15,8 @@ from qcompile.codegen.triton.launch import Launch, launch_of, parts_of, scaled
 from qcompile.codegen.triton.packing import Layout
 from qcompile.codegen.triton.spec import Dequant, Dtype, Gemm8, GemmW, GemvW, KernelSpec, SumK, Zero
 from qcompile.codegen.triton.tuned import Gpu, launch_for
+from qcompile.codegen.triton.ways import FEW, Way, by_numbers, dequantizes
 
-FEW = 4  # rows for which gemv_w is taken
-MANY = 1024  # rows above which a weight is dequantized once and multiplied by cuBLAS
 NAMES: dict[torch.dtype, Dtype] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -92,17 +91,21 @@ def run(spec: KernelSpec, grid: tuple[int, ...], how: Launch, **arguments: Any) 
         found[grid](**given, **how.constants(names), num_warps=how.warps, num_stages=how.stages)
 
 
-def linear_w(x: Tensor, weight: Weight, more: Epilogue, how: Launch | None = None) -> Tensor:
+def linear_w(x: Tensor, weight: Weight, more: Epilogue, how: Launch | None = None, way: Way | None = None) -> Tensor:
     """x [M, K] bf16 or fp16 @ W^T and its epilogue -> [M, N] in x's dtype.
 
     Args:
         how: sizes of gemm_w; None takes those that were measured, or the table's.
+        way: kernel or dequant; None takes the one that was measured to be faster for these rows, or the rule's.
     """
     m, n = x.shape[0], len(weight.packed)
     dtype = NAMES[x.dtype]
     if m == 0:
         return x.new_empty(0, n)
-    if m > MANY:
+    if way is None:
+        product = by_numbers(weight.layout.bits, weight.layout.group, weight.fields["zero"], dtype)
+        way = "dequant" if dequantizes(gpu(x.device), product, n, weight.columns, m) else "kernel"
+    if way == "dequant":
         return _by_cublas(x, weight, more)
     if m <= FEW:
         return _gemv(x, weight, more)

@@ -24,7 +24,8 @@ def row_quant(spec: RowQuant, x: Tensor, eps: float = 0.0, **tensors: Tensor) ->
         tensors: residual, gate [M, K], gain, shift, smooth, signs [K], as far as the spec has them.
 
     Returns:
-        codes [M, K] (int4: uint8 [M, K / 2]), scale [M, groups] float32, total [M, K] if there is a residual.
+        codes [M, K] (int4: uint8 [M, K / 2]), scale [M, groups] float32; total [M, K] if there is a residual, value
+        [M, K] if the spec writes it, both in x's dtype.
     """
     m, k = x.shape
     kind = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}[spec.codes]
@@ -32,8 +33,7 @@ def row_quant(spec: RowQuant, x: Tensor, eps: float = 0.0, **tensors: Tensor) ->
         codes=torch.empty(m, k // 2 if spec.codes == "int4" else k, dtype=kind, device=x.device),
         scale=torch.empty(m, -(-k // spec.group) if spec.group else 1, device=x.device),
     )
-    if spec.residual:
-        found["total"] = torch.empty_like(x)
+    found |= {name: torch.empty_like(x) for name in ("total",) * spec.residual + ("value",) * spec.value}
     if not m:
         return found
     arguments: dict[str, Any] = dict(x=x, eps=eps, K=k, BLOCK=1 << (k - 1).bit_length(), **tensors, **found)
@@ -47,10 +47,14 @@ def row_quant(spec: RowQuant, x: Tensor, eps: float = 0.0, **tensors: Tensor) ->
 
 
 def warps(spec: RowQuant, k: int) -> int:
-    """Some 16 numbers a thread; the products of a transform take four warps, or eight."""
+    """Some 16 numbers a thread; the products of a transform take four warps, or eight.
+
+    Half as many where the value is written too: with more, ptxas spills some of them (sm_90, sm_100).
+    """
     if spec.hadamard:
         return 4 if spec.hadamard <= 4096 else 8
-    return max(1, min(32, 1 << (k // 512).bit_length() - 1)) if k >= 512 else 1
+    each = 256 if spec.value else 512
+    return max(1, min(32, 1 << (k // each).bit_length() - 1)) if k >= each else 1
 
 
 def fuses_hadamard(n: int, capability: tuple[int, int]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from qcompile.codegen.triton.launch import ROWS, Launch, launch_of, scaled
 from qcompile.codegen.triton.packing import layout_of
 from qcompile.codegen.triton.rows import fuses_hadamard, warps
-from qcompile.codegen.triton.spec import Dequant, Gemm8, GemmW, GemvW, KernelSpec, RowQuant, SumK
+from qcompile.codegen.triton.spec import Dequant, Gemm8, GemmW, GemvW, KernelSpec, Pack, RowQuant, SumK
 from qcompile.formats import Format
 
 FORMS = ("int4/group128", "int4/group128/zero", "int4/group64/floatzero", "int4/group32/zero", "int4/row", "int8/row",
@@ -57,6 +57,8 @@ def _all(architecture: int) -> Iterator[Shipped]:
         yield Shipped(few, launch_of(few))
         whole = Dequant("bf16", **fields)
         yield Shipped(whole, launch_of(whole))
+        stored = Pack(bits=layout.bits, group=0, chunk=layout.chunk, signed=layout.bits == 8)
+        yield Shipped(stored, launch_of(stored))
     for spec in (
         GemmW("fp16"),
         GemmW("bf16", parts=True),
@@ -83,7 +85,10 @@ def _rows(codes: str, capability: tuple[int, int]) -> Iterator[Shipped]:
         (RowQuant("bf16", codes=codes), 4096),
         (RowQuant("bf16", first="rms", codes=codes), 4096),
         (RowQuant("bf16", first="rms", residual=True, codes=codes), 8192),
+        (RowQuant("bf16", first="rms", residual=True, value=True, codes=codes), 4096),
         (RowQuant("bf16", first="layer", codes=codes), 4096),
+        (RowQuant("bf16", first="layer", value=True, codes=codes), 4096),
+        (RowQuant("bf16", first="gate", value=True, smooth=True, codes=codes), 14336),
         (RowQuant("bf16", first="gate", codes=codes), 14336),
         (RowQuant("bf16", first="rms", group=128, codes=codes), 4096),
         (RowQuant("bf16", first="rms", hadamard=4096, codes=codes), 4096),

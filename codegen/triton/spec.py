@@ -6,6 +6,7 @@
     row_quant  [residual +] norm or gate or nothing, [/ smoothing], [Hadamard]  ->  codes and scales of each row
     sum_k      the parts of a product that was split along K, in order, with its epilogue
     dequant    W [N, K] codes -> numbers, for a product by cuBLAS
+    pack       W [N, K] codes as a checkpoint holds them -> as the kernels read them
 
 A spec says what is computed, not how large the tiles are: that is a Launch (launch.py). Everything a kernel
 does not need is absent from its source.
@@ -167,6 +168,7 @@ class RowQuant(KernelSpec):
     Attributes:
         residual: x + residual is what is normed, and is written too.
         first: rms, layer (with a shift), gate (silu(x) * gate), or none.
+        value: what norm or gate gives is written too, for readers that want numbers; the codes are the same without.
         smooth: divide by smooth [K]. hadamard: K of an online Hadamard transform, 0 without.
         codes: int8, fp8 (e4m3) or int4 (two in a byte, even column low, stored plus 8, as packing.py).
         group: columns that share a scale, a power of two; 0: the row.
@@ -175,6 +177,7 @@ class RowQuant(KernelSpec):
     template: ClassVar[str] = "row_quant"
     first: Literal["none", "rms", "layer", "gate"] = "none"
     residual: bool = False
+    value: bool = False
     smooth: bool = False
     hadamard: int = 0
     codes: Literal["int8", "fp8", "int4"] = "int8"
@@ -185,6 +188,8 @@ class RowQuant(KernelSpec):
             raise ValueError(f"{self}: a Hadamard transform of a size k 2^m with m of at least 4, and one scale a row")
         if self.group & (self.group - 1):
             raise ValueError(f"{self}: groups of {self.group}; a power of two")
+        if self.value and self.first == "none":
+            raise ValueError(f"{self}: without a norm or a gate the value is x, which is there")
 
     @property
     def right(self) -> int:
@@ -210,7 +215,24 @@ class Dequant(_Weight):
     template: ClassVar[str] = "dequant"
 
 
-KINDS: dict[str, type[KernelSpec]] = {k.template: k for k in (GemmW, GemvW, Gemm8, SumK, RowQuant, Dequant)}
+@dataclass(frozen=True)
+class Pack(_Weight):
+    """Stored codes of W [N, K] as packing.py lays them out; scales and zero points are none of its business.
+
+    Attributes:
+        signed: 8-bit codes are signed, and get 128 more. Below 8 bits they are stored unsigned, as a stream of bits.
+    """
+
+    template: ClassVar[str] = "pack"
+    signed: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.signed and self.bits != 8:
+            raise ValueError(f"{self}: codes of {self.bits} bits are stored unsigned")
+
+
+KINDS: dict[str, type[KernelSpec]] = {k.template: k for k in (GemmW, GemvW, Gemm8, SumK, RowQuant, Dequant, Pack)}
 
 
 def parse(text: str) -> KernelSpec:

@@ -1,4 +1,4 @@
-"""Time products on a GPU against cuBLAS and what torch ships: cold weights, interleaved, spreads shown.
+"""Time products on a GPU against cuBLAS and what others ship: cold weights, interleaved, spreads shown.
 
 A CUDA graph holds calls over so many copies of a weight that they exceed the L2 cache four times; contenders are
 replayed in turn, and the median counts. Where the quartiles of a contender are further apart than SPREAD, no ratio
@@ -7,32 +7,24 @@ is given: then the machine was not quiet.
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
-from qcompile.bench import versions
-from qcompile.codegen.triton.check import build, complaints
-from qcompile.codegen.triton.launch import Launch, scaled
-from qcompile.codegen.triton.packing import layout_of, prepare
-from qcompile.codegen.triton.products import Epilogue, Weight, gpu, linear_a8, linear_w
-from qcompile.codegen.triton.spec import GemmW
-from qcompile.codegen.triton.tuned import candidates, fastest, key, remember, sound
-from qcompile.formats import Format
-from qcompile.rounding import quantize_tensor
+from qcompile.codegen.triton.contenders import FIRST, Field, contenders
+from qcompile.codegen.triton.machine import Machine
 
 SPREAD = 0.05
 ROUNDS = 20
-INT4 = "int4/group128/zero"
 
 
 @dataclass(frozen=True)
@@ -47,14 +39,6 @@ class Timed:
     def bandwidth(self) -> float:
         """Bytes a second."""
         return self.nbytes / self.microseconds * 1e6
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A product: `call(i)` multiplies by copy i of the weight."""
-
-    call: Callable[[int], Any]
-    nbytes: int
 
 
 def interleaved(timers: Mapping[str, tuple[Callable[[], float], int]], rounds: int = ROUNDS) -> dict[str, Timed]:
@@ -82,166 +66,106 @@ def copies_of(nbytes: int, cache: int) -> int:
     return max(2, -(-4 * cache // nbytes))
 
 
-def graph_timer(call: Callable[[int], Any], copies: int) -> Callable[[], float]:
-    """Capture the calls over all copies; a reading is microseconds of one call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for index in range(copies):  # compiles, and chooses algorithms
-            call(index)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph, kept = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for index in range(copies):
-            kept.append(call(index))
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def once() -> float:
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1e3 / copies
-
-    return once
-
-
-def contenders(m: int, k: int, n: int, copies: int) -> dict[str, Contender]:
-    """cuBLAS bf16 first, ours, and torch's own int4, int8 and fp8 products where they take this shape."""
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) / k**0.5 for _ in range(copies)]
-    moved = 2 * m * (k + n)
-    found = {"cuBLAS bf16": Contender(lambda i: torch.nn.functional.linear(x, dense[i]), 2 * n * k + moved)}
-
-    weight = random_weight(k, n)
-    weights = [dataclasses.replace(weight, packed=weight.packed.clone()) for _ in range(copies)]
-    nbytes = weight.packed.nbytes + weight.scale.nbytes + n * k // 128 + moved
-    found["qcompile w4a16"] = Contender(lambda i: linear_w(x, weights[i], Epilogue()), nbytes)
-
-    for name, kind in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
-        codes = (torch.randn(m, k, device="cuda") * 30).to(kind)
-        tables = [(torch.randn(n, k, device="cuda") * 30).to(kind) for _ in range(copies)]
-        steps, channel = torch.rand(m, 1, device="cuda"), torch.rand(n, 1, device="cuda")
-        found[f"qcompile {name}"] = Contender(_a8(codes, steps, tables, channel), n * k + m * k + 2 * m * n)
-        if name == "int8" and m > 16:
-            found["torch._int_mm"] = Contender(_int_mm(codes, tables), n * k + m * k + 4 * m * n)
-        if name == "fp8" and torch.cuda.get_device_capability() >= (8, 9):
-            found["torch._scaled_mm"] = Contender(_scaled_mm(codes, steps, tables, channel), n * k + m * k + 2 * m * n)
-    if hasattr(torch, "_convert_weight_to_int4pack"):
-        found["torch._weight_int4pack_mm"] = _tinygemm(x, n, k, copies, moved)
-    return found
-
-
-def random_weight(k: int, n: int) -> Weight:
-    """A random int4 weight on the GPU."""
-    form = Format.parse(INT4)
-    q = quantize_tensor(torch.randn(n, k) / k**0.5, form)
-    layout = layout_of(form)
-    packed, scale, zero = prepare(q.stored(), q.scale, q.zero, q.group_scale, form, k)
-    assert layout is not None and zero is not None
-    return Weight(packed.cuda(), scale.cuda(), zero.cuda(), layout, k)
-
-
-# Functions, so that each contender holds its own tensors.
-
-
-def _a8(x: Tensor, steps: Tensor, tables: list[Tensor], scale: Tensor) -> Callable[[int], Tensor]:
-    return lambda i: linear_a8(x, steps, tables[i], scale, Epilogue(), torch.bfloat16)
-
-
-def _int_mm(x: Tensor, tables: list[Tensor]) -> Callable[[int], Tensor]:
-    return lambda i: torch._int_mm(x, tables[i].t())
-
-
-def _scaled_mm(x: Tensor, steps: Tensor, tables: list[Tensor], scale: Tensor) -> Callable[[int], Tensor]:
-    return lambda i: torch._scaled_mm(x, tables[i].t(), steps, scale.t(), out_dtype=torch.bfloat16)
-
-
-def _tinygemm(x: Tensor, n: int, k: int, copies: int, moved: int) -> Contender:
-    bits = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
-    packed = [torch._convert_weight_to_int4pack(bits, 8) for _ in range(copies)]
-    scales = torch.rand(k // 128, n, 2, device="cuda", dtype=torch.bfloat16)
-    nbytes = bits.nbytes + scales.nbytes + moved
-    return Contender(lambda i: torch._weight_int4pack_mm(x, packed[i], 128, scales), nbytes)
-
-
-def tune(shapes: Sequence[tuple[int, int]], rows: Sequence[int], rounds: int = 5) -> list[tuple[str, Launch, float]]:
-    """Time the sound launches of int4 gemm_w for shapes (K, N) and rows, and keep the best in the user's cache."""
-    here, found = gpu(torch.device("cuda")), []
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    for (k, n), m in track([(s, m) for s in shapes for m in rows], "tuning", transient=True):
-        weight = random_weight(k, n)
-        copies = copies_of(weight.packed.nbytes, cache)
-        weights = [dataclasses.replace(weight, packed=weight.packed.clone()) for _ in range(copies)]
-        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        spec = scaled(GemmW("bf16", **weight.fields), m)
-
-        def time(how: Launch, x: Tensor = x, weights: list[Weight] = weights) -> float:
-            once = graph_timer(lambda i: linear_w(x, weights[i], Epilogue(), how), len(weights))
-            return statistics.median(once() for _ in range(rounds + 1))
-
-        best, microseconds = fastest(sound(spec, candidates(spec, m, here.capability), here.capability, problems), time)
-        name = key(here, spec, n, k, m)
-        remember(name, best, microseconds)
-        found.append((name, best, microseconds))
-    return found
-
-
-def problems(spec: GemmW, how: Launch, architecture: int) -> list[str]:
-    """What is wrong with a launch, found by compiling it."""
-    try:
-        return complaints(spec, how, architecture, build(spec, how, architecture))
-    except Exception as error:  # the compiler raises whatever it likes
-        return [str(error)]
-
-
 @dataclass(frozen=True)
 class Row:
-    """All contenders of one shape."""
+    """All contenders of one shape and number of rows; those that took no part, and why."""
 
     m: int
     k: int
     n: int
     times: dict[str, Timed]
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def ratio(self, name: str, to: str = FIRST) -> float | None:
+        """How many times as fast one contender is as another; None if that cannot be said."""
+        return ratio(self.times[name], self.times[to]) if name in self.times and to in self.times else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured, on which machine."""
+    """What was measured, on which machine (its state before and after), and what a copy in memory moves."""
 
     machine: dict[str, Any]
     rows: list[Row]
+    copy: Timed
+    after: dict[str, Any] = field(default_factory=dict)
+    late: list[str] = field(default_factory=list)
 
     def table(self) -> Table:
-        """Microseconds, and times as fast as cuBLAS bf16 in brackets ("?" where the machine was not quiet)."""
-        names = list(dict.fromkeys(name for row in self.rows for name in row.times))
-        table = Table("K x N", "rows", *names)
+        """Microseconds, in brackets times as fast as cuBLAS bf16 ("?" where the machine was not quiet), for ours also
+        the share of the copy's bandwidth; - for who took no part."""
+        names = list(dict.fromkeys(name for row in self.rows for name in (*row.times, *row.absent)))
+        table = Table("K x N", "rows", *names, title=f"a copy moves {self.copy.bandwidth / 1e12:.2f} TB/s")
         for row in self.rows:
-            first = next(iter(row.times.values()))
-            cells = []
-            for name in names:
-                timed = row.times.get(name)
-                times = None if timed is None else ratio(timed, first)
-                word = "?" if times is None else f"{times:.2f}x"
-                cells.append("" if timed is None else f"{timed.microseconds:.1f} ({word})")
-            table.add_row(f"{row.k}x{row.n}", str(row.m), *cells)
+            table.add_row(f"{row.k}x{row.n}", str(row.m), *(self._cell(row, name) for name in names))
         return table
 
+    def _cell(self, row: Row, name: str) -> str:
+        timed = row.times.get(name)
+        if timed is None:
+            return "-"
+        times = row.ratio(name)
+        share = f" {timed.bandwidth / self.copy.bandwidth:.0%}" if name.startswith("qcompile") else ""
+        return f"{timed.microseconds:.1f} ({'?' if times is None else f'{times:.2f}x'}{share})"
+
+    def words(self) -> list[str]:
+        """Who took no part, and why, each once; shapes for which there was no time."""
+        found = dict.fromkeys(f"{name}: {why}" for row in self.rows for name, why in row.absent.items())
+        return [*found, *(f"not measured, out of time: {what}" for what in self.late)]
+
     def write(self, path: Path) -> None:
-        """As JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """As JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        os.replace(beside, path)
 
 
-def compare(shapes: Sequence[tuple[int, int]], rows: Sequence[int], rounds: int = ROUNDS) -> Comparison:
-    """Time all contenders for every shape (K, N) and number of rows."""
-    properties = torch.cuda.get_device_properties(0)
-    machine = versions() | dict(gpu=properties.name, multiprocessors=properties.multi_processor_count)
-    found = []
-    for (k, n), m in track([(s, m) for s in shapes for m in rows], "timing", transient=True):
-        copies = copies_of(n * k // 2, properties.L2_cache_size)
-        timers = {
-            name: (graph_timer(one.call, copies), one.nbytes) for name, one in contenders(m, k, n, copies).items()
-        }
-        found.append(Row(m, k, n, interleaved(timers, rounds)))
-        torch.cuda.empty_cache()
-    return Comparison(machine, found)
+def copy_rate(machine: Machine, rounds: int = ROUNDS) -> Timed:
+    """A copy in memory of more than the cache holds: what bandwidths are compared with."""
+    size = 4 * machine.cache_bytes
+    sources = [torch.empty(size, dtype=torch.uint8, device=machine.device).fill_(index) for index in range(2)]
+    target = torch.empty_like(sources[0])
+    return interleaved({"copy": (machine.timer(lambda i: target.copy_(sources[i]), 2), 2 * size)}, rounds)["copy"]
+
+
+def compare(
+    shapes: Sequence[tuple[int, int]],
+    rows: Sequence[int],
+    rounds: int = ROUNDS,
+    machine: Machine | None = None,
+    keep: Callable[[Comparison], None] = lambda found: None,
+    seconds: float = float("inf"),
+) -> Comparison:
+    """Time all contenders for every shape (K, N) and number of rows.
+
+    Args:
+        shapes, rows: what to time. rounds: readings of each. machine: None is this one's GPU.
+        keep: is given all that there is after every row, so that an interruption loses nothing.
+        seconds: no row begins after so many.
+    """
+    machine, start = machine or Machine(), time.monotonic()
+    found = Comparison(machine.facts(), [], copy_rate(machine, rounds))
+    for k, n in track(shapes, "timing", transient=True):
+        own = Field(k, n, copies_of(n * k // 2, machine.cache_bytes), machine.device)
+        for m in rows:
+            if time.monotonic() - start > seconds:
+                found.late.append(f"{k}x{n}, {m} rows")
+                continue
+            found.rows.append(_row(own, m, rounds, machine))
+            found.after.update(machine.facts())
+            keep(found)
+            machine.release()
+    return found
+
+
+def _row(own: Field, m: int, rounds: int, machine: Machine) -> Row:
+    timers: dict[str, tuple[Callable[[], float], int]] = {}
+    absent = {}
+    for name, make in contenders(own, m):
+        try:
+            one = make()
+            timers[name] = (machine.timer(one.call, own.copies), one.nbytes)
+        except Exception as error:  # of other people's code, or a shape that is not theirs; ours shows in the table
+            absent[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    return Row(m, own.k, own.n, interleaved(timers, rounds), absent)

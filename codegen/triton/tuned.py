@@ -1,8 +1,9 @@
 """Launch sizes that were measured on this machine, before those of the table.
 
 A JSON file in the user's cache: (GPU, version of triton, kernel, shape of the weight, regime of rows) -> the launch and
-its microseconds. `qcompile kernels tune` writes it. Candidates are compiled and looked at first (check.py), so that a
-GPU's time goes only to those that do not spill and use its tensor cores.
+its microseconds; and of whole products the microseconds of every way (ways.py). `qcompile kernels tune` writes it.
+Candidates are compiled and looked at first (check.py), so that a GPU's time goes only to those that do not spill and
+use its tensor cores.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def file() -> Path:
     return cache_folder() / "tuned.json"
 
 
+@functools.lru_cache(maxsize=4096)
 def key(gpu: Gpu, spec: Product, n: int, k: int, rows: int) -> str:
     """What a measurement holds for: a product with or without parts and an epilogue."""
     import triton
@@ -49,34 +51,45 @@ def key(gpu: Gpu, spec: Product, n: int, k: int, rows: int) -> str:
 
 def launch_for(gpu: Gpu, spec: Product, n: int, k: int, rows: int) -> Launch:
     """The measured launch of a product with a weight [n, k]; else the table's."""
-    known = _read(file(), _stamp(file()))
-    found = known.get(key(gpu, spec, n, k, rows)) if known else None
+    found = entry(lambda: key(gpu, spec, n, k, rows))
     return launch_of(spec, rows, gpu.capability) if found is None else Launch(**found["launch"])
 
 
-def _stamp(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
+def entry(key: Callable[[], str]) -> dict[str, Any] | None:
+    """What was measured under a key, which is not asked for where there is no measurement at all.
+
+    Every product asks, so the file is read once: what another process measures holds from the next start.
+    """
+    known = _known(os.environ.get("QCOMPILE_CACHE"), os.environ.get("XDG_CACHE_HOME"))
+    return known.get(key()) if known else None
 
 
 @functools.lru_cache(maxsize=4)
-def _read(path: Path, stamp: int) -> dict[str, Any]:
-    if not stamp:
+def _known(*folders: str | None) -> dict[str, Any]:
+    return _read()
+
+
+def _read() -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file().read_text())
+    except FileNotFoundError:
         return {}
-    found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 
 def remember(key: str, launch: Launch, microseconds: float) -> None:
+    """Keep the fastest launch of a product."""
+    write(key, dict(launch=asdict(launch), microseconds=microseconds))
+
+
+def write(key: str, found: dict[str, Any]) -> None:
     """Write one measurement; the file is replaced whole."""
-    path = file()
-    known = _read(path, _stamp(path)) | {key: dict(launch=asdict(launch), microseconds=microseconds)}
+    path, known = file(), _read() | {key: found}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as out:
         json.dump(known, out, indent=1, sort_keys=True)
     os.replace(out.name, path)
+    _known.cache_clear()
 
 
 def candidates(spec: Product, rows: int, capability: tuple[int, int]) -> Iterator[Launch]:

@@ -1,4 +1,4 @@
-"""Commands about the Triton kernels: kernels list, show, check, bench."""
+"""Commands about the Triton kernels: kernels list, show, check, tune, bench."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from qcompile.cli.arguments import app, console
+from qcompile.formats import Format
+from qcompile.passes.quantize import Quantize
 
 kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels: what there is, their source, and what they cost.")
 app.add_typer(kernels, name="kernels")
@@ -76,12 +78,13 @@ def check(
     if not total:
         raise ValueError(f"--only {only!r}: no kernel holds this in its name (qcompile kernels list)")
     rows = list(track(budget.check(wanted, only), "compiling", total=total, transient=True, console=console))
-    bad = [row for row in rows if row.complaints and not (update and row.built)]
+    bad = [row for row in rows if row.complaints or (row.over and not update)]
     if update:
         budget.write(rows)
         console.print(f"written: {budget.FILE}")
     for row in bad:
-        console.print(f"[red]sm_{row.architecture}[/] {row.kernel}: {'; '.join(row.complaints)}", highlight=False)
+        words = "; ".join(row.complaints + row.over)
+        console.print(f"[red]sm_{row.architecture}[/] {row.kernel}: {words}", highlight=False)
     console.print(f"{len(rows) - len(bad)} of {len(rows)} kernels as they should be")
     if bad:
         raise typer.Exit(1)
@@ -92,19 +95,27 @@ Rows = Annotated[str, typer.Option(help="rows of x, separated by commas")]
 
 
 @kernels.command()
-def tune(shapes: Shapes = "4096x4096,4096x14336,14336x4096", rows: Rows = "16,32,64,128") -> None:
-    """Time sizes of int4 products on this machine's GPU, and keep the best for later runs."""
-    from qcompile.codegen.triton.products import FEW, MANY
-
+def tune(
+    shapes: Shapes = "4096x4096,4096x14336,14336x4096",
+    rows: Rows = "1,4,16,32,64,128,256,512,1024,2048",
+    recipes: Annotated[str, typer.Option(help="whose formats are timed against cuBLAS")] = "w4a16,w8a16,int8,fp8",
+) -> None:
+    """Time sizes of int4 products and ways to compute products on this machine's GPU, and keep what is best."""
+    formats = _formats(recipes)
     sizes, counts = _on_gpu(shapes, rows)
-    if not all(FEW < m <= MANY for m in counts):
-        raise ValueError(f"--rows {rows!r}: {FEW + 1} to {MANY} rows are multiplied by the kernel that is tuned")
-    from qcompile.codegen.triton.timing import tune as search
+    from qcompile.codegen.triton.search import measure
+    from qcompile.codegen.triton.search import tune as search
     from qcompile.codegen.triton.tuned import file
+    from qcompile.codegen.triton.ways import FEW, MANY
 
-    table = Table("product", "tile", "warps", "stages", "us")
-    for name, how, microseconds in search(sizes, counts):
+    table = Table("launch of", "tile", "warps", "stages", "us")
+    for name, how, microseconds in search(sizes, [m for m in counts if FEW < m <= MANY]):
         table.add_row(name, f"{how.rows}x{how.channels}", str(how.warps), str(how.stages), f"{microseconds:.1f}")
+    console.print(table)
+    table = Table("ways of", "K x N", "rows", "kernel us", "dequant us", "cuBLAS us", "")
+    for one in measure(formats, sizes, counts):
+        cells = (f"{one.times[w].microseconds:.1f}" if w in one.times else "" for w in ("kernel", "dequant", "float"))
+        table.add_row(one.product, f"{one.k}x{one.n}", str(one.m), *cells, "" if one.kept else "not quiet: not kept")
     console.print(table)
     console.print(f"written: {file()}")
 
@@ -113,16 +124,34 @@ def tune(shapes: Shapes = "4096x4096,4096x14336,14336x4096", rows: Rows = "16,32
 def bench(
     shapes: Shapes = "4096x4096,4096x14336,14336x4096",
     rows: Rows = "1,16,32,64,128,512,2048",
-    out: Annotated[Path | None, typer.Option(help="write the numbers as JSON")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the numbers as JSON, after every row")] = None,
 ) -> None:
-    """Time the products on this machine's GPU against cuBLAS bf16 and what torch ships."""
+    """Time the products on this machine's GPU against cuBLAS bf16, what torch ships, and GemLite."""
     sizes, counts = _on_gpu(shapes, rows)
-    from qcompile.codegen.triton.timing import compare
+    from qcompile.codegen.triton.timing import Comparison, compare
 
-    result = compare(sizes, counts)
+    def keep(found: Comparison) -> None:
+        if out is not None:
+            found.write(out)
+
+    result = compare(sizes, counts, keep=keep)
     console.print(result.table())
-    if out is not None:
-        result.write(out)
+    for word in result.words():
+        console.print(word, highlight=False)
+
+
+def _formats(recipes: str) -> list[tuple[Format, str]]:
+    """What weights and x become, in recipes by name, each pair once."""
+    from qcompile.presets import find_recipe
+
+    found = []
+    for name in recipes.split(","):
+        for config in find_recipe(name).passes:
+            if isinstance(config, Quantize):
+                found.append((config.weight, str(config.act) if config.act else ""))
+    if not found:
+        raise ValueError(f"--recipes {recipes!r}: none of them rounds weights to nearest, as w4a16 or int8 do")
+    return list(dict.fromkeys(found))
 
 
 def _on_gpu(shapes: str, rows: str) -> tuple[list[tuple[int, int]], list[int]]:

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from qcompile.codegen.triton import ops as _register  # noqa: F401
+from qcompile.codegen.triton import prepare as preparing
 from qcompile.codegen.triton import products, rows
 from qcompile.codegen.triton.launch import Launch
-from qcompile.codegen.triton.packing import layout_of, pack_weight, prepare, unpack_weight
+from qcompile.codegen.triton.packing import layout_of, pack_weight, unpack_weight
+from qcompile.codegen.triton.prepare import pack_plain, pack_stored, prepare
 from qcompile.codegen.triton.products import Epilogue, Weight, linear_a8, linear_w
 from qcompile.codegen.triton.spec import RowQuant
-from qcompile.formats import Format
+from qcompile.formats import Format, store_codes
 from qcompile.hadamard import apply_hadamard, random_signs
 from qcompile.rounding import quantize_tensor
 
@@ -71,6 +73,36 @@ def test_packing(bits, k):
     assert torch.equal(unpack_weight(packed, layout, k), codes)
 
 
+STORED = ["int2/group64/zero", "int2/group16", "int3/group128", "int3/group16/zero", "int4/group128",
+          "int4/group32/zero", "int4/group16/floatzero", "int8/row", "int8/group64/zero",
+          "int4/group64/zero/dual"]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", STORED)
+def test_packing_by_the_kernel_is_the_same(form):
+    form = Format.parse(form)
+    layout = layout_of(form)
+    for n, k in ((1, 16), (3, 200), (65, 130), (70, 257), (129, 384), (0, 128)):
+        codes = torch.randint(form.qmin, form.qmax + 1, (n, k), generator=torch.Generator().manual_seed(k))
+        stored = store_codes(codes.to(form.code_dtype), form).to(DEVICE)
+        want = pack_plain(stored, form, layout, k)
+        got = pack_stored(stored, form, layout, k)
+        assert got.dtype == want.dtype and torch.equal(got, want)
+        assert torch.equal(unpack_weight(got, layout, k).int().cpu() + form.qmin, codes.int())
+
+
+def test_weights_on_a_gpu_are_packed_there(monkeypatch):
+    """Nothing is unpacked in torch, and the result is that of a CPU."""
+    form = Format.parse("int3/group64/zero")
+    q = quantize_tensor(randn(40, 192).cpu(), form)
+    parts = [q.stored(), q.scale, q.zero, q.group_scale]
+    want = prepare(*parts, form, 192)
+    monkeypatch.setattr(preparing, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(preparing, "pack_plain", lambda *_: pytest.fail("unpacked"))
+    got = prepare(*[None if t is None else t.to(DEVICE) for t in parts], form, 192)
+    assert all(torch.equal(a, b.to(a.device)) for a, b in zip(got, want, strict=True))
+
+
 FORMS = ["int4/group128", "int4/group128/zero", "int4/group64/floatzero", "int4/group32/zero", "int4/row",
          "int8/row", "int8/group64/zero", "int3/group128/zero", "int3/group64", "int2/group64/zero",
          "int2/group32/floatzero", "int4/group256/zero", "int4/group64/zero/dual"]  # fmt: skip
@@ -111,8 +143,7 @@ def test_epilogues(names, m, monkeypatch):
         got = linear_w(x, weight, more)
         close(got, want, size, dtype, UNIT[dtype])
         assert torch.equal(got, linear_w(x, weight, more))
-    monkeypatch.setattr(products, "MANY", 0)
-    close(linear_w(x, weight, more), want, size, dtype, 2 * UNIT[dtype])
+    close(linear_w(x, weight, more, way="dequant"), want, size, dtype, 2 * UNIT[dtype])
 
 
 @pytest.mark.parametrize("act", ["row", "tensor"])
@@ -174,7 +205,7 @@ def test_no_rows():
 
 
 def reference(spec, x, eps, t):
-    """float64 numbers of a row before they are rounded, and the sum with the residual."""
+    """float64 numbers of a row before they are rounded, the sum with the residual, and what norm or gate gives."""
     total = None
     if spec.residual:
         total = (x.float() + t["residual"].float()).to(x.dtype)
@@ -186,11 +217,12 @@ def reference(spec, x, eps, t):
         v = torch.nn.functional.layer_norm(v, v.shape[-1:], t["gain"].double(), t["shift"].double(), eps)
     elif spec.first == "gate":
         v = torch.nn.functional.silu(v) * t["gate"].double()
+    value = v
     if spec.smooth:
         v = v / t["smooth"].double()
     if spec.hadamard:
         v = apply_hadamard(v, t["signs"].double())
-    return v, total
+    return v, total, value
 
 
 CASES = [
@@ -205,6 +237,10 @@ CASES = [
     RowQuant("fp16", group=64, codes="fp8"),
     RowQuant("bf16", hadamard=320),
     RowQuant("fp16", hadamard=256, first="gate", codes="int4"),
+    RowQuant("bf16", first="rms", residual=True, value=True),
+    RowQuant("fp16", first="layer", value=True, group=32),
+    RowQuant("bf16", first="gate", value=True, smooth=True),
+    RowQuant("fp16", hadamard=192, first="rms", value=True, smooth=True),
     RowQuant("bf16", hadamard=192, first="rms", residual=True),
 ]
 
@@ -230,13 +266,19 @@ def test_rows(spec):
         )
         tensors = {name: tensor for name, tensor in tensors.items() if given[name]}
         got = rows.row_quant(spec, x, 1e-5, **tensors)
-        want, total = reference(spec, x, 1e-5, tensors)
+        want, total, value = reference(spec, x, 1e-5, tensors)
         if total is not None:
             assert torch.equal(got["total"], total)
+        if spec.value:
+            assert torch.allclose(got["value"].double(), value, rtol=UNIT[dtype], atol=1e-6)
+            bare = rows.row_quant(dataclasses.replace(spec, value=False), x, 1e-5, **tensors)
+            assert all(torch.equal(bare[name], got[name]) for name in bare) and "value" not in bare
         if DEVICE == "cpu":  # the operator's own version
             named = [tensors.get(name) for name in ("residual", "gate", "gain", "shift", "smooth", "signs")]
-            codes, scale, _ = torch.ops.qcompile_triton.row_quant(x, *named, 1e-5, str(spec))
+            codes, scale, *both = torch.ops.qcompile_triton.row_quant(x, *named, 1e-5, str(spec))
             assert torch.allclose(scale, got["scale"], rtol=1e-5)
+            for name, tensor in zip(("total", "value"), both, strict=True):  # empty where it is not written
+                assert torch.allclose(tensor, got.get(name, x[:0, 0]), rtol=4 * UNIT[dtype], atol=1e-6)
             assert float((codes.float() != got["codes"].float()).float().mean()) < 0.01  # the other side of a step
         codes, scale = got["codes"], got["scale"].double()
         if spec.codes == "int4":
@@ -271,3 +313,23 @@ def test_launch_sizes_reach_the_kernel(monkeypatch):
     linear_w(randn(17, 128, dtype=torch.float16), weight, Epilogue())
     (spec, grid, how) = seen[0]
     assert grid[0] == 2 * 2 and how.channels == 16 and dataclasses.replace(spec, parts=False).scaled == "sums"
+
+
+def test_the_rows_choose_the_kernel_when_it_runs(monkeypatch, tmp_path):
+    """One packed weight, any number of rows: nothing about them is fixed when a graph is lowered."""
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path))
+    weight, numbers = weight_of("int4/group64", 24, 128)
+    seen, real = [], products.run
+
+    def run(spec, grid, how, **arguments):
+        seen.append((spec.template, how.rows))
+        real(spec, grid, how, **arguments)
+
+    monkeypatch.setattr(products, "run", run)
+    for m, want in ((1, ("gemv_w", 1)), (4, ("gemv_w", 1)), (5, ("gemm_w", 16)), (33, ("gemm_w", 64)),
+                    (65, ("gemm_w", 128)), (1024, ("gemm_w", 128)), (1025, ("dequant", 1))):  # fmt: skip
+        x = randn(m, 128, dtype=torch.float16)
+        del seen[:]
+        got = linear_w(x, weight, Epilogue())
+        assert seen[0] == want
+        close(got, x.double() @ numbers.t(), x.double().abs() @ numbers.abs().t(), torch.float16, UNIT[torch.float16])

@@ -21,8 +21,7 @@ from qcompile.codegen.triton.launch import Launch, launch_of, parts_of, regime
 from qcompile.codegen.triton.render import render
 from qcompile.codegen.triton.rows import warps
 from qcompile.codegen.triton.shipped import shipped
-from qcompile.codegen.triton.spec import Dequant, Gemm8, GemmW, GemvW, RowQuant, SumK, parse
-from qcompile.codegen.triton.timing import Timed, copies_of, interleaved, ratio
+from qcompile.codegen.triton.spec import Dequant, Gemm8, GemmW, GemvW, Pack, RowQuant, SumK, parse
 
 GOLDEN = Path(__file__).parent / "golden"
 READ = [
@@ -34,9 +33,12 @@ READ = [
     Gemm8("fp16", parts=True),
     SumK("bf16", codes="int8", bias=True),
     Dequant("bf16", bits=2, chunk=32, group=64, zero="int"),
+    Pack(bits=3, group=0, chunk=16),
+    Pack(bits=8, group=0, signed=True),
     RowQuant("bf16", first="layer", residual=True, codes="fp8"),
     RowQuant("bf16", first="gate", hadamard=14336),
     RowQuant("fp16", first="rms", smooth=True, codes="int4", group=128),
+    RowQuant("bf16", first="rms", residual=True, value=True, smooth=True),
 ]
 
 
@@ -74,6 +76,8 @@ def test_every_shipped_kernel_reads_back_and_none_is_there_twice():
         ("row_quant/bf16/hadamard=14336/group=128", "one scale a row"),
         ("row_quant/bf16/hadamard=11008", "size k 2.m"),
         ("row_quant/bf16/group=96", "power of two"),
+        ("pack/bf16/signed", "stored unsigned"),
+        ("row_quant/bf16/value", "without a norm or a gate"),
     ],
 )
 def test_bad_kernels_are_named(text, words):
@@ -147,6 +151,17 @@ def test_a_tenth_over_budget_is_found(tmp_path, monkeypatch):
     assert budget.over_budget("k", 80, GOOD) == []  # another compiler, other numbers
 
 
+def test_an_update_does_not_hide_what_must_not_be(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(budget, "FILE", tmp_path / "budget.json")
+    dearer, spills = budget.Checked("k", 90, GOOD, [], ["dearer"]), budget.Checked("s", 90, GOOD, ["spilled"], [])
+    for rows, update, code in (([dearer], [], 1), ([dearer], ["--update"], 0), ([dearer, spills], ["--update"], 1)):
+        monkeypatch.setattr(budget, "check", lambda *_, rows=rows: iter(rows))
+        result = CliRunner().invoke(app, ["kernels", "check", "--arch", "90", *update])
+        assert result.exit_code == code and ("s: spilled" in result.output) == (spills in rows)
+    assert list(budget.read()["kernels"]["90"]) == ["k"]
+
+
 # -- choices -----------------------------------------------------------------------------------------
 
 
@@ -159,6 +174,7 @@ def test_regimes_and_parts():
     assert parts_of(16, 64, 32, how, 132) == 8  # four steps at least
     assert parts_of(128, 64, 32, how, 132) == 1 and parts_of(1, 64, 1, how, 132) == 1
     assert [warps(RowQuant(), k) for k in (64, 512, 4096, 14336, 32768)] == [1, 1, 8, 16, 32]
+    assert [warps(RowQuant(first="rms", value=True), k) for k in (64, 256, 4096, 14336)] == [1, 1, 16, 32]
 
 
 H200 = tuned.Gpu("H200", 132, (9, 0))
@@ -190,40 +206,6 @@ def test_candidates_that_spill_are_not_timed():
     assert tuned.fastest(left, lambda how: -how.channels) == (next(h for h in left if h.channels == 128), -128)
     with pytest.raises(ValueError, match="nothing to time"):
         tuned.fastest([], lambda how: 1.0)
-
-
-# -- timing ------------------------------------------------------------------------------------------
-
-
-def test_contenders_take_turns_and_the_first_round_does_not_count():
-    order = []
-
-    def timer(name, values):
-        rest = iter(values)
-        return lambda: (order.append(name), next(rest))[1]
-
-    timers = {"a": (timer("a", [99.0, 1, 2, 3]), 1000), "b": (timer("b", [99.0, 4, 4, 4]), 500)}
-    found = interleaved(timers, rounds=3)
-    assert order == ["a", "b"] * 4
-    assert found["a"].microseconds == 2 and found["b"] == Timed(4, 0.0, 500)
-    assert found["b"].bandwidth == 125e6
-    assert ratio(found["b"], found["a"]) is None  # a varied too much
-    assert ratio(Timed(2, 0.01, 1), Timed(5, 0.01, 1)) == 2.5
-    assert copies_of(8_700_000, 60_000_000) == 28 and copies_of(10**9, 60_000_000) == 2
-
-
-def test_the_bench_of_models_in_small(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benches"))
-    import gpu
-
-    for name, value in dict(BATCHES=[2], PROMPT=16, CACHE=8, CALLS=1).items():
-        monkeypatch.setattr(gpu, name, value)
-    rows = gpu.time_model(gpu.model_of(1, "cpu", 256), ["int8"], "cpu", rounds=2)
-    assert [row["work"] for row in rows] == ["decode, batch 2", "prompt of 16"]
-    assert all(row["qcompile int8"] > 0 and row["Inductor bf16"] > 0 for row in rows)
-    assert "(1.00x)" in str(gpu.table_of(rows).columns[1]._cells)
-    with pytest.raises(AssertionError, match="overflow"):
-        gpu.time_model(None, [], "cpu", rounds=6)
 
 
 # -- the command line ----------------------------------------------------------------------------------

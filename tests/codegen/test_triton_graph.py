@@ -12,8 +12,9 @@ from zoo import ZOO, build, example
 import qcompile
 from qcompile.capture import capture
 from qcompile.codegen.triton.lower import lower
-from qcompile.codegen.triton.packing import prepare
+from qcompile.codegen.triton.prepare import prepare
 from qcompile.codegen.triton.spec import parse
+from qcompile.codegen.triton.tuned import Gpu
 from qcompile.formats import Format
 from qcompile.passes import Fuse, LoRC, Quantize
 from qcompile.program import WEIGHT
@@ -42,6 +43,7 @@ def counts(program):
         if node.target is kernels.row_quant.default:
             spec = parse(node.args[8])
             found.update(["row_quant", spec.first] + ["hadamard"] * bool(spec.hadamard))
+            found.update(["sum"] * spec.residual + ["value"] * spec.value + ["smooth"] * spec.smooth)
         elif node.target in (kernels.linear_w.default, kernels.linear_a8.default):
             found[str(node.target).split(".")[1]] += 1
             found.update(name for name, at in (("residual", 5), ("up", 7)) if node.args[at] is not None)
@@ -109,8 +111,8 @@ def fake_outputs(program, inputs):
         ("llama", "w4a16", dict(linear_w=15, residual=4)),
         ("gpt2", "w4a8", dict(row_quant=8, layer=4, none=4, linear_a8=8, linear_w=1, residual=4)),
         ("llama", "fp8", dict(row_quant=8, rms=4, gate=2, none=2, linear_a8=14, linear_w=1, residual=4)),
-        # norms behind the sums: what is quantized is read by the sum too
-        ("bert", "int8", dict(row_quant=8, none=8, linear_a8=12, linear_w=1, residual=4)),
+        # norms behind the sums: what is quantized is read by the sum too, so the kernel writes both
+        ("bert", "int8", dict(row_quant=8, layer=4, value=4, none=4, linear_a8=12, linear_w=1, residual=4)),
     ],
 )  # fmt: skip
 def test_what_is_fused(name, recipe, want):
@@ -135,12 +137,12 @@ def test_formats_without_a_kernel_are_dequantized():
 
 
 def test_fp8_products_need_a_gpu_that_has_them():
-    found = lowered(build("llama").half(), example("llama"), "fp8", capability=(8, 0))[1]
+    found = lowered(build("llama").half(), example("llama"), "fp8", here=Gpu(capability=(8, 0)))[1]
     assert counts(found) == dict(dialect=14, linear_w=1)  # nor casts to it
 
 
 def test_another_reader_keeps_its_value():
-    """A product that two read cannot take the sum of one into its epilogue; nor a norm."""
+    """A product that two read cannot take the sum of one into its epilogue; a norm's value is written for the other."""
 
     class Two(torch.nn.Module):
         def __init__(self):
@@ -160,7 +162,7 @@ def test_another_reader_keeps_its_value():
     program = capture(model, (x,))
     found = program.copy()
     lower(found, lambda kind, codes, make: make())
-    assert counts(found) == dict(row_quant=2, none=2, linear_a8=2, residual=1)
+    assert counts(found) == dict(row_quant=2, rms=1, value=1, none=1, linear_a8=2, residual=1)
     for got, want in zip(found(x), program(x), strict=True):
         assert torch.allclose(got, want, atol=2e-2)
 
@@ -186,7 +188,7 @@ def arguments(op):
         None,
         torch.ones(64),
         1e-5,
-        "row_quant/fp16/first=rms/residual/hadamard=64",
+        "row_quant/fp16/first=rms/residual/value/hadamard=64",
     )
 
 

@@ -1,0 +1,79 @@
+"""Hand a graph to Inductor: with its weights marked as staying where they are, and CUDA graphs as asked.
+
+A CUDA graph reads the addresses that it was recorded with, so Inductor copies every input to a place of its own before
+each replay, but for those known to be static. Dynamo knows that of parameters; that packed weights are static only we
+know, and copying them would cost as much as multiplying by them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+GRAPHS = "triton.cudagraphs"
+MODES = ("default", "reduce-overhead")
+
+
+def patches_of(mode: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's options of a mode, with what the user gave besides.
+
+    Args:
+        mode: "default", or "reduce-overhead": CUDA graphs, as torch.compile's own mode of this name.
+        given: options of Inductor.
+
+    Raises:
+        ValueError: another mode, or one that `given` contradicts.
+    """
+    if mode not in MODES:
+        raise ValueError(
+            f"mode={mode!r}: use {' or '.join(map(repr, MODES))}; what autotuning would change in Inductor's part goes "
+            "into options={'inductor': {...}}, and `qcompile kernels tune` measures our kernels"
+        )
+    found = torch._inductor.list_mode_options(mode) | dict(given)
+    if mode == "reduce-overhead" and not found[GRAPHS]:
+        raise ValueError(f"mode='reduce-overhead' is CUDA graphs, and 'inductor' turns {GRAPHS} off: give one of them")
+    return found
+
+
+def compile_graph(
+    graph_module: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], static: Sequence[int] | None = None
+) -> Callable[..., Any]:
+    """Compile a graph.
+
+    Args:
+        graph_module: ATen. inputs: fake or real, one for each placeholder. patches: options of Inductor.
+        static: placeholders whose tensors stay where they are between calls; None leaves it to Dynamo's marks.
+
+    Warns:
+        UserWarning: CUDA graphs were asked for, and Inductor runs this graph without one.
+    """
+    from torch._dynamo.utils import counters
+    from torch._inductor import compile_fx as inductor
+
+    def inner(traced: fx.GraphModule, examples: Sequence[Any], **how: Any) -> Any:
+        if static is not None:
+            own = len(examples) - len(inputs)  # constants of the graph itself come first
+            how["static_input_idxs"] = [*range(own), *(own + place for place in static)]
+        return inductor.compile_fx_inner(traced, examples, **how)
+
+    skipped = counters["inductor"]["cudagraph_skips"]
+    made = inductor.compile_fx(graph_module, list(inputs), inner_compile=inner, config_patches=dict(patches) or None)
+    if patches.get(GRAPHS) and counters["inductor"]["cudagraph_skips"] > skipped:
+        warnings.warn(
+            "qcompile: Inductor runs a graph without a CUDA graph, though they were asked for; "
+            "TORCH_LOGS=cudagraphs says why",
+            stacklevel=2,
+        )
+    return made
+
+
+def needs_gpu(inputs: Sequence[Any]) -> str | None:
+    """Why CUDA graphs cannot be had for a graph that reads parameters; None if they can, or if it reads none."""
+    devices = {t.device.type for t in inputs if isinstance(t, Tensor)}
+    if "cuda" in devices or not any(isinstance(t, torch.nn.Parameter) for t in inputs):
+        return None
+    return f"CUDA graphs need a GPU, and the model is on the {', '.join(sorted(devices))}: leave them out"

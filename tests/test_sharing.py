@@ -1,0 +1,117 @@
+"""What is made from equal weights is made once; what is made from others is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcompile import fingerprint as prints
+from qcompile import sharing
+from qcompile.fingerprint import fingerprint
+from qcompile.sharing import shared
+
+
+def weight(*shape, dtype=torch.bfloat16, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def flipped(tensor, byte, bit):
+    other = tensor.clone()
+    other.view(-1).view(torch.uint8)[byte] ^= 1 << bit
+    return other
+
+
+def in_python(tensor):
+    """The definition, with whole numbers of Python."""
+    data = bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
+    data += bytes(-len(data) % 8)
+    whole, sums = 2**64, [0, 0]
+
+    def mix(z):
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % whole
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % whole
+        return z ^ (z >> 31)
+
+    for i in range(len(data) // 8):
+        once = mix((int.from_bytes(data[8 * i : 8 * i + 8], "little") + (i + 1) * 0x9E3779B97F4A7C15) % whole)
+        sums = [(sums[0] + once) % whole, (sums[1] + mix(once)) % whole]
+    return "".join(f"{s:016x}" for s in sums)
+
+
+@pytest.mark.parametrize("words", [3, 2**15])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn, torch.bool])
+def test_a_fingerprint_is_its_definition(dtype, words, monkeypatch):
+    monkeypatch.setitem(prints.WORDS, "cpu", words)
+    for shape in ((7, 5), (64,), (), (0, 4)):
+        tensor = (weight(*shape, dtype=torch.float32) * 9).to(dtype)
+        assert fingerprint(tensor) == f"{in_python(tensor)} {dtype} {shape} cpu"
+
+
+def test_one_bit_makes_another():
+    tensor = weight(5, 13)  # 130 bytes: the last word is not whole
+    found = {fingerprint(flipped(tensor, byte, bit)) for byte in range(tensor.nbytes) for bit in range(8)}
+    assert len(found) == 8 * tensor.nbytes and fingerprint(tensor) not in found
+
+
+def test_another_order_makes_another():
+    tensor = weight(16, 32)
+    turns = [tensor.flip(0), tensor.flip(1), tensor.roll(4, 1), tensor.roll(1, 0), tensor[torch.randperm(16)],
+             tensor[:, torch.randperm(32)], tensor.t().contiguous().view(16, 32)]  # fmt: skip
+    words = tensor.view(torch.int64)
+    for i, j in ((0, 1), (0, 127), (17, 81)):
+        swapped = words.clone().view(-1)
+        swapped[[i, j]] = swapped[[j, i]]
+        turns.append(swapped.view(torch.bfloat16).view(16, 32))
+    turns += [(~words).view(torch.bfloat16), -tensor]
+    assert len({fingerprint(t) for t in [tensor, *turns]}) == len(turns) + 1
+
+
+def test_shape_dtype_and_place_count_but_not_strides():
+    zeros = torch.zeros(4, 8)
+    others = [zeros.view(8, 4), zeros.view(torch.int32), zeros.bfloat16(), torch.zeros(4, 9)]
+    assert len({fingerprint(t) for t in [zeros, *others]}) == 5
+    tensor = weight(6, 10)
+    assert fingerprint(tensor.t()) == fingerprint(tensor.t().contiguous()) != fingerprint(tensor)
+    assert fingerprint(tensor[1:]) == fingerprint(tensor[1:].clone())  # a view that starts within a word
+    assert fingerprint(torch.nn.Parameter(tensor)) == fingerprint(tensor)
+
+
+def test_equal_sources_are_made_once():
+    made = []
+    first, second = weight(8, 8), weight(8, 8)
+    held = [shared("k", [w, w], lambda: made.append(1) or (torch.ones(1),)) for w in (first, second, first[:])]
+    assert len(made) == 1 and held[0] is held[1] is held[2]
+    other = shared("other", [first, first], lambda: made.append(1) or (torch.ones(1),))
+    assert len(made) == 2 and other is not held[0]
+    before = sharing.count()
+    del held, other
+    assert sharing.count() == before - 2
+
+
+def test_equal_fingerprints_of_others_are_not_enough(monkeypatch):
+    monkeypatch.setattr(sharing, "fingerprint", lambda tensor: "the same")
+    first, second = weight(8, 8), weight(8, 8, seed=1)
+    a = shared("k", [first], lambda: (first + 1,))
+    b = shared("k", [second], lambda: (second + 1,))
+    assert torch.equal(a.tensors[0], first + 1) and torch.equal(b.tensors[0], second + 1)
+    assert shared("k", [second.clone()], lambda: (second,)) is b
+    nan = torch.full((4,), torch.nan)  # not equal to itself as a number
+    assert shared("nan", [nan], lambda: (nan,)) is shared("nan", [nan.clone()], lambda: (nan,))
+
+
+def test_a_source_that_is_gone_is_not_kept():
+    source = weight(8, 8)
+    copy = source.clone()
+    held = shared("k", [source], lambda: (torch.ones(1),))
+    del source
+    assert held._sources[0]._storage.expired()
+    assert shared("k", [copy], lambda: (torch.zeros(1),)) is held
+
+
+def test_a_source_that_was_written_to_since_is_made_anew():
+    source = weight(8, 8)
+    copy = source.clone()
+    held = shared("k", [source], lambda: (source + 0,))
+    source.mul_(2)
+    again = shared("k", [copy], lambda: (copy + 0,))
+    assert again is not held and torch.equal(again.tensors[0], copy)
