@@ -102,6 +102,7 @@ class Plain(nn.Module):
         self.output_names = [f"output_{i}" if i else "output" for i in range(len(outputs))]
         self.dimensions = [{0: "batch", 1: "sequence"} if v.ndim == 2 else {0: "batch"} for v in self.example.values()]
         self.out_dimensions: list[dict[int, Any]] = [{} for _ in outputs]
+        self.is_length_free = False
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Every tensor that the module returns."""
@@ -121,9 +122,18 @@ class Plain(nn.Module):
         return (tuple({d: auto for d in named} for named in self.dimensions),)
 
     def checks(self) -> list[Check]:
-        """The example, and its first row."""
+        """The example, its first row, and, if the length of texts was left free, a shorter text."""
         whole = self.arguments()
-        return [_check(self, whole), _check(self, tuple(v[:1] for v in whole))]
+        found = [_check(self, whole), _check(self, tuple(v[:1] for v in whole))]
+        if self.is_length_free:
+            found.append(_check(self, tuple(v[:, : max(2, v.shape[1] // 2)] if v.ndim == 2 else v for v in whole)))
+        return found
+
+    def note_sizes(self, inputs: list[Any]) -> None:
+        """Whether the graph that was traced takes texts of any length; `inputs`: its fake inputs."""
+        texts = [value for value in inputs if value.ndim == 2]
+        free = all(isinstance(value.shape[1], torch.SymInt) and not value.is_floating_point() for value in texts)
+        self.is_length_free = bool(texts) and free
 
     def flat(self, arguments: tuple[Any, ...]) -> list[Tensor]:
         """Arguments in the order of `input_names`."""

@@ -93,7 +93,9 @@ def export_module(
             wrapper, wrapper.arguments(), dynamic_shapes=wrapper.dynamic_shapes(), strict=False
         )
         program = from_exported(exported, wrapper)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", 4096) if example is None else None
+    if isinstance(wrapper, Plain):
+        wrapper.note_sizes([node.meta["val"] for node in program.inputs])
+    positions = _longest(getattr(model, "config", None)) if example is None else None
     rewritten, shared = (
         (PassReport("operators of the standard"), []) if layout.portable else rewrite(program, positions)
     )
@@ -129,6 +131,12 @@ def export_module(
         if hasattr(part, "save_pretrained"):
             part.save_pretrained(str(folder))
     return Exported(error, as_run, rewritten)
+
+
+def _longest(config: Any) -> int:
+    """How many tokens a model says that it takes; 4096 if it does not say."""
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    return next((found for name in names if isinstance(found := getattr(config, name, None), int)), 4096)
 
 
 def _finish(path: Path, wrapper: Any, layout: Layout) -> tuple[float, float]:
