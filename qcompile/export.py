@@ -10,8 +10,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from qcompile.attach import detached
+from qcompile.attach import detached, refuse_quantized_cache
 from qcompile.module import QuantLinear
+from qcompile.presets import find_recipe
 from qcompile.quantize import quantize
 from qcompile.recipe import Recipe, RecipeError
 from qcompile.report import Report
@@ -76,6 +77,8 @@ def export_onnx(
         check_example(model, example)
     if last_logits and example is not None:
         raise RecipeError("last_logits is for decoders: an encoder (example=..) has no last token")
+    chosen = None if recipe is None else find_recipe(recipe, model, data=batches is not None)
+    refuse_quantized_cache(model, chosen)
 
     with atomic_folder(folder) as work:
         report = Report("as it is")

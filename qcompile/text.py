@@ -69,10 +69,12 @@ def sentences(path: str | Path | None = None, *, count: int = 64) -> list[str]:
 
 
 def sentence_batches(tokenizer: Any, chosen: list[str], *, size: int = 16) -> list[dict[str, Tensor]]:
-    """What an encoder takes: `size` sentences a batch, shorter ones padded, attention_mask [B, T] with 0 for padding."""
+    """What an encoder takes: `size` sentences a batch, padded to one length, with attention_mask [B, T].
+
+    Raises:
+        ValueError: the tokenizer cannot pad.
+    """
     if tokenizer.pad_token is None:
-        raise ValueError(
-            "the tokenizer has no padding token: set tokenizer.pad_token, texts of a batch differ in length"
-        )
+        raise ValueError("the tokenizer has no padding token, and texts of a batch differ in length: set its pad_token")
     groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     return [dict(tokenizer(group, padding=True, truncation=True, return_tensors="pt")) for group in groups]

@@ -112,8 +112,8 @@ def test_a_real_encoder_from_the_command_line(tmp_path):
 
     from qcompile.cli import app
 
-    arguments = ["export-onnx", "embedded", str(tmp_path / "m"), "--recipe", "w4a16", "--pooling", "mean", "--normalize"]
-    done = CliRunner().invoke(app, arguments)
+    options = ["--recipe", "w4a16", "--pooling", "mean", "--normalize"]
+    done = CliRunner().invoke(app, ["export-onnx", "embedded", str(tmp_path / "m"), *options])
     assert done.exit_code == 0, done.output
     assert "6 MultiHeadAttention" in done.output and "12 LayerNorms of a sum" in done.output
     model, tokenizer = load_encoder()
