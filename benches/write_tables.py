@@ -9,6 +9,7 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- costs -->                     quantize_cost.json
     <!-- onnx -->, long, few           onnx_cpu.json
     <!-- shapes -->                    onnx_shapes.json
+    <!-- encoder -->                   onnx_encoder.json
 """
 
 from __future__ import annotations
@@ -106,6 +107,15 @@ def onnx_few(_: str) -> str:
     return "\n".join(lines)
 
 
+def onnx_encoder(_: str) -> str:
+    """Sentence embeddings of ONNX folders."""
+    lines = ["| folder | file MB | mean cosine similarity to float | least |", "|---|---|---|---|"]
+    rows = rows_of("onnx_encoder")
+    return "\n".join(
+        [*lines, *(f"| {r['folder']} | {r['megabytes']:.1f} | {r['mean']:.4f} | {r['least']:.4f} |" for r in rows)]
+    )
+
+
 TABLES = {
     "table": accuracy,
     "recipes": chosen,
@@ -115,6 +125,7 @@ TABLES = {
     "long": onnx_long,
     "shapes": onnx_shapes,
     "few": onnx_few,
+    "encoder": onnx_encoder,
 }
 
 

@@ -23,6 +23,12 @@ from qcompile.recipe import Recipe, RecipeError
 PREFIX = "qcompile_prefix"  # the submodule that holds the prefix, so that checkpoints carry it
 CENTERS = "qcompile_centers"  # and the one that holds the mean keys
 
+NO_QUANTIZED_CACHE = (
+    "QuantizeKV has no form in ONNX: it makes a scale and a zero point for every head of every token as the token "
+    "comes, and ONNX Runtime's attention reads 8- and 4-bit caches with fixed scales only (one, or one for each "
+    "channel) and without zero points. Export a recipe without QuantizeKV; its cache is float32"
+)
+
 
 class Prefix(nn.Module):
     """Float keys and values [1, H, p, D] of every layer, and logits [1, p, V], of `ids` [p]."""
@@ -163,6 +169,13 @@ def attach(model: nn.Module, recipe: Recipe, prefix: Prefix | None = None, cente
     model.register_forward_hook(calls.after, with_kwargs=True)
 
 
+def refuse_quantized_cache(model: nn.Module, recipe: Recipe | None) -> None:
+    """Raise RecipeError if a model, or a recipe for it, quantizes its cache: asked before an export's long work."""
+    calls = getattr(model, "qcompile_calls", None)
+    if (recipe is not None and _of(recipe, QuantizeKV)) or (calls is not None and calls.how is not None):
+        raise RecipeError(NO_QUANTIZED_CACHE)
+
+
 @contextmanager
 def detached(model: nn.Module) -> Iterator[Prefix | None]:
     """Calls of the model without its cache and prefix, as an exporter needs them; gives the prefix.
@@ -170,12 +183,11 @@ def detached(model: nn.Module) -> Iterator[Prefix | None]:
     Raises:
         RecipeError: the model quantizes its cache, which an exported graph cannot.
     """
+    refuse_quantized_cache(model, None)
     calls = getattr(model, "qcompile_calls", None)
     if calls is None:
         yield None
         return
-    if calls.how is not None:
-        raise RecipeError("QuantizeKV has no form in ONNX, whose cache is float: export a recipe without it")
     calls.enabled = False
     try:
         yield calls.prefix

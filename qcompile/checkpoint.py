@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -46,21 +47,38 @@ def refuse_full(folder: str | Path) -> None:
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary sibling that becomes `folder` when the block ends well, and vanishes otherwise.
 
+    One process at a time may write a folder: the lock goes with the process, however that ends. A process that
+    is killed leaves its sibling (`.FOLDER.` and some letters), never half a folder.
+
     Raises:
-        CheckpointError: the folder exists and is not empty (before any work).
+        CheckpointError: the folder exists and is not empty, or another process writes it (both before any work), or
+            something came to lie there meanwhile (which then stays).
     """
     refuse_full(folder)
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
+    guard = FileLock(target.parent / f".{target.name}.lock", blocking=False)
+    try:
+        guard.acquire()
+    except Timeout:
+        raise CheckpointError(f"{target} is being written by another run: wait for it, or choose another") from None
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield work
-        if target.exists():
-            target.rmdir()
-        os.replace(work, target)
+        try:
+            if target.exists():
+                target.rmdir()
+            os.replace(work, target)
+        except OSError as error:
+            raise CheckpointError(
+                f"{target} is not empty any more: something was written there meanwhile, and stays. "
+                "Run again with another folder"
+            ) from error
         target.chmod(0o755)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        Path(guard.lock_file).unlink(missing_ok=True)
+        guard.release()
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:

@@ -10,8 +10,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from qcompile.attach import detached
+from qcompile.attach import detached, refuse_quantized_cache
 from qcompile.module import QuantLinear
+from qcompile.presets import find_recipe
 from qcompile.quantize import quantize
 from qcompile.recipe import Recipe, RecipeError
 from qcompile.report import Report
@@ -29,6 +30,8 @@ def export_onnx(
     low_memory: bool = False,
     last_logits: bool = False,
     portable: bool = False,
+    pooling: str | None = None,
+    normalize: bool = False,
     progress: bool = True,
 ) -> Report:
     """Write `folder` with model.onnx, its weights, the tokenizer and a report.
@@ -44,8 +47,9 @@ def export_onnx(
             which reads a prompt faster (docs/onnx.md), and an open session holds the weights in 4 and in 8 bits.
         last_logits: a decoder's file gives the logits of the last token only: enough to generate, and a prompt is
             read faster; perplexity cannot be measured on it.
-        portable: operators of the ONNX standard only (opset 21), for other runtimes than ONNX Runtime. progress: show
-            bars.
+        portable: operators of the ONNX standard only (opset 21), for other runtimes than ONNX Runtime.
+        pooling: of an encoder: "mean", "cls" or "last" token's embedding as the output `sentence_embedding`, and a
+            folder that sentence-transformers loads. normalize: to norm 1. progress: show bars.
 
     Raises:
         ValueError: bad recipe, a site without an ONNX form, a folder that is not empty, or an
@@ -53,6 +57,7 @@ def export_onnx(
     """
     try:
         from qcompile.codegen.onnx.export import Layout, export_module
+        from qcompile.codegen.onnx.pooling import Pooling, check_example
         from qcompile.codegen.onnx.session import PREFIX_FILE
     except ImportError as error:
         raise RecipeError("ONNX export needs: pip install 'torch-qcompile[onnx]'") from error
@@ -65,8 +70,15 @@ def export_onnx(
             "accuracy_level 1 cannot be written into a portable file: leave it out, and set ONNX Runtime's "
             "session.qdq_matmulnbits_accuracy_level to 1 where the file is opened"
         )
+    if normalize and pooling is None:
+        raise RecipeError("normalize is about the sentence's embedding: give pooling='mean', 'cls' or 'last' too")
+    how = None if pooling is None else Pooling(pooling, normalize)
+    if how is not None:
+        check_example(model, example)
     if last_logits and example is not None:
         raise RecipeError("last_logits is for decoders: an encoder (example=..) has no last token")
+    chosen = None if recipe is None else find_recipe(recipe, model, data=batches is not None)
+    refuse_quantized_cache(model, chosen)
 
     with atomic_folder(folder) as work:
         report = Report("as it is")
@@ -76,7 +88,7 @@ def export_onnx(
         elif not any(isinstance(m, QuantLinear) for m in model.modules()):
             report = Report("float")
         with detached(model) as prefix:
-            layout = Layout(accuracy_level, low_memory, last_logits, portable)
+            layout = Layout(accuracy_level, low_memory, last_logits, portable, how)
             done = export_module(model, work, layout, example=example, tokenizer=tokenizer)
         if prefix is not None:
             save_file(prefix.state_dict(), str(work / PREFIX_FILE))

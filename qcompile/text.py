@@ -54,3 +54,27 @@ def batches(
         raise ValueError(f"the text has {ids.numel()} tokens, one window needs {length}: give more text")
     tail = ids[ids.numel() - count * length :]
     return [{"input_ids": window[None]} for window in tail.split(length)]
+
+
+def sentences(path: str | Path | None = None, *, count: int = 64) -> list[str]:
+    """Sentences of 40 to 200 characters from all over a text (the embedded one without a path). Deterministic.
+
+    Raises:
+        ValueError: the text has none.
+    """
+    every = [s for s in read_text(path).replace("\n", " ").split(". ") if 40 < len(s) < 200]
+    if not every:
+        raise ValueError("the text has no sentence of 40 to 200 characters: give more text")
+    return every[:: max(1, len(every) // count)][:count]
+
+
+def sentence_batches(tokenizer: Any, chosen: list[str], *, size: int = 16) -> list[dict[str, Tensor]]:
+    """What an encoder takes: `size` sentences a batch, padded to one length, with attention_mask [B, T].
+
+    Raises:
+        ValueError: the tokenizer cannot pad.
+    """
+    if tokenizer.pad_token is None:
+        raise ValueError("the tokenizer has no padding token, and texts of a batch differ in length: set its pad_token")
+    groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+    return [dict(tokenizer(group, padding=True, truncation=True, return_tensors="pt")) for group in groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,18 +99,23 @@ class Plain(nn.Module):
         self.keyword = isinstance(example, dict)
         self.input_names = list(self.example)
         with torch.no_grad():
-            outputs = self.forward(*self.example.values())
-        self.output_names = [f"output_{i}" if i else "output" for i in range(len(outputs))]
+            found = self._named(*self.example.values())
+        self.output_names, outputs = list(found), list(found.values())
         self.dimensions = [{0: "batch", 1: "sequence"} if v.ndim == 2 else {0: "batch"} for v in self.example.values()]
         self.out_dimensions: list[dict[int, Any]] = [{} for _ in outputs]
+        self.is_length_free = False
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Every tensor that the module returns."""
+        return tuple(self._named(*values).values())
+
+    def _named(self, *values: Tensor) -> dict[str, Tensor]:
+        """The module's tensors by its own names for them; `output`, `output_1` .. if it has none."""
         out = self.model(**dict(zip(self.example, values, strict=True))) if self.keyword else self.model(*values)
-        if isinstance(out, Tensor):
-            return (out,)
-        parts = out.to_tuple() if hasattr(out, "to_tuple") else tuple(out)
-        return tuple(p for p in parts if isinstance(p, Tensor))
+        if isinstance(out, Mapping):
+            return {name: part for name, part in out.items() if isinstance(part, Tensor)}
+        parts = [part for part in ((out,) if isinstance(out, Tensor) else out) if isinstance(part, Tensor)]
+        return {f"output_{i}" if i else "output": part for i, part in enumerate(parts)}
 
     def arguments(self) -> tuple[Any, ...]:
         """The example, with two rows."""
@@ -121,9 +127,18 @@ class Plain(nn.Module):
         return (tuple({d: auto for d in named} for named in self.dimensions),)
 
     def checks(self) -> list[Check]:
-        """The example, and its first row."""
+        """The example, its first row, and, if the length of texts was left free, a shorter text."""
         whole = self.arguments()
-        return [_check(self, whole), _check(self, tuple(v[:1] for v in whole))]
+        found = [_check(self, whole), _check(self, tuple(v[:1] for v in whole))]
+        if self.is_length_free:
+            found.append(_check(self, tuple(v[:, : max(2, v.shape[1] // 2)] if v.ndim == 2 else v for v in whole)))
+        return found
+
+    def note_sizes(self, inputs: list[Any]) -> None:
+        """Whether the graph that was traced takes texts of any length; `inputs`: its fake inputs."""
+        texts = [value for value in inputs if value.ndim == 2]
+        free = all(isinstance(value.shape[1], torch.SymInt) and not value.is_floating_point() for value in texts)
+        self.is_length_free = bool(texts) and free
 
     def flat(self, arguments: tuple[Any, ...]) -> list[Tensor]:
         """Arguments in the order of `input_names`."""

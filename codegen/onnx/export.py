@@ -27,6 +27,7 @@ from qcompile.codegen.onnx.genai import write_genai_config
 from qcompile.codegen.onnx.last_logits import only_last
 from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, refusal, two_ways
 from qcompile.codegen.onnx.lower import Way, by_tokens, is_dual, one_way
+from qcompile.codegen.onnx.pooling import Pooled, Pooling, write_pooling
 from qcompile.codegen.onnx.proof import differences, holding, prove, reference
 from qcompile.codegen.onnx.rewrite import rewrite
 from qcompile.codegen.onnx.translate import table
@@ -36,6 +37,8 @@ from qcompile.program import WEIGHT, Program, copy_graph
 from qcompile.report import PassReport
 
 MODEL = "model.onnx"
+
+_MANY = 2**30  # tokens, where a tokenizer sets no limit
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,14 @@ class Layout:
         low_memory: multiply dual-grained weights by their 4-bit codes only.
         last_logits: of a decoder, only those of each text's last token, [B, 1, V].
         portable: operators of the standard (opset 21) only.
+        pooling: of an encoder, how its tokens become one embedding, a second output; None: not at all.
     """
 
     accuracy_level: int = 4
     low_memory: bool = False
     last_logits: bool = False
     portable: bool = False
+    pooling: Pooling | None = None
 
 
 def export_module(
@@ -87,13 +92,17 @@ def export_module(
     if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
         model = copy.deepcopy(model).float()
     model.eval()
+    if layout.pooling is not None:
+        model = Pooled(model, layout.pooling).eval()
     with _onnx_linears(model, layout.portable), torch.no_grad(), _quiet():
         wrapper = WithCache(model) if example is None else Plain(model, example)
         exported = torch.export.export(
             wrapper, wrapper.arguments(), dynamic_shapes=wrapper.dynamic_shapes(), strict=False
         )
         program = from_exported(exported, wrapper)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", 4096) if example is None else None
+    if isinstance(wrapper, Plain):
+        wrapper.note_sizes([node.meta["val"] for node in program.inputs])
+    positions = _longest(getattr(model, "config", None)) if example is None else None
     rewritten, shared = (
         (PassReport("operators of the standard"), []) if layout.portable else rewrite(program, positions)
     )
@@ -125,10 +134,20 @@ def export_module(
         error, as_run = _finish(folder / MODEL, wrapper, layout)
     if isinstance(wrapper, WithCache):
         _describe(wrapper, program, folder, positions or 0)
+    if layout.pooling is not None:
+        width = int(program.outputs[0].meta["val"].shape[-1])
+        longest = min(_longest(model.config), getattr(tokenizer, "model_max_length", _MANY))
+        write_pooling(folder, layout.pooling, width, longest)
     for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
         if hasattr(part, "save_pretrained"):
             part.save_pretrained(str(folder))
     return Exported(error, as_run, rewritten)
+
+
+def _longest(config: Any) -> int:
+    """How many tokens a model says that it takes; 4096 if it does not say."""
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    return next((found for name in names if isinstance(found := getattr(config, name, None), int)), 4096)
 
 
 def _finish(path: Path, wrapper: Any, layout: Layout) -> tuple[float, float]:

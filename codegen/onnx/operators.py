@@ -1,20 +1,17 @@
 """ONNX Runtime's operators as torch operators: what an exported graph is made of, with its meaning.
 
 Each has a reference in plain torch, which is what the rewritten graph computes before it is translated
-(translate.py gives the ONNX nodes). Shapes: B rows, S new tokens, P cached ones, H heads, G heads of the
-cache, D their size.
+(translate.py gives the ONNX nodes). Attentions are in attention_operators.py.
 
     nbits_linear      MatMulNBits: codes in blocks of one scale and zero point
     int8_linear       int8 codes for each row of x, MatMulInteger, scales
-    lengths           what GroupQueryAttention wants to know of the mask
-    group_attention   GroupQueryAttention: rotary embedding, cache, causal softmax in one
     rms_norm          SimplifiedLayerNormalization, and with a residual SkipSimplifiedLayerNormalization
+    skip_layer_norm   SkipLayerNormalization: of the sum of two values and a bias
+    gelu, gate        Gelu, BiasGelu and FastGelu; QuickGelu
     gather_nbits      GatherBlockQuantized: rows of a table that MatMulNBits may read too
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,83 +100,6 @@ def _(x: Tensor, codes: Tensor, scales: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
-@torch.library.custom_op("qcompile_onnx::group_attention", mutates_args=())
-def group_attention(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    past_key: Tensor,
-    past_value: Tensor,
-    last: Tensor,
-    total: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    heads: int,
-    scale: float,
-    window: int,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal attention over a cache that it extends.
-
-    Args:
-        query: [B, S, H D], or [B, S, (H + 2 G) D] with key and value behind it. key, value: [B, S, G D].
-        past_key, past_value: [B, G, P, D]. last: [B] int32, number of valid tokens less one. total: P + S, int32.
-        cos, sin: [positions, R / 2], the rotary tables of the first R channels of a head.
-        window: tokens that a token sees, itself included; -1 for all. interleaved: pairs (2i, 2i + 1), else halves.
-
-    Returns:
-        [B, S, H D], and the cache of P + S tokens.
-    """
-    size, groups = past_key.shape[-1], past_key.shape[1]
-    if key is None or value is None:
-        query, key, value = query.split([heads * size, groups * size, groups * size], -1)
-    q, k, v = (t.unflatten(-1, (-1, size)).transpose(1, 2) for t in (query, key, value))
-    past, new = past_key.shape[2], query.shape[1]
-    if cos is not None and sin is not None:
-        q, k = (rotate(t, cos[past : past + new], sin[past : past + new], interleaved) for t in (q, k))
-    keys, values = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
-    mask = causal(past, new, window)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, keys.repeat_interleave(heads // groups, 1), values.repeat_interleave(heads // groups, 1), mask, scale=scale
-    )
-    return out.transpose(1, 2).flatten(2), keys, values
-
-
-@group_attention.register_fake
-def _(
-    query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads = rest[4]
-    batch, groups, past, size = past_key.shape
-    grown = [t.new_empty((batch, groups, past + query.shape[1], size)) for t in (past_key, past_value)]
-    return query.new_empty((batch, query.shape[1], heads * size)), grown[0], grown[1]
-
-
-def causal(past: int, new: int, window: int) -> Tensor:
-    """[S, P + S], true where a new token sees a token."""
-    behind = torch.arange(past, past + new)[:, None] - torch.arange(past + new)
-    return (behind >= 0) & ((behind < window) | (window < 0))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x [.., S, D] with the pairs of its first R channels turned; cos, sin [S, R / 2]."""
-    turned, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
-    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
-    pair = (a * cos - b * sin, b * cos + a * sin)
-    return torch.cat([torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1), rest], -1)
-
-
-@torch.library.custom_op("qcompile_onnx::lengths", mutates_args=())
-def lengths(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What group_attention wants to know of attention_mask [B, P + S]: its `last` [B] and `total` [1], int32."""
-    return (mask.sum(1) - 1).to(torch.int32), torch.full((1,), mask.shape[1], dtype=torch.int32)
-
-
-@lengths.register_fake
-def _(mask: Tensor) -> tuple[Tensor, Tensor]:
-    return mask.new_empty(mask.shape[:1], dtype=torch.int32), mask.new_empty((1,), dtype=torch.int32)
-
-
 @torch.library.custom_op("qcompile_onnx::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x [.., K] / sqrt(mean x^2 + eps) * gain [K]."""
@@ -201,6 +121,42 @@ def skip_rms_norm(x: Tensor, skip: Tensor, gain: Tensor, eps: float) -> tuple[Te
 @skip_rms_norm.register_fake
 def _(x: Tensor, skip: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("qcompile_onnx::skip_layer_norm", mutates_args=())
+def skip_layer_norm(
+    x: Tensor, skip: Tensor, gain: Tensor, shift: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm (gain, shift [K]) of x + skip + bias [K], and that sum."""
+    total = x + skip if bias is None else x + skip + bias
+    return torch.nn.functional.layer_norm(total, gain.shape, gain, shift, eps), total
+
+
+@skip_layer_norm.register_fake
+def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("qcompile_onnx::gelu", mutates_args=())
+def gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """GELU of x + bias [K]; approximate: "none" (erf) or "tanh"."""
+    return torch.nn.functional.gelu(x if bias is None else x + bias, approximate=approximate)
+
+
+@gelu.register_fake
+def _(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("qcompile_onnx::gate", mutates_args=())
+def gate(x: Tensor, slope: float) -> Tensor:
+    """x sigmoid(slope x)."""
+    return x * torch.sigmoid(slope * x)
+
+
+@gate.register_fake
+def _(x: Tensor, slope: float) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("qcompile_onnx::gather_nbits", mutates_args=())

@@ -7,8 +7,10 @@ compared with what an operator computes.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +25,21 @@ _LAYOUTS = {
     aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.clone.default, aten.flatten.using_ints,
     aten.unflatten.int, aten._to_copy.default, aten.to.dtype, aten.contiguous.default,
 }  # fmt: skip
-_SHAPE_ONLY = {aten.new_ones.default, aten.new_zeros.default, aten.ones_like.default, aten.zeros_like.default}
+SHAPE_ONLY = {aten.new_ones.default, aten.new_zeros.default, aten.ones_like.default, aten.zeros_like.default}
 _CHANNELWISE = _LAYOUTS | {
     aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.select.int,
     aten.cat.default, aten.stack.default, aten.neg.default, aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor,
     aten.index_select.default, operator.getitem,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Queries, keys or values: channel `rows[h D + d]` of `source`, times `factor`."""
+
+    source: fx.Node
+    rows: Tensor
+    factor: float
 
 
 class Unknown(ValueError):
@@ -70,14 +81,14 @@ def _compute(program: Program, node: fx.Node, values: Mapping[fx.Node, Any]) -> 
     return node.target(*args, **kwargs)
 
 
-def token_values(program: Program, mask: fx.Node) -> set[fx.Node]:
-    """Nodes whose numbers depend on the tokens or the cache, not only on their count or on the mask."""
+def token_values(program: Program, mask: fx.Node | None) -> set[fx.Node]:
+    """Nodes whose numbers depend on the tokens or the cache, not only on their count or on the mask (if given)."""
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op == "placeholder":
             if program.weight_name(node) is None and node is not mask:
                 found.add(node)
-        elif isinstance(node.meta.get("val"), (torch.SymInt, int)) or node.target in _SHAPE_ONLY:
+        elif isinstance(node.meta.get("val"), (torch.SymInt, int)) or node.target in SHAPE_ONLY:
             continue
         elif any(n in found for n in node.all_input_nodes):
             found.add(node)
@@ -128,3 +139,47 @@ def filled(node: fx.Node, numbers: Tensor) -> Tensor:
     shape = node.meta["val"].shape
     rows = numbers.reshape([d if isinstance(d, int) else 1 for d in shape])
     return rows.expand([hint(d) for d in shape]).contiguous()
+
+
+def as_heads(value: Tensor, rows: int) -> Tensor:
+    """A value [B, H, ..] as it is, [B H, ..] as [B, H, ..]."""
+    return value.unflatten(0, (rows, -1)) if value.ndim == 3 else value
+
+
+def heads_of(
+    program: Program, node: fx.Node, source: fx.Node, given: Mapping[fx.Node, Any], rows: int, everywhere: bool = False
+) -> Heads | None:
+    """Which channels of `source` are heads and channels of `node` ([B, H, S, D] or [B H, S, D]), if they are that.
+
+    Looked at in the first position; or, `everywhere`, in all, and the last dimension of `source` are its channels.
+    """
+    shape = source.meta["val"].shape
+    numbers = torch.arange(1.0, (shape[-1] if everywhere else math.prod(channels(source))) + 1)
+
+    def at(value: Tensor) -> Tensor:
+        full = value.expand([hint(d) for d in shape]) if everywhere else filled(source, value)
+        found = as_heads(evaluate(program, node, {**given, source: full}), rows)
+        return found[0] if everywhere else found[0, :, :1]
+
+    ones = at(torch.ones_like(numbers))
+    factor = float(ones.flatten()[0])
+    if factor == 0 or not bool((ones == factor).all()):
+        return None
+    found = at(numbers) / factor
+    if not torch.allclose(found, found.round(), atol=1e-3) or not bool((found == found[:, :1]).all()):
+        return None
+    return Heads(source, found[:, 0].round().long().flatten() - 1, factor)
+
+
+def inputs_behind(program: Program, node: fx.Node, without: fx.Node) -> set[fx.Node]:
+    """The inputs whose numbers, not only whose sizes, a node is made of; the way through `without` does not count."""
+    found, seen, stack = set[fx.Node](), {without}, [node]
+    while stack:
+        top = stack.pop()
+        if top in seen or isinstance(top.meta.get("val"), (torch.SymInt, int)) or top.target in SHAPE_ONLY:
+            continue
+        seen.add(top)
+        if top.op == "placeholder" and program.weight_name(top) is None:
+            found.add(top)
+        stack.extend(top.all_input_nodes)
+    return found

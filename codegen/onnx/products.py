@@ -105,3 +105,25 @@ def join_siblings(program: Program) -> int:
         gone += len(nodes) - 1
     program.cleanup()
     return gone
+
+
+def without_bias(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
+    """A product without its bias, and the bias, for an operator that adds one; None where that saves nothing.
+
+    MatMulNBits adds a bias while it multiplies; the other products are followed by a node of its own.
+    """
+    if node.target is ops.nbits_linear.default or not is_product(program, node):
+        return None
+    place = _WEIGHTS[node.target][2]
+    bias = node.args[place] if len(node.args) > place else None
+    if bias is None:
+        return node, None
+    return program.insert(node.target, [*node.args[:place], None, *node.args[place + 1 :]], before=node), bias
+
+
+def take_bias(program: Program, node: fx.Node, users: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """As `without_bias`, of a product that has a bias and that nobody but `users` reads."""
+    if not set(node.users) <= users:
+        return None
+    found = without_bias(program, node)
+    return None if found is None or found[1] is None else (found[0], found[1])

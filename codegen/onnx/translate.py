@@ -11,10 +11,12 @@ import torch
 from onnxscript import opset21 as op
 from onnxscript.values import Opset
 
+import qcompile.codegen.onnx.attention_operators
 import qcompile.codegen.onnx.operators  # noqa: F401  registers the operators
 from qcompile.codegen.onnx.lower import DOMAIN
 
 _MICROSOFT = "com.microsoft"
+_LEAST = torch.finfo(torch.float32).min
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
 # ONNX ships no schemas of ONNX Runtime's own domain, nor of the nodes that lower.py replaces; the tracer needs them.
@@ -26,10 +28,11 @@ _SCHEMAS = {
         dict(K="INT", N="INT", bits="INT", block_size="INT", accuracy_level="INT"),
     ),
     "GroupQueryAttention": (
-        ["query", "key?", "value?", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos?", "sin?"],
+        ["query", "key?", "value?", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos?", "sin?",
+         "position_ids?", "attention_bias?"],
         ["output", "present_key", "present_value"],
         dict(num_heads="INT", kv_num_heads="INT", scale="FLOAT", local_window_size="INT", do_rotary="INT",
-             rotary_interleaved="INT"),
+             rotary_interleaved="INT", softcap="FLOAT"),
     ),
     "SkipSimplifiedLayerNormalization": (
         ["input", "skip", "gamma"],
@@ -42,6 +45,19 @@ _SCHEMAS = {
         ["output"],
         dict(bits="INT", block_size="INT", gather_axis="INT", quantize_axis="INT"),
     ),
+    "MultiHeadAttention": (
+        ["query", "key", "value", "bias?", "key_padding_mask?", "attention_bias?"],
+        ["output"],
+        dict(num_heads="INT", scale="FLOAT", unidirectional="INT", mask_filter_value="FLOAT"),
+    ),
+    "SkipLayerNormalization": (
+        ["input", "skip", "gamma", "beta?", "bias?"],
+        ["output", "mean?", "inv_std_var?", "input_skip_bias_sum"],
+        dict(epsilon="FLOAT"),
+    ),
+    "Gelu": (["X"], ["Y"], {}),
+    "BiasGelu": (["A", "B"], ["C"], {}),
+    "FastGelu": (["X", "bias?"], ["Y"], {}),
     "QuickGelu": (["X"], ["Y"], dict(alpha="FLOAT")),
     "DualLinear": (
         ["X", "codes", "scales", "zero_points", "row_scale", "bias?"],
@@ -109,12 +125,12 @@ def _int8_linear(x: Any, weight: Any, scale: Any, bias: Any, per_row: bool) -> A
 
 def _group_attention(
     query: Any, key: Any, value: Any, past_key: Any, past_value: Any, last: Any, total: Any, cos: Any, sin: Any,
-    heads: int, scale: float, window: int, interleaved: bool,
+    heads: int, scale: float, window: int, interleaved: bool, cap: float, bias: Any,
 ) -> Any:  # fmt: skip
     return _operator("GroupQueryAttention")(
-        query, key, value, past_key, past_value, last, total, cos, sin, num_heads=heads,
+        query, key, value, past_key, past_value, last, total, cos, sin, None, bias, num_heads=heads,
         kv_num_heads=past_key.shape[1], scale=scale, local_window_size=window, do_rotary=int(cos is not None),
-        rotary_interleaved=int(interleaved),
+        rotary_interleaved=int(interleaved), softcap=cap,
     )  # fmt: skip
 
 
@@ -146,8 +162,29 @@ def _gather_nbits(ids: Any, codes: Any, scales: Any, zeros: Any, k: int, bits: i
     return op.Slice(numbers, *ends)
 
 
-def _silu(x: Any) -> Any:
-    return _operator("QuickGelu")(x, alpha=1.0)  # x sigmoid(alpha x)
+def _multi_head_attention(
+    query: Any, key: Any, value: Any, bias: Any, padding: Any, added: Any, heads: int, scale: float, is_causal: bool
+) -> Any:
+    # By default padding adds -10000 to a score, which a large one outweighs.
+    return _operator("MultiHeadAttention")(
+        query, key, value, bias, padding, added, num_heads=heads, scale=scale, unidirectional=int(is_causal),
+        mask_filter_value=_LEAST,
+    )  # fmt: skip
+
+
+def _skip_layer_norm(x: Any, skip: Any, gain: Any, shift: Any, bias: Any, eps: float) -> Any:
+    out, _, _, total = _operator("SkipLayerNormalization")(x, skip, gain, shift, bias, epsilon=eps)
+    return out, total
+
+
+def _gelu(x: Any, bias: Any, approximate: str) -> Any:
+    if approximate == "tanh":
+        return _operator("FastGelu")(x, bias)
+    return _operator("Gelu")(x) if bias is None else _operator("BiasGelu")(x, bias)
+
+
+def _gate(x: Any, slope: float) -> Any:
+    return _operator("QuickGelu")(x, alpha=slope)
 
 
 def table(portable: bool) -> dict[Any, Callable[..., Any]]:
@@ -164,5 +201,8 @@ def table(portable: bool) -> dict[Any, Callable[..., Any]]:
         ops.rms_norm.default: _rms_norm,
         ops.skip_rms_norm.default: _skip_rms_norm,
         ops.gather_nbits.default: _gather_nbits,
-        torch.ops.aten.silu.default: _silu,
+        ops.multi_head_attention.default: _multi_head_attention,
+        ops.skip_layer_norm.default: _skip_layer_norm,
+        ops.gelu.default: _gelu,
+        ops.gate.default: _gate,
     }

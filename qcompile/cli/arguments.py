@@ -36,6 +36,14 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         return load_pretrained("" if name == "embedded" else name, getattr(torch, dtype))
 
 
+def load_encoder(name: str) -> tuple[Any, Any]:
+    """A model without a head and its tokenizer by name, with a spinner."""
+    from qcompile.pretrained import load_encoder as read
+
+    with console.status(f"loading {name}"):
+        return read("" if name == "embedded" else name)
+
+
 def calibration_batches(recipe: str, tokenizer: Any, text: Path | None) -> Any:
     """Batches if the recipe needs any, else None."""
     from qcompile.presets import find_recipe

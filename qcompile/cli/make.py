@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from qcompile.cli.arguments import Dtype, Model, Out, RecipeName, TextFile, app, calibration_batches, console, load
+from qcompile.cli.arguments import (
+    Dtype,
+    Model,
+    Out,
+    RecipeName,
+    TextFile,
+    app,
+    calibration_batches,
+    console,
+    load,
+    load_encoder,
+)
 
 
 @app.command()
@@ -56,27 +67,41 @@ def export_onnx(
     portable: Annotated[
         bool, typer.Option(help="operators of the ONNX standard only: for other runtimes; slower in ONNX Runtime")
     ] = False,
+    pooling: Annotated[
+        str | None, typer.Option(help="MODEL is an encoder: mean, cls or last token as output sentence_embedding")
+    ] = None,
+    normalize: Annotated[bool, typer.Option(help="with --pooling: embeddings of norm 1")] = False,
 ) -> None:
     """Quantize MODEL and write an ONNX folder, checked against PyTorch before it appears.
 
-    The folder runs as it is in onnxruntime-genai, and by `qcompile generate FOLDER`.
+    The folder runs as it is in onnxruntime-genai, and by `qcompile generate FOLDER`; an encoder's (--pooling) in
+    sentence-transformers with backend="onnx".
     """
     from qcompile.checkpoint import refuse_full
     from qcompile.export import export_onnx as write
+    from qcompile.text import sentence_batches, sentences
 
     refuse_full(folder)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model) if pooling is None else load_encoder(model)
+    if pooling is None:
+        example, batches = None, calibration_batches(recipe, tokenizer, text)
+    else:
+        batches = sentence_batches(tokenizer, sentences(text))
+        example = batches[0]
     with console.status("exporting and comparing"):
         report = write(
             loaded,
             folder,
             recipe,
-            calibration_batches(recipe, tokenizer, text),
+            batches,
+            example=example,
             tokenizer=tokenizer,
             accuracy_level=accuracy_level,
             low_memory=low_memory,
             last_logits=last_logits,
             portable=portable,
+            pooling=pooling,
+            normalize=normalize,
             progress=False,
         )
     console.print(str(report), highlight=False)
