@@ -29,6 +29,7 @@ def export_onnx(
     accuracy_level: int = 4,
     low_memory: bool = False,
     last_logits: bool = False,
+    chunk: int | None = None,
     portable: bool = False,
     pooling: str | None = None,
     normalize: bool = False,
@@ -47,6 +48,8 @@ def export_onnx(
             which reads a prompt faster (docs/onnx.md), and an open session holds the weights in 4 and in 8 bits.
         last_logits: a decoder's file gives the logits of the last token only: enough to generate, and a prompt is
             read faster; perplexity cannot be measured on it.
+        chunk: how many tokens of a prompt onnxruntime-genai reads at once (its search.chunk_size): long prompts are
+            read faster and in less memory, but a batch of prompts longer than that is an error there.
         portable: operators of the ONNX standard only (opset 21), for other runtimes than ONNX Runtime.
         pooling: of an encoder: "mean", "cls" or "last" token's embedding as the output `sentence_embedding`, and a
             folder that sentence-transformers loads. normalize: to norm 1. progress: show bars.
@@ -77,6 +80,8 @@ def export_onnx(
         check_example(model, example)
     if last_logits and example is not None:
         raise RecipeError("last_logits is for decoders: an encoder (example=..) has no last token")
+    if chunk is not None and (chunk < 1 or example is not None):
+        raise RecipeError(f"chunk is a number of tokens of a decoder's prompt, 1 or more, got {chunk}")
     chosen = None if recipe is None else find_recipe(recipe, model, data=batches is not None)
     refuse_quantized_cache(model, chosen)
 
@@ -88,7 +93,7 @@ def export_onnx(
         elif not any(isinstance(m, QuantLinear) for m in model.modules()):
             report = Report("float")
         with detached(model) as prefix:
-            layout = Layout(accuracy_level, low_memory, last_logits, portable, how)
+            layout = Layout(accuracy_level, low_memory, last_logits, chunk, portable, how)
             done = export_module(model, work, layout, example=example, tokenizer=tokenizer)
         if prefix is not None:
             save_file(prefix.state_dict(), str(work / PREFIX_FILE))

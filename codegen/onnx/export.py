@@ -64,6 +64,7 @@ class Layout:
         accuracy_level: of MatMulNBits: 4 rounds activations to int8 in blocks while multiplying, 1 does not.
         low_memory: multiply dual-grained weights by their 4-bit codes only.
         last_logits: of a decoder, only those of each text's last token, [B, 1, V].
+        chunk: how many tokens of a prompt onnxruntime-genai reads at once.
         portable: operators of the standard (opset 21) only.
         pooling: of an encoder, how its tokens become one embedding, a second output; None: not at all.
     """
@@ -71,6 +72,7 @@ class Layout:
     accuracy_level: int = 4
     low_memory: bool = False
     last_logits: bool = False
+    chunk: int | None = None
     portable: bool = False
     pooling: Pooling | None = None
 
@@ -133,7 +135,7 @@ def export_module(
     with torch.no_grad(), holding(wrapper, shared):  # the quantized linears are back
         error, as_run = _finish(folder / MODEL, wrapper, layout)
     if isinstance(wrapper, WithCache):
-        _describe(wrapper, program, folder, positions or 0)
+        _describe(wrapper, program, folder, positions or 0, layout.chunk)
     if layout.pooling is not None:
         width = int(program.outputs[0].meta["val"].shape[-1])
         longest = min(_longest(model.config), getattr(tokenizer, "model_max_length", _MANY))
@@ -171,7 +173,7 @@ def _finish(path: Path, wrapper: Any, layout: Layout) -> tuple[float, float]:
     return error, differences(path, wrapper, reference(wrapper, lambda site: False) if len(ways) == 2 else against)
 
 
-def _describe(wrapper: WithCache, program: Program, folder: Path, positions: int) -> None:
+def _describe(wrapper: WithCache, program: Program, folder: Path, positions: int, chunk: int | None) -> None:
     """Write genai_config.json.
 
     A cache in a buffer of the greatest length, extended in place, has no length of its own any more: only where
@@ -187,7 +189,7 @@ def _describe(wrapper: WithCache, program: Program, folder: Path, positions: int
     write_genai_config(
         folder, getattr(wrapper.model, "config", None), getattr(wrapper.model, "generation_config", None),
         layers=len(wrapper.shapes) // 2, heads=max(heads), groups=groups, size=size, vocabulary=int(logits),
-        hidden=hidden, positions=positions, in_place=in_place,
+        hidden=hidden, positions=positions, in_place=in_place, chunk=chunk,
     )  # fmt: skip
 
 

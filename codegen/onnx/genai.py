@@ -26,6 +26,7 @@ def write_genai_config(
     hidden: int,
     positions: int,
     in_place: bool,
+    chunk: int | None,
 ) -> None:
     """Write the file.
 
@@ -33,7 +34,7 @@ def write_genai_config(
         config, generation: where the ids of special tokens are looked up, generation first; may be None.
         layers: with a cache. heads, groups: of queries and of the cache; size: of a head.
         positions: the longest text. in_place: whether a cache may be extended in the buffer that it came in,
-            which GroupQueryAttention does.
+            which GroupQueryAttention does. chunk: how many tokens of a prompt are read at once; None is all.
     """
 
     def token(name: str) -> Any:
@@ -76,4 +77,6 @@ def write_genai_config(
     }
     model = {name: value for name, value in model.items() if value is not None}
     search = {"max_length": positions, "do_sample": False, "past_present_share_buffer": in_place}
+    if chunk is not None:
+        search["chunk_size"] = chunk
     (folder / FILE).write_text(json.dumps({"model": model, "search": search}, indent=2) + "\n")

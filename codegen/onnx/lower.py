@@ -29,6 +29,9 @@ Way = Literal["few", "many"]
 DOMAIN = "qcompile"
 FEW = 4  # tokens that are multiplied by 4-bit codes; benches/onnx_cpu.py measures both ways
 
+# Norms whose further outputs (mean, inverse deviation, the sum) cost time where nobody reads them.
+_NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+
 _TINY = 1e-30 / 127  # a step of zero would make 0 / 0 of a row of zeros
 
 
@@ -132,6 +135,7 @@ class _Writer:
         self.graph, self.portable = graph, portable
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.constants: dict[tuple[str, bytes], str] = {}
+        self.read = {name for node in _every(graph.node) for name in node.input} | {o.name for o in graph.output}
         self.int8: dict[tuple[str, ...], str] = {}  # names of codes, scales, zero points, row scales -> [K, N]
 
     def constant(self, value: np.ndarray) -> str:
@@ -162,7 +166,16 @@ class _Writer:
                 found.append(self._by_codes(node))
             else:
                 found.append(copy.deepcopy(node))
+                if node.op_type in _NORMS:
+                    found[-1].output[:] = self._wanted(list(node.output))
         return found
+
+    def _wanted(self, outputs: list[str]) -> list[str]:
+        """Outputs without the names of those that nobody reads; the first is never left out."""
+        named = [out if i == 0 or out in self.read else "" for i, out in enumerate(outputs)]
+        while not named[-1]:
+            named.pop()
+        return named
 
     def _by_codes(self, node: onnx.NodeProto) -> onnx.NodeProto:
         x, codes, scales, zeros, _, *bias = node.input

@@ -19,6 +19,10 @@ from qcompile.memory import give_back
 PREFIX_FILE = "prefix.safetensors"  # ids, logits, keys and values of a prefix (passes/intact_kv.py)
 
 
+# A prompt is read in pieces: ONNX Runtime's attention computes and holds every score of a piece, masked or not.
+PIECE = 256
+
+
 class FolderError(ValueError):
     """Not an exported folder; the text says what is missing."""
 
@@ -93,6 +97,14 @@ class Session:
         logits, *grown = self.session.run(None, feeds)
         return logits, grown
 
+    def read(self, ids: np.ndarray, cache: list[np.ndarray] | None) -> tuple[np.ndarray, list[np.ndarray]]:
+        """As step, a long text in pieces; the logits are those of the last piece."""
+        piece = PIECE if self.prefix is None else max(PIECE, len(self.prefix["ids"]) + 1)
+        logits, cache = self.step(ids[:, :piece], cache)
+        for start in range(piece, ids.shape[1], piece):
+            logits, cache = self.step(ids[:, start : start + piece], cache)
+        return logits, cache
+
     def __call__(self, *, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V] of a window; what evaluate.perplexity calls."""
         logits = self.step(input_ids.numpy(), None)[0]
@@ -104,7 +116,7 @@ class Session:
         self, ids: Tensor, new: int, *, temperature: float = 0.0, seed: int = 0, stop: set[int] | None = None
     ) -> Iterator[int]:
         """New tokens after ids [1, T], one by one; temperature 0 is greedy."""
-        yield from stream(self.step, ids.numpy(), new, temperature=temperature, seed=seed, stop=stop)
+        yield from stream(self.read, ids.numpy(), new, temperature=temperature, seed=seed, stop=stop)
 
 
 def tokenizer_of(folder: str | Path) -> Any:

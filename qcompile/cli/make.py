@@ -64,6 +64,10 @@ def export_onnx(
     last_logits: Annotated[
         bool, typer.Option(help="only the last token's logits: prompts faster, no `qcompile eval` of the folder")
     ] = False,
+    chunk: Annotated[
+        int | None,
+        typer.Option(help="tokens of a prompt that onnxruntime-genai reads at once: faster, no batches of longer ones"),
+    ] = None,
     portable: Annotated[
         bool, typer.Option(help="operators of the ONNX standard only: for other runtimes; slower in ONNX Runtime")
     ] = False,
@@ -99,6 +103,7 @@ def export_onnx(
             accuracy_level=accuracy_level,
             low_memory=low_memory,
             last_logits=last_logits,
+            chunk=chunk,
             portable=portable,
             pooling=pooling,
             normalize=normalize,

@@ -24,7 +24,7 @@ def open_model(name: str) -> tuple[Any, Any, set[int]]:
         from qcompile.codegen.onnx.session import Session, tokenizer_of
 
         session, tokenizer = Session(name), tokenizer_of(name)
-        return session.step, tokenizer, session.ends | ends_of(tokenizer)
+        return session.read, tokenizer, session.ends | ends_of(tokenizer)
     model, tokenizer = load(name)
     return steps_of(model), tokenizer, ends_of(tokenizer, model)
 
