@@ -59,10 +59,8 @@ BUILDER = {
 PROMPT, NEW, ROUNDS = 512, 32, 7
 LONG = (2048, 4096, 8000)  # prompts that are timed a few times only
 LONG_ROUNDS = 2
-LONG_ONLY = (
-    "builder int4, block 32",
-    *(f"builder int4, block 128{s}" for s in ("", ", chunks")),
-    *(f"qcompile {name}" for name in list(OURS)[3:]),
+LONG_ONLY = ("builder int4, block 32", "builder int4, block 128", "builder int4, block 128, chunks") + tuple(
+    f"qcompile {name}" for name in list(OURS)[3:]
 )
 
 
