@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from roofline import bandwidth, int8_rate
 
 import qcompile
 from qcompile.bench import versions
@@ -210,17 +211,6 @@ def few_or_many(folder: Path, threads: int) -> list[dict[str, float]]:
     return rows
 
 
-def bandwidth() -> float:
-    """Bytes a second that all cores read from memory together."""
-    x = torch.ones(2**28 // 4)
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        float(x.sum())
-        seconds.append(time.perf_counter() - start)
-    return x.nbytes / min(seconds)
-
-
 def main() -> None:
     """Export, measure, print, write."""
     text = sys.argv[1] if len(sys.argv) > 1 else None
@@ -228,6 +218,8 @@ def main() -> None:
     console = Console(width=140)
     model, tokenizer = load_pretrained()
     pieces = windows(tokenizer, read_text(text))
+    embedding = model.get_input_embeddings().weight.numel()
+    sites = sum(p.numel() for p in model.parameters() if p.ndim == 2) - embedding
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         folders = build_peers(work, model, tokenizer, console)
@@ -241,21 +233,25 @@ def main() -> None:
             qcompile.export_onnx(quantized[recipe], out, tokenizer=tokenizer, **options)
             folders[f"qcompile {name}"] = out
         del quantized
-        speed, times, rows = bandwidth(), time_all(folders), []
+        speed, rate, times, rows = bandwidth(), int8_rate(), time_all(folders), []
         few = few_or_many(folders[f"qcompile {BEST}"], torch.get_num_threads())
         for name, folder in folders.items():
             size = sum(f.stat().st_size for f in folder.iterdir() if f.name.startswith("model.onnx"))
             row = dict(folder=name, **times[name], megabytes=size / 1e6)
             row["share_of_bandwidth"] = size * times[name]["decode"] / speed
+            weights = sites + (embedding if "last logits" not in name else 0)  # multiplied for every token
+            row["share_of_int8"] = weights * times[name]["prefill"] / rate
             if not any(word in name for word in ("last logits", "low memory", "chunks")):  # not all, or the same
                 row["perplexity"] = perplexity(Session(folder), pieces, label=name)
             rows.append(row)
-    table = Table("folder", "prefill 512", "decode", "open MB", "file MB", "perplexity", "decode / bandwidth")
+    table = Table(
+        "folder", "prefill 512", "decode", "open MB", "file MB", "perplexity", "decode / bandwidth", "prefill / int8"
+    )
     for row in rows:
         table.add_row(
             row["folder"], f"{row['prefill']:.0f}", f"{row['decode']:.1f}", f"{row['held_megabytes']:.0f}",
             f"{row['megabytes']:.1f}", f"{row['perplexity']:.2f}" if "perplexity" in row else "",
-            f"{row['share_of_bandwidth']:.0%}",
+            f"{row['share_of_bandwidth']:.0%}", f"{row['share_of_int8']:.0%}",
         )  # fmt: skip
     console.print(table)
     long = Table("folder", *(f"{n} tokens, s to first" for n in LONG), f"decode behind {LONG[1]}")
@@ -265,7 +261,9 @@ def main() -> None:
         )
     console.print(long)
     console.print(*(f"{r['tokens']} tokens: codes {r['few']:.2f} ms, int8 {r['many']:.2f} ms" for r in few), sep="\n")
-    found = dict(versions=versions(), bandwidth=speed, prompt=PROMPT, new=NEW, rounds=ROUNDS, few=few, rows=rows)
+    found = dict(
+        versions=versions(), bandwidth=speed, int8_rate=rate, prompt=PROMPT, new=NEW, rounds=ROUNDS, few=few, rows=rows
+    )
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     plot(rows)
 

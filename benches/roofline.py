@@ -1,0 +1,41 @@
+"""What a machine can do at most: bytes read and int8 multiply-adds a second, both measured here and now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+
+def bandwidth() -> float:
+    """Bytes a second that all cores read from memory together."""
+    x = torch.ones(2**28 // 4)
+    return x.nbytes / best(lambda: float(x.sum()))
+
+
+def int8_rate(size: int = 1536) -> float:
+    """Multiply-adds a second of ONNX Runtime's u8 x s8 product of square matrices, all cores together."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    kinds = (("a", TensorProto.UINT8), ("b", TensorProto.INT8), ("y", TensorProto.INT32))
+    a, b, y = (helper.make_tensor_value_info(name, kind, [size, size]) for name, kind in kinds)
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["a", "b"], ["y"])], "rate", [a, b], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    feeds = {"a": np.ones((size, size), np.uint8), "b": np.ones((size, size), np.int8)}
+    return size**3 / best(lambda: session.run(None, feeds))
+
+
+def best(run: Callable[[], object], times: int = 9) -> float:
+    """The shortest of some runs, in seconds: a bound is what nothing disturbed."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
