@@ -7,7 +7,7 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- recipes NAME NAME .. -->      those recipes as the model is and on its rotated twin
     <!-- prefixes -->                  intact_kv.json
     <!-- costs -->                     quantize_cost.json
-    <!-- onnx -->, long, few           onnx_cpu.json
+    <!-- onnx -->, long, few, roofline onnx_cpu.json
     <!-- shapes -->                    onnx_shapes.json
     <!-- encoder -->                   onnx_encoder.json
 """
@@ -107,6 +107,18 @@ def onnx_few(_: str) -> str:
     return "\n".join(lines)
 
 
+def roofline(_: str) -> str:
+    """How far decoding is from reading the file, and a prompt from the rate of int8 products."""
+    found = json.loads((ROOT / "benches" / "results" / "onnx_cpu.json").read_text())
+    head = (
+        f"decode, of {found['bandwidth'] / 1e9:.0f} GB/s | prefill, of {found['int8_rate'] / 1e9:.0f} G multiply-adds/s"
+    )
+    return "\n".join(
+        [f"| folder | {head} |", "|---|---|---|"]
+        + [f"| {r['folder']} | {r['share_of_bandwidth']:.0%} | {r['share_of_int8']:.0%} |" for r in found["rows"]]
+    )
+
+
 def onnx_encoder(_: str) -> str:
     """Sentence embeddings of ONNX folders."""
     lines = ["| folder | file MB | mean cosine similarity to float | least |", "|---|---|---|---|"]
@@ -123,6 +135,7 @@ TABLES = {
     "costs": costs,
     "onnx": onnx,
     "long": onnx_long,
+    "roofline": roofline,
     "shapes": onnx_shapes,
     "few": onnx_few,
     "encoder": onnx_encoder,
