@@ -8,8 +8,8 @@ Source: Li et al. 2025, arXiv:2504.02692 ("asymmetric calibration"), eq. 4. The 
 
         so that GPTQ on W* minimises the left side. The paper instead corrects column by column, and lets every
         token count by its size; here each is divided by the root mean square of its float input.
-Law:    with X = X~ the result is GPTQ's. tr((W* - Q) H (W* - Q)^T) is not worse than round-to-nearest's
-        of W* on the same grid.
+Law:    with X = X~, W* is W: GPTQ with tokens that count alike. tr((W* - Q) H (W* - Q)^T) is not worse than
+        round-to-nearest's of W* on the same grid.
 Needs:  the site's inputs, of the quantized model and of the float one: twice GPTQ's memory for values.
 Leaves: what GPTQ leaves. Stacks of experts, whose rows differ once routing does, are done by GPTQ.
 """

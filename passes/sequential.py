@@ -95,9 +95,16 @@ class Beside:
         device = walk.program.weights[site.name].device
         hessian = torch.zeros(site.K, site.K, dtype=torch.float64, device=device)
         cross = torch.zeros_like(hessian)
-        for x, exact in zip(walk.see(site.input), self.walk.see(self.nodes[site.input.name]), strict=True):
+        pairs = zip(walk.see(site.input), self.walk.see(self.nodes[site.input.name]), strict=True)
+        for batch, (x, exact) in enumerate(pairs, 1):
             aim = exact.flatten(0, -2).float()
-            even = aim.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
+            size = aim.square().mean(-1, keepdim=True)
+            if not bool(torch.isfinite(size).all()):
+                raise CalibrationError(
+                    f"batch {batch} brings NaN or Inf to {site.name} in the float model: "
+                    "drop it, or calibrate in float32"
+                )
+            even = torch.where(size > 0, size.rsqrt(), 0)  # a token whose aim is nothing asks for nothing
             rows = (x if act is None else as_rounded(x, act)).flatten(0, -2).float() * even
             hessian += gram(rows)
             cross += (aim * even).t() @ rows

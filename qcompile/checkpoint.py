@@ -7,6 +7,8 @@ config.json ...     the model's own configuration and tokenizer, when it has the
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -39,6 +41,8 @@ class CheckpointError(ValueError):
 def refuse_full(folder: str | Path) -> None:
     """Raise CheckpointError if a folder exists and is not empty: asked before long work."""
     target = Path(folder)
+    if target.is_dir() and (os.path.ismount(target) or target.resolve() == Path.cwd()):
+        raise CheckpointError(f"{target} cannot be replaced as a whole while it is in use: name a folder inside it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty: choose another folder or remove it")
 
@@ -55,29 +59,35 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             something came to lie there meanwhile (which then stays).
     """
     refuse_full(folder)
-    target = Path(folder)
+    target = Path(folder).resolve()  # the folder that a link names, not the link
     target.parent.mkdir(parents=True, exist_ok=True)
-    guard = FileLock(target.parent / f".{target.name}.lock", blocking=False)
+    guard = FileLock(target.parent / f".{target.name}.lock")
     try:
-        guard.acquire()
+        guard.acquire(timeout=0)
     except Timeout:
         raise CheckpointError(f"{target} is being written by another run: wait for it, or choose another") from None
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    work: Path | None = None
     try:
+        refuse_full(target)  # another run may have ended meanwhile
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield work
         try:
             if target.exists():
                 target.rmdir()
             os.replace(work, target)
         except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
             raise CheckpointError(
                 f"{target} is not empty any more: something was written there meanwhile, and stays. "
                 "Run again with another folder"
             ) from error
         target.chmod(0o755)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-        Path(guard.lock_file).unlink(missing_ok=True)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):  # some systems do not delete what is open
+            Path(guard.lock_file).unlink(missing_ok=True)
         guard.release()
 
 

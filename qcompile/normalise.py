@@ -94,7 +94,7 @@ def _merge_tied(program: Program) -> None:
 
 def _drop_noops(program: Program) -> None:
     graph = program.graph
-    for node in list(graph.nodes):
+    for node in reversed(list(graph.nodes)):  # what comes later first: then the users of a `contiguous` are real ones
         if node.op != "call_function":
             continue
         if node.target is aten._assert_tensor_metadata.default:

@@ -77,4 +77,6 @@ def sentence_batches(tokenizer: Any, chosen: list[str], *, size: int = 16) -> li
     if tokenizer.pad_token is None:
         raise ValueError("the tokenizer has no padding token, and texts of a batch differ in length: set its pad_token")
     groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-    return [dict(tokenizer(group, padding=True, truncation=True, return_tensors="pt")) for group in groups]
+    # Padding in front would leave tokens that see nothing, if a model looks back only.
+    how = dict(padding=True, padding_side="right", truncation=True, return_tensors="pt")
+    return [dict(tokenizer(group, **how)) for group in groups]

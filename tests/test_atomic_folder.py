@@ -97,3 +97,17 @@ def test_a_killed_run_leaves_no_folder_and_no_lock(tmp_path):
     with atomic_folder(tmp_path / "m") as work:
         (work / "whole").write_text("x")
     assert os.listdir(tmp_path / "m") == ["whole"]
+
+
+def test_the_current_folder_is_refused_and_a_link_is_followed(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", str(tmp_path / "here")):
+        with pytest.raises(CheckpointError, match="name a folder inside it"), atomic_folder(name):
+            raise AssertionError("no work before that")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with atomic_folder(tmp_path / "link") as work:
+        (work / "file").write_text("whole")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "file").read_text() == "whole"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "link", "real"]

@@ -132,7 +132,39 @@ def test_nearer_to_the_float_model_than_gptq(name):
     assert any("GPTQ" in note for p in report.passes for note in p.notes) == (name == "mixtral")
 
 
+class Dead(torch.nn.Module):
+    """Two sites with a ReLU between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_a_token_whose_float_input_is_nothing_decides_nothing():
+    torch.manual_seed(0)
+    model, x = Dead(), torch.randn(1, 200, 32)
+    off = torch.linalg.solve(model.a.weight, -model.a.bias - 1e-3)  # every hidden unit just below zero
+    program = capture(model, (x,))
+
+    def scales(data):
+        after = program.copy()
+        gptaq(after, GPTAQ(W3, None, output=None), Statistics(), SitePlan(batches=lambda: [(data,)]))
+        return [after.weights[n] for n in after.weights if n.endswith("b.weight.scale")]
+
+    with_it = torch.cat([x, off.detach().expand(1, 1, 32)], 1)
+    without = torch.cat([x, x[:, :1]], 1)
+    (mine,), (plain,) = scales(with_it), scales(without)
+    assert torch.allclose(mine, plain, rtol=0.2)
+
+
 def test_bad_input():
+    broken = torch.randn(1, 8, 32)
+    broken[0, 3, 5] = torch.nan
+    with pytest.raises(CalibrationError, match=r"batch 2 brings NaN or Inf to a\.weight in the float model"):
+        qcompile.quantize(Dead(), Recipe("r", (GPTAQ(), Fuse())), [torch.randn(1, 8, 32), broken], progress=False)
     with pytest.raises(ValueError, match=r"strength must be between 0 and 1, got 1\.5"):
         GPTAQ(strength=1.5)
     with pytest.raises(CalibrationError, match="empty"):

@@ -32,3 +32,20 @@ def test_a_product_and_a_sum_in_one_operator(beta, alpha):
     assert torch.allclose(program(*inputs)[0], model(*inputs), atol=1e-6)
     if beta == 0:  # whatever the bias holds
         assert torch.allclose(program(torch.full((2, 3, 5), torch.nan), *inputs[1:])[0], model(*inputs), atol=1e-6)
+
+
+@pytest.mark.parametrize("between", ["dropout", "detach", "to"])
+def test_a_view_behind_a_dropped_copy_and_another_no_op(between):
+    """`contiguous` goes, and what stands between it and the view: the view must copy then."""
+
+    class Turned(torch.nn.Module):
+        def forward(self, x):
+            y = x.view(2, 4, 2, 8).transpose(1, 2).contiguous()
+            y = {"dropout": lambda: torch.dropout(y, 0.1, False), "detach": y.detach, "to": lambda: y.to(x.dtype)}[
+                between
+            ]()
+            return y.view(2, 4, 16)
+
+    x = torch.randn(2, 4, 16)
+    program = capture(Turned(), (x,))
+    assert torch.equal(program(x)[0], Turned()(x))

@@ -67,9 +67,9 @@ def _replace_layer(program: Program, norm: Norm, index: int) -> bool:
 
 
 def _is_sum(x: fx.Node) -> bool:
-    """Whether a value is the sum of two of one shape."""
+    """Whether a value is the sum of two of one shape, [B, T, C] or [T, C]: the operators know no other."""
     shapes = [n.meta["val"].shape for n in x.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    return x.target is aten.add.Tensor and not x.kwargs and len(shapes) == 2 and shapes[0] == shapes[1]
+    return x.target is aten.add.Tensor and not x.kwargs and shapes[1:] == shapes[:1] and len(shapes[0]) in (2, 3)
 
 
 def _epsilon(norm: Norm) -> float | None:

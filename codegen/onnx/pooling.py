@@ -71,8 +71,14 @@ class Pooled(nn.Module):
 
 
 def _tokens(out: Any) -> Tensor:
-    found = getattr(out, TOKENS, None)
-    return found if isinstance(found, Tensor) else out if isinstance(out, Tensor) else out[0]
+    if isinstance(out, Mapping):
+        if not isinstance(out.get(TOKENS), Tensor):
+            raise PoolingError(
+                f"pooling: the model gives {', '.join(map(str, out))}, and no {TOKENS}: "
+                "give it without its head (transformers.AutoModel)"
+            )
+        return out[TOKENS]
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def check_example(model: nn.Module, example: Any) -> None:

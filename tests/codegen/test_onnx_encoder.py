@@ -258,3 +258,20 @@ class Way(nn.Module):
 
     def forward(self, x):
         return self.way(x)
+
+
+def test_a_norm_of_a_sum_of_four_dimensions_is_left(tmp_path):
+    """As in vision models that keep height and width: the operator takes [B, T, C] only."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16), torch.nn.LayerNorm(16)
+
+        def forward(self, x):
+            y = x + self.a(x)
+            return y + self.b(self.norm(y))
+
+    torch.manual_seed(0)
+    report = qcompile.export_onnx(Block(), tmp_path / "m", example=torch.randn(2, 4, 4, 16), progress=False)
+    assert report.numbers["onnx relative error"] < 1e-5

@@ -122,3 +122,17 @@ def test_a_real_encoder_from_the_command_line(tmp_path):
     want = Pooled(model, Pooling("mean", True))(**texts)["sentence_embedding"].numpy()
     similarity = (got * want).sum(1)
     assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5) and similarity.mean() > 0.95
+
+
+def test_a_model_with_a_head_is_refused(tmp_path):
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = build("bert")
+
+        def forward(self, **inputs):
+            return {"logits": self.model(**inputs)[0]}
+
+    with pytest.raises(PoolingError, match="gives logits, and no last_hidden_state: give it without its head"):
+        qcompile.export_onnx(Head(), tmp_path / "m", example=padded(), pooling="mean", progress=False)
+    assert not (tmp_path / "m").exists()
