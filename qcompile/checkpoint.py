@@ -41,10 +41,10 @@ class CheckpointError(ValueError):
 def refuse_full(folder: str | Path) -> None:
     """Raise CheckpointError if a folder exists and is not empty: asked before long work."""
     target = Path(folder)
-    if target.is_dir() and (os.path.ismount(target) or target.resolve() == Path.cwd()):
-        raise CheckpointError(f"{target} cannot be replaced as a whole while it is in use: name a folder inside it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty: choose another folder or remove it")
+    if target.is_dir() and (os.path.ismount(target) or target.resolve() == Path.cwd()):
+        raise CheckpointError(f"{target} cannot be replaced as a whole while it is in use: name a folder inside it")
 
 
 @contextmanager
