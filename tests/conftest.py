@@ -32,6 +32,12 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """What was tuned and built before is not seen."""
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path))
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The real small LLM; a missing package is a failure, not a skip."""

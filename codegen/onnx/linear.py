@@ -1,7 +1,7 @@
 """Quantized linears in the form that ONNX has operators for.
 
     weight-only int4/int8   MatMulNBits(x, codes, scales, zeros)       float activations, float sums
-    int8 x int8             Int8Linear: u8 x s8 products               exact int32 sums (lower.py)
+    int8 x int8             Int8Linear: u8 x u8 products               exact int32 sums (lower.py)
     dual int4 x int8        DualLinear: both of the above, by the number of rows (lower.py)
     other W4A8, W4A4        per-token quantize-dequantize, then MatMulNBits
 
@@ -63,7 +63,7 @@ class OnnxLinear(nn.Module):
         self.integer = source.format == Format("int8") and self.act in (Format("int8"), Format("int8", "tensor"))
         self.dual = two_ways(source) and not portable
         if self.integer:
-            self.register_buffer("weight", source.codes.t().contiguous())
+            self.register_buffer("weight", (source.codes.t().to(torch.int16) + 128).to(torch.uint8).contiguous())
             self.register_buffer("scale", source.scale.reshape(-1).float())
             return
         self.bits, self.block = source.format.bits, block_of(source.format, self.k)

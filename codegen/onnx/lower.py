@@ -2,17 +2,20 @@
 
 Three nodes of our own stand in an exported graph, and none in a file:
 
-    Int8Linear      an int8 weight: u8 x s8 products, whatever the number of rows
+    Int8Linear      an int8 weight: u8 x u8 products, whatever the number of rows
     DualLinear      a dual-grained weight s_row s1 (q - z), |s1 (q - z)| <= 127 (DGQ, arXiv:2310.04836; QoQ,
                     arXiv:2405.04532): int4 in groups and int8 in a row at once, so there are two ways to multiply
                         few rows    MatMulNBits on the int4 codes: decoding waits for memory, which holds 4 bits
-                        many rows   u8 x s8 products on s1 (q - z), which the processor multiplies directly
+                        many rows   u8 x u8 products on s1 (q - z), which the processor multiplies directly
     BlockedLinear   of a portable file: DequantizeLinear and MatMul, which ONNX Runtime makes one MatMulNBits again
+
+Integers of both sides are moved by 128 to u8. Where a processor has 8-bit dot products (VNNI, AMX), ONNX Runtime turns
+such weights to s8 while it packs them and is as fast as with s8 ones; where it has none (AVX2, AVX-512 of before), its
+products of u8 and s8 add two by two in 16 bits that overflow, so every other sum of an s8 weight is wrong there.
 
 The file holds the 4-bit codes once: s1 (q - z) is computed from the same bytes, which ONNX Runtime does when
 it opens the file (constant folding). A decoder becomes one `If` on its number of tokens around the whole graph,
-whose two branches share all weights. (An `If` around every product would cost a frame each; one costs up to 3 %
-of a decoded token.)
+whose two branches share all weights; an `If` around every product would cost a frame each.
 """
 
 from __future__ import annotations
@@ -136,7 +139,7 @@ class _Writer:
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.constants: dict[tuple[str, bytes], str] = {}
         self.read = {name for node in _every(graph.node) for name in node.input} | {o.name for o in graph.output}
-        self.int8: dict[tuple[str, ...], str] = {}  # names of codes, scales, zero points, row scales -> [K, N]
+        self.int8: dict[tuple[str, ...], str] = {}  # names of codes, scales, zero points, row scales -> u8 [K, N]
 
     def constant(self, value: np.ndarray) -> str:
         """The name of a constant; equal ones are one."""
@@ -186,7 +189,7 @@ class _Writer:
         return helper.make_node("MatMulNBits", inputs, outputs, **sizes)
 
     def _product(self, node: onnx.NodeProto, x: str, weight: str, scale: str, bias: list[str]) -> list[onnx.NodeProto]:
-        """x rounded to u8 around 128 in steps of max|x| / 127, times s8: products of s8 and s8 have a slow path."""
+        """x rounded to u8 around 128 in steps of max|x| / 127, times a weight in u8 around 128."""
         per_row = bool(_attributes(node)["per_row"])
         do = _Steps(node.name)
         axes = [self.whole(-1)] if per_row else []  # none: of all
@@ -204,9 +207,9 @@ class _Writer:
         middle = self.constant(np.array(128, np.uint8))
         codes = do("codes", "QuantizeLinear", x, step, middle)
         if not self.portable:
-            inputs = (codes, weight, step, scale, middle)
+            inputs = (codes, weight, step, scale, middle, middle)
             return do("product", "MatMulIntegerToFloat", *inputs, domain="com.microsoft")
-        integers = do("integers", "MatMulInteger", codes, weight, middle)
+        integers = do("integers", "MatMulInteger", codes, weight, middle, middle)
         scales = do("scales", "Mul", scale, step)
         return do("product", "Mul", do("numbers", "Cast", integers, to=TensorProto.FLOAT), scales)
 
@@ -227,7 +230,7 @@ class _Writer:
         return do.ending(node.output[0])
 
     def int8_weights(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-        """s1 (q - z) as int8 [K, N] of every dual weight, computed from its 4-bit codes [N, blocks, block / 2]."""
+        """128 + s1 (q - z) as u8 [K, N] of every dual weight, computed from its 4-bit codes [N, blocks, block / 2]."""
         found: list[onnx.NodeProto] = []
         for node in nodes:
             if node.op_type != "DualLinear" or tuple(node.input[1:5]) in self.int8:
@@ -242,15 +245,16 @@ class _Writer:
         sizes = _attributes(node)
         n, k, block = sizes["N"], sizes["K"], sizes["block_size"]
         blocks = -(-k // block)
-        int8: dict[str, Any] = dict(to=TensorProto.INT8)
+        u8: dict[str, Any] = dict(to=TensorProto.UINT8)  # whose sums and products wrap: only the last has to fit
         last, first = self.whole(-1), self.whole(0)
-        q = do("q", "Cast", self._seen(codes, [n, blocks, block]), **int8)
-        padded = do("padded", "Cast", self._seen(zeros, [n, blocks + blocks % 2]), **int8)
+        q = do("q", "Cast", self._seen(codes, [n, blocks, block]), **u8)
+        padded = do("padded", "Cast", self._seen(zeros, [n, blocks + blocks % 2]), **u8)
         z = do("z", "Unsqueeze", do("flat", "Slice", padded, first, self.whole(blocks), self.whole(1)), last)
         ratio = do("ratio", "Div", scales, do("row", "Unsqueeze", row, last))
-        s1 = do("s1", "Cast", do("whole", "Round", ratio), **int8)
+        s1 = do("s1", "Cast", do("whole", "Round", ratio), **u8)
         product = do("blocks", "Mul", do("levels", "Sub", q, z), do("steps", "Unsqueeze", s1, last))
-        rows = do("rows", "Reshape", product, self.whole(n, blocks * block))
+        moved = do("moved", "Add", product, self.constant(np.array(128, np.uint8)))
+        rows = do("rows", "Reshape", moved, self.whole(n, blocks * block))
         columns = do("columns", "Transpose", rows, perm=[1, 0])
         return columns if blocks * block == k else do("int8", "Slice", columns, first, self.whole(k), first)
 

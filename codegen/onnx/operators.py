@@ -51,9 +51,12 @@ def blocks_to_numbers(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits:
 
 @torch.library.custom_op("qcompile_onnx::int8_linear", mutates_args=())
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, per_row: bool) -> Tensor:
-    """round(x / s) @ weight [K, N] int8, times s and scale [N], plus bias; s = max|x| / 127 of a row or of all x."""
+    """round(x / s) @ (weight - 128), times s and scale [N], plus bias; s = max|x| / 127 of a row or of all x.
+
+    weight: uint8 [K, N], int8 codes moved by 128 (lower.py says why).
+    """
     codes, step, _ = torch.ops.qcompile.quantize(x, "int8/row" if per_row else "int8/tensor")
-    out = (codes.double() @ weight.double()).float() * step * scale  # float64 sums of int8 products are exact
+    out = (codes.double() @ (weight.double() - 128)).float() * step * scale  # float64 sums of int8 products are exact
     return out if bias is None else out + bias
 
 
@@ -72,7 +75,7 @@ def dual_linear(
     Arguments as of nbits_linear, which multiplies the same weight by activations that are not rounded.
     """
     units = blocks_to_numbers(codes, (scales / row[:, None]).round(), zeros, bits, block)[:, :k]
-    return int8_linear(x, units.to(torch.int8).t(), row, bias, per_row)
+    return int8_linear(x, (units + 128).to(torch.uint8).t(), row, bias, per_row)
 
 
 @dual_linear.register_fake

