@@ -1,7 +1,10 @@
 """Times every CPU kernel against the float product and torch's own quantized product.
 
-    python benches/cpu_linear.py            prints the table, writes benches/results/cpu_linear.json
-    python benches/cpu_linear.py --commit   also writes codegen/cpu/table.json, which kernel choice reads
+    python benches/cpu_linear.py            prints the table, writes benches/results/cpu_linear-HOW.json
+    python benches/cpu_linear.py --commit   also writes codegen/cpu/table-HOW.json, which kernel choice reads
+    python benches/cpu_linear.py --quick    three shapes and five numbers of rows
+
+HOW is how this processor multiplies int8: amx, vnni, avx2.
 
 Weights are cold: each run rotates over copies that together exceed the last-level cache. Kernel,
 float product and peer are interleaved and compared by their medians. The peers are what torch ships
@@ -26,6 +29,7 @@ from rich.table import Table
 from qcompile.bench import versions
 from qcompile.codegen.cpu import kernels
 from qcompile.formats import Format, load_codes
+from qcompile.integer_product import processor
 from qcompile.rounding import quantize_tensor
 
 SHAPES = [(576, 576), (576, 1536), (2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096)]
@@ -95,7 +99,9 @@ def main() -> None:
     """Measure, print, write."""
     rows: list[dict[str, object]] = []
     table = Table("kernel", "dtype", "M", "K", "N", "us", "float us", "torch's own us", "float/kernel", "own/kernel")
-    places = [(d, k, n, m) for d in (torch.bfloat16, torch.float32) for k, n in SHAPES for m in ROWS]
+    quick = "--quick" in sys.argv
+    shapes, many = (SHAPES[1::2], ROWS[::2] + [512]) if quick else (SHAPES, ROWS)
+    places = [(d, k, n, m) for d in (torch.bfloat16, torch.float32) for k, n in shapes for m in dict.fromkeys(many)]
     for dtype, k, n, m in track(places, "measuring"):
         copies = max(2, min(64, CACHE // (k * n // 2)))
         x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
@@ -112,9 +118,9 @@ def main() -> None:
             table.add_row(name, short, str(m), str(k), str(n), *numbers, *ratios)
     Console(width=120).print(table)
     result = json.dumps({"versions": versions(), "rows": rows}, indent=0) + "\n"
-    (ROOT / "benches/results/cpu_linear.json").write_text(result)
+    (ROOT / f"benches/results/cpu_linear-{processor()}.json").write_text(result)
     if "--commit" in sys.argv:
-        (ROOT / "codegen/cpu/table.json").write_text(result)
+        (ROOT / f"codegen/cpu/table-{processor()}.json").write_text(result)
 
 
 if __name__ == "__main__":

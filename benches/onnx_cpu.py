@@ -1,6 +1,8 @@
 """INT4 ONNX on a CPU against onnxruntime-genai's own model builder: speed, size, memory, perplexity.
 
-    python benches/onnx_cpu.py [TEXT [CALIBRATION_TEXT]]      writes benches/results/onnx_cpu.json and .png
+    python benches/onnx_cpu.py [TEXT [CALIBRATION_TEXT]]
+
+writes benches/results/onnx_cpu-HOW.json and .png; HOW is how this processor multiplies int8: amx, vnni, avx2.
 
 Every folder, ours and the peers', runs in onnxruntime-genai in a process of its own; the processes take
 turns, one at a time, so that no idle thread of another spins. Perplexity is that of the ONNX model: 4
@@ -35,11 +37,12 @@ from qcompile.bench import versions
 from qcompile.codegen.onnx.genai import FILE
 from qcompile.codegen.onnx.session import Session
 from qcompile.evaluate import perplexity
+from qcompile.integer_product import processor
 from qcompile.presets import find_recipe
 from qcompile.pretrained import load_pretrained
 from qcompile.text import batches, read_text, windows
 
-RESULTS = Path(__file__).parent / "results" / "onnx_cpu.json"
+RESULTS = Path(__file__).parent / "results" / f"onnx_cpu-{processor()}.json"
 SAME_BLOCKS = Path(__file__).parent / "recipes" / "onnx"
 BEST = "int4-cpu-gptq"
 CHUNK = 256  # tokens of a prompt that onnxruntime-genai reads at once, of a peer's folder too
@@ -58,8 +61,7 @@ BUILDER = {
     "builder int4, block 32, k_quant": ["block_size=32", "algo_config=k_quant"],
 }
 PROMPT, NEW, ROUNDS = 512, 32, 7
-LONG = (2048, 4096, 8000)  # prompts that are timed a few times only
-LONG_ROUNDS = 2
+LONG = {2048: 2, 4096: 2, 8000: 1}  # longer prompts, and how many times each is timed
 LONG_ONLY = ("builder int4, block 32", "builder int4, block 128", "builder int4, block 128, chunks") + tuple(
     f"qcompile {name}" for name in list(OURS)[3:]
 )
@@ -157,8 +159,8 @@ def time_all(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
                 answer = child.ask(PROMPT, NEW)
                 if step:
                     rounds[name].append(answer)
-        for length in LONG:
-            for _ in range(LONG_ROUNDS):
+        for length, times in LONG.items():
+            for _ in range(times):
                 for name in filter(children.__contains__, LONG_ONLY):
                     long[name][length].append(children[name].ask(length, NEW))
     finally:
@@ -254,10 +256,10 @@ def main() -> None:
             f"{row['share_of_bandwidth']:.0%}", f"{row['share_of_int8']:.0%}",
         )  # fmt: skip
     console.print(table)
-    long = Table("folder", *(f"{n} tokens, s to first" for n in LONG), f"decode behind {LONG[1]}")
+    long = Table("folder", *(f"{n} tokens, s to first" for n in LONG), "decode behind 4096")
     for row in (row for row in rows if row["long"]):
         long.add_row(
-            row["folder"], *(f"{row['long'][n]['first']:.2f}" for n in LONG), f"{row['long'][LONG[1]]['decode']:.1f}"
+            row["folder"], *(f"{row['long'][n]['first']:.2f}" for n in LONG), f"{row['long'][4096]['decode']:.1f}"
         )
     console.print(long)
     console.print(*(f"{r['tokens']} tokens: codes {r['few']:.2f} ms, int8 {r['many']:.2f} ms" for r in few), sep="\n")

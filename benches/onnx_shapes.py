@@ -52,7 +52,7 @@ def main() -> None:
     model, tokenizer = shapes(layers), load_pretrained()[1]
     weights = sum(p.nbytes for p in model.parameters())
     onnx_cpu.BUILDER.pop("builder int4, block 32, k_quant")
-    onnx_cpu.LONG = ()
+    onnx_cpu.LONG = {}
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         folders = onnx_cpu.build_peers(work, model, tokenizer, console)

@@ -7,7 +7,7 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- recipes NAME NAME .. -->      those recipes as the model is and on its rotated twin
     <!-- prefixes -->                  intact_kv.json
     <!-- costs -->                     quantize_cost.json
-    <!-- onnx -->, long, few, roofline onnx_cpu.json
+    <!-- onnx HOW -->, long, few, roofline   onnx_cpu-HOW.json, of one kind of processor
     <!-- shapes -->                    onnx_shapes.json
     <!-- encoder -->                   onnx_encoder.json
 """
@@ -69,15 +69,15 @@ def costs(_: str) -> str:
     return "\n".join([*lines, *(f"| `{r['recipe']}` | {r['seconds']:.1f} | {r['ratio']:.2f} |" for r in rows)])
 
 
-def onnx(_: str, name: str = "onnx_cpu") -> str:
-    """ONNX folders of ours and of onnxruntime-genai's builder."""
+def onnx(how: str, name: str = "onnx_cpu") -> str:
+    """ONNX folders of ours and of onnxruntime-genai's builder, on one kind of processor."""
     head = "| folder | prefill of 512, tokens/s | decode, tokens/s | file MB | open MB | perplexity |"
     return "\n".join(
         [head, "|---|---|---|---|---|---|"]
         + [
             f"| {r['folder']} | {r['prefill']:.0f} | {r['decode']:.1f} | {r['megabytes']:.1f} "
             f"| {r['held_megabytes']:.0f} | {number(r['perplexity']) if 'perplexity' in r else ''} |"
-            for r in rows_of(name)
+            for r in rows_of(f"{name}-{how}" if how else name)
         ]
     )
 
@@ -87,9 +87,9 @@ def onnx_shapes(_: str) -> str:
     return "\n".join(line.rpartition("|")[0].rpartition("|")[0] + "|" for line in onnx("", "onnx_shapes").split("\n"))
 
 
-def onnx_long(_: str) -> str:
+def onnx_long(how: str) -> str:
     """The same with long prompts."""
-    rows = [r for r in rows_of("onnx_cpu") if r["long"]]
+    rows = [r for r in rows_of(f"onnx_cpu-{how}") if r["long"]]
     lengths = list(rows[0]["long"])
     head = [f"| folder | {' | '.join(f'{n} tokens, s to the first new one | decode' for n in lengths)} |"]
     head.append("|---" * (1 + 2 * len(lengths)) + "|")
@@ -97,9 +97,9 @@ def onnx_long(_: str) -> str:
     return "\n".join([*head, *(f"| {r['folder']} | {cell} |" for r, cell in zip(rows, cells, strict=True))])
 
 
-def onnx_few(_: str) -> str:
+def onnx_few(how: str) -> str:
     """From how many tokens int8 products are faster."""
-    rows = json.loads((ROOT / "benches" / "results" / "onnx_cpu.json").read_text())["few"]
+    rows = json.loads((ROOT / "benches" / "results" / f"onnx_cpu-{how}.json").read_text())["few"]
     lines = [f"| tokens behind a cache of 256 | {' | '.join(str(r['tokens']) for r in rows)} |"]
     lines.append("|---" * (1 + len(rows)) + "|")
     for way, name in (("few", "4-bit codes, ms"), ("many", "int8, ms")):
@@ -107,9 +107,9 @@ def onnx_few(_: str) -> str:
     return "\n".join(lines)
 
 
-def roofline(_: str) -> str:
+def roofline(how: str) -> str:
     """How far decoding is from reading the file, and a prompt from the rate of int8 products."""
-    found = json.loads((ROOT / "benches" / "results" / "onnx_cpu.json").read_text())
+    found = json.loads((ROOT / "benches" / "results" / f"onnx_cpu-{how}.json").read_text())
     head = (
         f"decode, of {found['bandwidth'] / 1e9:.0f} GB/s | prefill, of {found['int8_rate'] / 1e9:.0f} G multiply-adds/s"
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qcompile.formats import Format, dequantize_codes, load_codes
 from qcompile.hadamard import apply_hadamard
+from qcompile.integer_product import int8_sums
 from qcompile.packing import packed_columns
 from qcompile.rounding import quantize_tensor
 
@@ -110,10 +111,7 @@ def qlinear(
         assert x_scale is not None
         if form.dual:
             codes = _second_level(codes, zero, group_scale, form)
-        flat = x.reshape(-1).view(-1, columns)  # dense: torch's CPU _int_mm misreads a lone row's stride
-        # .. and the strides of a lone column
-        product = torch._int_mm(flat, codes.t()) if columns > 1 else flat.int() * codes.t().int()
-        sums = product.reshape(*x.shape[:-1], -1)
+        sums = int8_sums(x.reshape(-1, columns), codes).reshape(*x.shape[:-1], -1)
         out = sums.to(wide) * x_scale.to(wide) * scale.squeeze(-1).to(wide)
     else:
         if act:

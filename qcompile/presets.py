@@ -89,7 +89,7 @@ PRESETS: dict[str, Recipe] = {
             GPTQ(Format("fp8"), Format("fp8")),
         ),
         _recipe(
-            "fp8-rotated",
+            "fp8-principal",
             "fp8 on principal axes, where formats with an exponent round best; needs calibration",
             Untie(),
             FoldNorm(),

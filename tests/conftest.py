@@ -32,6 +32,12 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def one_table(monkeypatch):
+    """Which sites stay float must not depend on the machine that runs the tests."""
+    monkeypatch.setattr("qcompile.codegen.cpu.choose.processor", lambda: "vnni")
+
+
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """What was tuned and built before is not seen."""

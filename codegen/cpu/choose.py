@@ -1,9 +1,9 @@
-"""Which kernel for which format, and how fast: a committed table, and never slower in silence.
+"""Which kernel for which format, and how fast: committed tables, and never slower in silence.
 
-`table.json` holds microseconds of every kernel and of the float product over shapes, rows and
-dtypes, measured with weights cold in memory by `benches/cpu_linear.py`. A choice takes the nearest
-measured shape and rows (in log distance). Where the kernel does not reach `FLOOR` of the float
-speed, the choice says so, and the caller leaves the site float.
+`table-vnni.json` and `table-avx2.json` hold microseconds of every kernel and of the float product over shapes,
+rows and dtypes, on a processor with 8-bit dot products and on one without, measured with weights cold in memory
+by `benches/cpu_linear.py`. A choice takes the nearest measured shape and rows (in log distance). Where the kernel
+does not reach `FLOOR` of the float speed, the choice says so, and the caller leaves the site float.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 
 from qcompile.codegen.cpu.kernels import takes_nibbles
 from qcompile.formats import Format
+from qcompile.integer_product import Processor, processor
 
+_STANDS_FOR: dict[Processor, Processor] = {"amx": "vnni", "other": "avx2"}  # processors without a table of their own
 FLOOR = 0.95  # of float speed; below it a kernel is "slower"
 
 
@@ -28,6 +30,7 @@ class Choice:
 
     kernel: str
     ratio: float
+    where: str = ""  # the processor that it was measured on, if that is another kind
 
     @property
     def slower(self) -> bool:
@@ -35,12 +38,12 @@ class Choice:
         return self.ratio < FLOOR
 
     def __str__(self) -> str:
-        return f"{self.kernel} ({self.ratio:.1f}x float)"
+        return f"{self.kernel} ({self.ratio:.1f}x float{f' on {self.where}' if self.where else ''})"
 
 
-@functools.lru_cache(maxsize=1)
-def _table() -> dict[tuple[str, str], list[tuple[int, int, int, float]]]:
-    data = json.loads((Path(__file__).parent / "table.json").read_text())
+@functools.cache
+def _table(of: Processor) -> dict[tuple[str, str], list[tuple[int, int, int, float]]]:
+    data = json.loads((Path(__file__).parent / f"table-{of}.json").read_text())
     table: dict[tuple[str, str], list[tuple[int, int, int, float]]] = {}
     for row in data["rows"]:
         ratio = row["float_us"] / row["us"]
@@ -48,9 +51,9 @@ def _table() -> dict[tuple[str, str], list[tuple[int, int, int, float]]]:
     return table
 
 
-def ratio_to_float(kernel: str, dtype: torch.dtype, rows: int, k: int, n: int) -> float:
+def ratio_to_float(kernel: str, dtype: torch.dtype, rows: int, k: int, n: int, of: Processor) -> float:
     """Float time over kernel time at the nearest measured place; 0 if never measured."""
-    places = _table().get((kernel, str(dtype).removeprefix("torch.")), [])
+    places = _table(of).get((kernel, str(dtype).removeprefix("torch.")), [])
 
     def distance(place: tuple[int, int, int, float]) -> float:
         m, pk, pn, _ = place
@@ -76,5 +79,6 @@ def kernel_of(form: Format, act: str) -> str:
 
 def choose(form: Format, act: str, dtype: torch.dtype, rows: int, k: int, n: int) -> Choice:
     """The kernel of one site and its measured speed for one number of rows."""
-    name = kernel_of(form, act)
-    return Choice(name, ratio_to_float(name, dtype, rows, k, n))
+    name, here = kernel_of(form, act), processor()
+    of = _STANDS_FOR.get(here, here)
+    return Choice(name, ratio_to_float(name, dtype, rows, k, n, of), of if of != here else "")

@@ -1,9 +1,10 @@
 """Operators of the CPU target: quantized products for any number of rows.
 
 Few rows go to native.cpp, which reads every packed weight once; many rows go to torch's own matrix
-product, on weights unpacked by native.cpp. The operator looks at the rows it is given, so a graph
-with a dynamic number of rows is fast at every number. native.cpp is compiled once for each machine,
-with Inductor's compiler and into Inductor's cache.
+product (of floats, where it has no fast one of int8: qcompile/integer_product.py), on weights unpacked
+by native.cpp. The operator looks at the rows it is given, so a graph with a dynamic number of rows is
+fast at every number. native.cpp is compiled once for each machine, with Inductor's compiler and into
+Inductor's cache.
 
     int8_mm      x int8, w int8                                            exact up to the scales
     dual_mm      x int8, w = s (q - z): nibbles, integer scale and zero    exact up to the scales
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from qcompile.integer_product import add_as_float, multiplies_int8
 
 # Rows up to which native.cpp multiplies, measured by benches/cpu_linear.py: beyond, unpacking costs
 # less than a second pass over the expanded weight. Integer rows are short enough for the first cache.
@@ -129,11 +132,15 @@ def _integer(
         few(sums)
         _call("finish", sums, x_scale, scale, bias, out, brief, m, n, 0, n)
         return out.to(dtype)
+    wide = None if multiplies_int8() else x.float()
     step = max(256, min(_SUMS // (4 * m), _CHUNK // k) // 64 * 64)
     for first in range(0, n, step):
         part = slice(first, min(first + step, n))
         sums = _scratch("sums", m, part.stop - first, torch.int32)
-        torch._int_mm(x, weight(part).t(), out=sums)
+        if wide is None:
+            torch._int_mm(x, weight(part).t(), out=sums)
+        else:
+            add_as_float(wide, weight(part), sums.zero_())
         shift = None if bias is None else bias[part]
         _call("finish", sums, x_scale, scale[part], shift, out, brief, m, sums.shape[1], first, n)
     return out.to(dtype)

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qcompile.codegen.cpu.choose as chosen_by
+from qcompile import integer_product
 from qcompile.codegen import aten
 from qcompile.codegen.cpu import kernels, native
 from qcompile.codegen.cpu.choose import choose, kernel_of
@@ -170,3 +172,29 @@ def test_a_lone_column():
     assert torch.equal(int8_sums(x, w), want)
     one = torch.ones(20, 1), None, w, torch.ones(32, 1), None, None, None, "int8/row", "int8/row", 1, torch.float32
     assert torch.equal(torch.ops.qcompile.qlinear(x, *one), want)
+
+
+@pytest.mark.parametrize("columns", [1, 96, 1024, 1025, 3000])
+@pytest.mark.parametrize("fast", [False, True])
+def test_sums_are_exact_on_every_processor(monkeypatch, columns, fast):
+    """The largest integers, with and without 8-bit dot products: float32 sums stay below 2^24."""
+    monkeypatch.setattr(integer_product, "multiplies_int8", lambda: fast)
+    monkeypatch.setattr(native, "multiplies_int8", lambda: fast)
+    x = torch.tensor([-128, -128, -127, 127], dtype=torch.int8)[torch.randint(4, (20, columns))]
+    w = torch.tensor([-128, -128, 127, -127], dtype=torch.int8)[torch.randint(4, (33, columns))]
+    x[0], w[0] = -128, -128  # the largest sum of all
+    want = (x.double() @ w.double().t()).int()
+    assert torch.equal(integer_product.int8_sums(x, w), want)
+    assert torch.equal(integer_product.int8_sums(x.t().contiguous().t()[:1], w), want[:1])
+    one = torch.ones(20, 1), torch.ones(33, 1)
+    found = torch.ops.qcompile_cpu.int8_mm(x, one[0], w, one[1], None, torch.float32)
+    assert torch.equal(found, want.float())
+
+
+def test_a_processor_has_its_table(monkeypatch):
+    monkeypatch.setattr(
+        chosen_by, "_table", lambda of: {("int8_mm", "float32"): [(1, 64, 64, 7.0 if of == "avx2" else 3.0)]}
+    )
+    for kind, said in (("avx2", "7.0x float)"), ("other", "7.0x float on avx2)"), ("amx", "3.0x float on vnni)")):
+        monkeypatch.setattr(chosen_by, "processor", lambda kind=kind: kind)
+        assert str(choose(Format("int8"), "int8/row", torch.float32, 4, 64, 64)).endswith(said)
