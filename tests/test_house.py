@@ -19,7 +19,7 @@ PACKAGES = [
 ]
 CORE = {
     "program", "capture", "normalise", "norms", "sites", "scale_flow", "row_flow", "attention_flow", "rotation_flow",
-    "formats", "rounding", "packing", "minifloat", "walk", "hadamard", "ops", "sharing", "fingerprint", "calibrate",
+    "formats", "rounding", "packing", "minifloat", "walk", "hadamard", "integer_product", "ops", "sharing", "fingerprint", "calibrate",
     "recipe",
     "report", "verify", "memory", "straight_through", "divergence",
 }  # fmt: skip

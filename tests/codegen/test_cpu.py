@@ -183,6 +183,8 @@ def test_sums_are_exact_on_every_processor(monkeypatch, columns, fast):
     x = torch.tensor([-128, -128, -127, 127], dtype=torch.int8)[torch.randint(4, (20, columns))]
     w = torch.tensor([-128, -128, 127, -127], dtype=torch.int8)[torch.randint(4, (33, columns))]
     x[0], w[0] = -128, -128  # the largest sum of all
+    x[1], w[1] = 127, 127  # and an odd one, which float32 has not beyond 2^24
+    x[1, 0] = 126 if columns % 2 else 127
     want = (x.double() @ w.double().t()).int()
     assert torch.equal(integer_product.int8_sums(x, w), want)
     assert torch.equal(integer_product.int8_sums(x.t().contiguous().t()[:1], w), want[:1])
