@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from qcompile.integer_product import multiplies_int8
+
 Serving = Literal["sync", "async"]
 
 _FEW = 1_000_000_000  # parameters below which four bits cost more quality than they are worth
@@ -22,12 +24,13 @@ _LARGE_MEMORY = 64e9  # bytes of a data-centre chip
 
 @dataclass(frozen=True)
 class Device:
-    """A machine to run on: kind "cpu" or "cuda", bytes of memory, and a CUDA compute capability."""
+    """A machine to run on: kind "cpu" or "cuda", bytes of memory, a CUDA compute capability, or int8 dot products."""
 
     kind: Literal["cpu", "cuda"]
     memory: float
     capability: tuple[int, int] = (0, 0)
     name: str = ""
+    int8: bool = True  # a CPU with 8-bit dot products
 
     @staticmethod
     def here() -> Device:
@@ -35,7 +38,7 @@ class Device:
         if torch.cuda.is_available():
             found = torch.cuda.get_device_properties(0)
             return Device("cuda", float(found.total_memory), (found.major, found.minor), found.name)
-        return Device("cpu", _ram(), name="this CPU")
+        return Device.named("cpu")
 
     @staticmethod
     def named(name: str) -> Device:
@@ -43,7 +46,7 @@ class Device:
         if name == "here":
             return Device.here()
         if name == "cpu":
-            return Device("cpu", _ram(), name="this CPU")
+            return Device("cpu", _ram(), name="this CPU", int8=multiplies_int8())
         if name.lower() not in KNOWN:
             raise ValueError(f"device {name!r} is unknown; known: here, cpu, {', '.join(KNOWN)}")
         memory, capability = KNOWN[name.lower()]
@@ -105,6 +108,10 @@ def advise(count: int, device: Device, serving: Serving = "sync", *, data: bool 
         reasons.append("small models lose much in four bits (SmolLM2-135M: +20% perplexity with GPTQ): eight bits")
         if device.kind == "cuda" and device.capability >= (8, 9):
             return Advice("fp8", (*reasons, "the chip multiplies FP8, which needs no data and loses least"))
+    if device.kind == "cpu" and not device.int8:
+        reasons.append("this CPU has no 8-bit dot products, so only bytes are saved: activations stay float")
+        return Advice(four if tight else "w8a16", tuple(reasons))
+    if count < _FEW and not tight:
         return Advice("int8", (*reasons, "dynamic per token, data-free, +3.6% perplexity there"))
     if device.kind == "cpu":
         if tight:
