@@ -27,12 +27,11 @@ from qcompile.formats import Format
 from qcompile.hadamard import apply_hadamard, factor, random_signs, rotation
 from qcompile.norms import find_norms
 from qcompile.passes.quantize import SitePlan
-from qcompile.passes.rotate import Rotate, conflicts, head_bases, stream_obstacle, turn_heads, turn_stream
+from qcompile.passes.rotate import Rotate, conflicts, head_bases, streams_to_turn, turn_heads, turn_stream
 from qcompile.passes.rotate_online import ACTIVATIONS
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
-from qcompile.rotation_flow import rotation_flows
 from qcompile.scale_flow import groups_of_readers
 from qcompile.sites import find_sites
 from qcompile.straight_through import round_through
@@ -102,11 +101,7 @@ def learn_rotation(program: Program, how: LearnRotation, seen: Statistics, plan:
         return learned[-1]
 
     streams, heads = [], []
-    for index, flow in enumerate(rotation_flows(program) if how.stream else []):
-        label, problem = f"stream of {flow.size} at {flow.norms[0].input.name}", stream_obstacle(program, flow)
-        if problem is not None:
-            report.leave(label, problem.reason, problem.node)
-            continue
+    for index, (label, flow) in enumerate(streams_to_turn(program, report) if how.stream else []):
         basis = learn(rotation(flow.size, how.seed + index)[0])
         streams.append((flow, basis, label))
         names = {site.name for site in flow.readers}
@@ -127,9 +122,7 @@ def learn_rotation(program: Program, how: LearnRotation, seen: Statistics, plan:
         first, last = _descend(program, how, plan, learned, rounders)
         report.notes.append(f"{how.steps} steps: divergence {first:.4f} -> {last:.4f} nats a token")
     for flow, basis, label in streams:
-        turn_stream(program, flow, basis.matrix.detach())
-        report.done.append(label)
-        report.changed |= {v.name for v in flow.values} | {n.name for norm in flow.norms for n in norm.inner}
+        turn_stream(program, flow, basis.matrix.detach(), label, report)
     for group, source, basis in heads:
         turn_heads(program, group, source, basis.matrix.detach(), report)
     return report

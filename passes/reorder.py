@@ -19,11 +19,10 @@ from torch import Tensor
 
 from qcompile.calibrate import Statistics
 from qcompile.norms import find_norms
-from qcompile.passes.rotate import stream_obstacle, turn_stream
+from qcompile.passes.rotate import streams_to_turn, turn_stream
 from qcompile.program import Program
 from qcompile.recipe import rewrites
 from qcompile.report import PassReport
-from qcompile.rotation_flow import rotation_flows
 from qcompile.row_flow import ATTENTION, MATMULS, FlowStops, RowFlow, one_position
 from qcompile.scale_flow import Readers, groups_of_readers
 from qcompile.sites import Site, find_sites
@@ -58,19 +57,11 @@ def reorder(program: Program, how: Reorder, seen: Statistics) -> PassReport:
 
 
 def _streams(program: Program, groups: list[Readers], seen: Statistics, report: PassReport) -> None:
-    for flow in rotation_flows(program):
-        label = f"stream of {flow.size} at {flow.norms[0].input.name}"
-        problem = stream_obstacle(program, flow)
-        if problem is not None:
-            report.leave(label, problem.reason, problem.node)
-            continue
+    for label, flow in streams_to_turn(program, report):
         names = {site.name for site in flow.readers}
         peaks = [seen.absmax[g.root.name] for g in groups if any(s.name in names for s in g.sites)]
         order = torch.stack(peaks).amax(0).argsort(descending=True)
-        turn_stream(program, flow, torch.eye(flow.size, dtype=torch.float64)[:, order])
-        report.done.append(label)
-        report.changed |= {value.name for value in flow.values}
-        report.changed |= {node.name for norm in flow.norms for node in norm.inner}
+        turn_stream(program, flow, torch.eye(flow.size, dtype=torch.float64)[:, order], label, report)
 
 
 def _rows(program: Program, readers: Readers, absmax: Tensor, report: PassReport) -> None:

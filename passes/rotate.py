@@ -79,29 +79,28 @@ def conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:
 def rotate(program: Program, how: Rotate, seen: Statistics) -> PassReport:
     """Rotate every closed stream and every head basis, in place."""
     report = PassReport("Rotate")
-    if how.stream:
-        for index, flow in enumerate(rotation_flows(program)):
-            _rotate_stream(program, flow, how.seed + index, report)
+    for index, (label, flow) in enumerate(streams_to_turn(program, report) if how.stream else []):
+        matrix, kind = rotation(flow.size, how.seed + index)
+        turn_stream(program, flow, matrix, label, report)
+        report.notes.append(f"R1 of {flow.size} channels: {kind}, {len(flow.readers)} readers")
     if how.heads:
         _rotate_heads(program, how.seed + 1000, report)
     return report
 
 
-def _rotate_stream(program: Program, flow: RotationFlow, seed: int, report: PassReport) -> None:
-    label = f"stream of {flow.size} at {flow.norms[0].input.name}"
-    problem = stream_obstacle(program, flow)
-    if problem is not None:
-        report.leave(label, problem.reason, problem.node)
-        return
-    matrix, kind = rotation(flow.size, seed)
-    turn_stream(program, flow, matrix)
-    report.done.append(label)
-    report.notes.append(f"R1 of {flow.size} channels: {kind}, {len(flow.readers)} readers")
-    report.changed |= {value.name for value in flow.values}
-    report.changed |= {node.name for norm in flow.norms for node in norm.inner}
+def streams_to_turn(program: Program, report: PassReport) -> list[tuple[str, RotationFlow]]:
+    """The streams that can take another basis, with what a report calls them; the others are left there."""
+    found = []
+    for flow in rotation_flows(program):
+        label, problem = f"stream of {flow.size} at {flow.norms[0].input.name}", stream_obstacle(program, flow)
+        if problem is None:
+            found.append((label, flow))
+        else:
+            report.leave(label, problem.reason, problem.node)
+    return found
 
 
-def turn_stream(program: Program, flow: RotationFlow, matrix: Tensor) -> None:
+def turn_stream(program: Program, flow: RotationFlow, matrix: Tensor, label: str, report: PassReport) -> None:
     """Give a closed stream another orthogonal basis [n, n]: its writers, tables and readers."""
     for site in flow.readers:
         program.weights[site.name] = rotate_columns(program.weights[site.name], matrix)
@@ -111,6 +110,9 @@ def turn_stream(program: Program, flow: RotationFlow, matrix: Tensor) -> None:
         name = program.weight_name(table)
         assert name is not None
         program.weights[name] = rotate_columns(program.weights[name], matrix)
+    report.done.append(label)
+    report.changed |= {value.name for value in flow.values}
+    report.changed |= {node.name for norm in flow.norms for node in norm.inner}
 
 
 def stream_obstacle(program: Program, flow: RotationFlow) -> Obstacle | None:

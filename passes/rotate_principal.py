@@ -9,7 +9,7 @@ Law:    the output stays for every orthogonal R, as in Rotate. Which R: a float 
         the signal for every row w. On other axes it is more wherever rows cancel what many channels
         have in common, as the massive activations of a stream: a Hadamard matrix, right for integers,
         spreads these over all channels, and the noise with them.
-Needs:  whole batches.   Leaves: what Rotate leaves.   Computed in float64, cast once.
+Needs:  whole batches.   Leaves: what Rotate leaves.   Turned in float64, cast once.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from torch import Tensor, fx
 
 from qcompile.calibrate import CalibrationError, Statistics
 from qcompile.passes.quantize import SitePlan
-from qcompile.passes.rotate import Rotate, conflicts, head_bases, stream_obstacle, turn_heads, turn_stream
+from qcompile.passes.rotate import Rotate, conflicts, head_bases, streams_to_turn, turn_heads, turn_stream
 from qcompile.program import Program
 from qcompile.recipe import rewrites
 from qcompile.report import PassReport
-from qcompile.rotation_flow import rotation_flows
 from qcompile.scale_flow import groups_of_readers
 from qcompile.sites import find_sites
 
 
 @dataclass(frozen=True)
 class RotatePrincipal(Rotate):
-    """Rotate to the principal axes of what was seen; the seed is not used."""
+    """Rotate to the principal axes of what calibration saw: no chance is in it, and the seed is not used."""
 
 
 def principal_axes(moment: Tensor) -> Tensor:
@@ -54,40 +53,39 @@ def principal_axes(moment: Tensor) -> Tensor:
 def rotate_principal(program: Program, how: RotatePrincipal, seen: Statistics, plan: SitePlan) -> PassReport:
     """Turn every closed stream and every head basis to its principal axes, in place."""
     report = PassReport("RotatePrincipal")
-    streams = []
-    for flow in rotation_flows(program) if how.stream else []:
-        label, problem = f"stream of {flow.size} at {flow.norms[0].input.name}", stream_obstacle(program, flow)
-        if problem is None:
-            streams.append((label, flow))
-        else:
-            report.leave(label, problem.reason, problem.node)
+    streams = streams_to_turn(program, report) if how.stream else []
     heads = head_bases(program, report) if how.heads else []
 
     # One basis serves all readers of a stream: behind their norms every one of them weighs the same.
     watched: dict[fx.Node, tuple[str, int]] = {}
+    groups = groups_of_readers(find_sites(program))
     for label, flow in streams:
         names = {site.name for site in flow.readers}
-        for group in groups_of_readers(find_sites(program)):
+        for group in groups:
             if any(site.name in names for site in group.sites):
                 watched[group.root] = (label, flow.size)
     for group, source in heads:
         watched[group.root] = (group.sites[0].name, source.head)
     moments = _second_moments(program, plan, watched)
+    axes = {label: principal_axes(moment) for label, moment in moments.items()}
 
     for label, flow in streams:
-        turn_stream(program, flow, principal_axes(moments[label]))
-        report.done.append(label)
-        report.changed |= {v.name for v in flow.values} | {n.name for norm in flow.norms for n in norm.inner}
+        if label not in axes:
+            report.leave(label, "no linear reads it")
+            continue
+        turn_stream(program, flow, axes[label], label, report)
+        first, whole = axes[label][:, 0], moments[label].trace().clamp_min(1e-300)
+        report.notes.append(f"{label}: {float(first @ moments[label] @ first / whole):.0%} of its energy on one axis")
     for group, source in heads:
-        turn_heads(program, group, source, principal_axes(moments[group.sites[0].name]), report)
-    for label, moment in moments.items():
-        values = torch.linalg.eigvalsh(moment)
-        report.notes.append(f"{label}: {float(values[-1] / values.sum()):.0%} of its energy on one axis")
+        turn_heads(program, group, source, axes[group.sites[0].name], report)
     return report
 
 
 def _second_moments(program: Program, plan: SitePlan, watched: dict[fx.Node, tuple[str, int]]) -> dict[str, Tensor]:
-    """Sum of x^T x of each label over its nodes, whose last dimension holds blocks of `size` channels."""
+    """Sum of x^T x of each label over its nodes, whose last dimension holds blocks of `size` channels.
+
+    A batch's products are of the values' own precision, float32 at least; their sum is float64.
+    """
     assert plan.batches is not None
     moments = {label: torch.zeros(size, size, dtype=torch.float64) for label, size in watched.values()}
 
@@ -101,9 +99,9 @@ def _second_moments(program: Program, plan: SitePlan, watched: dict[fx.Node, tup
         moments[label] += moment
 
     count = 0
-    for batch in track(plan.batches(), "RotatePrincipal", disable=not plan.progress, transient=True):
+    for batch in track(plan.batches() if watched else [], "RotatePrincipal", disable=not plan.progress, transient=True):
         program.watch(watched, batch, see)
         count += 1
-    if not count:
+    if watched and not count:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
     return moments

@@ -8,6 +8,7 @@ float32, a few columns at a time: every partial sum is a whole number below 2^24
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor
 COLUMNS = 1024  # |sum of 1024 products of -128 .. 127| <= 2^24, up to which float32 has every whole number
 
 Processor = Literal["amx", "vnni", "avx2", "other"]
+Room = Callable[[str, int, int, torch.dtype], Tensor]
 
 
 @functools.cache
 def processor() -> Processor:
-    """How this CPU multiplies int8: by tiles, by dot products of AVX-512 or without both."""
+    """What torch multiplies int8 with on this CPU: tiles, dot products of AVX-512, or (AVX2, other) neither."""
     can = torch.cpu.get_capabilities()
     if can.get("amx_int8"):
         return "amx"
@@ -39,12 +41,27 @@ def int8_sums(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type != "cpu" or multiplies_int8():
         rows = x.reshape(-1).view(x.shape)  # dense: it misreads the stride of a lone row too
         return torch._int_mm(rows, weight.t())
-    return add_as_float(x.float(), weight, torch.zeros(len(x), len(weight), dtype=torch.int32))
+    return sum_as_float(x.float(), weight, x.new_empty(len(x), len(weight), dtype=torch.int32))
 
 
-def add_as_float(x: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
-    """sums int32 [M, N] += x (whole numbers of int8, float32) [M, K] times weight int8 [N, K] turned; in place."""
-    for first in range(0, x.shape[1], COLUMNS):
-        part = slice(first, first + COLUMNS)
-        sums += (x[:, part] @ weight[:, part].float().t()).int()
+def _fresh(what: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(rows, columns, dtype=dtype, device="cpu")
+
+
+def sum_as_float(x: Tensor, weight: Tensor, sums: Tensor, room: Room = _fresh) -> Tensor:
+    """sums int32 [M, N] = x (whole numbers of int8, as float32) [M, K] times weight int8 [N, K] turned; in place.
+
+    room: uninitialised memory [rows, columns] of a dtype, one for each name.
+    """
+    (m, k), n = x.shape, len(weight)
+    product, more = room("product", m, n, torch.float32), room("more", m, n, torch.int32)
+    with torch.autocast("cpu", enabled=False):  # which would round the product to 16 bits
+        for first in range(0, k, COLUMNS):
+            part = slice(first, min(first + COLUMNS, k))
+            wide = room("wide", n, part.stop - first, torch.float32).copy_(weight[:, part])
+            torch.mm(x[:, part], wide.t(), out=product)
+            if first:
+                sums += more.copy_(product)
+            else:
+                sums.copy_(product)
     return sums

@@ -111,7 +111,7 @@ def qlinear(
         assert x_scale is not None
         if form.dual:
             codes = _second_level(codes, zero, group_scale, form)
-        sums = int8_sums(x.reshape(-1, columns), codes).reshape(*x.shape[:-1], -1)
+        sums = int8_sums(x.reshape(-1, columns), codes).reshape(*x.shape[:-1], len(codes))
         out = sums.to(wide) * x_scale.to(wide) * scale.squeeze(-1).to(wide)
     else:
         if act:

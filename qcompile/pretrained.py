@@ -83,7 +83,8 @@ def load_pretrained(name: str = "", dtype: torch.dtype = torch.float32) -> tuple
     if (path / "qcompile.json").is_file() and (path / "model.safetensors").is_file():
         from qcompile.checkpoint import load
 
-        return load(path), _transformers().AutoTokenizer.from_pretrained(str(path))
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(str(path))
+        return load(path), tokenizer
     return _read("AutoModelForCausalLM", name, dtype)
 
 

@@ -32,10 +32,12 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.fixture(autouse=True)
-def one_table(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def one_table():
     """Which sites stay float must not depend on the machine that runs the tests."""
-    monkeypatch.setattr("qcompile.codegen.cpu.choose.processor", lambda: "vnni")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcompile.codegen.cpu.choose.processor", lambda: "vnni")
+        yield
 
 
 @pytest.fixture

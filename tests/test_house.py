@@ -19,9 +19,8 @@ PACKAGES = [
 ]
 CORE = {
     "program", "capture", "normalise", "norms", "sites", "scale_flow", "row_flow", "attention_flow", "rotation_flow",
-    "formats", "rounding", "packing", "minifloat", "walk", "hadamard", "integer_product", "ops", "sharing", "fingerprint", "calibrate",
-    "recipe",
-    "report", "verify", "memory", "straight_through", "divergence",
+    "formats", "rounding", "packing", "minifloat", "walk", "hadamard", "integer_product", "ops", "sharing",
+    "fingerprint", "calibrate", "recipe", "report", "verify", "memory", "straight_through", "divergence",
 }  # fmt: skip
 NAMES = re.compile(
     r"\b(llama|qwen\d?|gemma\d?|mistral|mixtral|gpt_?neox|gpt-?2|falcon|phi-?3|opt-|bert|whisper|lm_head|"

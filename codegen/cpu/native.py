@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.integer_product import add_as_float, multiplies_int8
+from qcompile.integer_product import multiplies_int8, sum_as_float
 
 # Rows up to which native.cpp multiplies, measured by benches/cpu_linear.py: beyond, unpacking costs
 # less than a second pass over the expanded weight. Integer rows are short enough for the first cache.
@@ -140,7 +140,7 @@ def _integer(
         if wide is None:
             torch._int_mm(x, weight(part).t(), out=sums)
         else:
-            add_as_float(wide, weight(part), sums.zero_())
+            sum_as_float(wide, weight(part), sums, _scratch)
         shift = None if bias is None else bias[part]
         _call("finish", sums, x_scale, scale[part], shift, out, brief, m, sums.shape[1], first, n)
     return out.to(dtype)

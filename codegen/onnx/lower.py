@@ -10,8 +10,8 @@ Three nodes of our own stand in an exported graph, and none in a file:
     BlockedLinear   of a portable file: DequantizeLinear and MatMul, which ONNX Runtime makes one MatMulNBits again
 
 Integers of both sides are moved by 128 to u8. Where a processor has 8-bit dot products (VNNI, AMX), ONNX Runtime turns
-such weights to s8 while it packs them and is as fast as with s8 ones; where it has none (AVX2, AVX-512 of before), its
-products of u8 and s8 add two by two in 16 bits that overflow, so every other sum of an s8 weight is wrong there.
+such weights to s8 while it packs them; where it has none (AVX2, AVX-512 of before), its products of u8 and s8 are
+added two by two in 16 bits, which are too few for pairs of large ones: sums of an s8 weight would be wrong there.
 
 The file holds the 4-bit codes once: s1 (q - z) is computed from the same bytes, which ONNX Runtime does when
 it opens the file (constant folding). A decoder becomes one `If` on its number of tokens around the whole graph,

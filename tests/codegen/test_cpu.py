@@ -19,7 +19,7 @@ DUAL = Format.parse("int4/group128/zero/dual")
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 17, 33]  # every block of rows, both sides of FEW
 
 
-def int8_sums(x, w):
+def kernel_sums(x, w):
     """Integer sums, exact in float64 as long as the scales are one."""
     return kernels.int8_mm(x, torch.ones(len(x), 1), w, torch.ones(len(w), 1), None, torch.float32)
 
@@ -34,7 +34,7 @@ def test_a_lone_row_with_any_stride(stride):
     w, base = torch.randint(-127, 127, (32, 64), dtype=torch.int8), torch.randint(-127, 127, (1, 64), dtype=torch.int8)
     x = torch.empty_strided((1, 64), (stride, 1), dtype=torch.int8).copy_(base)
     want = (base.long() @ w.long().t()).int()
-    assert torch.equal(int8_sums(x, w), want.float())
+    assert torch.equal(kernel_sums(x, w), want.float())
     got = torch.ops.qcompile.qlinear(
         x, torch.ones(1, 1), None, w, torch.ones(32, 1), None, None, None, "int8/row", "int8/row", 64, torch.float32
     )
@@ -45,7 +45,7 @@ def test_a_lone_row_with_any_stride(stride):
 @pytest.mark.parametrize("rows", ROWS)
 def test_int8_sums_are_exact(rows, columns):
     x, w = (torch.randint(-128, 128, (n, columns), dtype=torch.int8) for n in (rows, 41))
-    assert torch.equal(int8_sums(x, w).long(), x.long() @ w.long().t())
+    assert torch.equal(kernel_sums(x, w).long(), x.long() @ w.long().t())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -169,7 +169,7 @@ def test_choices(dtype):
 def test_a_lone_column():
     w, x = torch.randint(-127, 127, (32, 1), dtype=torch.int8), torch.randint(-127, 127, (20, 1), dtype=torch.int8)
     want = (x.long() @ w.long().t()).float()
-    assert torch.equal(int8_sums(x, w), want)
+    assert torch.equal(kernel_sums(x, w), want)
     one = torch.ones(20, 1), None, w, torch.ones(32, 1), None, None, None, "int8/row", "int8/row", 1, torch.float32
     assert torch.equal(torch.ops.qcompile.qlinear(x, *one), want)
 
@@ -184,13 +184,38 @@ def test_sums_are_exact_on_every_processor(monkeypatch, columns, fast):
     w = torch.tensor([-128, -128, 127, -127], dtype=torch.int8)[torch.randint(4, (33, columns))]
     x[0], w[0] = -128, -128  # the largest sum of all
     x[1], w[1] = 127, 127  # and an odd one, which float32 has not beyond 2^24
-    x[1, 0] = 126 if columns % 2 else 127
+    x[1, 0] = 127 if columns % 2 else 126
     want = (x.double() @ w.double().t()).int()
     assert torch.equal(integer_product.int8_sums(x, w), want)
     assert torch.equal(integer_product.int8_sums(x.t().contiguous().t()[:1], w), want[:1])
     one = torch.ones(20, 1), torch.ones(33, 1)
     found = torch.ops.qcompile_cpu.int8_mm(x, one[0], w, one[1], None, torch.float32)
     assert torch.equal(found, want.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(integer_product.int8_sums(x, w), want)
+    assert integer_product.int8_sums(x[:0], w).shape == (0, 33)
+
+
+def test_the_processor_is_told_by_its_instructions(monkeypatch):
+    for said, kind, fast in (
+        (dict(amx_int8=True, avx512_vnni=True), "amx", True),
+        (dict(avx512_vnni=True, avx2=True), "vnni", True),
+        (dict(avx_vnni=True, avx2=True), "avx2", False),  # torch asks for those of AVX-512
+        (dict(avx2=True, amx_tile=True), "avx2", False),
+        (dict(neon=True), "other", False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda said=said: said)
+        integer_product.processor.cache_clear()
+        assert (integer_product.processor(), integer_product.multiplies_int8()) == (kind, fast)
+    integer_product.processor.cache_clear()
+
+
+@pytest.mark.parametrize("of", ["vnni", "avx2"])
+def test_every_kernel_was_measured(of):
+    table = chosen_by._table(of)
+    kernels_ = ("int8_mm", "dual_mm", "int8_float", "nibble_float", "dequant_mm")
+    assert set(table) == {(kernel, dtype) for kernel in kernels_ for dtype in ("bfloat16", "float32")}
+    assert all({1, 4, 32, 512} <= {m for m, *_ in places} for places in table.values())
 
 
 def test_a_processor_has_its_table(monkeypatch):
