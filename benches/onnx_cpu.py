@@ -1,6 +1,7 @@
 """INT4 ONNX on a CPU against onnxruntime-genai's own model builder: speed, size, memory, perplexity.
 
     python benches/onnx_cpu.py [TEXT [CALIBRATION_TEXT]]
+    python benches/onnx_cpu.py --quick      speed of a few folders: no calibration, no perplexity, one long prompt
 
 writes benches/results/onnx_cpu-HOW.json and .png; HOW is how this processor multiplies int8: amx, vnni, avx2.
 
@@ -60,11 +61,14 @@ BUILDER = {
     "builder int4, block 128": ["block_size=128"],
     "builder int4, block 32, k_quant": ["block_size=32", "algo_config=k_quant"],
 }
+QUICK = {
+    "int4-cpu": ("int4-cpu", {}),
+    "int4-cpu, low memory": ("int4-cpu", {"low_memory": True}),
+    "int4-cpu, last logits, chunks": ("int4-cpu", {"last_logits": True, "chunk": CHUNK}),
+}
 PROMPT, NEW, ROUNDS = 512, 32, 7
 LONG = {2048: 2, 4096: 2, 8000: 1}  # longer prompts, and how many times each is timed
-LONG_ONLY = ("builder int4, block 32", "builder int4, block 128", "builder int4, block 128, chunks") + tuple(
-    f"qcompile {name}" for name in list(OURS)[3:]
-)
+SHORT_ONLY = {"builder int4, block 32, k_quant", *(f"qcompile {name}" for name in list(OURS)[:3])}
 
 
 def serve(folder: str) -> None:
@@ -146,12 +150,12 @@ class Child:
         return self._answer()
 
 
-def time_all(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """Rates, memory and long prompts of all folders, in turn."""
+def time_all(folders: dict[str, Path], lengths: dict[int, int], short: set[str]) -> dict[str, dict[str, Any]]:
+    """Rates and memory of all folders, and longer prompts of those that are not in `short`, in turn."""
     children = {name: Child(folder) for name, folder in folders.items()}
     rounds: dict[str, list[list[float]]] = {name: [] for name in children}
     long: dict[str, dict[int, list[list[float]]]] = {
-        name: {n: [] for n in LONG if name in LONG_ONLY} for name in children
+        name: {n: [] for n in lengths if name not in short} for name in children
     }
     try:
         for step in range(ROUNDS + 1):  # the first warms up
@@ -159,9 +163,9 @@ def time_all(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
                 answer = child.ask(PROMPT, NEW)
                 if step:
                     rounds[name].append(answer)
-        for length, times in LONG.items():
+        for length, times in lengths.items():
             for _ in range(times):
-                for name in filter(children.__contains__, LONG_ONLY):
+                for name in (name for name in children if name not in short):
                     long[name][length].append(children[name].ask(length, NEW))
     finally:
         for child in children.values():
@@ -215,8 +219,9 @@ def few_or_many(folder: Path, threads: int) -> list[dict[str, float]]:
 
 def main() -> None:
     """Export, measure, print, write."""
-    text = sys.argv[1] if len(sys.argv) > 1 else None
-    calibration = sys.argv[2] if len(sys.argv) > 2 else None
+    quick = "--quick" in sys.argv
+    text, calibration, *_ = [*(a for a in sys.argv[1:] if a != "--quick"), None, None]
+    ours, best, lengths, short = (QUICK, "int4-cpu", {2048: 1}, set()) if quick else (OURS, BEST, LONG, SHORT_ONLY)
     console = Console(width=140)
     model, tokenizer = load_pretrained()
     pieces = windows(tokenizer, read_text(text))
@@ -226,7 +231,7 @@ def main() -> None:
         work = Path(place)
         folders = build_peers(work, model, tokenizer, console)
         quantized: dict[str, torch.nn.Module] = {}
-        for name, (recipe, options) in OURS.items():
+        for name, (recipe, options) in ours.items():
             if recipe not in quantized:
                 data = batches(tokenizer, calibration, count=64) if find_recipe(recipe).needs else None
                 quantized[recipe] = copy.deepcopy(model)
@@ -235,15 +240,17 @@ def main() -> None:
             qcompile.export_onnx(quantized[recipe], out, tokenizer=tokenizer, **options)
             folders[f"qcompile {name}"] = out
         del quantized
-        speed, rate, times, rows = bandwidth(), int8_rate(), time_all(folders), []
-        few = few_or_many(folders[f"qcompile {BEST}"], torch.get_num_threads())
+        speed, rate, times, rows = bandwidth(), int8_rate(), time_all(folders, lengths, short), []
+        few = few_or_many(folders[f"qcompile {best}"], torch.get_num_threads())
         for name, folder in folders.items():
             size = sum(f.stat().st_size for f in folder.iterdir() if f.name.startswith("model.onnx"))
             row = dict(folder=name, **times[name], megabytes=size / 1e6)
             row["share_of_bandwidth"] = size * times[name]["decode"] / speed
             weights = sites + (embedding if "last logits" not in name else 0)  # multiplied for every token
             row["share_of_int8"] = weights * times[name]["prefill"] / rate
-            if not any(word in name for word in ("last logits", "low memory", "chunks")):  # not all, or the same
+            if not quick and not any(
+                word in name for word in ("last logits", "low memory", "chunks")
+            ):  # not all, or the same
                 row["perplexity"] = perplexity(Session(folder), pieces, label=name)
             rows.append(row)
     table = Table(
@@ -256,10 +263,12 @@ def main() -> None:
             f"{row['share_of_bandwidth']:.0%}", f"{row['share_of_int8']:.0%}",
         )  # fmt: skip
     console.print(table)
-    long = Table("folder", *(f"{n} tokens, s to first" for n in LONG), "decode behind 4096")
+    long = Table("folder", *(f"{n} tokens, s to first" for n in lengths), f"decode behind {max(lengths)}")
     for row in (row for row in rows if row["long"]):
         long.add_row(
-            row["folder"], *(f"{row['long'][n]['first']:.2f}" for n in LONG), f"{row['long'][4096]['decode']:.1f}"
+            row["folder"],
+            *(f"{row['long'][n]['first']:.2f}" for n in lengths),
+            f"{row['long'][max(lengths)]['decode']:.1f}",
         )
     console.print(long)
     console.print(*(f"{r['tokens']} tokens: codes {r['few']:.2f} ms, int8 {r['many']:.2f} ms" for r in few), sep="\n")

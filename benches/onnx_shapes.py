@@ -52,7 +52,6 @@ def main() -> None:
     model, tokenizer = shapes(layers), load_pretrained()[1]
     weights = sum(p.nbytes for p in model.parameters())
     onnx_cpu.BUILDER.pop("builder int4, block 32, k_quant")
-    onnx_cpu.LONG = {}
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         folders = onnx_cpu.build_peers(work, model, tokenizer, console)
@@ -64,7 +63,7 @@ def main() -> None:
         qcompile.export_onnx(model, work / "last", tokenizer=tokenizer, last_logits=True)
         folders |= {"qcompile int4-cpu": work / "ours", "qcompile int4-cpu, last logits": work / "last"}
         del model
-        times = onnx_cpu.time_all(folders)
+        times = onnx_cpu.time_all(folders, {}, set())
         sizes = {name: sum(f.stat().st_size for f in folder.glob("model.onnx*")) for name, folder in folders.items()}
     rows = [dict(folder=name, megabytes=sizes[name] / 1e6, **times[name]) for name in folders]
     table = Table(f"{layers} layers", "prefill 512, tokens/s", "decode, tokens/s", "file MB", "open MB")
