@@ -108,15 +108,14 @@ def advise(count: int, device: Device, serving: Serving = "sync", *, data: bool 
         reasons.append("small models lose much in four bits (SmolLM2-135M: +20% perplexity with GPTQ): eight bits")
         if device.kind == "cuda" and device.capability >= (8, 9):
             return Advice("fp8", (*reasons, "the chip multiplies FP8, which needs no data and loses least"))
-    if device.kind == "cpu" and not device.int8:
-        reasons.append("this CPU has no 8-bit dot products, so only bytes are saved: activations stay float")
-        return Advice(four if tight else "w8a16", tuple(reasons))
-    if count < _FEW and not tight:
         return Advice("int8", (*reasons, "dynamic per token, data-free, +3.6% perplexity there"))
     if device.kind == "cpu":
         if tight:
             return Advice("w4a8-gptq" if data else "w4a8", (*reasons, "int8 dot products on int4 weights"))
-        reasons.append("int8 dot products are the fastest for prompts and nearly as fast as four bits in decoding")
+        if device.int8:
+            reasons.append("int8 dot products are the fastest for prompts and nearly as fast as four bits in decoding")
+        else:
+            reasons.append("no 8-bit dot products here: int8 decodes fastest, prompts take about as long as in float32")
         return Advice(eight, tuple(reasons))
     if serving == "sync" or tight:
         reasons.append("one request at a time reads all weights for each token: the fewest bytes win (W4A16)")
