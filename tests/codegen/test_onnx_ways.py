@@ -18,7 +18,7 @@ import qcompile
 import qcompile.codegen.onnx.export as export
 from qcompile.codegen.onnx.last_logits import last_tokens
 from qcompile.codegen.onnx.linear import NoOnnxForm
-from qcompile.codegen.onnx.lower import FEW, by_tokens, one_way
+from qcompile.codegen.onnx.lower import FEW, by_tokens
 from qcompile.codegen.onnx.proof import ExportMismatch
 from qcompile.codegen.onnx.session import FolderError, Session
 from qcompile.recipe import RecipeError
@@ -96,82 +96,6 @@ def test_an_encoder_is_multiplied_in_int8_only(tmp_path):
     kinds = collections.Counter(n.op_type for n in opened(tmp_path / "m").node)
     assert kinds["MatMulIntegerToFloat"] and not kinds["MatMulNBits"] and not kinds["If"]
     assert report.numbers["onnx relative error"] < 0.05
-
-
-def test_equal_codes_with_other_scales_are_two_int8_weights():
-    """torch.onnx stores equal tensors once, so two weights may share some of theirs."""
-    rng = np.random.default_rng(0)
-    tensors = dict(codes=rng.integers(0, 256, (32, 2, 16), np.uint8), zeros=rng.integers(0, 256, (32, 1), np.uint8))
-    for index, levels in enumerate((rng.integers(1, 8, (32, 2)), rng.integers(1, 8, (32, 2)))):
-        tensors[f"row{index}"] = np.full(32, 0.01 * (index + 1), np.float32)
-        tensors[f"scales{index}"] = (levels * tensors[f"row{index}"][:, None]).astype(np.float32)
-    sizes = dict(domain="qcompile", K=64, N=32, bits=4, block_size=32, per_row=1)
-    nodes = [
-        onnx.helper.make_node(
-            "DualLinear", ["x", "codes", f"scales{i}", "zeros", f"row{i}"], [f"y{i}"], f"n{i}", **sizes
-        )
-        for i in (0, 1)
-    ]
-    values = [
-        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["m", k])
-        for n, k in (("x", 64), ("y0", 32), ("y1", 32))
-    ]
-    graph = onnx.helper.make_graph(
-        nodes, "g", values[:1], values[1:], [onnx.numpy_helper.from_array(t, n) for n, t in tensors.items()]
-    )
-    imports = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
-    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)
-    x = rng.integers(-127, 128, (3, 64)).astype(np.float32)
-    x[:, 0] = 127  # whole numbers in steps of one: nothing is rounded
-    few, many = (
-        onnxruntime.InferenceSession(one_way(model, way).SerializeToString(), providers=["CPUExecutionProvider"]).run(
-            None, {"x": x}
-        )
-        for way in ("few", "many")
-    )
-    assert all(np.allclose(a, b, rtol=1e-5, atol=1e-3) for a, b in zip(few, many, strict=True))
-    assert not np.allclose(many[1], 2 * many[0], rtol=0.1)
-
-
-@pytest.mark.parametrize("rows", [1, 5, 64])
-@pytest.mark.parametrize("portable", [False, True])
-def test_the_largest_integers_do_not_overflow(rows, portable):
-    """Pairs of products of u8 and s8 overflow 16 bits on processors without 8-bit dot products; ours must not."""
-    rng = np.random.default_rng(0)
-    weight = rng.choice([-127, -127, 127], (96, 24))
-    text = """
-        <ir_version: 10, opset_import: ["" : 21, "qcompile" : 1, "com.microsoft" : 1]>
-        model (float[m, 96] x, uint8[96, 24] w, float[24] s) => (float[m, 24] y) {
-            y = qcompile.Int8Linear <per_row = 1> (x, w, s)
-        }"""
-    model = onnx.parser.parse_model(text)
-    for name, value in (("w", (weight + 128).astype(np.uint8)), ("s", np.ones(24, np.float32))):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
-    del model.graph.input[1:]
-    x = rng.choice([-127.0, 127.0, 127.0], (rows, 96)).astype(np.float32)
-    whole = one_way(model, "many", portable)
-    product = next(n for n in whole.graph.node if n.op_type.startswith("MatMulInteger"))
-    kinds = {t.name: t.data_type for t in whole.graph.initializer}
-    assert kinds[product.input[1]] == onnx.TensorProto.UINT8  # s8 would pass here on a processor that has them
-    session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
-    assert np.array_equal(session.run(None, {"x": x})[0], x @ weight.astype(np.float32))
-
-
-def test_nested_graphs_read_values_of_the_branch_around_them():
-    """An If of the model's own inside the If on the number of tokens."""
-    text = """
-        <ir_version: 10, opset_import: ["" : 21]>
-        model (float[n] x) => (float[n] y) {
-            flag = Constant <value = bool {1}> ()
-            doubled = Add (x, x)
-            y = If (flag) <then_branch = inner () => (float[n] a) { a = Add (doubled, x) },
-                           else_branch = other () => (float[n] b) { b = Neg (doubled) }>
-        }"""
-    whole = by_tokens(onnx.parser.parse_model(text))
-    onnx.checker.check_model(whole, full_check=True)
-    session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
-    for length in (2, 9):
-        assert session.run(None, {"x": np.ones(length, np.float32)})[0].tolist() == [3.0] * length
 
 
 def test_a_wrong_zero_point_is_found(tmp_path, monkeypatch):

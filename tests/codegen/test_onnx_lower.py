@@ -1,0 +1,115 @@
+"""Products written as nodes of ONNX Runtime, without a model around them: integers at the ends of their range."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
+import pytest
+
+from qcompile.codegen.onnx.lower import by_tokens, one_way
+
+
+def test_equal_codes_with_other_scales_are_two_int8_weights():
+    """torch.onnx stores equal tensors once, so two weights may share some of theirs."""
+    rng = np.random.default_rng(0)
+    tensors = dict(codes=rng.integers(0, 256, (32, 2, 16), np.uint8), zeros=rng.integers(0, 256, (32, 1), np.uint8))
+    for index, levels in enumerate((rng.integers(1, 8, (32, 2)), rng.integers(1, 8, (32, 2)))):
+        tensors[f"row{index}"] = np.full(32, 0.01 * (index + 1), np.float32)
+        tensors[f"scales{index}"] = (levels * tensors[f"row{index}"][:, None]).astype(np.float32)
+    sizes = dict(domain="qcompile", K=64, N=32, bits=4, block_size=32, per_row=1)
+    nodes = [
+        onnx.helper.make_node(
+            "DualLinear", ["x", "codes", f"scales{i}", "zeros", f"row{i}"], [f"y{i}"], f"n{i}", **sizes
+        )
+        for i in (0, 1)
+    ]
+    values = [
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["m", k])
+        for n, k in (("x", 64), ("y0", 32), ("y1", 32))
+    ]
+    graph = onnx.helper.make_graph(
+        nodes, "g", values[:1], values[1:], [onnx.numpy_helper.from_array(t, n) for n, t in tensors.items()]
+    )
+    imports = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)
+    x = rng.integers(-127, 128, (3, 64)).astype(np.float32)
+    x[:, 0] = 127  # whole numbers in steps of one: nothing is rounded
+    few, many = (
+        onnxruntime.InferenceSession(one_way(model, way).SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, {"x": x}
+        )
+        for way in ("few", "many")
+    )
+    assert all(np.allclose(a, b, rtol=1e-5, atol=1e-3) for a, b in zip(few, many, strict=True))
+    assert not np.allclose(many[1], 2 * many[0], rtol=0.1)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("portable", [False, True])
+def test_the_largest_integers_do_not_overflow(rows, portable):
+    """Pairs of products of u8 and s8 overflow 16 bits on processors without 8-bit dot products; ours must not."""
+    rng = np.random.default_rng(0)
+    weight = rng.choice([-127, -127, 127], (96, 24))
+    text = """
+        <ir_version: 10, opset_import: ["" : 21, "qcompile" : 1, "com.microsoft" : 1]>
+        model (float[m, 96] x, uint8[96, 24] w, float[24] s) => (float[m, 24] y) {
+            y = qcompile.Int8Linear <per_row = 1> (x, w, s)
+        }"""
+    model = onnx.parser.parse_model(text)
+    for name, value in (("w", (weight + 128).astype(np.uint8)), ("s", np.ones(24, np.float32))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    del model.graph.input[1:]
+    x = rng.choice([-127.0, 127.0, 127.0], (rows, 96)).astype(np.float32)
+    whole = one_way(model, "many", portable)
+    product = next(n for n in whole.graph.node if n.op_type.startswith("MatMulInteger"))
+    kinds = {t.name: t.data_type for t in whole.graph.initializer}
+    assert kinds[product.input[1]] == onnx.TensorProto.UINT8  # s8 would pass here on a processor that has them
+    session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert np.array_equal(session.run(None, {"x": x})[0], x @ weight.astype(np.float32))
+
+
+@pytest.mark.parametrize("k", [64, 80])  # 80: three blocks of 32, the last one ragged, and zero points for four
+def test_the_largest_dual_weights_wrap_to_where_they_belong(k):
+    """s1 (q - z) from -120 to 120 in arithmetic of bytes, which passes their end on the way."""
+    rng, n, blocks = np.random.default_rng(0), 16, -(-k // 32)
+    q, z = rng.choice([0, 15], (n, blocks * 32)), np.zeros((n, blocks + blocks % 2), int)
+    z[:, :blocks] = rng.choice([0, 7, 15], (n, blocks))
+    s1 = np.full((n, blocks), 8)
+    text = f"""
+        <ir_version: 10, opset_import: ["" : 21, "qcompile" : 1, "com.microsoft" : 1]>
+        model (float[m, {k}] x) => (float[m, {n}] y) {{
+            y = qcompile.DualLinear <K = {k}, N = {n}, bits = 4, block_size = 32, per_row = 0> (
+                x, codes, scales, zeros, row)
+        }}"""
+    model, row = onnx.parser.parse_model(text), np.full(n, 0.5, np.float32)
+    packed = [(part[:, ::2] | part[:, 1::2] << 4).astype(np.uint8) for part in (q, z)]
+    tensors = dict(
+        codes=packed[0].reshape(n, blocks, 16), zeros=packed[1], scales=(s1 * 0.5).astype(np.float32), row=row
+    )
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in tensors.items())
+    weight = (s1[..., None] * (q.reshape(n, blocks, 32) - z[:, :blocks, None])).reshape(n, -1)[:, :k]
+    assert weight.min() == -120 and weight.max() == 120
+    x = rng.choice([-127.0, 127.0], (40, k)).astype(np.float32)
+    session = onnxruntime.InferenceSession(
+        one_way(model, "many").SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    assert np.array_equal(session.run(None, {"x": x})[0], x @ weight.T.astype(np.float32) * 0.5)
+
+
+def test_nested_graphs_read_values_of_the_branch_around_them():
+    """An If of the model's own inside the If on the number of tokens."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        model (float[n] x) => (float[n] y) {
+            flag = Constant <value = bool {1}> ()
+            doubled = Add (x, x)
+            y = If (flag) <then_branch = inner () => (float[n] a) { a = Add (doubled, x) },
+                           else_branch = other () => (float[n] b) { b = Neg (doubled) }>
+        }"""
+    whole = by_tokens(onnx.parser.parse_model(text))
+    onnx.checker.check_model(whole, full_check=True)
+    session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
+    for length in (2, 9):
+        assert session.run(None, {"x": np.ones(length, np.float32)})[0].tolist() == [3.0] * length
