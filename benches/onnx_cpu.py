@@ -1,7 +1,7 @@
 """INT4 ONNX on a CPU against onnxruntime-genai's own model builder: speed, size, memory, perplexity.
 
     python benches/onnx_cpu.py [TEXT [CALIBRATION_TEXT]]
-    python benches/onnx_cpu.py --quick      speed of a few folders: no calibration, no perplexity, one long prompt
+    python benches/onnx_cpu.py --quick      speed of a few folders: no GPTQ, no perplexity, one long prompt
 
 writes benches/results/onnx_cpu-HOW.json and .png; HOW is how this processor multiplies int8: amx, vnni, avx2.
 
