@@ -32,6 +32,8 @@ from qcompile.recipe import Recipe, RecipeError
 
 _FOLDED = (Untie(), FoldNorm(), Rotate())
 _ROTATIONS = (*_FOLDED, RotateOnline())
+_PRINCIPAL = (Untie(), FoldNorm(), RotatePrincipal())
+_FP8 = Format("fp8")
 
 
 def _recipe(name: str, source: str, *passes: object) -> Recipe:
@@ -81,21 +83,18 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "fp8",
             "FP8 dynamic (arXiv:2411.02355): e4m3 weights for each channel, activations for each token",
-            Quantize(Format("fp8"), Format("fp8")),
+            Quantize(_FP8, _FP8),
         ),
         _recipe(
-            "fp8-gptq",
-            "fp8 with its codes chosen by GPTQ (arXiv:2210.17323); needs calibration",
-            GPTQ(Format("fp8"), Format("fp8")),
+            "fp8-gptq", "fp8 with its codes chosen by GPTQ (arXiv:2210.17323); needs calibration", GPTQ(_FP8, _FP8)
         ),
         _recipe(
             "fp8-principal",
             "fp8 on principal axes, where formats with an exponent round best; needs calibration",
-            Untie(),
-            FoldNorm(),
-            RotatePrincipal(),
-            Quantize(Format("fp8"), Format("fp8")),
+            *_PRINCIPAL,
+            Quantize(_FP8, _FP8),
         ),
+        _recipe("fp8-principal-gptq", "the same with its codes chosen by GPTQ", *_PRINCIPAL, GPTQ(_FP8, _FP8)),
         _recipe(
             "w4a16",
             "weight-only int4, groups of 128, zero points, MSE clip; round to nearest",
@@ -206,7 +205,7 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "fp4-fp8",
             "ZeroQuant-FP (arXiv:2307.09782): e2m1 weights, scales a power of two apart, e4m3 activations, LoRC",
-            Quantize(Format.parse("fp4/group128/m2"), Format("fp8"), clip=True),
+            Quantize(Format.parse("fp4/group128/m2"), _FP8, clip=True),
             LoRC(),
         ),
         _recipe(
@@ -264,11 +263,7 @@ PRESETS: dict[str, Recipe] = {
             "a 4-bit cache of keys without their mean (arXiv:2410.02367), turned; the first four tokens float",
             QuantizeKV(4, hadamard=True, intact=4, center=True),
         ),
-        _recipe(
-            "exact",
-            "every exact rewriting and no quantization: what `qcompile verify` runs",
-            *_ROTATIONS,
-        ),
+        _recipe("exact", "every exact rewriting and no quantization: what `qcompile verify` runs", *_ROTATIONS),
     )
 }
 
