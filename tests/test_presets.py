@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from zoo import ZOO, build, example, is_dynamic
 
 from qcompile.capture import capture
-from qcompile.passes import Quantize
+from qcompile.passes import LearnRotation, Quantize
 from qcompile.pipeline import run
 from qcompile.presets import PRESETS, find_recipe
 from qcompile.recipe import Recipe, RecipeError
@@ -36,6 +37,12 @@ def captured(name):
     return capture(build(name), (), inputs, dynamic=is_dynamic(name)), list(inputs.values())
 
 
+def brief(recipe):
+    """A recipe that learns for a few steps only."""
+    passes = (replace(c, steps=4) if isinstance(c, LearnRotation) else c for c in recipe.passes)
+    return replace(recipe, passes=tuple(passes))
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_presets(name):
     program, inputs = captured(name)
@@ -44,7 +51,7 @@ def test_presets(name):
         start = time.time()
         before = dict(program.weights)
         try:
-            quantized, report = run(program, recipe, batches=lambda: [inputs, inputs], example=inputs)
+            quantized, report = run(program, brief(recipe), batches=lambda: [inputs, inputs], example=inputs)
         except RecipeError as refused:  # matrices narrower than the coarsest group cannot be had for that few bits
             assert recipe.name == "w4a16-finequant" and "already take" in str(refused)
             continue
