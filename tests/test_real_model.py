@@ -35,7 +35,7 @@ def test_perplexity(smollm2, pieces, float_perplexity, recipe, most):
     report = qcompile.quantize(model, recipe, progress=False)
     assert perplexity(model, pieces, progress=False) < most * float_perplexity
     assert all(s.quantized for s in report.sites) and len(report.sites) == 211
-    assert report.seconds < 60  # a hang, not a speed: speeds are measured in benches/
+    assert report.seconds < 600  # a hang, not a speed: speeds are measured in benches/
 
 
 def test_a_quantized_cache(smollm2, pieces, float_perplexity):
