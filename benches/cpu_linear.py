@@ -76,7 +76,7 @@ def cases(k: int, n: int, m: int, dtype: torch.dtype) -> dict[str, tuple[Case, C
 
 
 def interleaved(calls: list[Callable[[int], object]], copies: int) -> list[float]:
-    """Median microseconds of calls run in turn; of one that takes a second, of its first runs."""
+    """Median microseconds of calls run in turn; of one that takes 0.1 s, of its first three runs."""
     times: list[list[float]] = [[] for _ in calls]
     for run in range(18):
         for call, kept in zip(calls, times, strict=True):

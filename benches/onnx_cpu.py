@@ -248,9 +248,8 @@ def main() -> None:
             row["share_of_bandwidth"] = size * times[name]["decode"] / speed
             weights = sites + (embedding if "last logits" not in name else 0)  # multiplied for every token
             row["share_of_int8"] = weights * times[name]["prefill"] / rate
-            if not quick and not any(
-                word in name for word in ("last logits", "low memory", "chunks")
-            ):  # not all, or the same
+            same = any(word in name for word in ("last logits", "low memory", "chunks"))  # as another's, or not all
+            if not (quick or same):
                 row["perplexity"] = perplexity(Session(folder), pieces, label=name)
             rows.append(row)
     table = Table(

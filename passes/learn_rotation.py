@@ -27,7 +27,7 @@ from qcompile.formats import Format
 from qcompile.hadamard import apply_hadamard, factor, random_signs, rotation
 from qcompile.norms import find_norms
 from qcompile.passes.quantize import SitePlan
-from qcompile.passes.rotate import Rotate, conflicts, head_bases, streams_to_turn, turn_heads, turn_stream
+from qcompile.passes.rotate import PLACE, Rotate, head_bases, streams_to_turn, turn_heads, turn_stream
 from qcompile.passes.rotate_online import ACTIVATIONS
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
@@ -79,15 +79,7 @@ class _Basis:
         return (round_through(turned, form).unflatten(-1, (-1, len(matrix))) @ matrix.t()).flatten(-2)
 
 
-@rewrites(
-    LearnRotation,
-    exact=True,
-    sitewise=True,
-    needs=("batches",),
-    after=("Untie", "FoldNorm", "Smooth", "SmoothQuantPlus", "AWQ"),
-    requires=lambda how: ("FoldNorm",) if how.stream else (),
-    conflicts=conflicts,
-)
+@rewrites(LearnRotation, exact=True, sitewise=True, needs=("batches",), **PLACE)
 def learn_rotation(program: Program, how: LearnRotation, seen: Statistics, plan: SitePlan) -> PassReport:
     """Learn the bases of every closed stream and of every head, and turn the program into them."""
     report = PassReport("LearnRotation")

@@ -14,6 +14,7 @@ Leaves: open streams (the obstacle is named), LayerNorms whose mean is not folde
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,13 +70,15 @@ def conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:
     return faults
 
 
-@rewrites(
-    Rotate,
-    exact=True,
+# Where a rotation stands in a recipe, whatever chooses its matrices.
+PLACE: dict[str, Any] = dict(
     after=("Untie", "FoldNorm", "Smooth", "SmoothQuantPlus", "AWQ"),
     requires=lambda how: ("FoldNorm",) if how.stream else (),
     conflicts=conflicts,
 )
+
+
+@rewrites(Rotate, exact=True, **PLACE)
 def rotate(program: Program, how: Rotate, seen: Statistics) -> PassReport:
     """Rotate every closed stream and every head basis, in place."""
     report = PassReport("Rotate")

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from qcompile.calibrate import CalibrationError, Statistics
 from qcompile.passes.quantize import SitePlan
-from qcompile.passes.rotate import Rotate, conflicts, head_bases, streams_to_turn, turn_heads, turn_stream
+from qcompile.passes.rotate import PLACE, Rotate, head_bases, streams_to_turn, turn_heads, turn_stream
 from qcompile.program import Program
 from qcompile.recipe import rewrites
 from qcompile.report import PassReport
@@ -41,15 +41,7 @@ def principal_axes(moment: Tensor) -> Tensor:
     return torch.linalg.eigh(moment.double()).eigenvectors.flip(1).contiguous()
 
 
-@rewrites(
-    RotatePrincipal,
-    exact=True,
-    sitewise=True,
-    needs=("batches",),
-    after=("Untie", "FoldNorm", "Smooth", "SmoothQuantPlus", "AWQ"),
-    requires=lambda how: ("FoldNorm",) if how.stream else (),
-    conflicts=conflicts,
-)
+@rewrites(RotatePrincipal, exact=True, sitewise=True, needs=("batches",), **PLACE)
 def rotate_principal(program: Program, how: RotatePrincipal, seen: Statistics, plan: SitePlan) -> PassReport:
     """Turn every closed stream and every head basis to its principal axes, in place."""
     report = PassReport("RotatePrincipal")

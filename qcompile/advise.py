@@ -115,7 +115,9 @@ def advise(count: int, device: Device, serving: Serving = "sync", *, data: bool 
         if device.int8:
             reasons.append("int8 dot products are the fastest for prompts and nearly as fast as four bits in decoding")
         else:
-            reasons.append("no 8-bit dot products here: int8 decodes fastest, prompts take about as long as in float32")
+            reasons.append(
+                "no 8-bit dot products here: int8 decodes faster than float32 and reads prompts about as fast"
+            )
         return Advice(eight, tuple(reasons))
     if serving == "sync" or tight:
         reasons.append("one request at a time reads all weights for each token: the fewest bytes win (W4A16)")

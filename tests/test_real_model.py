@@ -76,7 +76,8 @@ def test_eager_compiled_and_onnx_choose_the_same_tokens(smollm2, tmp_path):
     qcompile.quantize(model, "w4a16", progress=False)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     want = greedy(model, ids)
-    qcompile.export_onnx(model, tmp_path / "m", tokenizer=tokenizer, progress=False)
+    # Level 1: level 4 rounds activations to int8, another function, whose tokens differ at near ties.
+    qcompile.export_onnx(model, tmp_path / "m", tokenizer=tokenizer, accuracy_level=1, progress=False)
     assert list(Session(tmp_path / "m").stream(ids, len(want))) == want
     model.compile(backend="qcompile")
     assert greedy(model, ids) == want
