@@ -25,7 +25,7 @@ from qcompile.passes.sequential import quantize_sequentially
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
-from qcompile.rounding import decode, encode, level_grid, quantize_tensor
+from qcompile.rounding import encode, level_grid, on_grid, quantize_tensor
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,34 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
     """Upper Cholesky factor of (H + damping mean(diag H) I)^-1, float64 [K, K]; None if singular."""
     h = hessian.double()
     h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
-    lower, failed = torch.linalg.cholesky_ex(h)
-    if int(failed):
-        return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    # Turned round, H = R R^T with R upper triangular: R^-1 is the factor, and no inverse is factored again.
+    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    upper = inverse_triangle(lower).flip(0, 1)
     return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+
+
+def inverse_triangle(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangle [K, K], by halves: a third of the time that solving for all of it takes."""
+    size = len(lower)
+    if size <= 128:
+        return torch.linalg.solve_triangular(lower, torch.eye(size, dtype=lower.dtype, device=lower.device), upper=False)
+    half, inverse = size // 2, torch.zeros_like(lower)
+    inverse[:half, :half] = inverse_triangle(lower[:half, :half])
+    inverse[half:, half:] = inverse_triangle(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    return inverse
 
 
 def loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
     """e H e^T for each row of E = W - W^, [N]."""
     error = (weight - rounded).double()
     return ((error @ hessian.double()) * error).sum(-1)
+
+
+def gain(weight: Tensor, old: Tensor, new: Tensor, hessian: Tensor) -> Tensor:
+    """loss(weight, old) - loss(weight, new) for each row, [N]: a H a - b H b = (a - b) H (a + b), one product."""
+    h = hessian.to(weight.dtype)
+    return (((new - old).to(weight.dtype) @ h) * (2 * weight - old - new)).sum(-1)
 
 
 def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: Tensor, block: int = 128) -> QTensor:
@@ -74,28 +91,28 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
     # Turned, so that a column's numbers lie side by side.
     scale, zero, low, high = (None if t is None else t.t()[order].contiguous() for t in level_grid(grid))
     assert scale is not None
+    bounds = None if low is None or high is None else (low.float(), high.float())
     wide = weight if weight.dtype == torch.float64 else weight.float()
     w, u = wide.t()[order].contiguous(), upper.to(wide.dtype)
     found = torch.empty(w.shape, dtype=grid.codes.dtype, device=w.device)
     columns = len(w)
     for first in range(0, columns, block):
         last = min(first + block, columns)
-        part, factor = w[first:last].clone(), u[first:last, first:last]
-        errors = torch.empty_like(part)
-        for k in range(last - first):
+        part, factor = w[first:last], u[first:last, first:last]
+        pivots = factor.diagonal().tolist()
+        rounded, errors = torch.empty_like(part), torch.empty_like(part)
+        for k, pivot in enumerate(pivots):
             at = first + k
-            s, z = scale[at], None if zero is None else zero[at]
-            code = encode(part[k], s, z, form)
-            if low is not None and high is not None:
-                code = torch.minimum(torch.maximum(code, low[at]), high[at])
-            errors[k] = (part[k] - decode(code, s, z, form)) / factor[k, k]
-            part[k:].addr_(factor[k, k:], errors[k], alpha=-1)
-            found[at] = code
-        w[last:] -= u[first:last, last:].t() @ errors
+            limits = (None, None) if bounds is None else (bounds[0][at], bounds[1][at])
+            rounded[k] = on_grid(part[k], scale[at], None if zero is None else zero[at], form, *limits)
+            torch.sub(part[k], rounded[k], out=errors[k]).div_(pivot)
+            part[k + 1 :].addr_(factor[k, k + 1 :], errors[k], alpha=-1)
+        found[first:last] = encode(rounded, scale[first:last], None if zero is None else zero[first:last], form)
+        w[last:].addmm_(u[first:last, last:].t(), errors, alpha=-1)
     codes = torch.empty_like(grid.codes)
     codes[:, order] = found.t()
     result = QTensor(codes, grid.scale, grid.zero, grid.group_scale, form)
-    worse = loss(weight, result.dequantize(), hessian) > loss(weight, grid.dequantize(), hessian)
+    worse = gain(wide, grid.dequantize(), result.dequantize(), hessian) < 0
     codes[worse] = grid.codes[worse]
     return result
 
