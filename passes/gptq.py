@@ -72,8 +72,8 @@ def loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
 
 def gain(weight: Tensor, old: Tensor, new: Tensor, hessian: Tensor) -> Tensor:
     """loss(weight, old) - loss(weight, new) for each row, [N]: a H a - b H b = (a - b) H (a + b), one product."""
-    h = hessian.to(weight.dtype)
-    return (((new - old).to(weight.dtype) @ h) * (2 * weight - old - new)).sum(-1)
+    both = (weight - old).double() + (weight - new).double()
+    return (((new - old).double() @ hessian.double()) * both).sum(-1)
 
 
 def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: Tensor, block: int = 128) -> QTensor:

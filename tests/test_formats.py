@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qcompile.formats import Format, load_codes, spread
 from qcompile.minifloat import constrain, decode_e2m1, encode_e2m1
 from qcompile.packing import pack, unpack
-from qcompile.rounding import level_grid, quantize_tensor
+from qcompile.rounding import decode, encode, level_grid, on_grid, quantize_tensor
 from qcompile.testing import weights
 
 FORMATS = [
@@ -90,6 +90,33 @@ def test_clip_never_increases_its_own_loss(w, text):
     form = Format.parse(text)
     loss = [float((quantize_tensor(w, form, clip=c).dequantize() - w).abs().pow(2.4).sum()) for c in (False, True)]
     assert loss[1] <= loss[0] * (1 + 1e-4)
+
+
+@given(weights(), st.sampled_from(["int2/row", "int4/row/zero", "int4/row/floatzero", "int8/row", "fp8/row", "fp4/row"]))
+def test_clip_is_the_best_of_its_ranges(w, text):
+    form = Format.parse(text)
+    found = (quantize_tensor(w, form, clip=True).dequantize() - w).abs().pow(2.4).sum(1)
+    for shrink in range(21):
+        reach = 1 - shrink / 100
+        low, high = w.amin(1, keepdim=True).clamp_max(0) * reach, w.amax(1, keepdim=True).clamp_min(0) * reach
+        if form.zero == "none":
+            high = torch.maximum(-low, high)
+            low = -high
+        one = (quantize_tensor(torch.clamp(w, low, high), form).dequantize() - w).abs().pow(2.4).sum(1)
+        assert bool((found <= one * (1 + 1e-3) + 1e-12).all()), shrink
+
+
+@given(weights(), st.sampled_from(FORMATS))
+def test_a_number_on_the_grid_is_its_code_decoded(w, text):
+    q = quantize_tensor(w, Format.parse(text))
+    scale, zero, low, high = level_grid(q)
+    x = 1.5 * w.flip(0)  # other numbers, some beyond the range
+    codes = encode(x, scale, zero, q.format)
+    if low is not None:
+        codes = torch.minimum(torch.maximum(codes, low), high)
+    found = on_grid(x, scale, zero, q.format, *(None if t is None else t.float() for t in (low, high)))
+    assert torch.equal(found, decode(codes, scale, zero, q.format))
+    assert torch.equal(encode(found, scale, zero, q.format).float(), codes.float())
 
 
 def test_ragged_last_group():
