@@ -104,6 +104,15 @@ def test_a_singular_hessian_has_no_factor_and_a_damped_one_has():
     assert inverse_factor(one, 0.01) is not None
 
 
+@pytest.mark.parametrize("columns", [5, 129, 300])
+def test_the_factor_of_the_inverse(columns):
+    hessian = correlated(0, columns)
+    upper = inverse_factor(hessian, 0.01)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    assert torch.equal(upper, upper.triu()) and bool((upper.diagonal() > 0).all())
+    assert torch.allclose(upper.t() @ upper @ damped, torch.eye(columns, dtype=torch.float64), atol=1e-8)
+
+
 @pytest.mark.parametrize("columns", [5, 255, 256, 601])
 def test_gram(columns):
     x = torch.randn(40, columns, dtype=torch.float64)
