@@ -56,7 +56,8 @@ def inverse_triangle(lower: Tensor) -> Tensor:
     """The inverse of a lower triangle [K, K], by halves: a third of the time that solving for all of it takes."""
     size = len(lower)
     if size <= 128:
-        return torch.linalg.solve_triangular(lower, torch.eye(size, dtype=lower.dtype, device=lower.device), upper=False)
+        one = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, one, upper=False)
     half, inverse = size // 2, torch.zeros_like(lower)
     inverse[:half, :half] = inverse_triangle(lower[:half, :half])
     inverse[half:, half:] = inverse_triangle(lower[half:, half:])

@@ -5,8 +5,10 @@ Source: Pan et al. 2023, arXiv:2312.03788 sec. 3. The authors published no searc
         divergence of the logits, quantized layers feeding later ones: by squared error of the logits
         the winner can be worse than no smoothing (docs/algorithms/smoothquant-plus.md).
 Law:    s = max|X|^a / max|W|^(1-a) as in smooth.py, for a in 0, step .. 1, and *no smoothing* as a
-        candidate of its own (a = 0 is not it: it equalises the weights). Strengths are ranked on one
-        batch without the clip search; the best two and no smoothing are then held against each other
+        candidate of its own (a = 0 is not it: it equalises the weights). Ours: each a is tried for all
+        inputs, for those that a norm makes, and for those that linear rows make; a rotated residual
+        stream has no outliers left behind its norms, while inner products keep theirs. Candidates are
+        ranked on one batch without the clip search; the best two and no smoothing are then held against each other
         as the pass behind will round, on all batches: the winner's loss is not above the identity's.
 Keeps:  the output.   Needs: absmax of the inputs and the batches.   Leaves: what Smooth leaves.
 """
@@ -31,7 +33,7 @@ from qcompile.program import Program
 from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
 
-_FINALISTS = 2  # strengths whose loss is computed with the clip search, which is most of the work
+_FINALISTS = 2  # candidates whose loss is computed with the clip search, which is most of the work
 
 
 @dataclass(frozen=True)
@@ -67,24 +69,36 @@ def smoothquant_plus(program: Program, how: SmoothQuantPlus, seen: Statistics, p
     assert plan.batches is not None
     data = [batch for _, batch in zip(range(how.batches), plan.batches(), strict=False)]
     want = [first_output(program, batch) for batch in data]
-    grid = [min(1.0, i * how.step) for i in range(round(1 / how.step) + 1)]
     coarse = dataclasses.replace(how, clip=False)
     ranked = {
-        alpha: loss_of(program, coarse, seen, plan, alpha, data[:1], want[:1])
-        for alpha in track(grid, "SmoothQuant+", disable=not plan.progress, transient=True)
+        candidate: loss_of(program, coarse, seen, plan, candidate, data[:1], want[:1])
+        for candidate in track(candidates(how), "SmoothQuant+", disable=not plan.progress, transient=True)
     }
-    finalists: list[float | None] = [None, *sorted(ranked, key=ranked.__getitem__)[:_FINALISTS]]
+    finalists: list[Smooth | None] = [None, *sorted(ranked, key=ranked.__getitem__)[:_FINALISTS]]
     losses = {
-        alpha: loss_of(program, how, seen, plan, alpha, data, want)
-        for alpha in track(finalists, "SmoothQuant+, the best", disable=not plan.progress, transient=True)
+        candidate: loss_of(program, how, seen, plan, candidate, data, want)
+        for candidate in track(finalists, "SmoothQuant+, the best", disable=not plan.progress, transient=True)
     }
     best = min(losses, key=losses.__getitem__)
     report = PassReport("SmoothQuantPlus")
     if best is not None:
-        report = dataclasses.replace(smooth(program, Smooth(alpha=best), seen), name="SmoothQuantPlus")
-    chosen = "no smoothing" if best is None else f"alpha {best:.2f}"
-    report.notes.append(f"{chosen}: loss {losses[best]:.4g}, without smoothing {losses[None]:.4g}")
+        report = dataclasses.replace(smooth(program, best, seen), name="SmoothQuantPlus")
+    report.notes.append(f"{describe(best)}: loss {losses[best]:.4g}, without smoothing {losses[None]:.4g}")
     return report
+
+
+def candidates(how: SmoothQuantPlus) -> list[Smooth]:
+    """Every strength, everywhere and in either kind of place alone."""
+    grid = [min(1.0, i * how.step) for i in range(round(1 / how.step) + 1)]
+    return [Smooth(alpha, *where) for where in ((True, True), (True, False), (False, True)) for alpha in grid]
+
+
+def describe(candidate: Smooth | None) -> str:
+    """A candidate as the report names it."""
+    if candidate is None:
+        return "no smoothing"
+    only = "" if candidate.norms and candidate.rows else f" behind {'norms' if candidate.norms else 'linear rows'} only"
+    return f"alpha {candidate.alpha:.2f}{only}"
 
 
 def loss_of(
@@ -92,24 +106,19 @@ def loss_of(
     how: SmoothQuantPlus,
     seen: Statistics,
     plan: SitePlan,
-    alpha: float | None,
+    candidate: Smooth | None,
     data: list[Sequence[Any]],
     want: list[Tensor],
 ) -> float:
-    """Divergence from the outputs `want` after smoothing with alpha (None: not) and rounding all weights."""
-    candidate = program.copy()
-    if alpha is not None:
-        smooth(candidate, Smooth(alpha=alpha), seen)
-    quantize(
-        candidate,
-        Quantize(how.weight, None, clip=how.clip),
-        seen,
-        dataclasses.replace(plan, corrected=False),
-    )
-    candidate.cleanup()
+    """Divergence from the outputs `want` after smoothing as a candidate does (None: not) and rounding all weights."""
+    tried = program.copy()
+    if candidate is not None:
+        smooth(tried, candidate, seen)
+    quantize(tried, Quantize(how.weight, None, clip=how.clip), seen, dataclasses.replace(plan, corrected=False))
+    tried.cleanup()
     measure = divergence if how.logits else squared_error
     pairs = zip(data, want, strict=True)
-    return sum(float(measure(value, first_output(candidate, batch))) for batch, value in pairs) / len(data)
+    return sum(float(measure(value, first_output(tried, batch))) for batch, value in pairs) / len(data)
 
 
 def first_output(program: Program, batch: Sequence[Any]) -> Tensor:

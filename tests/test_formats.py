@@ -92,7 +92,10 @@ def test_clip_never_increases_its_own_loss(w, text):
     assert loss[1] <= loss[0] * (1 + 1e-4)
 
 
-@given(weights(), st.sampled_from(["int2/row", "int4/row/zero", "int4/row/floatzero", "int8/row", "fp8/row", "fp4/row"]))
+@given(
+    weights(),
+    st.sampled_from(["int2/row", "int4/row/zero", "int4/row/floatzero", "int8/row", "fp8/row", "fp4/row"]),
+)
 def test_clip_is_the_best_of_its_ranges(w, text):
     form = Format.parse(text)
     found = (quantize_tensor(w, form, clip=True).dequantize() - w).abs().pow(2.4).sum(1)

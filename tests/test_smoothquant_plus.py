@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from qcompile.capture import capture
 from qcompile.formats import Format
 from qcompile.passes import Fuse, Quantize, Smooth, SmoothQuantPlus, Untie
 from qcompile.passes.quantize import SitePlan
-from qcompile.passes.smoothquant_plus import first_output, loss_of, smoothquant_plus
+from qcompile.passes.smoothquant_plus import candidates, describe, first_output, loss_of, smoothquant_plus
 from qcompile.passes.untie import untie
 from qcompile.quantize import flat_inputs
 from qcompile.recipe import Recipe
@@ -56,9 +57,32 @@ def test_the_winner_is_the_least_loss_and_outliers_make_it_smooth():
     report = smoothquant_plus(after, HOW, seen, plan)
     assert report.done and "alpha" in report.notes[-1]
     want = [first_output(program, batch)]
-    losses = {a: loss_of(program, HOW, seen, plan, a, [batch], want) for a in (None, 0.0, 0.25, 0.5, 0.75, 1.0)}
+    losses = {c: loss_of(program, HOW, seen, plan, c, [batch], want) for c in [None, *candidates(HOW)]}
     best = min(losses, key=losses.get)
-    assert f"alpha {best:.2f}" in report.notes[-1] and losses[best] < losses[None]
+    assert describe(best) in report.notes[-1] and losses[best] < losses[None]
+
+
+def test_every_strength_is_tried_everywhere_and_in_either_kind_of_place():
+    tried = candidates(SmoothQuantPlus(step=0.5))
+    assert [(c.alpha, c.norms, c.rows) for c in tried] == [
+        (a, norms, rows) for norms, rows in ((True, True), (True, False), (False, True)) for a in (0.0, 0.5, 1.0)
+    ]
+    assert [describe(c) for c in (None, *tried[::4])] == [
+        "no smoothing", "alpha 0.00", "alpha 0.50 behind norms only", "alpha 1.00 behind linear rows only"
+    ]  # fmt: skip
+
+
+def test_a_winner_behind_linear_rows_leaves_the_norms(monkeypatch):
+    winner, module = Smooth(0.5, norms=False), sys.modules[loss_of.__module__]
+    monkeypatch.setattr(module, "loss_of", lambda *given: float(given[4] != winner))
+    program = capture(build("llama"), (), example("llama"))
+    untie(program, Untie(), None)
+    before = dict(program.weights)
+    batch = flat_inputs(program, example("llama"), example("llama"))
+    report = smoothquant_plus(program, HOW, observe(program, [batch]), SitePlan(batches=lambda: [batch]))
+    assert "alpha 0.50 behind linear rows only" in report.notes[-1]
+    changed = {name for name, weight in before.items() if not torch.equal(program.weights[name], weight)}
+    assert {name.split(".")[-2] for name in changed} == {"v_proj", "o_proj", "up_proj", "down_proj"}
 
 
 def test_the_loss_is_the_divergence_of_the_rounded_models_logits():
@@ -70,7 +94,7 @@ def test_the_loss_is_the_divergence_of_the_rounded_models_logits():
     seen, plan = observe(program, data), SitePlan(batches=lambda: data)
     for clip in (False, True):
         how = dataclasses.replace(HOW, clip=clip)
-        got = loss_of(program, how, seen, plan, 0.5, data, [first_output(program, data[0])])
+        got = loss_of(program, how, seen, plan, Smooth(0.5), data, [first_output(program, data[0])])
         rounded = outliers(build("llama"))
         passes = (Untie(), Smooth(0.5), Quantize(HOW.weight, None, clip=clip), Fuse())
         qcompile.quantize(rounded, Recipe("same", passes), [batch], progress=False)
