@@ -124,11 +124,11 @@ def build_peers(work: Path, model: torch.nn.Module, tokenizer: object, console: 
 
 
 class Child:
-    """A folder in a process of its own."""
+    """A folder in a process of its own; `serve` is who answers there, as "module.function" of this directory."""
 
-    def __init__(self, folder: Path) -> None:
-        place = str(Path(__file__).parent)
-        script = f"import sys; sys.path.insert(0, {place!r}); import onnx_cpu; onnx_cpu.serve(sys.argv[1])"
+    def __init__(self, folder: Path | str, serve: str = "onnx_cpu.serve") -> None:
+        place, module = str(Path(__file__).parent), serve.split(".")[0]
+        script = f"import sys; sys.path.insert(0, {place!r}); import {module}; {serve}(sys.argv[1])"
         self.process = subprocess.Popen(
             [sys.executable, "-c", script, str(folder)],
             stdin=subprocess.PIPE,

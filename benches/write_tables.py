@@ -10,6 +10,7 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- onnx HOW -->, long, few, roofline   onnx_cpu-HOW.json, of one kind of processor
     <!-- shapes -->                    onnx_shapes.json
     <!-- encoder -->                   onnx_encoder.json
+    <!-- engines HOW -->               engines_cpu-HOW.json
 """
 
 from __future__ import annotations
@@ -128,6 +129,18 @@ def onnx_encoder(_: str) -> str:
     )
 
 
+def engines(how: str) -> str:
+    """Other engines on the same model."""
+    lines = ["| engine | prefill of 512, tokens/s | decode, tokens/s | open MB |", "|---|---|---|---|"]
+    return "\n".join(
+        lines
+        + [
+            f"| {r['engine']} | {r['prefill']:.0f} | {r['decode']:.1f} | {r['held_megabytes']:.0f} |"
+            for r in rows_of(f"engines_cpu-{how}")
+        ]
+    )
+
+
 TABLES = {
     "table": accuracy,
     "recipes": chosen,
@@ -139,6 +152,7 @@ TABLES = {
     "shapes": onnx_shapes,
     "few": onnx_few,
     "encoder": onnx_encoder,
+    "engines": engines,
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.fx.experimental._config as config
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import build, example
+from zoo import brief, build, example
 
 import qcompile.pipeline
 import qcompile.sharing
@@ -86,7 +86,7 @@ def test_recipes_stay_on_the_models_device(name, recipe, monkeypatch):
     ]
     program = on_meta(program)
     with Decided():
-        rewritten, _ = run(program, PRESETS[recipe], batches=lambda: iter([flat]), verify=False)
+        rewritten, _ = run(program, brief(PRESETS[recipe]), batches=lambda: iter([flat]), verify=False)
         assert devices(rewritten) == {"meta"}
         lower(rewritten, lambda kind, codes, make: make())
     assert devices(rewritten) == {"meta"}

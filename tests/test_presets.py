@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import replace
 
 import pytest
 import torch
-from zoo import ZOO, build, example, is_dynamic
+from zoo import ZOO, brief, build, example, is_dynamic
 
 from qcompile.capture import capture
-from qcompile.passes import LearnRotation, Quantize
+from qcompile.passes import Quantize
 from qcompile.pipeline import run
 from qcompile.presets import PRESETS, find_recipe
 from qcompile.recipe import Recipe, RecipeError
@@ -35,12 +34,6 @@ BOUNDS = {
 def captured(name):
     inputs = example(name)
     return capture(build(name), (), inputs, dynamic=is_dynamic(name)), list(inputs.values())
-
-
-def brief(recipe):
-    """A recipe that learns for a few steps only."""
-    passes = (replace(c, steps=4) if isinstance(c, LearnRotation) else c for c in recipe.passes)
-    return replace(recipe, passes=tuple(passes))
 
 
 @pytest.mark.parametrize("name", ZOO)

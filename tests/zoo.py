@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 import transformers as tf
 from torch import nn
+
+from qcompile.passes import AWQ, LearnRotation, SmoothQuantPlus
 
 SIZES = dict(
     vocab_size=128,
@@ -98,3 +101,9 @@ def example(name: str) -> dict[str, torch.Tensor]:
 def is_dynamic(name: str) -> bool:
     """Whether the architecture takes any length (one that checks its input length does not)."""
     return name != "whisper_encoder"
+
+
+def brief(recipe):
+    """A recipe whose searches are short: what it does is tested, not how well."""
+    short = {LearnRotation: {"steps": 4}, AWQ: {"steps": 4}, SmoothQuantPlus: {"step": 0.5}}
+    return replace(recipe, passes=tuple(replace(c, **short.get(type(c), {})) for c in recipe.passes))
