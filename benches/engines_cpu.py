@@ -1,0 +1,230 @@
+"""SmolLM2 on a CPU in other engines: llama.cpp, OpenVINO, ONNX Runtime in float32, torch.compile in bfloat16.
+
+    pip install onnxruntime-genai gguf llama-cpp-python openvino
+    python benches/engines_cpu.py [CALIBRATION_TEXT]      writes benches/results/engines_cpu-ISA.json
+
+An engine that is not installed is left out with a word. Each runs in a process of its own, in turn; medians.
+Float weights for llama.cpp are written here with the `gguf` package in its own formats: Q4_0, and Q8_0 for the table
+that is also the logits' (its tools take Q6_K there, which wants columns in multiples of 256). OpenVINO reads the
+portable file that qcompile writes, 4-bit codes in groups of 64, with its caches turned into state.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from onnx_cpu import CHUNK, NEW, PROMPT, ROUNDS, Child, serve
+from rich.console import Console
+from rich.table import Table
+
+import qcompile
+from qcompile.bench import versions
+from qcompile.integer_product import processor
+from qcompile.memory import held
+from qcompile.pretrained import load_pretrained
+from qcompile.text import batches
+
+RESULTS = Path(__file__).parent / "results" / f"engines_cpu-{processor()}.json"
+NEEDS = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "openvino": "openvino"}
+
+
+def answer(step: Callable[[np.ndarray | None, int], int], before: int, opened: float) -> None:
+    """Child process: the protocol of onnx_cpu.serve for an engine whose `step` reads tokens and gives the next.
+
+    `step(prompt, 0)` begins a text, `step(None, token)` goes on with one token.
+    """
+    print(json.dumps([opened, held("VmHWM") - before]), flush=True)
+    for line in sys.stdin:
+        length, new = map(int, line.split())
+        prompt = np.random.default_rng(0).integers(3, 40000, length)
+        start = time.perf_counter()
+        token = step(prompt, 0)
+        first = time.perf_counter()
+        for _ in range(new):
+            token = step(None, token)
+        done = time.perf_counter()
+        print(json.dumps([first - start, (done - first) / max(1, new), held() - before]), flush=True)
+
+
+def serve_llama_cpp(path: str) -> None:
+    """Child process: a GGUF file."""
+    from llama_cpp import Llama
+
+    before, start = held(), time.perf_counter()
+    threads = torch.get_num_threads()
+    model = Llama(path, n_ctx=2 * PROMPT, n_batch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def step(prompt: np.ndarray | None, token: int) -> int:
+        if prompt is not None:
+            model.reset()
+        model.eval([token] if prompt is None else prompt.tolist())
+        return int(np.argmax(model.scores[model.n_tokens - 1]))
+
+    answer(step, before, time.perf_counter() - start)
+
+
+def serve_openvino(path: str) -> None:
+    """Child process: a portable file, its caches as state."""
+    import openvino
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    before, start = held(), time.perf_counter()
+    core = openvino.Core()
+    model = core.read_model(path)
+    pasts = [i for i in model.inputs if "past_key_values" in i.get_any_name()]
+    shapes = {i: ([1, -1] if i not in pasts else [1, i.partial_shape[1], -1, i.partial_shape[3]]) for i in model.inputs}
+    model.reshape({i.get_any_name(): openvino.PartialShape(shape) for i, shape in shapes.items()})
+    pairs = {i.get_any_name(): i.get_any_name().replace("past_key_values", "present") for i in pasts}
+    apply_make_stateful_transformation(model, pairs)
+    request = core.compile_model(
+        model, "CPU", {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    ).create_infer_request()
+    seen = 0
+
+    def step(prompt: np.ndarray | None, token: int) -> int:
+        nonlocal seen
+        if prompt is not None:
+            request.reset_state()
+            seen = 0
+        ids = np.array([[token]]) if prompt is None else prompt[None].astype(np.int64)
+        seen += ids.shape[1]
+        found = request.infer({"input_ids": ids, "attention_mask": np.ones((1, seen), np.int64)})
+        return int(np.argmax(found[0][0, -1]))
+
+    answer(step, before, time.perf_counter() - start)
+
+
+def serve_inductor(dtype: str) -> None:
+    """Child process: torch.compile's own backend."""
+    torch._dynamo.config.recompile_limit = 256
+    before, start = held(), time.perf_counter()
+    model, _ = load_pretrained(dtype=getattr(torch, dtype))
+    compiled = torch.compile(model, dynamic=True)
+    cache: Any = None
+
+    @torch.no_grad()
+    def step(prompt: np.ndarray | None, token: int) -> int:
+        nonlocal cache
+        ids = torch.tensor([[token]]) if prompt is None else torch.from_numpy(prompt)[None]
+        past = {} if prompt is not None else {"past_key_values": cache}
+        out = compiled(input_ids=ids, use_cache=True, logits_to_keep=1, **past)
+        cache = out.past_key_values
+        if prompt is not None:
+            for layer in cache.layers:  # dense as later ones are: decoding compiles once
+                layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+        return int(out.logits[0, -1].argmax())
+
+    answer(step, before, time.perf_counter() - start)
+
+
+def write_gguf(model: torch.nn.Module, tokenizer: Any, path: Path) -> None:
+    """A Llama as GGUF: products in Q4_0, the table in Q8_0, norms in float32."""
+    import gguf
+
+    config: Any = model.config
+    kind = gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(list(range(config.vocab_size))))
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    writer.add_token_merges([" ".join(m) for m in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue  # tied
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        values = weight.float()
+        if heads:  # its rotary embedding turns neighbours, ours the halves of a head
+            values = values.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(values.shape)
+        form = kind.F32 if values.ndim == 1 else kind.Q8_0 if "embed_tokens" in name else kind.Q4_0
+        known = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(known, gguf.quantize(values.numpy(), form), raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def build(work: Path, calibration: str | None, console: Console) -> dict[str, tuple[str, str]]:
+    """What is there to run: label -> (function of this file, its argument)."""
+    missing = {package for module, package in NEEDS.items() if util.find_spec(module) is None}
+    for package in sorted(missing):
+        console.print(f"left out, not installed: {package}")
+    model, tokenizer = load_pretrained()
+    found = {"torch.compile, bfloat16": ("serve_inductor", "bfloat16")}
+    model.save_pretrained(work / "model")
+    tokenizer.save_pretrained(work / "model")
+    call = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", work / "model", "-e", "cpu"]
+    for precision in ("fp32", "int4"):
+        options = ["--extra_options", "accuracy_level=4", "block_size=128"] if precision == "int4" else []
+        subprocess.run([*call, "-o", work / precision, "-p", precision, *options], capture_output=True, check=True)
+        found[f"onnxruntime-genai's builder, {precision}"] = ("serve", str(work / precision))
+    if not missing & {"gguf", "llama-cpp-python"}:
+        write_gguf(model, tokenizer, work / "model.gguf")
+        found["llama.cpp, Q4_0"] = ("serve_llama_cpp", str(work / "model.gguf"))
+    qcompile.quantize(model, "int4-cpu", batches(tokenizer, calibration, count=16))
+    if "openvino" not in missing:
+        options = dict(portable=True, low_memory=True, last_logits=True)
+        qcompile.export_onnx(model, work / "portable", tokenizer=tokenizer, **options)  # type: ignore[arg-type]
+        found["OpenVINO, qcompile's portable file"] = ("serve_openvino", str(work / "portable" / "model.onnx"))
+    qcompile.export_onnx(model, work / "ours", tokenizer=tokenizer, last_logits=True, chunk=CHUNK)
+    found["qcompile int4-cpu, last logits, chunks"] = ("serve", str(work / "ours"))
+    return found
+
+
+def main() -> None:
+    """Build, measure, print, write."""
+    console, rows = Console(width=120), []
+    with tempfile.TemporaryDirectory() as place:
+        children = {}
+        for name, (function, given) in build(Path(place), next(iter(sys.argv[1:]), None), console).items():
+            try:
+                children[name] = Child(given, f"engines_cpu.{function}")
+            except ValueError:  # no answer
+                console.print(f"left out, does not open: {name}")
+        try:
+            times: dict[str, list[list[float]]] = {name: [] for name in children}
+            for step in range(ROUNDS + 1):  # the first warms up and compiles
+                for name, child in children.items():
+                    found = child.ask(PROMPT, NEW)
+                    if step:
+                        times[name].append(found)
+        finally:
+            for child in children.values():
+                child.process.kill()
+    table = Table("engine", f"prefill of {PROMPT}, tokens/s", "decode, tokens/s", "open MB")
+    for name, found in times.items():
+        first, further, memory = (statistics.median(column) for column in zip(*found, strict=True))
+        rows.append(dict(engine=name, prefill=PROMPT / first, decode=1 / further, held_megabytes=memory / 1e6))
+        table.add_row(name, f"{PROMPT / first:.0f}", f"{1 / further:.1f}", f"{memory / 1e6:.0f}")
+    console.print(table)
+    peers = {package: metadata.version(package) for module, package in NEEDS.items() if util.find_spec(module)}
+    found = dict(versions={**versions(), **peers}, prompt=PROMPT, new=NEW, rounds=ROUNDS, rows=rows)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+__all__ = ["serve"]  # what a child process calls by name
+
+if __name__ == "__main__":
+    main()
