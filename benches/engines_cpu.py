@@ -59,7 +59,7 @@ def answer(step: Callable[[np.ndarray | None, int], int], before: int, opened: f
 
 def serve_llama_cpp(path: str) -> None:
     """Child process: a GGUF file."""
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_get_logits
 
     before, start = held(), time.perf_counter()
     threads = torch.get_num_threads()
@@ -69,7 +69,7 @@ def serve_llama_cpp(path: str) -> None:
         if prompt is not None:
             model.reset()
         model.eval([token] if prompt is None else prompt.tolist())
-        return int(np.argmax(model.scores[model.n_tokens - 1]))
+        return int(np.argmax(np.ctypeslib.as_array(llama_get_logits(model.ctx), (model.n_vocab(),))))
 
     answer(step, before, time.perf_counter() - start)
 
