@@ -48,12 +48,14 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
     h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
     # Turned round, H = R R^T with R upper triangular: R^-1 is the factor, and no inverse is factored again.
     lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    if int(failed):
+        return None
     upper = inverse_triangle(lower).flip(0, 1)
-    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+    return upper if bool(torch.isfinite(upper).all()) else None
 
 
 def inverse_triangle(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangle [K, K], by halves: a third of the time that solving for all of it takes."""
+    """The inverse of a lower triangle [K, K], by halves: a third of the arithmetic of solving for it."""
     size = len(lower)
     if size <= 128:
         one = torch.eye(size, dtype=lower.dtype, device=lower.device)
@@ -92,7 +94,10 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
     # Turned, so that a column's numbers lie side by side.
     scale, zero, low, high = (None if t is None else t.t()[order].contiguous() for t in level_grid(grid))
     assert scale is not None
-    bounds = None if low is None or high is None else (low.float(), high.float())
+
+    def at(t: Tensor | None, where: int | slice) -> Tensor | None:
+        return None if t is None else t[where]
+
     wide = weight if weight.dtype == torch.float64 else weight.float()
     w, u = wide.t()[order].contiguous(), upper.to(wide.dtype)
     found = torch.empty(w.shape, dtype=grid.codes.dtype, device=w.device)
@@ -100,15 +105,13 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
     for first in range(0, columns, block):
         last = min(first + block, columns)
         part, factor = w[first:last], u[first:last, first:last]
-        pivots = factor.diagonal().tolist()
         rounded, errors = torch.empty_like(part), torch.empty_like(part)
-        for k, pivot in enumerate(pivots):
-            at = first + k
-            limits = (None, None) if bounds is None else (bounds[0][at], bounds[1][at])
-            rounded[k] = on_grid(part[k], scale[at], None if zero is None else zero[at], form, *limits)
+        for k, pivot in enumerate(factor.diagonal().tolist()):
+            c = first + k
+            rounded[k] = on_grid(part[k], scale[c], at(zero, c), form, at(low, c), at(high, c))
             torch.sub(part[k], rounded[k], out=errors[k]).div_(pivot)
             part[k + 1 :].addr_(factor[k, k + 1 :], errors[k], alpha=-1)
-        found[first:last] = encode(rounded, scale[first:last], None if zero is None else zero[first:last], form)
+        found[first:last] = encode(rounded, scale[first:last], at(zero, slice(first, last)), form)
         w[last:].addmm_(u[first:last, last:].t(), errors, alpha=-1)
     codes = torch.empty_like(grid.codes)
     codes[:, order] = found.t()

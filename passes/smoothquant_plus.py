@@ -8,8 +8,9 @@ Law:    s = max|X|^a / max|W|^(1-a) as in smooth.py, for a in 0, step .. 1, and 
         candidate of its own (a = 0 is not it: it equalises the weights). Ours: each a is tried for all
         inputs, for those that a norm makes, and for those that linear rows make; a rotated residual
         stream has no outliers left behind its norms, while inner products keep theirs. Candidates are
-        ranked on one batch without the clip search; the best two and no smoothing are then held against each other
-        as the pass behind will round, on all batches: the winner's loss is not above the identity's.
+        ranked on one batch without the clip search; the best two and no smoothing are then held
+        against each other as the pass behind will round, on all batches: the winner's loss is not
+        above the identity's.
 Keeps:  the output.   Needs: absmax of the inputs and the batches.   Leaves: what Smooth leaves.
 """
 

@@ -74,11 +74,19 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Ten
         return (x / scale).clamp(-format.reach, format.reach).to(torch.float8_e4m3fn)
     if format.dtype == "fp4":
         return encode_e2m1(x / scale)
+    return _steps(x, scale, zero, format).to(format.code_dtype)
+
+
+def _steps(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
+    """The codes of a format of integers, still as floats."""
+    steps = x / scale
     if zero is None:
-        return (x / scale).round_().clamp_(format.qmin, format.qmax).to(torch.int8)
-    # Round before adding an integer zero (the law), after adding a real one.
-    steps = (x / scale).round_() + zero if format.zero == "int" else (x / scale + zero).round_()
-    return steps.clamp_(format.qmin, format.qmax).to(torch.uint8)
+        steps.round_()
+    elif format.zero == "int":  # rounded before an integer zero is added (the law), after a real one
+        steps.round_().add_(zero)
+    else:
+        steps.add_(zero).round_()
+    return steps.clamp_(format.qmin, format.qmax)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
@@ -91,15 +99,12 @@ def on_grid(
     x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, low: Tensor | None = None, high: Tensor | None = None
 ) -> Tensor:
     """x rounded to nearest: `decode(encode(x))`, with codes kept in [low, high] where those are given."""
-    if format.is_float or format.zero == "float":
+    if format.is_float:
         return decode(encode(x, scale, zero, format), scale, zero, format)
-    steps = (x / scale).round_()
-    if zero is None:
-        return steps.clamp_(format.qmin, format.qmax).mul_(scale)
-    steps.add_(zero).clamp_(format.qmin, format.qmax)
+    steps = _steps(x, scale, zero, format)
     if low is not None and high is not None:
         steps.clamp_(low, high)
-    return steps.sub_(zero).mul_(scale)
+    return (steps if zero is None else steps.sub_(zero)).mul_(scale)
 
 
 def level_grid(q: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -143,7 +148,9 @@ def _clip(groups: Tensor, low: Tensor, high: Tensor, format: Format) -> tuple[Te
         best = torch.full_like(low0, torch.inf)
         for shrink, (bottom, top) in itertools.product(range(21), ranges):
             tried = bottom * (1 - shrink / 100), top * (1 - shrink / 100)
-            error = _error(part, *_scale(*tried, format), format)
+            scale, zero = _scale(*tried, format)
+            rounded = on_grid(part, scale[..., None], None if zero is None else zero[..., None], format)
+            error = _power_sum(rounded.sub_(part))
             better = error < best
             best = torch.where(better, error, best)
             lows[start : start + step][better] = tried[0][better]
@@ -151,24 +158,8 @@ def _clip(groups: Tensor, low: Tensor, high: Tensor, format: Format) -> tuple[Te
     return lows.reshape(low.shape), highs.reshape(high.shape)
 
 
-def _error(groups: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
-    """sum |e|^2.4 of each group rounded to nearest: groups [.., G], scale and zero [..] -> [..]."""
-    if format.is_float:
-        step = scale[..., None]
-        return _power_sum(decode(encode(groups, step, None, format), step, None, format).sub_(groups))
-    steps = groups / scale[..., None]
-    if zero is not None and format.zero == "float":
-        steps += zero[..., None]
-    rounded = steps.round()
-    if zero is None or format.zero == "float":
-        rounded.clamp_(format.qmin, format.qmax)
-    else:  # integers: adding them before or after rounding is the same
-        rounded.clamp_(format.qmin - zero[..., None], format.qmax - zero[..., None])
-    return _power_sum(rounded.sub_(steps)) * scale.abs() ** 2.4
-
-
 def _power_sum(error: Tensor) -> Tensor:
-    """sum |e|^2.4 over the last dimension, in place; by exp and log, which take a third of pow's time."""
+    """sum |e|^2.4 over the last dimension, in place; by exp and log, which are much faster than pow."""
     return error.abs_().log_().mul_(2.4).exp_().sum(-1)
 
 

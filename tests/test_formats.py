@@ -109,6 +109,17 @@ def test_clip_is_the_best_of_its_ranges(w, text):
         assert bool((found <= one * (1 + 1e-3) + 1e-12).all()), shrink
 
 
+@given(weights(), st.sampled_from(["int2/row", "int3/row", "int4/row"]))
+def test_clip_tries_the_extreme_on_the_code_that_only_one_side_has(w, text):
+    form = Format.parse(text)
+    found = (quantize_tensor(w, form, clip=True).dequantize() - w).abs().pow(2.4).sum(1)
+    extreme = w.gather(1, w.abs().argmax(1, keepdim=True))
+    for shrink in range(21):
+        scale = extreme * (1 - shrink / 100) / form.qmin
+        one = (on_grid(w, torch.where(scale == 0, 1, scale), None, form) - w).abs().pow(2.4).sum(1)
+        assert bool((found <= one * (1 + 1e-3) + 1e-12).all()), shrink
+
+
 @given(weights(), st.sampled_from(FORMATS))
 def test_a_number_on_the_grid_is_its_code_decoded(w, text):
     q = quantize_tensor(w, Format.parse(text))
@@ -117,7 +128,7 @@ def test_a_number_on_the_grid_is_its_code_decoded(w, text):
     codes = encode(x, scale, zero, q.format)
     if low is not None:
         codes = torch.minimum(torch.maximum(codes, low), high)
-    found = on_grid(x, scale, zero, q.format, *(None if t is None else t.float() for t in (low, high)))
+    found = on_grid(x, scale, zero, q.format, low, high)
     assert torch.equal(found, decode(codes, scale, zero, q.format))
     assert torch.equal(encode(found, scale, zero, q.format).float(), codes.float())
 

@@ -59,7 +59,7 @@ def test_the_winner_is_the_least_loss_and_outliers_make_it_smooth():
     want = [first_output(program, batch)]
     losses = {c: loss_of(program, HOW, seen, plan, c, [batch], want) for c in [None, *candidates(HOW)]}
     best = min(losses, key=losses.get)
-    assert describe(best) in report.notes[-1] and losses[best] < losses[None]
+    assert report.notes[-1].startswith(f"{describe(best)}:") and losses[best] < losses[None]
 
 
 def test_every_strength_is_tried_everywhere_and_in_either_kind_of_place():

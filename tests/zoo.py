@@ -1,4 +1,4 @@
-"""Tiny random configurations of many architectures; names are allowed here and nowhere else."""
+"""Tiny random configurations of many architectures; names are allowed here and nowhere else. And short recipes."""
 
 from __future__ import annotations
 
