@@ -46,9 +46,9 @@ def main() -> None:
         label = f"SmolLM2-135M{which} on {Path(text).name if text else 'the embedded text'}"
         recipes = [name for name in wanted if not which or of_twin(name)]
         data = functools.partial(batches, tokenizer, calibration, count=64)
-        rows = compare(Comparison(make(), pieces, data, out, label), recipes)
-        Console(width=120).print(label, table(rows))
-        plot(rows, out.with_suffix(".png"))
+        comparison = Comparison(make(), pieces, data, out, label)
+        Console(width=120).print(label, table(compare(comparison, recipes)))
+        plot(list(comparison.rows.values()), out.with_suffix(".png"))  # of earlier runs too
 
 
 if __name__ == "__main__":
