@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,37 +23,42 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnx_cpu import CHUNK, NEW, PROMPT, ROUNDS, Child, serve
+from onnx_cpu import CHUNK, NEW, PROMPT, ROUNDS, Child, need_genai, run_builder
 from rich.console import Console
 from rich.table import Table
 
 import qcompile
-from qcompile.bench import versions
+from qcompile.bench import time_text, versions
 from qcompile.integer_product import processor
 from qcompile.memory import held
 from qcompile.pretrained import load_pretrained
 from qcompile.text import batches
 
 RESULTS = Path(__file__).parent / "results" / f"engines_cpu-{processor()}.json"
-NEEDS = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "openvino": "openvino"}
+NEEDS = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "openvino": "openvino"}  # left out if absent
 
 
-def answer(step: Callable[[np.ndarray | None, int], int], before: int, opened: float) -> None:
-    """Child process: the protocol of onnx_cpu.serve for an engine whose `step` reads tokens and gives the next.
-
-    `step(prompt, 0)` begins a text, `step(None, token)` goes on with one token.
-    """
+def answer(time_one: Callable[[np.ndarray, int], tuple[float, float]], before: int, opened: float) -> None:
+    """Child process: the protocol of onnx_cpu.serve; `time_one` gives seconds to the first token, for each further."""
     print(json.dumps([opened, held("VmHWM") - before]), flush=True)
     for line in sys.stdin:
         length, new = map(int, line.split())
-        prompt = np.random.default_rng(0).integers(3, 40000, length)
+        times = time_one(np.random.default_rng(0).integers(3, 40000, length), new)
+        print(json.dumps([*times, held() - before]), flush=True)
+
+
+def stepwise(step: Callable[[np.ndarray, bool], int]) -> Callable[[np.ndarray, int], tuple[float, float]]:
+    """Times an engine whose `step` reads tokens, of a new text or of the same, and gives the next one."""
+
+    def time_one(prompt: np.ndarray, new: int) -> tuple[float, float]:
         start = time.perf_counter()
-        token = step(prompt, 0)
+        token = step(prompt, True)
         first = time.perf_counter()
         for _ in range(new):
-            token = step(None, token)
-        done = time.perf_counter()
-        print(json.dumps([first - start, (done - first) / max(1, new), held() - before]), flush=True)
+            token = step(np.array([token]), False)
+        return first - start, (time.perf_counter() - first) / max(1, new)
+
+    return time_one
 
 
 def serve_llama_cpp(path: str) -> None:
@@ -65,13 +69,13 @@ def serve_llama_cpp(path: str) -> None:
     threads = torch.get_num_threads()
     model = Llama(path, n_ctx=2 * PROMPT, n_batch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    def step(prompt: np.ndarray | None, token: int) -> int:
-        if prompt is not None:
+    def step(tokens: np.ndarray, begin: bool) -> int:
+        if begin:
             model.reset()
-        model.eval([token] if prompt is None else prompt.tolist())
+        model.eval(tokens.tolist())
         return int(np.argmax(np.ctypeslib.as_array(llama_get_logits(model.ctx), (model.n_vocab(),))))
 
-    answer(step, before, time.perf_counter() - start)
+    answer(stepwise(step), before, time.perf_counter() - start)
 
 
 def serve_openvino(path: str) -> None:
@@ -92,17 +96,16 @@ def serve_openvino(path: str) -> None:
     ).create_infer_request()
     seen = 0
 
-    def step(prompt: np.ndarray | None, token: int) -> int:
+    def step(tokens: np.ndarray, begin: bool) -> int:
         nonlocal seen
-        if prompt is not None:
+        if begin:
             request.reset_state()
             seen = 0
-        ids = np.array([[token]]) if prompt is None else prompt[None].astype(np.int64)
-        seen += ids.shape[1]
-        found = request.infer({"input_ids": ids, "attention_mask": np.ones((1, seen), np.int64)})
+        seen += len(tokens)
+        found = request.infer({"input_ids": tokens[None], "attention_mask": np.ones((1, seen), np.int64)})
         return int(np.argmax(found[0][0, -1]))
 
-    answer(step, before, time.perf_counter() - start)
+    answer(stepwise(step), before, time.perf_counter() - start)
 
 
 def serve_inductor(dtype: str) -> None:
@@ -111,21 +114,12 @@ def serve_inductor(dtype: str) -> None:
     before, start = held(), time.perf_counter()
     model, _ = load_pretrained(dtype=getattr(torch, dtype))
     compiled = torch.compile(model, dynamic=True)
-    cache: Any = None
 
-    @torch.no_grad()
-    def step(prompt: np.ndarray | None, token: int) -> int:
-        nonlocal cache
-        ids = torch.tensor([[token]]) if prompt is None else torch.from_numpy(prompt)[None]
-        past = {} if prompt is not None else {"past_key_values": cache}
-        out = compiled(input_ids=ids, use_cache=True, logits_to_keep=1, **past)
-        cache = out.past_key_values
-        if prompt is not None:
-            for layer in cache.layers:  # dense as later ones are: decoding compiles once
-                layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
-        return int(out.logits[0, -1].argmax())
+    def time_one(prompt: np.ndarray, new: int) -> tuple[float, float]:
+        first, further = time_text(compiled, torch.from_numpy(prompt)[None], new)
+        return first, statistics.mean(further)
 
-    answer(step, before, time.perf_counter() - start)
+    answer(time_one, before, time.perf_counter() - start)
 
 
 def write_gguf(model: torch.nn.Module, tokenizer: Any, path: Path) -> None:
@@ -167,40 +161,41 @@ def write_gguf(model: torch.nn.Module, tokenizer: Any, path: Path) -> None:
 
 
 def build(work: Path, calibration: str | None, console: Console) -> dict[str, tuple[str, str]]:
-    """What is there to run: label -> (function of this file, its argument)."""
+    """What is there to run: label -> (function of a child process, its argument)."""
     missing = {package for module, package in NEEDS.items() if util.find_spec(module) is None}
     for package in sorted(missing):
         console.print(f"left out, not installed: {package}")
     model, tokenizer = load_pretrained()
-    found = {"torch.compile, bfloat16": ("serve_inductor", "bfloat16")}
+    found = {"torch.compile, bfloat16": ("engines_cpu.serve_inductor", "bfloat16")}
     model.save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
-    call = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", work / "model", "-e", "cpu"]
-    for precision in ("fp32", "int4"):
-        options = ["--extra_options", "accuracy_level=4", "block_size=128"] if precision == "int4" else []
-        subprocess.run([*call, "-o", work / precision, "-p", precision, *options], capture_output=True, check=True)
-        found[f"onnxruntime-genai's builder, {precision}"] = ("serve", str(work / precision))
+    for precision, options in (("fp32", []), ("int4", ["accuracy_level=4", "block_size=128"])):
+        if (refused := run_builder(work / "model", work / precision, precision, options)) is not None:
+            console.print(f"left out: the builder's {precision}: {refused}")
+        else:
+            found[f"onnxruntime-genai's builder, {precision}"] = ("onnx_cpu.serve", str(work / precision))
     if not missing & {"gguf", "llama-cpp-python"}:
         write_gguf(model, tokenizer, work / "model.gguf")
-        found["llama.cpp, Q4_0"] = ("serve_llama_cpp", str(work / "model.gguf"))
+        found["llama.cpp, Q4_0"] = ("engines_cpu.serve_llama_cpp", str(work / "model.gguf"))
     qcompile.quantize(model, "int4-cpu", batches(tokenizer, calibration, count=16))
     if "openvino" not in missing:
-        options = dict(portable=True, low_memory=True, last_logits=True)
-        qcompile.export_onnx(model, work / "portable", tokenizer=tokenizer, **options)  # type: ignore[arg-type]
-        found["OpenVINO, qcompile's portable file"] = ("serve_openvino", str(work / "portable" / "model.onnx"))
+        out = work / "portable"
+        qcompile.export_onnx(model, out, tokenizer=tokenizer, portable=True, low_memory=True, last_logits=True)
+        found["OpenVINO, qcompile's portable file"] = ("engines_cpu.serve_openvino", str(out / "model.onnx"))
     qcompile.export_onnx(model, work / "ours", tokenizer=tokenizer, last_logits=True, chunk=CHUNK)
-    found["qcompile int4-cpu, last logits, chunks"] = ("serve", str(work / "ours"))
+    found["qcompile int4-cpu, last logits, chunks"] = ("onnx_cpu.serve", str(work / "ours"))
     return found
 
 
 def main() -> None:
     """Build, measure, print, write."""
+    need_genai()
     console, rows = Console(width=120), []
     with tempfile.TemporaryDirectory() as place:
         children = {}
         for name, (function, given) in build(Path(place), next(iter(sys.argv[1:]), None), console).items():
             try:
-                children[name] = Child(given, f"engines_cpu.{function}")
+                children[name] = Child(given, function)
             except ValueError:  # no answer
                 console.print(f"left out, does not open: {name}")
         try:
@@ -219,12 +214,11 @@ def main() -> None:
         rows.append(dict(engine=name, prefill=PROMPT / first, decode=1 / further, held_megabytes=memory / 1e6))
         table.add_row(name, f"{PROMPT / first:.0f}", f"{1 / further:.1f}", f"{memory / 1e6:.0f}")
     console.print(table)
-    peers = {package: metadata.version(package) for module, package in NEEDS.items() if util.find_spec(module)}
+    present = ["onnxruntime-genai", *(package for module, package in NEEDS.items() if util.find_spec(module))]
+    peers = {package: metadata.version(package) for package in present}
     found = dict(versions={**versions(), **peers}, prompt=PROMPT, new=NEW, rounds=ROUNDS, rows=rows)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
-
-__all__ = ["serve"]  # what a child process calls by name
 
 if __name__ == "__main__":
     main()

@@ -98,19 +98,30 @@ def serve(folder: str) -> None:
         print(json.dumps([first - start, (done - first) / max(1, new), held() - before]), flush=True)
 
 
-def build_peers(work: Path, model: torch.nn.Module, tokenizer: object, console: Console) -> dict[str, Path]:
-    """The folders of onnxruntime-genai's model builder."""
+def need_genai() -> None:
+    """Ends the process with a word if onnxruntime-genai is not installed."""
     if util.find_spec("onnxruntime_genai") is None:
         raise SystemExit("pip install onnxruntime-genai: it runs every folder here")
+
+
+def run_builder(source: Path, out: Path, precision: str, options: Sequence[str]) -> str | None:
+    """A folder of onnxruntime-genai's own model builder; what it says if it fails."""
+    call = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", source, "-o", out, "-e", "cpu"]
+    more = ["--extra_options", *options] if options else []
+    done = subprocess.run([*call, "-p", precision, *more], capture_output=True, text=True)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else None
+
+
+def build_peers(work: Path, model: torch.nn.Module, tokenizer: object, console: Console) -> dict[str, Path]:
+    """The folders of onnxruntime-genai's model builder."""
+    need_genai()
     source, found = work / "model", {}
     model.save_pretrained(source)
     tokenizer.save_pretrained(source)  # type: ignore[attr-defined]
     for name, options in BUILDER.items():
         out = work / name.replace(" ", "-").replace(",", "")
-        call = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", source, "-o", out, "-p", "int4", "-e"]
-        done = subprocess.run([*call, "cpu", "--extra_options", "accuracy_level=4", *options], capture_output=True)
-        if done.returncode:
-            console.print(f"left out: {name}: {done.stderr.decode().strip().splitlines()[-1]}")
+        if (refused := run_builder(source, out, "int4", ["accuracy_level=4", *options])) is not None:
+            console.print(f"left out: {name}: {refused}")
         else:
             found[name] = out
     if (whole := found.get("builder int4, block 128")) is not None:

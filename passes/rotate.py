@@ -44,8 +44,10 @@ class Rotate:
 
 def rotate_columns(weight: Tensor, matrix: Tensor) -> Tensor:
     """W [.., n] -> W R for each block of columns, R [b, b] with b dividing n; float64, cast back."""
-    blocks = weight.double().unflatten(-1, (-1, matrix.shape[0]))
-    return (blocks @ matrix.to(blocks.device)).flatten(-2).to(weight.dtype)
+    turned, matrix = torch.empty_like(weight), matrix.to(weight.device)
+    for rows, out in zip(weight.split(4096), turned.split(4096), strict=True):  # a whole table in float64 is large
+        out.copy_((rows.double().unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2))
+    return turned
 
 
 def rotate_rows(weight: Tensor, matrix: Tensor) -> Tensor:

@@ -139,4 +139,5 @@ def fold_scale(program: Program, source: Source, sites: list[Site], scale: Tenso
 
 
 def _columns_absmax(program: Program, site: Site) -> Tensor:
-    return program.weights[site.name].double().abs().amax(0).cpu()
+    weight = program.weights[site.name]
+    return torch.maximum(weight.amax(0), -weight.amin(0)).double().cpu()

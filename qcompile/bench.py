@@ -68,14 +68,15 @@ def time_models(
     speeds = {name: Speed(name, ids.shape[1]) for name in models}
     for run in track(range(rounds + 1), "compiling and timing", disable=not progress, transient=True):
         for name, model in models.items():
-            prefill, decode = _once(model, ids, new)
+            prefill, decode = time_text(model, ids, new)
             if run:  # the first round compiles
                 speeds[name].prefill.append(prefill)
                 speeds[name].decode += decode
     return speeds
 
 
-def _once(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[float, list[float]]:
+def time_text(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[float, list[float]]:
+    """Seconds that one causal LM takes to read `ids` [1, T], and for each of `new` tokens that it goes on with."""
     with torch.no_grad():
         start = time.perf_counter()
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)

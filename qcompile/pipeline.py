@@ -17,6 +17,7 @@ from torch import fx
 import qcompile.ops
 import qcompile.passes  # noqa: F401  registers the passes
 from qcompile.calibrate import Statistics, observe
+from qcompile.memory import give_back
 from qcompile.passes.lorc import LoRC
 from qcompile.passes.quantize import Quantize, SitePlan
 from qcompile.program import Program
@@ -91,6 +92,7 @@ def run(
                 continue
         current = attempt
         report.passes.append(done)
+        give_back()  # old weights among new ones leave holes as large as the model
     _describe(current, entries, names, report)
     report.sites = entries
     report.seconds = time.perf_counter() - started
