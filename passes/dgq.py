@@ -40,7 +40,7 @@ class DGQ(GPTQ):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.weight.dual:
+        if not self.weight.dual or self.weight.zero == "none":
             raise RecipeError(f"DGQ: the weight must be dual, as int4/group128/zero/dual, got {self.weight}")
         if self.codes not in ("nearest", "gptq"):
             raise RecipeError(f"DGQ: codes must be 'nearest' or 'gptq', got {self.codes!r}")
@@ -103,7 +103,7 @@ def dgq(program: Program, how: DGQ, seen: Statistics, plan: SitePlan) -> PassRep
     nearest: list[str] = []
 
     def choose(weight: Tensor, hessian: Tensor, form: Format, names: list[str]) -> QTensor:
-        if not form.dual:  # a rule's own format
+        if not form.dual or form.zero == "none":  # a rule's own format
             grid = quantize_tensor(weight, form, clip=True)
         else:
             grid = search_rows(weight, hessian, *search_groups(weight, hessian, form), form)

@@ -6,7 +6,7 @@
                   arXiv:2309.14717, need)
     dual          w ~ s0 s1 (q - z): s0 float for a row, s1 an integer for a group, and
                   |s1 (q - z)| <= 127, so that s1 (q - z) is int8 (DGQ, arXiv:2310.04836 eq. 5;
-                  QoQ's protective range, arXiv:2405.04532 sec. 4.1)
+                  QoQ's protective range, arXiv:2405.04532 sec. 4.1); symmetric: w ~ s0 s1 q, |s1| <= 15
     fp8           e4m3fn of w / s                                   s = max|w| / 448
     fp4           e2m1 of w / s                                     s = max|w| / 6
     fp4 m1, m2    w ~ s 2^k e2m1: s float for a row, k <= 0 an integer for a group (minifloat.py)
@@ -58,8 +58,8 @@ class Format:
             raise ValueError(f"scales that are powers of two ({', '.join(_POWERS)}) are for fp4 with groups")
         if self.smooth and (self.is_float or self.per != "group" or self.zero != "none"):
             raise ValueError("a smooth format is a symmetric integer with groups, as int4/group128/smooth")
-        if self.dual and (self.dtype != "int4" or self.per != "group" or self.zero != "int"):
-            raise ValueError("a dual format is int4 with groups and integer zero points")
+        if self.dual and (self.dtype != "int4" or self.per != "group" or self.zero == "float"):
+            raise ValueError("a dual format is int4 with groups, with integer zero points or none")
 
     def __str__(self) -> str:
         parts = [self.dtype, f"group{self.group}" if self.per == "group" else self.per]
@@ -210,6 +210,14 @@ def dequantize_codes(
         assert group_scale is not None
         return value * (spread(power_of_two(group_scale), format, columns) * scale)
     return value * spread(scale, format, columns)
+
+
+def int8_codes(codes: Tensor, zero: Tensor | None, group_scale: Tensor | None, format: Format) -> Tensor:
+    """Unpacked codes [N, K] of a dual format -> s1 (q - z), which int8 activations multiply."""
+    assert group_scale is not None
+    levels = group_columns(codes.to(torch.int8), format)
+    levels = levels if zero is None else levels - zero.to(torch.int8)[..., None]
+    return ungroup_columns(levels * group_scale[..., None], codes.shape[-1]).contiguous()
 
 
 def group_columns(x: Tensor, format: Format) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.formats import Format, dequantize_codes, load_codes
+from qcompile.formats import Format, dequantize_codes, int8_codes, load_codes
 from qcompile.hadamard import apply_hadamard
 from qcompile.integer_product import int8_sums
 from qcompile.packing import packed_columns
@@ -110,7 +110,7 @@ def qlinear(
     if act == "int8/row" and _integer_rows(form):
         assert x_scale is not None
         if form.dual:
-            codes = _second_level(codes, zero, group_scale, form)
+            codes = int8_codes(codes, zero, group_scale, form)
         sums = int8_sums(x.reshape(-1, columns), codes).reshape(*x.shape[:-1], len(codes))
         out = sums.to(wide) * x_scale.to(wide) * scale.squeeze(-1).to(wide)
     else:
@@ -197,12 +197,3 @@ def _(
 def _integer_rows(form: Format) -> bool:
     """Whether sum over K of code products is the whole integer part: one scale for a row."""
     return form.dual or (form.dtype in ("int2", "int3", "int4", "int8") and form.per == "row" and form.zero == "none")
-
-
-def _second_level(codes: Tensor, zero: Tensor | None, group_scale: Tensor | None, form: Format) -> Tensor:
-    """int4 codes of a dual format -> the int8 codes s1 (q - z) that the rows multiply."""
-    assert zero is not None and group_scale is not None
-    k, pad = codes.shape[-1], -codes.shape[-1] % form.group
-    blocks = torch.nn.functional.pad(codes.to(torch.int8), (0, pad)).unflatten(-1, (-1, form.group))
-    blocks = (blocks - zero.to(torch.int8)[..., None]) * group_scale[..., None]
-    return blocks.flatten(-2)[..., :k].contiguous()

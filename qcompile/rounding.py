@@ -16,6 +16,7 @@ from qcompile.minifloat import constrain, decode_e2m1, encode_e2m1, power_of_two
 _TINY = 1e-30  # a smaller range is zero: x / s must not become infinite
 _PIVOT = 8.0  # a token whose largest value is this many times the median token's is a pivot
 _PROTECTED = 119.0  # level-1 codes of a dual format: level 2 may round one int4 step past them
+LARGEST_STEP = 15  # the largest integer group scale of a dual format without zero points
 
 
 def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor:
@@ -33,7 +34,7 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor
         raise ValueError(f"the tensor holds {int((~torch.isfinite(x)).sum())} NaN or Inf of {x.numel()} values")
     wide = x.float()
     if format.dual:
-        return _quantize_dual(wide, format, clip)
+        return (_quantize_dual_symmetric if format.zero == "none" else _quantize_dual)(wide, format, clip)
     if format.smooth:
         return _quantize_smooth(wide, format)
     groups = group_columns(wide, format)
@@ -121,8 +122,10 @@ def level_grid(q: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor
     zero = None if zero is None else zero.expand(shape)
     if not form.dual:
         return scale.expand(shape), zero, None, None
-    assert q.group_scale is not None and zero is not None
+    assert q.group_scale is not None
     group = spread(q.group_scale, form, q.columns).float()
+    if zero is None:
+        return scale * group, None, None, None
     reach = (127 / group).floor()
     low, high = (zero - reach).clamp_min(0), (zero + reach).clamp_max(form.qmax)
     return scale * group, zero, low.to(torch.uint8), high.to(torch.uint8)
@@ -212,6 +215,37 @@ def _quantize_dual(x: Tensor, format: Format, clip: bool) -> QTensor:
         group_scale.to(torch.int8),
         format,
     )
+
+
+def _quantize_dual_symmetric(x: Tensor, format: Format, clip: bool) -> QTensor:
+    """Two levels without zero points: s0 is a fifteenth of the largest group scale of a row, so |s1 q| <= 15 * 8.
+
+    s1 is negative where the clip search puts a positive extreme on the code -8.
+    """
+    groups = group_columns(x, format)
+    low, high = _range(groups, format)
+    empty = high <= _TINY * format.reach  # zeros: their scale must not make the row's
+    if clip:
+        low, high = _clip(groups, low, high, format)
+    wanted = _scale(low, high, format)[0].masked_fill(empty, 0)
+    scale = wanted.abs().amax(-1, keepdim=True) / LARGEST_STEP
+    scale = torch.where(scale > _TINY / LARGEST_STEP, scale, torch.ones_like(scale))
+    sign = torch.where(wanted < 0, -1.0, 1.0)
+    steps = (wanted / scale).abs().round().masked_fill(empty, LARGEST_STEP)
+    found = torch.zeros_like(steps), torch.empty_like(groups)
+    best = torch.full_like(steps, torch.inf)
+    for more in (0, -1, 1) if clip else (0,):
+        # The largest stay as they are: s0 can be told from them (see the exporter to ONNX).
+        tried = sign * torch.where(steps == LARGEST_STEP, steps, (steps + more).clamp(1, LARGEST_STEP))
+        codes = encode(groups, (tried * scale)[..., None], None, format)
+        error = _power_sum((codes * (tried * scale)[..., None]).sub_(groups))
+        better = error < best
+        best = torch.minimum(error, best)
+        for old, new in zip(found, (tried, codes.float()), strict=True):
+            old[better] = new[better]
+    steps, codes = found
+    codes = ungroup_columns(codes, x.shape[-1]).to(torch.int8).contiguous()
+    return QTensor(codes, scale, None, steps.to(torch.int8), format)
 
 
 def _second_level(wide: Tensor, bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,7 +29,16 @@ def experts(model):
 
 
 @pytest.mark.parametrize(
-    "form", ["int8", "int4/group32/zero", "int4/group32/zero/dual", "fp8", "fp4/group32/m2", "int8/tensor"]
+    "form",
+    [
+        "int8",
+        "int4/group32/zero",
+        "int4/group32/zero/dual",
+        "int4/group32/dual",
+        "fp8",
+        "fp4/group32/m2",
+        "int8/tensor",
+    ],
 )
 def test_the_operator_is_the_product_of_each_experts_rows(form):
     form, (e, n, k) = Format.parse(form), (4, 6, 64)

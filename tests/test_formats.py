@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompile.formats import Format, load_codes, spread
+from qcompile.formats import Format, int8_codes, load_codes, spread
 from qcompile.minifloat import constrain, decode_e2m1, encode_e2m1
 from qcompile.packing import pack, unpack
 from qcompile.rounding import decode, encode, level_grid, on_grid, quantize_tensor
@@ -15,8 +15,8 @@ from qcompile.testing import weights
 
 FORMATS = [
     "int8/row", "int8/tensor", "int8/row/zero", "int4/group16", "int4/group16/zero", "int4/group16/floatzero",
-    "int4/group16/zero/dual", "int3/group32/zero", "int2/group8", "int2/row", "fp8/row", "fp8/tensor",
-    "fp4/row", "fp4/group16", "fp4/group16/m1", "fp4/group16/m2", "fp4/group16/m1ceil", "fp4/group16/m2ceil",
+    "int4/group16/zero/dual", "int4/group16/dual", "int3/group32/zero", "int2/group8", "int2/row", "fp8/row",
+    "fp8/tensor", "fp4/row", "fp4/group16", "fp4/group16/m1", "fp4/group16/m2", "fp4/group16/m1ceil", "fp4/group16/m2ceil",
 ]  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_rounding_error_is_at_most_half_a_step(w, text):
         return
     step = spread(q.scale, form, w.shape[1])
     if form.dual:
-        step = q.scale * spread(q.group_scale.float(), form, w.shape[1])
+        step = (q.scale * spread(q.group_scale.float(), form, w.shape[1])).abs()
         # an integer group scale is up to half a level-1 unit short for each of 15 codes: 7.5 units
         assert bool((error <= 1.01 * step + 8 * q.scale + 1e-7).all())
         return
@@ -70,19 +70,34 @@ def test_rounding_twice_is_rounding_once(w, text):
     assert torch.allclose(once, twice, rtol=1e-5, atol=1e-9)
 
 
-@given(weights())
-def test_dual_fits_int8(w):
-    form = Format.parse("int4/group16/zero/dual")
-    q = quantize_tensor(w, form)
-    inner = (q.codes.int() - spread(q.zero, form, w.shape[1]).int()) * spread(q.group_scale, form, w.shape[1]).int()
+@given(weights(), st.booleans(), st.booleans())
+def test_dual_fits_int8(w, zero, clip):
+    form = Format.parse("int4/group16/zero/dual" if zero else "int4/group16/dual")
+    q = quantize_tensor(w, form, clip=clip)
+    steps = spread(q.group_scale, form, w.shape[1]).int()
+    inner = (q.codes.int() - (spread(q.zero, form, w.shape[1]).int() if zero else 0)) * steps
     assert int(inner.abs().max()) <= 127
+    assert torch.equal(int8_codes(q.codes, q.zero, q.group_scale, form).int(), inner)
+    assert torch.allclose(inner * q.scale, q.dequantize(), rtol=1e-5)
 
 
-def test_dual_is_as_good_as_float_scales():
-    w = torch.randn(64, 576)
-    plain = (quantize_tensor(w, Format.parse("int4/group128/zero")).dequantize() - w).norm()
-    dual = (quantize_tensor(w, Format.parse("int4/group128/zero/dual")).dequantize() - w).norm()
-    assert dual < 1.05 * plain
+@given(weights(), st.booleans())
+def test_row_scales_can_be_told_from_group_scales_without_zero_points(w, clip):
+    """The exporter to ONNX relies on it."""
+    q = quantize_tensor(w, Format.parse("int4/group16/dual"), clip=clip)
+    assert torch.equal(q.group_scale.abs().amax(1), torch.full((len(w),), 15, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("zero", ["/zero", ""])
+@pytest.mark.parametrize("clip", [False, True])
+def test_dual_is_as_good_as_float_scales(zero, clip):
+    w = torch.randn(64, 576) * torch.rand(64, 576).exp()
+    w[:, 100:140] *= 0.05  # a group whose scale is a few steps of the row's
+    plain, dual = (
+        (quantize_tensor(w, Format.parse(f"int4/group32{zero}{kind}"), clip=clip).dequantize() - w).norm()
+        for kind in ("", "/dual")
+    )
+    assert dual < 1.06 * plain
 
 
 @given(weights(), st.sampled_from([f for f in FORMATS if "tensor" not in f and "/m" not in f]))

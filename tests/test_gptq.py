@@ -27,6 +27,7 @@ FORMATS = [
     "int4/group32/zero",
     "int4/group32/floatzero",
     "int4/group32/zero/dual",
+    "int4/group32/dual",
     "int3/group32/zero",
     "fp8",
 ]

@@ -90,6 +90,16 @@ def prepare_nibbles(stored: Tensor, format: Format, columns: int) -> Tensor:
     return (halves[..., 0, :] | (halves[..., 1, :] << 4)).contiguous()
 
 
+def prepare_symmetric(stored: Tensor, steps: Tensor, format: Format, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes without zero points -> nibbles as above, positive group scales, zero points; [N, groups, ..].
+
+    s q with a negative s is |s| (u - 7) with u = 7 - q, as it is s (u - 8) with u = q + 8.
+    """
+    nibbles, down = prepare_nibbles(stored, format, columns), steps < 0
+    nibbles = torch.where(down[..., None], nibbles ^ 0xFF, nibbles)
+    return nibbles, steps.abs(), torch.where(down, 7, 8).to(torch.uint8)
+
+
 def group_offsets(scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
     """w = a q - c for unsigned int4 codes q: a, c [N, groups] float32."""
     a = scale.float().contiguous()

@@ -104,15 +104,20 @@ def _int8_float(program: Program, node: fx.Node, form: Format, remember: Remembe
 
 
 def _dual_mm(program: Program, node: fx.Node, form: Format, remember: Remember) -> fx.Node:
-    stored, _, _, _ = _weights(program, node)
+    stored, _, _, steps = _weights(program, node)
     k: int = node.args[10]
     dtype: torch.dtype = node.args[11]
 
     def run(x: Tensor, x_scale: Tensor, q: Tensor, gs: Tensor, z: Tensor, s: Tensor, b: Tensor | None) -> Tensor:
         return kernels.dual_mm(x, x_scale, q, gs, z, s, b, dtype)
 
-    (nibbles,) = _prepared(program, node, "nibbles", remember, lambda: (kernels.prepare_nibbles(stored, form, k),))
     x, x_scale, _, _, scale, zero, group_scale, bias = node.args[:8]
+    if zero is None:
+        nibbles, group_scale, zero = _prepared(
+            program, node, "symmetric nibbles", remember, lambda: kernels.prepare_symmetric(stored, steps, form, k)
+        )
+    else:
+        (nibbles,) = _prepared(program, node, "nibbles", remember, lambda: (kernels.prepare_nibbles(stored, form, k),))
     return program.inline(run, (x, x_scale, nibbles, group_scale, zero, scale, bias), before=node)
 
 

@@ -131,6 +131,8 @@ def export_module(
         )
         assert graph is not None
         _name_dimensions(graph.model, wrapper, program)
+        for part in graph.model.graph.all_nodes():
+            part.metadata_props.clear()  # where it comes from in PyTorch: longer than the node
         graph.save(str(folder / MODEL), external_data=True)
     with torch.no_grad(), holding(wrapper, shared):  # the quantized linears are back
         error, as_run = _finish(folder / MODEL, wrapper, layout)

@@ -28,6 +28,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompile.rounding import LARGEST_STEP
+
 Way = Literal["few", "many"]
 DOMAIN = "qcompile"
 FEW = 4  # tokens that are multiplied by 4-bit codes; benches/onnx_cpu.py measures both ways
@@ -139,7 +141,8 @@ class _Writer:
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.constants: dict[tuple[str, bytes], str] = {}
         self.read = {name for node in _every(graph.node) for name in node.input} | {o.name for o in graph.output}
-        self.int8: dict[tuple[str, ...], str] = {}  # names of codes, scales, zero points, row scales -> u8 [K, N]
+        # Names of codes, scales, zero points, row scales -> of u8 [K, N] and of row scales.
+        self.int8: dict[tuple[str, ...], tuple[str, str]] = {}
 
     def constant(self, value: np.ndarray) -> str:
         """The name of a constant; equal ones are one."""
@@ -163,8 +166,8 @@ class _Writer:
             elif node.op_type == "BlockedLinear":
                 found += self._dequantized(node)
             elif node.op_type == "DualLinear" and way == "many":
-                x, *weight, row = node.input[:5]
-                found += self._product(node, x, self.int8[*weight, row], row, list(node.input[5:]))
+                weight, row = self.int8[_dual_weight(node)]
+                found += self._product(node, node.input[0], weight, row, list(node.input[5:]))
             elif node.op_type == "DualLinear":
                 found.append(self._by_codes(node))
             else:
@@ -181,10 +184,12 @@ class _Writer:
         return named
 
     def _by_codes(self, node: onnx.NodeProto) -> onnx.NodeProto:
-        x, codes, scales, zeros, _, *bias = node.input
+        codes, scales, zeros, _ = _dual_weight(node)
         sizes = _attributes(node)
         del sizes["per_row"]
-        inputs, outputs = [x, codes, scales, zeros, "", *bias], list(node.output)
+        inputs, outputs = [node.input[0], codes, scales, zeros, "", *node.input[5:]], list(node.output)
+        while not inputs[-1]:
+            inputs.pop()
         sizes |= dict(name=node.name, domain="com.microsoft", accuracy_level=1)
         return helper.make_node("MatMulNBits", inputs, outputs, **sizes)
 
@@ -233,30 +238,36 @@ class _Writer:
         """128 + s1 (q - z) as u8 [K, N] of every dual weight, computed from its 4-bit codes [N, blocks, block / 2]."""
         found: list[onnx.NodeProto] = []
         for node in nodes:
-            if node.op_type != "DualLinear" or tuple(node.input[1:5]) in self.int8:
+            if node.op_type != "DualLinear" or _dual_weight(node) in self.int8:
                 continue
             do = _Steps(node.name)
-            self.int8[tuple(node.input[1:5])] = self._int8_weight(do, node)
+            self.int8[_dual_weight(node)] = self._int8_weight(do, node)
             found += do.nodes
         return found
 
-    def _int8_weight(self, do: _Steps, node: onnx.NodeProto) -> str:
-        _, codes, scales, zeros, row, *_ = node.input
+    def _int8_weight(self, do: _Steps, node: onnx.NodeProto) -> tuple[str, str]:
+        codes, scales, zeros, row = _dual_weight(node)
         sizes = _attributes(node)
         n, k, block = sizes["N"], sizes["K"], sizes["block_size"]
         blocks = -(-k // block)
         u8: dict[str, Any] = dict(to=TensorProto.UINT8)  # whose sums and products wrap: only the last has to fit
         last, first = self.whole(-1), self.whole(0)
         q = do("q", "Cast", self._seen(codes, [n, blocks, block]), **u8)
-        padded = do("padded", "Cast", self._seen(zeros, [n, blocks + blocks % 2]), **u8)
-        z = do("z", "Unsqueeze", do("flat", "Slice", padded, first, self.whole(blocks), self.whole(1)), last)
-        ratio = do("ratio", "Div", scales, do("row", "Unsqueeze", row, last))
-        s1 = do("s1", "Cast", do("whole", "Round", ratio), **u8)
+        if zeros:
+            padded = do("padded", "Cast", self._seen(zeros, [n, blocks + blocks % 2]), **u8)
+            z = do("z", "Unsqueeze", do("flat", "Slice", padded, first, self.whole(blocks), self.whole(1)), last)
+        else:
+            z = self.constant(np.array(2 ** (sizes["bits"] - 1), np.uint8))
+        if not row:
+            largest = do("largest", "ReduceMax", do("sizes", "Abs", scales), last, keepdims=0)
+            row = do("row", "Div", largest, self.constant(np.array(LARGEST_STEP, np.float32)))
+        ratio = do("ratio", "Div", scales, do("rows", "Unsqueeze", row, last))
+        s1 = do("s1", "Cast", do("signed", "Cast", do("whole", "Round", ratio), to=TensorProto.INT8), **u8)
         product = do("blocks", "Mul", do("levels", "Sub", q, z), do("steps", "Unsqueeze", s1, last))
         moved = do("moved", "Add", product, self.constant(np.array(128, np.uint8)))
-        rows = do("rows", "Reshape", moved, self.whole(n, blocks * block))
-        columns = do("columns", "Transpose", rows, perm=[1, 0])
-        return columns if blocks * block == k else do("int8", "Slice", columns, first, self.whole(k), first)
+        flat = do("lines", "Reshape", moved, self.whole(n, blocks * block))
+        columns = do("columns", "Transpose", flat, perm=[1, 0])
+        return columns if blocks * block == k else do("int8", "Slice", columns, first, self.whole(k), first), row
 
     def _seen(self, name: str, dims: list[int], kind: int = TensorProto.UINT4) -> str:
         """The bytes of a uint8 weight in another shape and type: on disk they lie there once."""
@@ -268,6 +279,11 @@ class _Writer:
             self.weights[seen] = tensor
             self.graph.initializer.append(tensor)
         return seen
+
+
+def _dual_weight(node: onnx.NodeProto) -> tuple[str, ...]:
+    """Names of codes, scales, zero points and row scales of a DualLinear; "" of what it has not."""
+    return (*node.input[1:5], *[""] * (5 - len(node.input)))
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

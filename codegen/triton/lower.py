@@ -24,7 +24,7 @@ from qcompile.codegen.triton.choose import NONE, Choice, choose, kind_of
 from qcompile.codegen.triton.lower_rows import alike, quantize_rows
 from qcompile.codegen.triton.prepare import prepare
 from qcompile.codegen.triton.tuned import Gpu
-from qcompile.formats import Format, load_codes
+from qcompile.formats import Format, int8_codes, load_codes
 from qcompile.program import Program
 from qcompile.regime import regime, rows_of
 from qcompile.sharing import Remember
@@ -96,10 +96,11 @@ def _of_codes(program: Program, node: fx.Node, form: Format, remember: Remember)
     x, x_scale, _, weight, row_scale, _, _, bias = node.args[:8]
     if form.dual:
         codes, _, zero, group_scale = held = _held(program, node)
-        made = _prepared(
-            program, node, "int8", remember, held, lambda: (_int8(codes, zero, group_scale, form, node.args[10]),)
-        )
-        weight = made[0]
+
+        def make() -> tuple[Tensor]:
+            return (int8_codes(load_codes(codes, form, node.args[10]), zero, group_scale, form),)
+
+        (weight,) = _prepared(program, node, "int8", remember, held, make)
     args = (x, x_scale, weight, row_scale, bias, None, None, None, node.args[11])
     return program.insert(kernels.linear_a8.default, args, before=node)
 
@@ -107,13 +108,6 @@ def _of_codes(program: Program, node: fx.Node, form: Format, remember: Remember)
 def _held(program: Program, node: fx.Node) -> list[Any]:
     """Codes, scale, zero point and group scale of a site; None where absent."""
     return [None if a is None else program.weights[program.weight_name(a) or ""] for a in node.args[3:7]]
-
-
-def _int8(stored: Tensor, zero: Tensor, group_scale: Tensor, form: Format, k: int) -> Tensor:
-    """s1 (q - z) of a dual format: what int8 activations multiply."""
-    blocks = torch.nn.functional.pad(load_codes(stored, form, k).to(torch.int8), (0, -k % form.group))
-    wide = blocks.unflatten(-1, (-1, form.group)) - zero.to(torch.int8)[..., None]
-    return (wide * group_scale[..., None]).flatten(-2)[..., :k].contiguous()
 
 
 def _prepared(

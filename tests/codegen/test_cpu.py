@@ -12,7 +12,7 @@ from qcompile import integer_product
 from qcompile.codegen import aten
 from qcompile.codegen.cpu import kernels, native
 from qcompile.codegen.cpu.choose import choose, kernel_of
-from qcompile.formats import Format
+from qcompile.formats import Format, int8_codes
 from qcompile.rounding import quantize_tensor
 
 DUAL = Format.parse("int4/group128/zero/dual")
@@ -87,11 +87,20 @@ def test_dual_sums_are_exact(rows, columns, group, seed):
     x = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
     nibbles = kernels.prepare_nibbles(stored, form, columns)
     assert torch.equal(dual_sums(x, nibbles, scale, zero).long(), x.long() @ ((codes - z) * s).t())
+    # Without zero points group scales have either sign.
+    form, levels = Format("int4", "group", group, dual=True), codes.clamp(0, 15) - 8
+    steps = torch.where(torch.rand(scale.shape, generator=generator) < 0.5, -1, 1).to(torch.int8) * scale.clamp(max=15)
+    stored = type(q)(levels.to(torch.int8), q.scale, None, steps, form).stored()
+    weight = int8_codes(levels, None, steps, form).long()
+    assert torch.equal(
+        dual_sums(x, *kernels.prepare_symmetric(stored, steps, form, columns)).long(), x.long() @ weight.t()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "text", ["int4/group128/zero/dual", "int4/group64/zero", "int4/group32", "int4/group96/floatzero"]
+    "text",
+    ["int4/group128/zero/dual", "int4/group64/zero", "int4/group32", "int4/group96/floatzero", "int4/group64/dual"],
 )
 @pytest.mark.parametrize("columns", [128, 576])
 def test_nibbles_times_floats(text, columns, dtype):

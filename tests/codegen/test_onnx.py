@@ -25,7 +25,7 @@ from qcompile.rounding import quantize_tensor
 
 def linear(form, act, columns, bias=True, signs=False):
     torch.manual_seed(0)
-    q = quantize_tensor(torch.randn(24, columns), Format.parse(form))
+    q = quantize_tensor(torch.randn(24, columns), Format.parse(form), clip=True)  # of both signs, without zero points
     tensors = dict(codes=q.stored(), scale=q.scale, zero=q.zero, group_scale=q.group_scale)
     tensors["bias"] = torch.randn(24) if bias else None
     tensors["signs"] = random_signs(columns, 0).float() if signs else None
@@ -36,7 +36,7 @@ FORMS = [
     ("int8/row", "int8/row"), ("int8/row", ""), ("int4/group32", ""), ("int4/group32/zero", ""),
     ("int4/group32/floatzero", ""), ("int4/group32/zero/dual", "int8/row"), ("int4/group32", "int4/row"),
     ("int4/group32/zero/dual", "int4/row"), ("int4/row", ""), ("int8/row", "int8/tensor"),
-    ("int4/group32/zero/dual", "int8/tensor"),
+    ("int4/group32/zero/dual", "int8/tensor"), ("int4/group32/dual", "int8/row"), ("int4/group32/dual", "int4/row"),
 ]  # fmt: skip
 
 

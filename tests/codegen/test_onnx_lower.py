@@ -70,23 +70,28 @@ def test_the_largest_integers_do_not_overflow(rows, portable):
     assert np.array_equal(session.run(None, {"x": x})[0], x @ weight.astype(np.float32))
 
 
+@pytest.mark.parametrize("zero_points", [True, False])
 @pytest.mark.parametrize("k", [64, 80])  # 80: three blocks of 32, the last one ragged, and zero points for four
-def test_the_largest_dual_weights_wrap_to_where_they_belong(k):
+def test_the_largest_dual_weights_wrap_to_where_they_belong(k, zero_points):
     """s1 (q - z) from -120 to 120 in arithmetic of bytes, which passes their end on the way."""
     rng, n, blocks = np.random.default_rng(0), 16, -(-k // 32)
     q, z = rng.choice([0, 15], (n, blocks * 32)), np.zeros((n, blocks + blocks % 2), int)
     z[:, :blocks] = rng.choice([0, 7, 15], (n, blocks))
     s1 = np.full((n, blocks), 8)
+    if not zero_points:  # the middle; row scales are a fifteenth of the largest
+        z[:], s1 = 8, rng.choice([-15, 4, -3, 15], (n, blocks))
+        s1[:, 0] = rng.choice([-15, 15], n)
+    inputs = "x, codes, scales" + ", zeros, row" * zero_points
     text = f"""
         <ir_version: 10, opset_import: ["" : 21, "qcompile" : 1, "com.microsoft" : 1]>
         model (float[m, {k}] x) => (float[m, {n}] y) {{
             y = qcompile.DualLinear <K = {k}, N = {n}, bits = 4, block_size = 32, per_row = 0> (
-                x, codes, scales, zeros, row)
+                {inputs})
         }}"""
     model, row = onnx.parser.parse_model(text), np.full(n, 0.5, np.float32)
     packed = [(part[:, ::2] | part[:, 1::2] << 4).astype(np.uint8) for part in (q, z)]
-    tensors = dict(
-        codes=packed[0].reshape(n, blocks, 16), zeros=packed[1], scales=(s1 * 0.5).astype(np.float32), row=row
+    tensors = dict(codes=packed[0].reshape(n, blocks, 16), scales=(s1 * 0.5).astype(np.float32)) | (
+        dict(zeros=packed[1], row=row) if zero_points else {}
     )
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in tensors.items())
     weight = (s1[..., None] * (q.reshape(n, blocks, 32) - z[:, :blocks, None])).reshape(n, -1)[:, :k]

@@ -105,7 +105,7 @@ def test_weights_on_a_gpu_are_packed_there(monkeypatch):
 
 FORMS = ["int4/group128", "int4/group128/zero", "int4/group64/floatzero", "int4/group32/zero", "int4/row",
          "int8/row", "int8/group64/zero", "int3/group128/zero", "int3/group64", "int2/group64/zero",
-         "int2/group32/floatzero", "int4/group256/zero", "int4/group64/zero/dual"]  # fmt: skip
+         "int2/group32/floatzero", "int4/group256/zero", "int4/group64/zero/dual", "int4/group64/dual"]  # fmt: skip
 SHAPES = [(1, 24, 256), (3, 80, 320), (7, 70, 256), (40, 66, 272)]  # rows of gemv, and no multiples of a tile
 
 
