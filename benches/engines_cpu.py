@@ -6,7 +6,7 @@
 An engine that is not installed is left out with a word. Each runs in a process of its own, in turn; medians.
 Float weights for llama.cpp are written here with the `gguf` package in its own formats: Q4_0, and Q8_0 for the table
 that is also the logits' (its tools take Q6_K there, which wants columns in multiples of 256). OpenVINO reads the
-portable file that qcompile writes, 4-bit codes in groups of 64, with its caches turned into state.
+portable file that qcompile writes, 4-bit codes in groups of 32, with its caches turned into state.
 """
 
 from __future__ import annotations

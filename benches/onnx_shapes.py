@@ -27,7 +27,7 @@ from qcompile.pretrained import load_pretrained
 from qcompile.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "onnx_shapes.json"
-DUAL = Format.parse("int4/group64/zero/dual")
+DUAL = Format.parse("int4/group32/dual")
 # As int4-cpu, without the smoothing: random weights have nothing to smooth.
 RECIPE = Recipe("int4-cpu", (Quantize(DUAL, Format("int8"), output=DUAL, output_act=Format("int8")), Fuse()))
 

@@ -43,7 +43,7 @@ def _recipe(name: str, source: str, *passes: object) -> Recipe:
 
 
 _INT4 = Format.parse("int4/group128/zero")
-_SMALL = Format.parse("int4/group64/zero/dual")
+_SMALL = Format.parse("int4/group32/dual")  # ONNX Runtime decodes faster without zero points
 
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe

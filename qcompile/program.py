@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 WEIGHT = "qcompile_weight"  # node.meta key: the attribute path of a weight placeholder
@@ -40,7 +41,8 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     memo[next(iter(module.graph.find_nodes(op="output")))] = next(iter(graph.find_nodes(op="output")))
     for old, new in memo.items():
         new.meta = copy.copy(old.meta)
-    return fx.GraphModule(module, graph)
+    # Between passes nobody calls forward: its Python code is written only when somebody does.
+    return _LazyGraphModule(module, graph)
 
 
 @dataclass

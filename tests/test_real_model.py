@@ -94,7 +94,7 @@ def test_quantized_activations_choose_other_tokens_only_at_near_ties(smollm2):
     want = greedy(model, ids)
     with torch.no_grad():
         logits = model(torch.cat([ids, torch.tensor([want])], 1)).logits[0, ids.shape[1] - 1 :]
-    model.compile(backend="qcompile")
+    model.compile(backend="qcompile", dynamic=True)  # two graphs to compile, not three
     found = greedy(model, ids)
     same = next((i for i, (a, b) in enumerate(zip(found, want, strict=True)) if a != b), len(want))
     assert same >= 8
