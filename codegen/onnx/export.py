@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from qcompile.capture import from_exported
 from qcompile.codegen.onnx.calls import Plain, WithCache
@@ -210,8 +210,7 @@ def as_module(program: Program) -> nn.Module:
         held.meta = dict(node.meta)
         node.replace_all_uses_with(held)
         module.graph.erase_node(node)
-    module.recompile()
-    return module
+    return fx.GraphModule(module, module.graph)  # torch.export reads the signature of forward, which a lazy one has not
 
 
 def set_accuracy_level(path: Path, level: int) -> None:
