@@ -39,7 +39,8 @@ def one(recipe: str) -> dict[str, object]:
     with watch_peak() as peak:
         qcompile.quantize(model, recipe, data, progress=False)
     seconds, extra = time.perf_counter() - start, peak.bytes
-    return dict(recipe=recipe, seconds=seconds, weights=weights, extra=extra, ratio=(weights + extra) / weights)
+    row = dict(recipe=recipe, seconds=seconds, weights=weights, extra=extra, ratio=(weights + extra) / weights)
+    return row | dict(isa=versions()["isa"])  # rows are of different runs
 
 
 def main() -> None:

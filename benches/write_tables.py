@@ -65,9 +65,10 @@ def prefixes(_: str) -> str:
 
 def costs(_: str) -> str:
     """What quantizing takes."""
-    lines = ["| recipe | seconds | peak / float weights |", "|---|---|---|"]
+    lines = ["| recipe | on a processor with | seconds | peak / float weights |", "|---|---|---|---|"]
     rows = rows_of("quantize_cost")
-    return "\n".join([*lines, *(f"| `{r['recipe']}` | {r['seconds']:.1f} | {r['ratio']:.2f} |" for r in rows)])
+    cells = (f"| `{r['recipe']}` | {r['isa']} | {r['seconds']:.1f} | {r['ratio']:.2f} |" for r in rows)
+    return "\n".join([*lines, *cells])
 
 
 def onnx(how: str, name: str = "onnx_cpu") -> str:
