@@ -89,6 +89,16 @@ def test_row_scales_can_be_told_from_group_scales_without_zero_points(w, clip):
     assert torch.equal(q.group_scale.abs().amax(1), torch.full((len(w),), 15, dtype=torch.int8))
 
 
+def test_row_scales_where_one_group_is_zero_and_one_wants_to_be_clipped_further():
+    w = torch.linspace(-0.3, 0.3, 16).repeat(4, 3)
+    w[:, 0] = 1  # less than 0.8 of it would be better for the other fifteen
+    w[:, 16:32] = 0  # the scale of zeros, one, is none of the row's
+    form = Format.parse("int4/group16/dual")
+    q = quantize_tensor(w, form, clip=True)
+    assert torch.equal(q.group_scale.abs().amax(1), torch.full((4,), 15, dtype=torch.int8))
+    assert float((q.dequantize() - w)[:, 32:].abs().max()) < 0.03
+
+
 @pytest.mark.parametrize("zero", ["/zero", ""])
 @pytest.mark.parametrize("clip", [False, True])
 def test_dual_is_as_good_as_float_scales(zero, clip):
