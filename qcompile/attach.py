@@ -9,74 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qcompile.cache_constants import CENTERS, PREFIX, SCALES, Centers, Prefix, Scales
 from qcompile.passes.intact_kv import IntactKV
 from qcompile.passes.quantize_kv import QuantizeKV
 from qcompile.recipe import Recipe, RecipeError
 
-PREFIX = "qcompile_prefix"  # the submodule that holds the prefix, so that checkpoints carry it
-CENTERS = "qcompile_centers"  # and the one that holds the mean keys
-
 NO_QUANTIZED_CACHE = (
-    "QuantizeKV has no form in ONNX: it makes a scale and a zero point for every head of every token as the token "
-    "comes, and ONNX Runtime's attention reads 8- and 4-bit caches with fixed scales only (one, or one for each "
-    "channel) and without zero points. Export a recipe without QuantizeKV; its cache is float32"
+    "this QuantizeKV has no form in ONNX: it makes a scale and a zero point for every head of every token as the token "
+    "comes, and ONNX Runtime's attention reads caches with fixed scales only (one, or one for each channel) and "
+    "without zero points. Use QuantizeKV(8, fixed=True), or leave it out: the cache is float32 then"
 )
-
-
-class Prefix(nn.Module):
-    """Float keys and values [1, H, p, D] of every layer, and logits [1, p, V], of `ids` [p]."""
-
-    ids: Tensor
-    logits: Tensor
-
-    def __init__(self, ids: Tensor, layers: list[tuple[Tensor, Tensor]], logits: Tensor) -> None:
-        super().__init__()
-        self.layers = len(layers)
-        self.register_buffer("ids", ids)
-        self.register_buffer("logits", logits)
-        for index, (keys, values) in enumerate(layers):
-            self.register_buffer(f"keys{index}", keys)
-            self.register_buffer(f"values{index}", values)
-
-    def starts(self, ids: Tensor) -> bool:
-        """Whether every row of ids [B, T] begins with the prefix and goes on."""
-        p = len(self.ids)
-        return ids.ndim == 2 and ids.shape[1] > p and bool((ids[:, :p] == self.ids).all())
-
-    def caches(self, rows: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of every layer for a batch."""
-        return tuple(
-            [getattr(self, f"{part}{i}").expand(rows, -1, -1, -1) for i in range(self.layers)]
-            for part in ("keys", "values")
-        )
-
-    @staticmethod
-    def empty(shapes: Mapping[str, list[int]]) -> Prefix:
-        """A prefix of the right shapes, for loading."""
-        count = len(shapes) // 2 - 1
-        layers = [(torch.empty(shapes[f"keys{i}"]), torch.empty(shapes[f"values{i}"])) for i in range(count)]
-        return Prefix(torch.empty(shapes["ids"], dtype=torch.int64), layers, torch.empty(shapes["logits"]))
-
-
-class Centers(nn.Module):
-    """The mean key [H, D] of every layer."""
-
-    def __init__(self, centers: Sequence[Tensor]) -> None:
-        super().__init__()
-        for index, center in enumerate(centers):
-            self.register_buffer(f"center{index}", center)
-
-    @property
-    def all(self) -> list[Tensor]:
-        """Layer by layer."""
-        return [getattr(self, f"center{index}") for index in range(len(self._buffers))]
 
 
 def resolve(recipe: Recipe, model: nn.Module) -> Recipe:
@@ -92,25 +41,35 @@ def _of(recipe: Recipe, kind: type) -> Any:
     return next((config for config in recipe.passes if isinstance(config, kind)), None)
 
 
-def heads_of_cache(
+def fit_cache(
     model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[tuple[int, int]]:
-    """Heads of the keys and of the values that each layer caches, found by one call with a cache.
+) -> tuple[Recipe, list[tuple[int, int]]]:
+    """Find what each layer caches, by one call with a cache.
+
+    Returns:
+        The recipe, without an optional QuantizeKV that has nothing to do, and the heads of the keys and of the
+        values of each layer; none if the recipe asks for no cache.
 
     Raises:
-        RecipeError: the recipe needs a cache and the model takes none, or leaves it empty.
+        RecipeError: the recipe needs a cache and the model takes none, or leaves it empty; fixed scales for a
+            prefix that is to stay float.
     """
-    wanted = _of(recipe, QuantizeKV) or _of(recipe, IntactKV)
+    cache, prefix = _of(recipe, QuantizeKV), _of(recipe, IntactKV)
+    wanted = cache or prefix
     if wanted is None:
-        return []
+        return recipe, []
+    if cache is not None and cache.fixed and prefix is not None:
+        raise RecipeError("IntactKV keeps its tokens float, which a cache with fixed scales cannot: drop one of them")
     if "past_key_values" in inspect.signature(model.forward).parameters:
         from qcompile.kv_cache import KVCache
 
-        cache = KVCache(8)
+        held = KVCache(8)
         with torch.no_grad():
-            model(*args, **{**kwargs, "past_key_values": cache})
-        if cache.get_seq_length():
-            return cache.heads
+            model(*args, **{**kwargs, "past_key_values": held})
+        if held.get_seq_length():
+            return recipe, held.heads
+    if prefix is None and cache.optional:
+        return dataclasses.replace(recipe, passes=tuple(c for c in recipe.passes if c is not cache)), []
     name = type(wanted).__name__
     raise RecipeError(
         f"{name}: {type(model).__name__} puts nothing into past_key_values, where keys and values are held. "
@@ -139,58 +98,81 @@ def make_prefix(recipe: Recipe, tensors: dict[str, Tensor], heads: list[tuple[in
     return Prefix(torch.tensor(how.prefix), layers, tensors["logits"])
 
 
-def make_centers(tensors: dict[str, Tensor], heads: list[tuple[int, int]]) -> Centers | None:
-    """The mean keys from what the pass QuantizeKV gathered; of repeated heads one each.
+def make_constants(tensors: dict[str, Tensor], heads: list[tuple[int, int]]) -> Centers | Scales | None:
+    """The mean keys, or the fixed scales, from what the pass QuantizeKV gathered; of repeated heads one each.
 
     Raises:
         RecipeError: the attentions of the graph are not the layers of the cache.
     """
-    found = [tensor for name, tensor in tensors.items() if name.endswith(".center")]
-    if not found:
+
+    def of_heads(tensor: Tensor, count: int) -> Tensor:
+        return tensor[:: max(1, len(tensor) // count)].clone()
+
+    centers, of_keys, of_values = (
+        [tensor for name, tensor in tensors.items() if name.endswith(f".{kind}")]
+        for kind in ("center", "key_scale", "value_scale")
+    )
+    if not centers and not of_keys:
         return None
-    if len(found) != len(heads):
+    if len(centers or of_keys) != len(heads):
+        which = "center" if centers else "fixed"
         raise RecipeError(
-            f"QuantizeKV: the graph has {len(found)} attentions, the cache {len(heads)} layers: use center=False"
+            f"QuantizeKV: the graph has {len(centers or of_keys)} attentions, the cache {len(heads)} layers: "
+            f"use {which}=False"
         )
-    return Centers([c[:: max(1, len(c) // n)].clone() for c, (n, _) in zip(found, heads, strict=True)])
+    if centers:
+        return Centers([of_heads(mean, n) for mean, (n, _) in zip(centers, heads, strict=True)])
+    pairs = zip(of_keys, of_values, heads, strict=True)
+    return Scales([(of_heads(keys, n), of_heads(values, m)) for keys, values, (n, m) in pairs])
 
 
-def attach(model: nn.Module, recipe: Recipe, prefix: Prefix | None = None, centers: Centers | None = None) -> None:
+def attach(
+    model: nn.Module, recipe: Recipe, prefix: Prefix | None = None, constants: Centers | Scales | None = None
+) -> None:
     """Give a model's calls the cache and the prefix of a recipe; nothing if it has neither."""
     cache_of = _of(recipe, QuantizeKV)
     if cache_of is None and prefix is None:
         return
-    for name, held in ((PREFIX, prefix), (CENTERS, centers)):
-        if held is not None:
-            model.add_module(name, held)
-    calls = _Calls(cache_of, prefix, centers)
+    if prefix is not None:
+        model.add_module(PREFIX, prefix)
+    if constants is not None:
+        model.add_module(CENTERS if isinstance(constants, Centers) else SCALES, constants)
+    calls = _Calls(cache_of, prefix, constants)
     model.qcompile_calls = calls
     model.register_forward_pre_hook(calls.before, with_kwargs=True)
     model.register_forward_hook(calls.after, with_kwargs=True)
 
 
-def refuse_quantized_cache(model: nn.Module, recipe: Recipe | None) -> None:
-    """Raise RecipeError if a model, or a recipe for it, quantizes its cache: asked before an export's long work."""
+def attach_again(model: nn.Module, recipe: Recipe) -> None:
+    """As attach, for a model that holds what was attached: one that was loaded."""
+    constants = getattr(model, CENTERS, None) or getattr(model, SCALES, None)
+    attach(model, recipe, getattr(model, PREFIX, None), constants)
+
+
+def refuse_cache(model: nn.Module, recipe: Recipe | None, *, portable: bool) -> None:
+    """Raise RecipeError if a model, or a recipe for it, quantizes the cache in a way that no exported file can.
+
+    Asked before an export's long work.
+    """
     calls = getattr(model, "qcompile_calls", None)
-    if (recipe is not None and _of(recipe, QuantizeKV)) or (calls is not None and calls.how is not None):
-        raise RecipeError(NO_QUANTIZED_CACHE)
+    asked = (None if recipe is None else _of(recipe, QuantizeKV), None if calls is None else calls.how)
+    for how in filter(None, asked):
+        if not how.fixed:
+            raise RecipeError(NO_QUANTIZED_CACHE)
+        if portable and not how.optional:
+            raise RecipeError(
+                "a portable file has a float cache: operators of the standard would turn all of an int8 one to float "
+                "for every token. Leave QuantizeKV out, or portable"
+            )
 
 
 @contextmanager
-def detached(model: nn.Module) -> Iterator[Prefix | None]:
-    """Calls of the model without its cache and prefix, as an exporter needs them; gives the prefix.
-
-    Raises:
-        RecipeError: the model quantizes its cache, which an exported graph cannot.
-    """
-    refuse_quantized_cache(model, None)
-    calls = getattr(model, "qcompile_calls", None)
-    if calls is None:
-        yield None
-        return
+def detached(model: nn.Module) -> Iterator[_Calls]:
+    """Calls of the model without its cache and prefix, as an exporter needs them; gives what they were."""
+    calls: _Calls = getattr(model, "qcompile_calls", None) or _Calls(None)
     calls.enabled = False
     try:
-        yield calls.prefix
+        yield calls
     finally:
         calls.enabled = True
 
@@ -200,8 +182,12 @@ class _Calls:
 
     enabled = True
 
-    def __init__(self, how: QuantizeKV | None, prefix: Prefix | None, centers: Centers | None) -> None:
-        self.how, self.prefix, self.centers = how, prefix, centers
+    def __init__(
+        self, how: QuantizeKV | None, prefix: Prefix | None = None, constants: Centers | Scales | None = None
+    ) -> None:
+        self.how, self.prefix = how, prefix
+        self.centers = constants if isinstance(constants, Centers) else None
+        self.scales = constants if isinstance(constants, Scales) else None
         self.skipped = 0  # tokens of the call in progress that come from the prefix
 
     def before(
@@ -224,8 +210,10 @@ class _Calls:
             return args, kwargs
         own: Any = DynamicCache()
         if self.how is not None:
+            how = self.how
             means = None if self.centers is None else self.centers.all
-            own = KVCache(self.how.bits, hadamard=self.how.hadamard, intact=self.how.intact, centers=means)
+            scales = None if self.scales is None else self.scales.all
+            own = KVCache(how.bits, hadamard=how.hadamard, intact=how.intact, centers=means, scales=scales)
         kwargs = {**kwargs, "past_key_values": own}
         if starts:
             assert self.prefix is not None and isinstance(ids, Tensor)

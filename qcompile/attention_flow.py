@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qcompile.program import Program
+from qcompile.program import Program, hint
 from qcompile.rotation_flow import Obstacle
 from qcompile.row_flow import ATTENTION, MATMULS, FlowStops, RowFlow, Terms
-from qcompile.sites import Site
+from qcompile.sites import Site, find_sites
 
 aten = torch.ops.aten
 
@@ -156,3 +156,40 @@ def _heads(terms: Terms, turned: bool) -> Terms:
             raise FlowStops("attention", "the channels differ from position to position")
         found.append(first)
     return found
+
+
+def mixed_channels(program: Program, product: Product) -> Tensor | Obstacle:
+    """Which channels of the keys a rotary embedding turns into one another.
+
+    Returns:
+        [heads, D] a number for each channel, one for all that are mixed; or what cannot be followed. What mixes them
+        is taken to be a rotation, so the norm of a class is the same at every position.
+    """
+    try:
+        terms = _heads(_Mixing(program, find_sites(program)).terms(product.keys), product.turned)
+    except FlowStops as stop:
+        return Obstacle(*stop.args)
+    number = {int(row): int(row) for term in terms for row in term.unique()}
+
+    def first(row: int) -> int:
+        while number[row] != row:
+            row = number[row]
+        return row
+
+    for column in torch.stack(terms).flatten(1).t().tolist():
+        members = [row for row in column if row >= 0]
+        for row in members[1:]:
+            number[first(row)] = first(members[0])
+    return torch.tensor([[first(row) for row in head] for head in terms[0].tolist()])
+
+
+class _Mixing(RowFlow):
+    """Channels instead of rows: what the flow cannot pass, as a norm of keys, is where other channels begin."""
+
+    def _compute(self, node: fx.Node) -> Terms | list[Terms] | None:
+        try:
+            return super()._compute(node)
+        except FlowStops:
+            shape = [hint(size) for size in node.meta["val"].shape]
+            start, self.rows = self.rows, self.rows + shape[-1]
+            return [torch.arange(start, self.rows).expand(shape)]

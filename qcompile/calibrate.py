@@ -35,17 +35,19 @@ class Statistics:
         keys: node name -> max |key| of a sequence for each head and channel of an attention, the mean
             over sequences, [heads, D] float32.
         key_means: the mean key of an attention, [heads, D] float32.
+        cached: node name -> max |key| or |value| of all tokens for each head and channel, [heads, D] float32.
         batches: how many batches were seen.
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, Tensor] = field(default_factory=dict)
     key_means: dict[str, Tensor] = field(default_factory=dict)
+    cached: dict[str, Tensor] = field(default_factory=dict)
     batches: int = 0
 
 
 def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: bool = False) -> Statistics:
-    """Stream batches through a program and gather the absmax of every site's input and of all keys.
+    """Stream batches through a program and gather the absmax of every site's input, of all keys and values.
 
     Args:
         program: the program. batches: flat inputs of the program, one sequence for each batch.
@@ -58,12 +60,16 @@ def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: boo
     groups = groups_of_readers(find_sites(program))
     label = {g.root: (g.sites[0].name if g.sites else g.root.name) for g in groups}
     turned = {p.keys: p.turned for p in products(program)}
+    cached = {p.values: False for p in products(program)} | turned
 
     def see(node: Any, value: Any) -> None:
+        if node in cached:
+            vectors = value.detach().transpose(-1, -2) if cached[node] else value.detach()
+            peak = _by_head(vectors).abs().amax(-2).flatten(0, -3).amax(0).float().cpu()
+            seen.cached[node.name] = torch.maximum(seen.cached.get(node.name, peak), peak)
         if node in turned:
-            keys = value.detach().transpose(-1, -2) if turned[node] else value.detach()
             for held, of in ((seen.keys, _key_peak), (seen.key_means, _key_mean)):
-                held[node.name] = held.get(node.name, 0) + of(keys).cpu()
+                held[node.name] = held.get(node.name, 0) + of(vectors).cpu()
         if node not in label:
             return
         peak = value.detach().abs().flatten(0, -2).amax(0).float().cpu()
@@ -76,7 +82,7 @@ def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: boo
         seen.absmax[node.name] = peak if old is None else torch.maximum(old, peak)
 
     for batch in track(batches, "calibrating", disable=not progress, transient=True):
-        program.watch({*label, *turned}, batch, see)
+        program.watch({*label, *cached}, batch, see)
         seen.batches += 1
     if not seen.batches:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
@@ -85,9 +91,14 @@ def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: boo
     return seen
 
 
+def _by_head(vectors: Tensor) -> Tensor:
+    """[.., H, T, D]; of [B H, T, D], heads folded into the batch, one head."""
+    return vectors.unsqueeze(1) if vectors.ndim == 3 else vectors
+
+
 def _ordinary(keys: Tensor) -> Tensor:
     """Keys [.., H, T, D] but for the first tokens, whose keys are unlike all others."""
-    keys = keys.unsqueeze(1) if keys.ndim == 3 else keys  # heads folded into the batch: one head
+    keys = _by_head(keys)
     return keys[..., _PIVOTS:, :] if keys.shape[-2] > 2 * _PIVOTS else keys
 
 

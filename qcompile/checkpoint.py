@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qcompile.attach import CENTERS, PREFIX, Centers, Prefix, attach
+from qcompile.attach import attach_again
+from qcompile.cache_constants import Centers, Prefix, Scales
 from qcompile.expert_stack import STACK, QuantStack, hold_stack
 from qcompile.formats import Format
 from qcompile.module import PARTS, QuantLinear, RotatedLinear
@@ -136,7 +137,7 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
         }
     if isinstance(module, QuantStack):
         return {"kind": "QuantStack", **module.describe()}
-    if isinstance(module, (Prefix, Centers)):
+    if isinstance(module, (Prefix, Centers, Scales)):
         return {"kind": type(module).__name__, "shapes": {name: list(t.shape) for name, t in module.named_buffers()}}
     if isinstance(module, RotatedLinear):
         return {"kind": "RotatedLinear"}
@@ -173,8 +174,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     target.load_state_dict(tensors, strict=True, assign=True)
     target.qcompile_recipe = meta["recipe"]
     if meta["recipe"] is not None:
-        held = getattr(target, PREFIX, None), getattr(target, CENTERS, None)
-        attach(target, Recipe.from_json(meta["recipe"]), *held)
+        attach_again(target, Recipe.from_json(meta["recipe"]))
     return target.requires_grad_(False).eval()
 
 
@@ -241,6 +241,8 @@ def _place(model: nn.Module, path: str, entry: dict[str, Any]) -> None:
         model.add_module(path, Prefix.empty(entry["shapes"]))
     elif entry["kind"] == "Centers":
         model.add_module(path, Centers([torch.empty(shape) for shape in entry["shapes"].values()]))
+    elif entry["kind"] == "Scales":
+        model.add_module(path, Scales.empty(entry["shapes"]))
     elif entry["kind"] == "RMSNorm":
         model.set_submodule(path, nn.RMSNorm(entry["shape"], eps=entry["eps"]))
     else:

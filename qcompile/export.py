@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from qcompile.attach import detached, refuse_quantized_cache
+from qcompile.attach import detached, refuse_cache
 from qcompile.module import QuantLinear
 from qcompile.presets import find_recipe
 from qcompile.quantize import quantize
@@ -31,6 +31,7 @@ def export_onnx(
     last_logits: bool = False,
     chunk: int | None = None,
     portable: bool = False,
+    float_cache: bool = False,
     pooling: str | None = None,
     normalize: bool = False,
     progress: bool = True,
@@ -50,7 +51,9 @@ def export_onnx(
             read faster; perplexity cannot be measured on it.
         chunk: how many tokens of a prompt onnxruntime-genai reads at once (its search.chunk_size): long prompts are
             read faster and in less memory, but a batch of prompts longer than that is an error there.
-        portable: operators of the ONNX standard only (opset 21), for other runtimes than ONNX Runtime.
+        portable: operators of the ONNX standard only (opset 21), for other runtimes than ONNX Runtime. Their cache
+            is float32.
+        float_cache: a cache in float32, whatever the recipe says: for tools that hand over no other, as optimum.
         pooling: of an encoder: "mean", "cls" or "last" token's embedding as the output `sentence_embedding`, and a
             folder that sentence-transformers loads. normalize: to norm 1. progress: show bars.
 
@@ -59,6 +62,7 @@ def export_onnx(
             exported model whose output differs from the module's. Nothing is then left behind.
     """
     try:
+        from qcompile.codegen.onnx.cached import CodedCache
         from qcompile.codegen.onnx.export import Layout, export_module
         from qcompile.codegen.onnx.pooling import Pooling, check_example
         from qcompile.codegen.onnx.session import PREFIX_FILE
@@ -83,7 +87,8 @@ def export_onnx(
     if chunk is not None and (chunk < 1 or example is not None):
         raise RecipeError(f"chunk is a number of tokens of a decoder's prompt, 1 or more, got {chunk}")
     chosen = None if recipe is None else find_recipe(recipe, model, data=batches is not None)
-    refuse_quantized_cache(model, chosen)
+    if not float_cache:
+        refuse_cache(model, chosen, portable=portable)
 
     with atomic_folder(folder) as work:
         report = Report("as it is")
@@ -92,11 +97,14 @@ def export_onnx(
             report = quantize(model, chosen, batches, example=example, progress=progress)
         elif not any(isinstance(m, QuantLinear) for m in model.modules()):
             report = Report("float")
-        with detached(model) as prefix:
+        with detached(model) as calls:
             layout = Layout(accuracy_level, low_memory, last_logits, chunk, portable, how)
-            done = export_module(model, work, layout, example=example, tokenizer=tokenizer)
-        if prefix is not None:
-            save_file(prefix.state_dict(), str(work / PREFIX_FILE))
+            cache = None
+            if calls.how is not None and calls.scales is not None and not (float_cache or portable):
+                cache = CodedCache(calls.scales, calls.how.optional)
+            done = export_module(model, work, layout, example=example, tokenizer=tokenizer, cache=cache)
+        if calls.prefix is not None:
+            save_file(calls.prefix.state_dict(), str(work / PREFIX_FILE))
         report.passes.append(done.rewritten)
         report.numbers["onnx relative error"] = done.error
         report.numbers["onnx relative error as run"] = done.as_run

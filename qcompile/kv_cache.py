@@ -7,11 +7,13 @@ reads are the numbers behind the codes, of new tokens too, so prefill and decodi
 same as turning queries and keys (QuaRot, arXiv:2404.00456 stage 1d). With `centers`, the mean key of
 every head is taken out before and put back when read (SageAttention, arXiv:2410.02367 sec. 4.2). The
 first `intact` tokens, and a prefix given from outside, stay float (IntactKV, arXiv:2403.01241).
+With `scales`, every channel of a head has one scale for all tokens, known before (passes/quantize_kv.py),
+and no zero point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qcompile.formats import Format, dequantize_codes, load_codes, store_codes
 from qcompile.hadamard import rotation
-from qcompile.rounding import quantize_tensor
+from qcompile.rounding import decode, encode, quantize_tensor
 
 
 class _Column:
@@ -86,14 +88,24 @@ class _Vectors:
             parts.append((numbers if self.center is None else numbers + self.center).to(dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
+    def drop(self, count: int) -> None:
+        coded = min(count, self.codes.length)
+        for column in (self.codes, self.scale, self.zero):
+            column.length -= coded
+        self.exact.length -= count - coded
+
     @property
     def columns(self) -> tuple[_Column, ...]:
         return self.exact, self.codes, self.scale, self.zero
 
     @property
     def heads(self) -> int:
-        column = self.codes if self.codes.buffer is not None else self.exact
-        return int(column.read().shape[1])
+        return int(self.any_column.read().shape[1])
+
+    @property
+    def any_column(self) -> _Column:
+        """One that holds something."""
+        return self.codes if self.codes.buffer is not None else self.exact
 
     @property
     def length(self) -> int:
@@ -104,6 +116,46 @@ class _Vectors:
         return sum(c.read().nbytes for c in self.columns if c.buffer is not None)
 
 
+class _Channels:
+    """Keys or values of one layer, int8 codes with one scale [H, D] for each channel."""
+
+    form = Format("int8")
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale.float()[:, None]  # [H, 1, D]
+        self.codes = self.any_column = _Column()
+
+    def append(self, new: Tensor) -> None:
+        self.codes.append(encode(new.float(), self.scale.to(new.device), None, self.form))
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        codes = self.codes.read()
+        return decode(codes, self.scale.to(codes.device), None, self.form).to(dtype)
+
+    def drop(self, count: int) -> None:
+        self.codes.length -= count
+
+    @property
+    def columns(self) -> tuple[_Column, ...]:
+        return (self.codes,)
+
+    @property
+    def heads(self) -> int:
+        return int(self.codes.read().shape[1])
+
+    @property
+    def length(self) -> int:
+        return self.codes.length
+
+    @property
+    def width(self) -> int:
+        return self.scale.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.read().nbytes if self.codes.buffer is not None else 0
+
+
 class _Layer(CacheLayerMixin):
     """One layer of the cache; transformers calls `update`."""
 
@@ -111,9 +163,10 @@ class _Layer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, form: Format, intact: int, hadamard: bool, center: Tensor | None) -> None:
+    def __init__(self, empty: Callable[[], tuple[_Vectors | _Channels, _Vectors | _Channels]]) -> None:
+        """`empty` makes keys and values without tokens."""
         super().__init__()
-        self.form, self.intact, self.hadamard, self.center = form, intact, hadamard, center
+        self.empty = empty
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -147,8 +200,7 @@ class _Layer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.own_keys = _Vectors(self.form, self.intact, self.hadamard, self.center)
-        self.own_values = _Vectors(self.form, self.intact, False, None)
+        self.own_keys, self.own_values = self.empty()
         self.is_initialized = False
 
     def _change(self, how: Any) -> None:
@@ -158,12 +210,8 @@ class _Layer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens."""
-        remove = abs(tokens_to_remove)
         for vectors in (self.own_keys, self.own_values):
-            coded = min(remove, vectors.codes.length)
-            for column in (vectors.codes, vectors.scale, vectors.zero):
-                column.length -= coded
-            vectors.exact.length -= remove - coded
+            vectors.drop(abs(tokens_to_remove))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
@@ -184,22 +232,37 @@ class KVCache(Cache):
     Args:
         bits: 4 or 8. hadamard: turn keys before they are quantized. intact: tokens at the start to
             keep float: they carry the largest values and most of the attention. centers: the mean
-            key [H, D] of each layer, as calibration gathers it.
+            key [H, D] of each layer, as calibration gathers it. scales: of keys and of values [H, D] in
+            each layer, where they are fixed, as calibration gathers them.
     """
 
     def __init__(
-        self, bits: int = 4, *, hadamard: bool = False, intact: int = 0, centers: Sequence[Tensor] | None = None
+        self,
+        bits: int = 4,
+        *,
+        hadamard: bool = False,
+        intact: int = 0,
+        centers: Sequence[Tensor] | None = None,
+        scales: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         if bits not in (4, 8):
             raise ValueError(f"KVCache: bits must be 4 or 8, got {bits}")
         if intact < 0:
             raise ValueError(f"KVCache: intact counts tokens, got {intact}")
+        if scales is not None and (bits != 8 or hadamard or intact or centers is not None):
+            raise ValueError("KVCache: fixed scales are of 8 bits, without hadamard, intact and centers")
         form = Format("int4" if bits == 4 else "int8", "row", zero="int")
         self.bits, self.intact = bits, intact
 
         def layer() -> _Layer:
-            center = None if centers is None else centers[len(self.layers)]
-            return _Layer(form, self.intact, hadamard, center)
+            index = len(self.layers)
+            if scales is not None:
+                of_keys, of_values = scales[index]
+                return _Layer(lambda: (_Channels(of_keys), _Channels(of_values)))
+            center = None if centers is None else centers[index]
+            return _Layer(
+                lambda: (_Vectors(form, self.intact, hadamard, center), _Vectors(form, self.intact, False, None))
+            )
 
         super().__init__(layer_class_to_replicate=layer)
 
@@ -218,8 +281,8 @@ class KVCache(Cache):
         total = 0
         for layer in self._held:
             for vectors in (layer.own_keys, layer.own_values):
-                column = vectors.codes if vectors.codes.buffer is not None else vectors.exact
-                total += len(column.read()) * vectors.heads * vectors.length * vectors.width * dtype.itemsize
+                rows = len(vectors.any_column.read()) * vectors.heads * vectors.length
+                total += rows * vectors.width * dtype.itemsize
         return total
 
     @property

@@ -44,6 +44,7 @@ def _recipe(name: str, source: str, *passes: object) -> Recipe:
 
 _INT4 = Format.parse("int4/group128/zero")
 _SMALL = Format.parse("int4/group32/dual")  # ONNX Runtime decodes faster without zero points
+_CODED = QuantizeKV(8, fixed=True, optional=True)  # what ONNX Runtime's attention reads
 
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
@@ -102,14 +103,16 @@ PRESETS: dict[str, Recipe] = {
         ),
         _recipe(
             "int4-cpu",
-            "smoothed, dual-grained W4A8 everywhere, the logits too: what an ONNX folder for a CPU wants",
+            "smoothed, dual-grained W4A8 everywhere, the logits too, and an int8 cache: for an ONNX folder on a CPU",
             Smooth(alpha=0.6),  # no Untie: a tied table stays one table in the file
+            _CODED,
             Quantize(_SMALL, Format("int8"), output=_SMALL, output_act=Format("int8"), clip=True),
         ),
         _recipe(
             "int4-cpu-gptq",
             "int4-cpu with its codes chosen by GPTQ (arXiv:2210.17323)",
             Smooth(alpha=0.6),
+            _CODED,
             GPTQ(_SMALL, Format("int8"), output=_SMALL, output_act=Format("int8"), clip=True),
         ),
         _recipe(
@@ -246,6 +249,7 @@ PRESETS: dict[str, Recipe] = {
             GPTQ(_INT4, Format("int4"), clip=True),
         ),
         _recipe("kv8", "an 8-bit key/value cache, weights float", QuantizeKV(8)),
+        _recipe("kv8-fixed", "the cache of int4-cpu: one scale for a channel of a head", QuantizeKV(8, fixed=True)),
         _recipe("kv4", "a 4-bit key/value cache, weights float", QuantizeKV(4)),
         _recipe(
             "kv4-smooth",

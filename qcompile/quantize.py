@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qcompile.attach import attach, heads_of_cache, make_centers, make_prefix, resolve
+from qcompile.attach import attach, fit_cache, make_constants, make_prefix, resolve
 from qcompile.calibrate import CalibrationError
 from qcompile.capture import capture
 from qcompile.expert_stack import QuantStack, hold_stack
@@ -29,7 +29,8 @@ from qcompile.recipe import Recipe, RecipeError
 from qcompile.report import Report
 from qcompile.sites import find_sites
 
-_OF_GRAPH = {*PARTS, "turn", "center"} - {"bias"}  # weights that passes add and that no module of the model holds
+# Weights that passes add and that no module of the model holds.
+_OF_GRAPH = {*PARTS, "turn", "center", "key_scale", "value_scale"} - {"bias"}
 
 ops = torch.ops.qcompile
 aten = torch.ops.aten
@@ -74,7 +75,7 @@ def quantize(
     was_training = model.training
     model.eval()
     try:
-        heads = heads_of_cache(model, how, args, kwargs)
+        how, heads = fit_cache(model, how, args, kwargs)
         program = capture(model, *widen_batch(args, kwargs))
         plan = _Plan.of(model, program)
         flat = [flat_inputs(program, batch, kwargs) for batch in (held or [first])]
@@ -88,11 +89,11 @@ def quantize(
             progress=progress,
         )
         plan.check(program, rewritten)
-        prefix, centers = make_prefix(how, report.made, heads), make_centers(report.made, heads)
+        prefix, constants = make_prefix(how, report.made, heads), make_constants(report.made, heads)
     finally:
         model.train(was_training)
     plan.apply(program, rewritten)
-    attach(model, how, prefix, centers)
+    attach(model, how, prefix, constants)
     report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model.qcompile_recipe = how.to_json()
     return report

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from hypothesis import given, settings
 from zoo import build, example
 
 import qcompile
+from qcompile.attention_flow import products
+from qcompile.calibrate import observe
 from qcompile.capture import capture
 from qcompile.formats import Format
 from qcompile.kv_cache import KVCache
-from qcompile.passes import Fuse, Quantize, QuantizeKV
+from qcompile.passes import Fuse, IntactKV, Quantize, QuantizeKV
+from qcompile.passes.quantize_kv import fixed_scale, quantize_kv
 from qcompile.pipeline import run
 from qcompile.recipe import Recipe, RecipeError
 from qcompile.rounding import quantize_tensor
+from qcompile.testing import Decoder, decoders
 from qcompile.verify import relative_error
 
 DECODERS = ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "bloom", "mixtral"]
@@ -76,6 +83,68 @@ def test_centers_are_the_mean_keys_of_the_calibration_and_survive_saving(tmp_pat
         qcompile.quantize(build("qwen2"), recipe, progress=False)
 
 
+@given(decoders())
+@settings(max_examples=20)
+def test_fixed_scales_hold_at_every_position(model):
+    """A token that is repeated makes the same key everywhere but for its rotation: two of them must do for forty."""
+    for shape in (model.shape, dataclasses.replace(model.shape, qk_norm=True)):
+        decoder = Decoder(shape)
+        program = capture(decoder, (decoder.example(),)).widened()
+        same = torch.full((1, 40), 3)
+        short, long = (observe(program, [[same[:, :length]]]) for length in (2, 40))
+        attentions = products(program)
+        report = quantize_kv(program.copy(), QuantizeKV(8, fixed=True), short)
+        for index, product in enumerate(attentions):
+            keys, values = (report.tensors[f"{index}.{part}_scale"] for part in ("key", "value"))
+            peak = long.cached[product.keys.name] / 127
+            assert (peak <= 1.0001 * keys).all(), "a key is cut off"
+            if shape.rotary == "none":
+                assert torch.allclose(keys, peak), "nothing turns: no need for longer steps"
+            assert torch.allclose(values, long.cached[product.values.name] / 127)
+
+
+def test_a_fixed_scale_is_the_norm_of_what_mixes_in_a_head():
+    absmax = torch.tensor([[3.0, 1.0, 4.0, 0.0], [6.0, 2.0, 8.0, 0.0]])
+    mixed = torch.tensor([[0, 1, 0, 3], [0, 1, 0, 3]])  # the same numbers in both heads, which do not mix
+    want = torch.tensor([[5.0, 1.0, 5.0, 1.0], [10.0, 2.0, 10.0, 1.0]]) / 127
+    assert torch.allclose(fixed_scale(absmax, mixed), want)
+    assert torch.allclose(fixed_scale(absmax)[:, :3], absmax[:, :3] / 127)
+
+
+def test_channels_are_rounded_with_their_fixed_scales():
+    scale = torch.rand(2, 16) + 0.5
+    k = torch.randn(3, 2, 40, 16) * 127 * scale[:, None] / 4
+    k[0, 1, 7, 3] = 1000.0  # beyond the range: the largest code
+    whole, pieces = KVCache(8, scales=[(scale, 2 * scale)]), KVCache(8, scales=[(scale, 2 * scale)])
+    keys, values = whole.update(k, k, 0)
+    inside = k.abs() <= 127 * scale[:, None]
+    assert ((keys - k).abs() <= 0.5001 * scale[:, None])[inside].all() and keys[0, 1, 7, 3] == 127 * scale[1, 3]
+    assert torch.equal(values, (k / (2 * scale[:, None])).round().clamp(-128, 127) * 2 * scale[:, None])
+    for start in range(0, 40, 7):
+        got = pieces.update(k[:, :, start : start + 7], k[:, :, start : start + 7], 0)
+    assert torch.equal(got[0], keys) and torch.equal(got[1], values)
+    assert whole.nbytes == 2 * k.numel() and whole.float_nbytes() == 2 * whole.nbytes
+    whole.reorder_cache(torch.tensor([2, 0, 0]))
+    whole.crop(-4)
+    again, _ = whole.update(k[:, :, :1], k[:, :, :1], 0)
+    assert torch.equal(again[:, :, :36], keys[[2, 0, 0], :, :36]) and again.shape[2] == 37
+
+
+def test_fixed_scales_survive_saving(tmp_path):
+    model, ids = build("qwen2"), torch.randint(3, 128, (4, 20))
+    recipe = Recipe("kv", (QuantizeKV(8, fixed=True), Quantize(Format("int8"), None), Fuse()))
+    qcompile.quantize(model, recipe, [{"input_ids": ids}], progress=False)
+    assert [tuple(part.shape) for pair in model.qcompile_scales.all for part in pair] == [(2, 16)] * 4
+    done = model.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert done.past_key_values.nbytes == 2 * 2 * 2 * 16 * 4 * 24  # layers, keys and values, heads, channels, tokens
+    qcompile.save(model, tmp_path / "m")
+    again = qcompile.load(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    with pytest.raises(RecipeError, match="needs calibration data for QuantizeKV"):
+        qcompile.quantize(build("qwen2"), recipe, progress=False)
+
+
 @pytest.mark.parametrize("bits, share", [(4, 0.35), (8, 0.6)])
 def test_memory(bits, share):
     cache = KVCache(bits)
@@ -108,11 +177,17 @@ def test_prefill_and_decoding_agree(name):
     assert 1e-4 < relative_error([whole], [float_logits]) < 0.2
 
 
-@pytest.mark.parametrize("center", [False, True])
+CACHES = {
+    "tokens": QuantizeKV(4, hadamard=True, intact=1),
+    "centered": QuantizeKV(4, hadamard=True, intact=1, center=True),
+    "channels": QuantizeKV(8, fixed=True),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES.values(), ids=list(CACHES))
 @pytest.mark.parametrize("name", DECODERS)
-def test_the_module_and_the_graph_agree(name, center):
+def test_the_module_and_the_graph_agree(name, cache):
     """QuantizeKV in a graph computes what the cache of the quantized module does."""
-    cache = QuantizeKV(4, hadamard=True, intact=1, center=center)
     recipe = Recipe("kv", (cache, Quantize(Format("int8"), None), Fuse()))
     model, inputs = build(name), example(name)
     program = capture(model, (), inputs)
@@ -149,9 +224,35 @@ def test_a_model_without_a_cache_is_refused_unchanged():
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
+def test_an_optional_one_is_left_out_of_a_model_without_a_cache():
+    model, inputs = build("vit"), example("vit")
+    recipe = Recipe("kv", (QuantizeKV(8, fixed=True, optional=True), Quantize(), Fuse()))
+    report = qcompile.quantize(model, recipe, [inputs], progress=False)
+    assert [entry.name for entry in report.passes][:1] == ["Quantize"] and not hasattr(model, "qcompile_calls")
+    assert Recipe.from_json(model.qcompile_recipe).passes == recipe.passes[1:]
+
+
+def test_fixed_scales_do_not_go_with_a_float_prefix():
+    model = build("llama")
+    recipe = Recipe("kv", (IntactKV((1,)), QuantizeKV(8, fixed=True), Quantize(), Fuse()))
+    with pytest.raises(RecipeError, match="IntactKV keeps its tokens float"):
+        qcompile.quantize(model, recipe, [example("llama")], progress=False)
+
+
 @pytest.mark.parametrize("bad", [dict(bits=3), dict(intact=-1)])
 def test_nonsense_is_refused(bad):
     with pytest.raises(ValueError):
         KVCache(**bad)
     with pytest.raises(RecipeError):
         QuantizeKV(**bad)
+
+
+@pytest.mark.parametrize("bad", [dict(bits=4), dict(hadamard=True), dict(center=True), dict(intact=1)])
+def test_fixed_scales_stand_alone(bad):
+    how = {"bits": 8, **bad}
+    with pytest.raises(RecipeError, match="fixed scales are of 8 bits"):
+        QuantizeKV(**how, fixed=True)
+    how.pop("center", None)
+    if how != {"bits": 8}:
+        with pytest.raises(ValueError, match="fixed scales are of 8 bits"):
+            KVCache(**how, scales=[])

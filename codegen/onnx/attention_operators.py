@@ -32,6 +32,8 @@ def group_attention(
     interleaved: bool,
     cap: float,
     bias: Tensor | None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Causal attention over a cache that it extends.
 
@@ -41,6 +43,7 @@ def group_attention(
         cos, sin: [positions, R / 2], the rotary tables of the first R channels of a head.
         window: tokens that a token sees, itself included; -1 for all. interleaved: pairs (2i, 2i + 1), else halves.
         cap: scores s become cap tanh(s / cap); 0 for none. bias: [1, H, S, P + S], added to the scores, or None.
+        key_scale, value_scale: [1, G, 1, D], of a cache in int8 codes: all keys and values are rounded to them first.
 
     Returns:
         [B, S, H D], and the cache of P + S tokens.
@@ -52,8 +55,11 @@ def group_attention(
     past, new = past_key.shape[2], query.shape[1]
     if cos is not None and sin is not None:
         q, k = (rotate(t, cos[past : past + new], sin[past : past + new], interleaved) for t in (q, k))
+    if key_scale is not None and value_scale is not None:
+        k, v = ((t / s).round().clamp(-128, 127).to(torch.int8) for t, s in ((k, key_scale), (v, value_scale)))
     keys, values = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
-    every = [t.repeat_interleave(heads // groups, 1) for t in (keys, values)]
+    numbers = [t if s is None else t * s for t, s in ((keys, key_scale), (values, value_scale))]
+    every = [t.repeat_interleave(heads // groups, 1) for t in numbers]
     scores = q @ every[0].transpose(-1, -2) * scale
     scores = cap * torch.tanh(scores / cap) if cap else scores
     scores = scores if bias is None else scores + bias

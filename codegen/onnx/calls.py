@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.cache_constants import Scales
+from qcompile.codegen.onnx.steps import FEW
+from qcompile.kv_cache import KVCache
+
 Check = tuple[tuple[Any, ...], list[Tensor]]  # arguments, and what the module makes of them
 
 
@@ -16,11 +20,18 @@ def _check(module: nn.Module, arguments: tuple[Any, ...]) -> Check:
 
 
 class WithCache(nn.Module):
-    """A causal LM whose cache is a list of tensors."""
+    """A causal LM whose cache is a list of tensors.
+
+    Attributes:
+        scales: of keys and of values in every layer, [G, D], where the cache holds int8 codes; else None.
+        rounded: whether such a cache is rounded; if not, codes are what they were before.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.scales: list[tuple[Tensor, Tensor]] | None = None
+        self.rounded = True
         with torch.no_grad():
             layers = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values.layers
         self.shapes = [
@@ -41,12 +52,27 @@ class WithCache(nn.Module):
         """Logits, and the grown cache."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()
+        steps = None if self.scales is None else [scale[:, None] for pair in self.scales for scale in pair]
+        if steps is not None:
+            past = [codes * step for codes, step in zip(past, steps, strict=True)]
+        cache = KVCache(8, scales=self.scales) if self.scales is not None and self.rounded else DynamicCache()
         for index in range(len(past) // 2):
             cache.update(past[2 * index], past[2 * index + 1], index)
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
         logits = out.logits[:, -1:] if self.last else out.logits
-        return logits, [part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)]
+        layers = out.past_key_values.layers
+        if isinstance(cache, KVCache):
+            return logits, [part.codes.read() for layer in layers for part in (layer.own_keys, layer.own_values)]
+        grown = [part for layer in layers for part in (layer.keys, layer.values)]
+        return logits, grown if steps is None else [part / step for part, step in zip(grown, steps, strict=True)]
+
+    def for_heads(self, scales: Scales) -> list[tuple[Tensor, Tensor]]:
+        """Scales of keys and of values [G, D] in every layer; as `scales`, they make the cache one of codes."""
+        shapes = zip(self.shapes[::2], self.shapes[1::2], strict=True)
+        return [
+            (keys.float().expand(of_keys), values.float().expand(of_values))
+            for (keys, values), (of_keys, of_values) in zip(scales.all, shapes, strict=True)
+        ]
 
     def only_last(self) -> None:
         """From now on, give the last token's logits only."""
@@ -60,6 +86,8 @@ class WithCache(nn.Module):
         ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
         mask = torch.ones(batch, past + length, dtype=torch.long)
         cache = [torch.randn(batch, h, past, d, generator=generator) for h, d in self.shapes]
+        if self.scales is not None:
+            cache = [(40 * part).clamp(-128, 127).to(torch.int8) for part in cache]
         return ids, mask, cache
 
     def dynamic_shapes(self) -> tuple[Any, ...]:
@@ -70,10 +98,11 @@ class WithCache(nn.Module):
     def checks(self) -> list[Check]:
         """Prefill from nothing, for one and two rows, and continuations of the cache that it leaves.
 
-        Several tokens behind a cache are for one row only: GroupQueryAttention takes no more.
+        Several tokens behind a cache are for one row only: GroupQueryAttention takes no more. More than a few may be
+        computed in another way.
         """
         found = [_check(self, self.arguments(1, 7, 0)), _check(self, self.arguments(2, 4, 0))]
-        for rows, length in ((1, 1), (1, 3), (2, 1)):
+        for rows, length in ((1, 1), (1, 3), (1, FEW + 2), (2, 1)):
             (_, mask, _), (_, *cache) = found[rows - 1]
             more = self.arguments(rows, length, 0)[0]
             found.append(_check(self, (more, torch.cat([mask, torch.ones_like(more)], dim=1), cache)))

@@ -22,16 +22,16 @@ import torch
 from torch import fx, nn
 
 from qcompile.capture import from_exported
+from qcompile.codegen.onnx.cached import CodedCache, hold_codes
 from qcompile.codegen.onnx.calls import Plain, WithCache
 from qcompile.codegen.onnx.genai import write_genai_config
 from qcompile.codegen.onnx.last_logits import only_last
-from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, refusal, two_ways
+from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, check_forms, two_ways
 from qcompile.codegen.onnx.lower import Way, by_tokens, is_dual, one_way
 from qcompile.codegen.onnx.pooling import Pooled, Pooling, write_pooling
 from qcompile.codegen.onnx.proof import differences, holding, prove, reference
 from qcompile.codegen.onnx.rewrite import rewrite
 from qcompile.codegen.onnx.translate import table
-from qcompile.expert_stack import QuantStack
 from qcompile.module import QuantLinear, RotatedLinear
 from qcompile.program import WEIGHT, Program, copy_graph
 from qcompile.report import PassReport
@@ -78,17 +78,19 @@ class Layout:
 
 
 def export_module(
-    model: nn.Module, folder: Path, layout: Layout = Layout(), *, example: Any = None, tokenizer: Any = None
-) -> Exported:
+    model: nn.Module, folder: Path, layout: Layout = Layout(), *, example: Any = None, tokenizer: Any = None,
+    cache: CodedCache | None = None,
+) -> Exported:  # fmt: skip
     """Write model.onnx (+ model.onnx.data) into an existing folder.
 
     Args:
         model: float32 or castable; left as it is. folder: where to write. layout: what kind of file.
         example: keyword arguments of a module without a cache; None for a causal LM.
-        tokenizer: saved beside the model.
+        tokenizer: saved beside the model. cache: in int8 codes; None: it is float.
 
     Raises:
-        NoOnnxForm: formats without an operator (before any work). ExportMismatch: wrong results.
+        NoOnnxForm: formats without an operator (before any work), or attentions that cannot read such a cache.
+        ExportMismatch: wrong results.
     """
     check_forms(model, layout.portable)
     if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
@@ -113,6 +115,9 @@ def export_module(
             raise NoOnnxForm(f"last_logits: {obstacle.reason} (node {obstacle.node})")
         assert isinstance(wrapper, WithCache)
         wrapper.only_last()
+    if cache is not None:
+        assert isinstance(wrapper, WithCache)
+        hold_codes(program, wrapper, cache, rewritten)
     with torch.no_grad(), _quiet():
         graph = torch.onnx.export(
             torch.export.export(
@@ -229,26 +234,6 @@ def set_accuracy_level(path: Path, level: int) -> None:
     onnx.save(model, str(path))
 
 
-def check_forms(model: nn.Module, portable: bool = False) -> None:
-    """Refuse every site without an ONNX form, all at once."""
-    bad = {
-        path: reason
-        for path, module in model.named_modules()
-        if isinstance(module, QuantLinear) and (reason := refusal(module, portable)) is not None
-    }
-    bad |= {
-        path: "a stack of experts: ONNX Runtime has no operator for its products"
-        for path, module in model.named_modules()
-        if isinstance(module, QuantStack)
-    }
-    if bad:
-        lines = "\n".join(f"  {path}: {reason}" for path, reason in list(bad.items())[:20])
-        raise NoOnnxForm(
-            f"{len(bad)} sites have no ONNX form:\n{lines}\n"
-            "Use int8, w8a16, w4a16 or w4a8, or a rule that keeps them in float."
-        )
-
-
 def _name_dimensions(model: Any, wrapper: Any, program: Program) -> None:
     """Give the free dimensions the names that ONNX tools expect, and outputs of our own nodes their types."""
     import onnx_ir as ir
@@ -258,7 +243,8 @@ def _name_dimensions(model: Any, wrapper: Any, program: Program) -> None:
     for value, names, node in zip(model.graph.outputs, wrapper.out_dimensions, program.outputs, strict=True):
         made = node.meta["val"]
         value.shape = ir.Shape([names.get(i, d if isinstance(d, int) else None) for i, d in enumerate(made.shape)])
-        value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+        coded = made.dtype == torch.int8
+        value.type = ir.TensorType(ir.DataType.INT8 if coded else ir.DataType.FLOAT)
 
 
 @contextlib.contextmanager

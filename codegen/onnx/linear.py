@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile.codegen.onnx.operators  # noqa: F401  registers torch.ops.qcompile_onnx
+from qcompile.expert_stack import QuantStack
 from qcompile.formats import Format, load_codes
 from qcompile.hadamard import factor, hadamard_matrix
 from qcompile.module import QuantLinear
@@ -42,6 +43,26 @@ def refusal(module: QuantLinear, portable: bool = False) -> str | None:
     if act is not None and (act.per == "group" or act.zero != "none" or act.is_float):
         return f"activation {act}: only int8 or int4, symmetric, per row or tensor"
     return None
+
+
+def check_forms(model: nn.Module, portable: bool = False) -> None:
+    """Refuse every site without an ONNX form, all at once."""
+    bad = {
+        path: reason
+        for path, module in model.named_modules()
+        if isinstance(module, QuantLinear) and (reason := refusal(module, portable)) is not None
+    }
+    bad |= {
+        path: "a stack of experts: ONNX Runtime has no operator for its products"
+        for path, module in model.named_modules()
+        if isinstance(module, QuantStack)
+    }
+    if bad:
+        lines = "\n".join(f"  {path}: {reason}" for path, reason in list(bad.items())[:20])
+        raise NoOnnxForm(
+            f"{len(bad)} sites have no ONNX form:\n{lines}\n"
+            "Use int8, w8a16, w4a16 or w4a8, or a rule that keeps them in float."
+        )
 
 
 def two_ways(module: QuantLinear) -> bool:

@@ -28,11 +28,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from qcompile.codegen.onnx.lower_attention import by_length, is_coded, lengths
+from qcompile.codegen.onnx.steps import DOMAIN, FEW, Steps, attributes_of
 from qcompile.rounding import LARGEST_STEP
 
 Way = Literal["few", "many"]
-DOMAIN = "qcompile"
-FEW = 4  # tokens that are multiplied by 4-bit codes; benches/onnx_cpu.py measures both ways
 
 # Norms whose further outputs (mean, inverse deviation, the sum) cost time where nobody reads them.
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
@@ -46,13 +46,16 @@ def is_dual(model: onnx.ModelProto) -> bool:
 
 
 def one_way(model: onnx.ModelProto, way: Way, portable: bool = False) -> onnx.ModelProto:
-    """A copy in which every product is multiplied in one way; portable: by operators of the standard."""
+    """A copy in which every product is multiplied in one way; portable: by operators of the standard.
+
+    An attention over int8 codes goes by the number of tokens (lower_attention.py).
+    """
     found = copy.deepcopy(model)
     writer = _Writer(found.graph, portable)
     nodes = list(found.graph.node)
     weights = [] if way == "few" else writer.int8_weights(nodes)
     del found.graph.value_info[:]  # names of free sizes that only the exporter knew
-    _replace(found.graph.node, weights + writer.lowered(nodes, way))
+    _replace(found.graph.node, weights + writer.lowered(nodes, way, any_length=True))
     _drop_unread(found.graph)
     return found
 
@@ -64,10 +67,10 @@ def by_tokens(model: onnx.ModelProto, few: int = FEW) -> onnx.ModelProto:
     nodes = list(graph.node)
     weights = writer.int8_weights(nodes)
     branches: dict[str, Any] = {
-        f"{side}_branch": _branch(graph, writer.lowered(nodes, way), way)
+        f"{side}_branch": _branch(graph, writer.lowered(nodes, way, any_length=way == "many"), way)
         for side, way in (("then", "few"), ("else", "many"))
     }
-    do = _Steps("choice")
+    do = Steps("choice")
     tokens = do("tokens", "Size", graph.input[0].name)
     is_few = do("few", "LessOrEqual", tokens, writer.constant(np.array(few, np.int64)))
     outputs = [output.name for output in graph.output]
@@ -115,24 +118,6 @@ def _branch(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], way: Way) -> on
     return helper.make_graph(nodes, way, [], outputs)
 
 
-class _Steps:
-    """Nodes in the order they run; each is called after what it makes."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.nodes = name, list[onnx.NodeProto]()
-
-    def __call__(self, made: str, operator: str, *inputs: str, **attributes: Any) -> str:
-        """Add a node; the name of its output."""
-        out = "/".join((DOMAIN, self.name, made))
-        self.nodes.append(helper.make_node(operator, inputs, [out], name=out, **attributes))
-        return out
-
-    def ending(self, out: str) -> list[onnx.NodeProto]:
-        """The nodes, the last one making `out`."""
-        self.nodes[-1].output[:] = [out]
-        return self.nodes
-
-
 class _Writer:
     """Nodes and constants for the products of one graph."""
 
@@ -156,11 +141,20 @@ class _Writer:
         """A constant vector of integers."""
         return self.constant(np.array(values, np.int64))
 
-    def lowered(self, nodes: list[onnx.NodeProto], way: Way) -> list[onnx.NodeProto]:
-        """Copies of the nodes, products of int8 activations in nodes of ONNX Runtime."""
+    def lowered(self, nodes: list[onnx.NodeProto], way: Way, *, any_length: bool) -> list[onnx.NodeProto]:
+        """Copies of the nodes, products of int8 activations in nodes of ONNX Runtime.
+
+        any_length: whether texts of more than a few tokens come this way.
+        """
         found: list[onnx.NodeProto] = []
+        known: list[onnx.NodeProto] = []  # the lengths that attentions ask for
         for node in nodes:
-            if node.op_type == "Int8Linear":
+            if any_length and is_coded(node):
+                if not known:
+                    known = lengths(self.graph.input[0].name, node, self.constant)
+                    found += known
+                found.append(by_length(node, known, self.constant))
+            elif node.op_type == "Int8Linear":
                 x, weight, scale, *bias = node.input
                 found += self._product(node, x, weight, scale, bias)
             elif node.op_type == "BlockedLinear":
@@ -185,7 +179,7 @@ class _Writer:
 
     def _by_codes(self, node: onnx.NodeProto) -> onnx.NodeProto:
         codes, scales, zeros, _ = _dual_weight(node)
-        sizes = _attributes(node)
+        sizes = attributes_of(node)
         del sizes["per_row"]
         inputs, outputs = [node.input[0], codes, scales, zeros, "", *node.input[5:]], list(node.output)
         while not inputs[-1]:
@@ -195,8 +189,8 @@ class _Writer:
 
     def _product(self, node: onnx.NodeProto, x: str, weight: str, scale: str, bias: list[str]) -> list[onnx.NodeProto]:
         """x rounded to u8 around 128 in steps of max|x| / 127, times a weight in u8 around 128."""
-        per_row = bool(_attributes(node)["per_row"])
-        do = _Steps(node.name)
+        per_row = bool(attributes_of(node)["per_row"])
+        do = Steps(node.name)
         axes = [self.whole(-1)] if per_row else []  # none: of all
         peak = do("peak", "ReduceMax", do("size", "Abs", x), *axes, keepdims=int(per_row))
         share = do("share", "Mul", peak, self.constant(np.array(1 / 127, np.float32)))
@@ -208,7 +202,7 @@ class _Writer:
             self._multiplied(do, x, step, weight, scale)
         return self._with_bias(do, bias, node)
 
-    def _multiplied(self, do: _Steps, x: str, step: str, weight: str, scale: str) -> str:
+    def _multiplied(self, do: Steps, x: str, step: str, weight: str, scale: str) -> str:
         middle = self.constant(np.array(128, np.uint8))
         codes = do("codes", "QuantizeLinear", x, step, middle)
         if not self.portable:
@@ -221,15 +215,15 @@ class _Writer:
     def _dequantized(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         """x @ DequantizeLinear(codes [K, N]) + bias."""
         x, codes, scales, zeros, *bias = node.input
-        sizes, (blocks, n) = _attributes(node), self.weights[scales].dims
+        sizes, (blocks, n) = attributes_of(node), self.weights[scales].dims
         kind = TensorProto.UINT4 if sizes["bits"] == 4 else TensorProto.UINT8
         codes, zeros = self._seen(codes, [sizes["K"], n], kind), self._seen(zeros, [blocks, n], kind)
-        do = _Steps(node.name)
+        do = Steps(node.name)
         weight = do("weight", "DequantizeLinear", codes, scales, zeros, axis=0, block_size=sizes["block_size"])
         do("product", "MatMul", x, weight)
         return self._with_bias(do, bias, node)
 
-    def _with_bias(self, do: _Steps, bias: list[str], node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    def _with_bias(self, do: Steps, bias: list[str], node: onnx.NodeProto) -> list[onnx.NodeProto]:
         for name in filter(None, bias):  # one, none, or one left out
             do("biased", "Add", do.nodes[-1].output[0], name)
         return do.ending(node.output[0])
@@ -240,14 +234,14 @@ class _Writer:
         for node in nodes:
             if node.op_type != "DualLinear" or _dual_weight(node) in self.int8:
                 continue
-            do = _Steps(node.name)
+            do = Steps(node.name)
             self.int8[_dual_weight(node)] = self._int8_weight(do, node)
             found += do.nodes
         return found
 
-    def _int8_weight(self, do: _Steps, node: onnx.NodeProto) -> tuple[str, str]:
+    def _int8_weight(self, do: Steps, node: onnx.NodeProto) -> tuple[str, str]:
         codes, scales, zeros, row = _dual_weight(node)
-        sizes = _attributes(node)
+        sizes = attributes_of(node)
         n, k, block = sizes["N"], sizes["K"], sizes["block_size"]
         blocks = -(-k // block)
         u8: dict[str, Any] = dict(to=TensorProto.UINT8)  # whose sums and products wrap: only the last has to fit
@@ -284,7 +278,3 @@ class _Writer:
 def _dual_weight(node: onnx.NodeProto) -> tuple[str, ...]:
     """Names of codes, scales, zero points and row scales of a DualLinear; "" of what it has not."""
     return (*node.input[1:5], *[""] * (5 - len(node.input)))
-
-
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

@@ -36,14 +36,14 @@ class Reference:
 def reference(module: Any, exempt: Callable[[QuantLinear], bool]) -> Reference:
     """What a file must compute that rounds the activations of all sites but the exempt ones.
 
-    Where activations are rounded, a value near the middle of a step may fall to either side, and what follows
-    sees it: deep in a model two correct computations are as far apart as two independent roundings, which is
+    Where activations or the cache are rounded, a value near the middle of a step may fall to either side, and what
+    follows sees it: deep in a model two correct computations are as far apart as two independent roundings, which is
     sqrt(2) times what rounding changes at all. That is measured, for every output: the largest of all calls, since
     a call with one token sees few roundings, and by chance hardly any.
     """
     with unrounded(module, exempt), as_numbers(module):
         checks = module.checks()
-    with unrounded(module, lambda site: True), as_numbers(module):
+    with unrounded(module, lambda site: True), as_numbers(module), float_cache(module):
         plain = [torch.utils._pytree.tree_leaves(module(*arguments)) for arguments, _ in checks]
     changes = [
         [relative(other, want) for other, want in zip(others, wants, strict=True)]
@@ -105,6 +105,17 @@ def unrounded(module: nn.Module, sites: Callable[[QuantLinear], bool]) -> Iterat
     finally:
         for site, form in zip(found, formats, strict=True):
             site.act = form
+
+
+@contextlib.contextmanager
+def float_cache(module: Any) -> Iterator[None]:
+    """The module with a cache that is not rounded."""
+    before = getattr(module, "rounded", None)
+    module.rounded = False
+    try:
+        yield
+    finally:
+        module.rounded = before
 
 
 @contextlib.contextmanager

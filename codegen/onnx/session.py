@@ -56,6 +56,7 @@ class Session:
         described = json.loads((Path(folder) / FILE).read_text())["model"] if (Path(folder) / FILE).is_file() else {}
         self.longest: int | None = described.get("context_length")
         size = described.get("decoder", {}).get("head_size")  # folders of other tools leave it free in the graph
+        self.cached = np.int8 if self.past[0].type == "tensor(int8)" else np.float32
         self.shapes = [(i.shape[1], i.shape[3] if isinstance(i.shape[3], int) else size) for i in self.past]
         ends = described.get("eos_token_id") or []
         self.ends: set[int] = set(ends) if isinstance(ends, list) else {ends}
@@ -83,7 +84,7 @@ class Session:
             return np.concatenate([first, logits], 1), grown
         batch = ids.shape[0]
         if cache is None:
-            cache = [np.zeros((batch, groups, 0, size), np.float32) for groups, size in self.shapes]
+            cache = [np.zeros((batch, groups, 0, size), self.cached) for groups, size in self.shapes]
         if batch > 1 and ids.shape[1] > 1 and cache[0].shape[2]:  # more than GroupQueryAttention does at once
             rows = [self.step(ids[i : i + 1], [part[i : i + 1] for part in cache]) for i in range(batch)]
             grown = [np.concatenate(parts) for parts in zip(*(caches for _, caches in rows), strict=True)]

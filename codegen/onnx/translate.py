@@ -29,10 +29,11 @@ _SCHEMAS = {
     ),
     "GroupQueryAttention": (
         ["query", "key?", "value?", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos?", "sin?",
-         "position_ids?", "attention_bias?"],
+         "position_ids?", "attention_bias?", "head_sink?", "k_scale?", "v_scale?"],
         ["output", "present_key", "present_value"],
         dict(num_heads="INT", kv_num_heads="INT", scale="FLOAT", local_window_size="INT", do_rotary="INT",
-             rotary_interleaved="INT", softcap="FLOAT"),
+             rotary_interleaved="INT", softcap="FLOAT", kv_cache_bit_width="INT", k_quant_type="STRING",
+             v_quant_type="STRING"),
     ),
     "SkipSimplifiedLayerNormalization": (
         ["input", "skip", "gamma"],
@@ -125,13 +126,18 @@ def _int8_linear(x: Any, weight: Any, scale: Any, bias: Any, per_row: bool) -> A
 
 def _group_attention(
     query: Any, key: Any, value: Any, past_key: Any, past_value: Any, last: Any, total: Any, cos: Any, sin: Any,
-    heads: int, scale: float, window: int, interleaved: bool, cap: float, bias: Any,
+    heads: int, scale: float, window: int, interleaved: bool, cap: float, bias: Any, key_scale: Any = None,
+    value_scale: Any = None,
 ) -> Any:  # fmt: skip
-    return _operator("GroupQueryAttention")(
-        query, key, value, past_key, past_value, last, total, cos, sin, None, bias, num_heads=heads,
-        kv_num_heads=past_key.shape[1], scale=scale, local_window_size=window, do_rotary=int(cos is not None),
-        rotary_interleaved=int(interleaved), softcap=cap,
+    how: dict[str, Any] = dict(
+        num_heads=heads, kv_num_heads=past_key.shape[1], scale=scale, local_window_size=window,
+        do_rotary=int(cos is not None), rotary_interleaved=int(interleaved), softcap=cap,
     )  # fmt: skip
+    inputs = [query, key, value, past_key, past_value, last, total, cos, sin, None, bias]
+    if key_scale is not None:
+        inputs += [None, key_scale, value_scale]
+        how |= dict(kv_cache_bit_width=8, k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL")
+    return _operator("GroupQueryAttention")(*inputs, **how)
 
 
 def _lengths(mask: Any) -> Any:

@@ -71,6 +71,9 @@ def export_onnx(
     portable: Annotated[
         bool, typer.Option(help="operators of the ONNX standard only: for other runtimes; slower in ONNX Runtime")
     ] = False,
+    float_cache: Annotated[
+        bool, typer.Option(help="a float32 cache whatever the recipe says: for optimum; slower behind long texts")
+    ] = False,
     pooling: Annotated[
         str | None, typer.Option(help="MODEL is an encoder: mean, cls or last token as output sentence_embedding")
     ] = None,
@@ -105,6 +108,7 @@ def export_onnx(
             last_logits=last_logits,
             chunk=chunk,
             portable=portable,
+            float_cache=float_cache,
             pooling=pooling,
             normalize=normalize,
             progress=False,

@@ -1,14 +1,191 @@
-"""Quantized caches are refused, for a reason that holds for the installed ONNX Runtime."""
+"""Caches of int8 codes in exported folders; those with scales for tokens are refused, for a reason that still holds."""
 
 from __future__ import annotations
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
+import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 from zoo import build, example
 
 import qcompile
-from qcompile.passes import QuantizeKV
+import qcompile.codegen.onnx.lower_attention as lower_attention
+from qcompile.codegen.onnx.linear import NoOnnxForm
+from qcompile.codegen.onnx.proof import ExportMismatch
+from qcompile.codegen.onnx.session import Session
+from qcompile.codegen.onnx.steps import FEW
+from qcompile.formats import Format
+from qcompile.passes import Fuse, Quantize, QuantizeKV
 from qcompile.recipe import Recipe, RecipeError
+
+INT4, DUAL = Format.parse("int4/group32/zero"), Format.parse("int4/group32/dual")
+WEIGHTS = (QuantizeKV(8, fixed=True), Quantize(INT4, None), Fuse())
+BOTH = (QuantizeKV(8, fixed=True), Quantize(DUAL, Format("int8")), Fuse())
+
+
+def ids(length, rows=1, seed=0):
+    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def quantized(name, passes=WEIGHTS):
+    model = build(name)
+    model.was_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    qcompile.quantize(model, Recipe("kv", passes), [{"input_ids": ids(32, 4, 1)}], progress=False)
+    return model
+
+
+def exported(model, folder, **options):
+    """A session of the exported model, whose embeddings become those of the file: of one table with the logits."""
+    qcompile.export_onnx(model, folder, accuracy_level=1, progress=False, **options)
+    if model.was_tied:
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(model.get_output_embeddings().weight)
+    return Session(folder)
+
+
+def by_steps(session, text, lengths):
+    """Logits of a text that is read in pieces, and the cache."""
+    cache, found, start = None, [], 0
+    for length in lengths:
+        logits, cache = session.step(text[:, start : start + length].numpy(), cache)
+        found.append(torch.from_numpy(logits))
+        start += length
+    return torch.cat(found, 1), cache
+
+
+def relative(got, want):
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gpt2", "phi3", "falcon", "opt"])
+def test_one_by_one_the_file_is_the_module_and_a_prompt_is_as_near_as_rounding(name, tmp_path):
+    """Biases, norms of keys, heads that share one key, no rotation at all."""
+    model, text = quantized(name), ids(20)
+    session = exported(model, tmp_path / "m")
+    with torch.no_grad():
+        want = model(input_ids=text).logits
+        model.qcompile_calls.enabled = False
+        effect = relative(want, model(input_ids=text).logits)
+    single, codes = by_steps(session, text, [1] * 20)
+    assert relative(single, want) < 1e-4 < effect, "the cache must matter, and be the module's"
+    for pieces in ([20], [FEW + 1, 1, 14], [FEW, 9, 7], [15, FEW, 1]):
+        logits, cache = by_steps(session, text, pieces)
+        assert relative(logits, want) < 1.5 * effect
+        for one, other in zip(cache[:2], codes[:2], strict=True):  # the first layer reads what both know exactly
+            assert one.dtype == np.int8 and np.abs(one.astype(int) - other).max() <= 1
+            assert (one != other).mean() < 0.01, "ties at most"
+
+
+@pytest.mark.parametrize("options", [{}, {"low_memory": True}])
+def test_products_in_two_ways(options, tmp_path):
+    model, text = quantized("llama", BOTH), ids(20, 2)
+    session = exported(model, tmp_path / "m", **options)
+    with torch.no_grad():
+        want = model(input_ids=text).logits
+    for pieces in ([20], [17, 1, 1, 1], [2] + [1] * 18):
+        assert relative(by_steps(session, text, pieces)[0], want) < 0.05
+
+
+@pytest.mark.parametrize("passes", [WEIGHTS, BOTH], ids=["weights", "both"])
+@pytest.mark.parametrize("new", [1, FEW, FEW + 1, 9])
+def test_a_cache_is_extended_in_the_buffer_that_it_came_in(passes, new, tmp_path):
+    """As onnxruntime-genai does: a buffer of the greatest length is input and output."""
+    model, text = quantized("qwen2", passes), ids(12 + new)
+    session = exported(model, tmp_path / "m")
+    _, past = session.step(text[:, :12].numpy(), None)
+    want, grown = session.step(text[:, 12:].numpy(), past)
+    binding = session.session.io_binding()
+    rest = text[:, 12:].numpy()
+    binding.bind_cpu_input("input_ids", rest)
+    binding.bind_cpu_input("attention_mask", mask := np.ones((1, 12 + new), np.int64))
+    buffers = []
+    for entry, part in zip(session.past, past, strict=True):
+        room = np.full((1, part.shape[1], 40, part.shape[3]), 77, np.int8)
+        room[:, :, :12] = part
+        buffers.append(onnxruntime.OrtValue.ortvalue_from_numpy(room))
+        binding.bind_ortvalue_input(entry.name, buffers[-1])
+        binding.bind_ortvalue_output(entry.name.replace("past_key_values", "present"), buffers[-1])
+    binding.bind_output("logits")
+    session.session.run_with_iobinding(binding)
+    assert np.allclose(binding.get_outputs()[-1].numpy(), want, atol=1e-4) and mask.shape[1] == 12 + new
+    for buffer, whole in zip(buffers, grown, strict=True):
+        assert (np.abs(buffer.numpy()[:, :, : 12 + new].astype(int) - whole) <= 1).all()
+        assert (buffer.numpy()[:, :, 12 + new :] == 77).all(), "what lies behind is not the attention's"
+
+
+@pytest.mark.parametrize("passes", [WEIGHTS, BOTH], ids=["weights", "both"])
+def test_it_runs_in_onnxruntime_genai(passes, tmp_path):
+    """A short prompt and a long one, one text and two, a text that goes on."""
+    import onnxruntime_genai as genai
+
+    session = exported(quantized("qwen2", passes), tmp_path / "m")
+    folder = genai.Model(str(tmp_path / "m"))
+    for length, rows in ((3, 1), (11, 1), (3, 2), (11, 2)):
+        prompt = ids(length, rows).numpy()
+        logits, cache = session.step(prompt, None)
+        parameters = genai.GeneratorParams(folder)
+        parameters.set_search_options(max_length=length + 9, min_length=length + 9, batch_size=rows)
+        generator = genai.Generator(folder, parameters)
+        generator.append_tokens(prompt.astype(np.int32))
+        for _ in range(8):
+            got = torch.from_numpy(np.array(generator.get_logits()))[:, -1:]
+            assert relative(got, torch.from_numpy(logits[:, -1:])) < 0.01, "but for codes that fall to the other side"
+            generator.generate_next_token()
+            chosen = np.array([[generator.get_sequence(i)[-1]] for i in range(rows)], np.int64)
+            logits, cache = session.step(chosen, cache)
+
+
+def test_a_prompt_is_multiplied_over_floats(tmp_path):
+    qcompile.export_onnx(quantized("llama"), tmp_path / "m", progress=False)
+    graph = onnx.load(str(tmp_path / "m/model.onnx"), load_external_data=False).graph
+    choices = [node for node in graph.node if node.op_type == "If"]
+    assert len(choices) == 2 and not any(node.op_type == "GroupQueryAttention" for node in graph.node)
+    for choice in choices:
+        kinds = {
+            branch.name: {a.name for n in branch.g.node if n.op_type == "GroupQueryAttention" for a in n.attribute}
+            for branch in choice.attribute
+        }
+        assert "kv_cache_bit_width" in kinds["then_branch"] and "kv_cache_bit_width" not in kinds["else_branch"]
+
+
+@pytest.mark.parametrize("made, operator", [("value_units", "Mul"), ("key_units", "Mul"), ("key_past", "Add")])
+def test_a_wrong_way_for_prompts_is_not_exported(made, operator, tmp_path, monkeypatch):
+    """The steps around the attention over floats are proven too."""
+
+    class Bent(lower_attention.Steps):
+        def __call__(self, name, right, *inputs, **attributes):
+            return super().__call__(name, operator if name == made else right, *inputs, **attributes)
+
+    monkeypatch.setattr(lower_attention, "Steps", Bent)
+    with pytest.raises(ExportMismatch):
+        qcompile.export_onnx(quantized("llama"), tmp_path / "m", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_has_no_such_attention(tmp_path):
+    """A rotary embedding of four channels, which GroupQueryAttention does not take."""
+    with pytest.raises(NoOnnxForm, match="QuantizeKV: .* rotary embedding of 4 channels.*float_cache"):
+        qcompile.export_onnx(model := quantized("gpt_neox"), tmp_path / "m", progress=False)
+    qcompile.export_onnx(model, tmp_path / "float", float_cache=True, progress=False)
+    optional = quantized("gpt_neox", (QuantizeKV(8, fixed=True, optional=True), *WEIGHTS[1:]))
+    report = qcompile.export_onnx(optional, tmp_path / "left", progress=False)
+    assert any(left.site == "cache" and "stays float32" in left.reason for left in report.passes[-1].left)
+    for folder in ("float", "left"):
+        assert Session(tmp_path / folder).cached == np.float32
+
+
+def test_a_float_cache_where_it_is_asked_for(tmp_path):
+    model = quantized("llama", (QuantizeKV(8, fixed=True, optional=True), *WEIGHTS[1:]))
+    for options in ({"float_cache": True}, {"portable": True}):
+        qcompile.export_onnx(model, folder := tmp_path / next(iter(options)), progress=False, **options)
+        assert Session(folder).cached == np.float32
+    tokens = build("llama")
+    qcompile.quantize(tokens, "kv4", progress=False)
+    qcompile.export_onnx(tokens, tmp_path / "kv4", float_cache=True, progress=False)
+    with pytest.raises(RecipeError, match="a portable file has a float cache"):
+        qcompile.export_onnx(quantized("llama"), tmp_path / "m", portable=True, progress=False)
 
 
 def test_a_quantized_cache_is_refused_before_any_work(tmp_path, monkeypatch):

@@ -1,0 +1,34 @@
+"""Nodes that lower.py and lower_attention.py write in the place of one of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+from onnx import helper
+
+DOMAIN = "qcompile"
+FEW = 4  # tokens that are multiplied by 4-bit codes; benches/onnx_cpu.py measures both ways
+
+
+class Steps:
+    """Nodes in the order they run; each is called after what it makes."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.nodes = name, list[onnx.NodeProto]()
+
+    def __call__(self, made: str, operator: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node; the name of its output."""
+        out = "/".join((DOMAIN, self.name, made))
+        self.nodes.append(helper.make_node(operator, inputs, [out], name=out, **attributes))
+        return out
+
+    def ending(self, out: str) -> list[onnx.NodeProto]:
+        """The nodes, the last one making `out`."""
+        self.nodes[-1].output[:] = [out]
+        return self.nodes
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """Its attributes by name."""
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
