@@ -47,12 +47,13 @@ def intact_kv(program: Program, how: IntactKV, seen: Statistics) -> PassReport:
     flows = products(program)
     found: dict[fx.Node, Tensor] = {}
     ids = torch.tensor([how.prefix, how.prefix])  # two rows, as the program was traced
-    logits = program.watch({f.keys for f in flows} | {f.values for f in flows}, [ids], found.__setitem__)[0]
+    logits = program.outputs[0]
+    program.watch({logits, *(f.keys for f in flows), *(f.values for f in flows)}, [ids], found.__setitem__)
     for index, flow in enumerate(flows):
         keys = found[flow.keys].transpose(-1, -2) if flow.turned else found[flow.keys]
         report.tensors[f"{index}.keys"] = _first_row(keys)
         report.tensors[f"{index}.values"] = _first_row(found[flow.values])
-    report.tensors["logits"] = logits[:1].clone()
+    report.tensors["logits"] = found[logits][:1].clone()
     report.tensors["ids"] = ids[0]
     report.notes.append(f"{len(how.prefix)} tokens of {len(flows)} attentions from the float model")
     return report

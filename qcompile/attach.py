@@ -60,15 +60,19 @@ def fit_cache(
         return recipe, []
     if cache is not None and cache.fixed and prefix is not None:
         raise RecipeError("IntactKV keeps its tokens float, which a cache with fixed scales cannot: drop one of them")
-    if "past_key_values" in inspect.signature(model.forward).parameters:
+    takes = inspect.signature(model.forward).parameters
+    optional = prefix is None and cache.optional
+    if "past_key_values" in takes:
         from qcompile.kv_cache import KVCache
 
         held = KVCache(8)
+        asked = {"past_key_values": held, **({"use_cache": True} if "use_cache" in takes else {})}
         with torch.no_grad():
-            model(*args, **{**kwargs, "past_key_values": held})
-        if held.get_seq_length():
+            out = model(*args, **{**kwargs, **asked})
+        # An encoder fills a cache that it is given, and does not hand it on: nobody calls it again.
+        if held.get_seq_length() and not (optional and getattr(out, "past_key_values", None) is None):
             return recipe, held.heads
-    if prefix is None and cache.optional:
+    if optional:
         return dataclasses.replace(recipe, passes=tuple(c for c in recipe.passes if c is not cache)), []
     name = type(wanted).__name__
     raise RecipeError(
@@ -149,7 +153,7 @@ def attach_again(model: nn.Module, recipe: Recipe) -> None:
     attach(model, recipe, getattr(model, PREFIX, None), constants)
 
 
-def refuse_cache(model: nn.Module, recipe: Recipe | None, *, portable: bool) -> None:
+def refuse_cache(model: nn.Module, recipe: Recipe | None, *, portable: bool, encoder: bool) -> None:
     """Raise RecipeError if a model, or a recipe for it, quantizes the cache in a way that no exported file can.
 
     Asked before an export's long work.
@@ -159,6 +163,8 @@ def refuse_cache(model: nn.Module, recipe: Recipe | None, *, portable: bool) -> 
     for how in filter(None, asked):
         if not how.fixed:
             raise RecipeError(NO_QUANTIZED_CACHE)
+        if encoder and not how.optional:
+            raise RecipeError("QuantizeKV: the file of an encoder has no cache (example=..): leave it out")
         if portable and not how.optional:
             raise RecipeError(
                 "a portable file has a float cache: operators of the standard would turn all of an int8 one to float "

@@ -46,26 +46,36 @@ class Statistics:
     batches: int = 0
 
 
-def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: bool = False) -> Statistics:
+def observe(
+    program: Program, batches: Iterable[Sequence[Any]], *, sites: bool = True, progress: bool = False
+) -> Statistics:
     """Stream batches through a program and gather the absmax of every site's input, of all keys and values.
 
     Args:
         program: the program. batches: flat inputs of the program, one sequence for each batch.
-        progress: show a bar.
+        sites: whether inputs of sites are wanted; if not, less is computed. progress: show a bar.
 
     Raises:
-        CalibrationError: no batch at all, or NaN or Inf in the input of a site.
+        CalibrationError: no batch at all, or NaN or Inf in the input of a site, a key or a value.
     """
     seen = Statistics()
-    groups = groups_of_readers(find_sites(program))
+    groups = groups_of_readers(find_sites(program)) if sites else []
     label = {g.root: (g.sites[0].name if g.sites else g.root.name) for g in groups}
     turned = {p.keys: p.turned for p in products(program)}
     cached = {p.values: False for p in products(program)} | turned
+
+    def check(node: Any, peak: Tensor, where: str) -> None:
+        if not bool(torch.isfinite(peak).all()):
+            raise CalibrationError(
+                f"batch {seen.batches + 1} brings NaN or Inf to {where} (node {node.name}): "
+                "drop that batch, or calibrate in float32"
+            )
 
     def see(node: Any, value: Any) -> None:
         if node in cached:
             vectors = value.detach().transpose(-1, -2) if cached[node] else value.detach()
             peak = _by_head(vectors).abs().amax(-2).flatten(0, -3).amax(0).float().cpu()
+            check(node, peak, "an attention")
             seen.cached[node.name] = torch.maximum(seen.cached.get(node.name, peak), peak)
         if node in turned:
             for held, of in ((seen.keys, _key_peak), (seen.key_means, _key_mean)):
@@ -73,11 +83,7 @@ def observe(program: Program, batches: Iterable[Sequence[Any]], *, progress: boo
         if node not in label:
             return
         peak = value.detach().abs().flatten(0, -2).amax(0).float().cpu()
-        if not bool(torch.isfinite(peak).all()):
-            raise CalibrationError(
-                f"batch {seen.batches + 1} brings NaN or Inf to {label[node]} (node {node.name}): "
-                "drop that batch, or calibrate in float32"
-            )
+        check(node, peak, label[node])
         old = seen.absmax.get(node.name)
         seen.absmax[node.name] = peak if old is None else torch.maximum(old, peak)
 

@@ -88,7 +88,7 @@ def export_onnx(
         raise RecipeError(f"chunk is a number of tokens of a decoder's prompt, 1 or more, got {chunk}")
     chosen = None if recipe is None else find_recipe(recipe, model, data=batches is not None)
     if not float_cache:
-        refuse_cache(model, chosen, portable=portable)
+        refuse_cache(model, chosen, portable=portable, encoder=example is not None)
 
     with atomic_folder(folder) as work:
         report = Report("as it is")
@@ -100,7 +100,8 @@ def export_onnx(
         with detached(model) as calls:
             layout = Layout(accuracy_level, low_memory, last_logits, chunk, portable, how)
             cache = None
-            if calls.how is not None and calls.scales is not None and not (float_cache or portable):
+            is_float = float_cache or portable or example is not None
+            if calls.how is not None and calls.scales is not None and not is_float:
                 cache = CodedCache(calls.scales, calls.how.optional)
             done = export_module(model, work, layout, example=example, tokenizer=tokenizer, cache=cache)
         if calls.prefix is not None:

@@ -70,9 +70,10 @@ def run(
     for config in recipe.passes:
         entry = registered()[type(config)]
         seen = Statistics()
-        if {"absmax", "keys"} & set(entry.needs(config)):
+        needs = set(entry.needs(config))
+        if {"absmax", "keys"} & needs:
             assert batches is not None
-            seen = observe(current, batches(), progress=progress)
+            seen = observe(current, batches(), sites="absmax" in needs, progress=progress)
         attempt = current.copy()
         if entry.sitewise:
             _name_untied(attempt, names, rules, keep)

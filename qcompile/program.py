@@ -11,6 +11,7 @@ No module class, no layer and no architecture is known here or below.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 WEIGHT = "qcompile_weight"  # node.meta key: the attribute path of a weight placeholder
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class _AllSeen(BaseException):
+    """Ends a run whose rest nobody watches; no Exception, which the interpreter would comment on."""
 
 
 def hint(size: Any) -> Any:
@@ -245,17 +250,21 @@ class Program:
             result = fx.Interpreter(self.graph_module).run(*self.bind(inputs))
         return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
-    def watch(self, nodes: Iterable[fx.Node], inputs: Sequence[Any], see: Any) -> tuple[Any, ...]:
-        """Run eagerly and call `see(node, value)` on each of `nodes` as it is computed."""
+    def watch(self, nodes: Iterable[fx.Node], inputs: Sequence[Any], see: Any) -> None:
+        """Run eagerly and call `see(node, value)` on each of `nodes` as it is computed; stop behind the last."""
         wanted = set(nodes)
+        left = len(wanted)
 
         class Watcher(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
+                nonlocal left
                 value = super().run_node(n)
                 if n in wanted:
                     see(n, value)
+                    left -= 1
+                    if not left:
+                        raise _AllSeen
                 return value
 
-        with torch.no_grad():
-            result = Watcher(self.graph_module).run(*self.bind(inputs))
-        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        with torch.no_grad(), contextlib.suppress(_AllSeen):
+            Watcher(self.graph_module).run(*self.bind(inputs))

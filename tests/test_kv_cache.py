@@ -224,8 +224,9 @@ def test_a_model_without_a_cache_is_refused_unchanged():
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
-def test_an_optional_one_is_left_out_of_a_model_without_a_cache():
-    model, inputs = build("vit"), example("vit")
+@pytest.mark.parametrize("name", ["vit", "bert"])  # takes no cache; fills one that nobody asks for again
+def test_an_optional_one_is_left_out_of_a_model_without_a_cache(name):
+    model, inputs = build(name), example(name)
     recipe = Recipe("kv", (QuantizeKV(8, fixed=True, optional=True), Quantize(), Fuse()))
     report = qcompile.quantize(model, recipe, [inputs], progress=False)
     assert [entry.name for entry in report.passes][:1] == ["Quantize"] and not hasattr(model, "qcompile_calls")

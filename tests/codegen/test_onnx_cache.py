@@ -184,6 +184,8 @@ def test_a_float_cache_where_it_is_asked_for(tmp_path):
     tokens = build("llama")
     qcompile.quantize(tokens, "kv4", progress=False)
     qcompile.export_onnx(tokens, tmp_path / "kv4", float_cache=True, progress=False)
+    with pytest.raises(RecipeError, match="an encoder has no cache"):
+        qcompile.export_onnx(build("bert"), tmp_path / "b", "kv8-fixed", [example("bert")], example=example("bert"))
     with pytest.raises(RecipeError, match="a portable file has a float cache"):
         qcompile.export_onnx(quantized("llama"), tmp_path / "m", portable=True, progress=False)
 
