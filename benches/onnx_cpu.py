@@ -1,14 +1,14 @@
 """INT4 ONNX on a CPU against onnxruntime-genai's own model builder: speed, size, memory, perplexity.
 
     python benches/onnx_cpu.py [TEXT [CALIBRATION_TEXT]]
-    python benches/onnx_cpu.py --quick      speed of a few folders: no GPTQ, no perplexity, one long prompt
+    python benches/onnx_cpu.py --quick      speed of a few folders: no GPTQ, no perplexity, each long prompt once
 
 writes benches/results/onnx_cpu-HOW.json and .png; HOW is how this processor multiplies int8: amx, vnni, avx2.
 
 Every folder, ours and the peers', runs in onnxruntime-genai in a process of its own; the processes take
 turns, one at a time, so that no idle thread of another spins. Perplexity is that of the ONNX model: 4
 windows of 2048 tokens. Peers that are not installed are named and left out. Last comes the number of
-tokens from which int8 products are faster than 4-bit codes, which codegen/onnx/lower.py has as FEW.
+tokens from which int8 products are faster than 4-bit codes, which codegen/onnx/steps.py has as FEW.
 """
 
 from __future__ import annotations
@@ -214,9 +214,11 @@ def few_or_many(folder: Path, threads: int) -> list[dict[str, float]]:
         sessions[way] = onnxruntime.InferenceSession(str(folder / f"{way}.onnx"), options, ["CPUExecutionProvider"])
     rows = []
     for tokens in (1, 2, 3, 4, 6, 8, 16):
-        cache = [np.zeros((1, i.shape[1], 256, i.shape[3]), np.float32) for i in sessions["few"].get_inputs()[2:]]
+        _, _, *caches = inputs = sessions["few"].get_inputs()
+        kind = np.int8 if caches[0].type == "tensor(int8)" else np.float32
+        cache = [np.zeros((1, i.shape[1], 256, i.shape[3]), kind) for i in caches]
         ids, mask = np.full((1, tokens), 7), np.ones((1, 256 + tokens), np.int64)
-        feeds = dict(zip((i.name for i in sessions["few"].get_inputs()), (ids, mask, *cache), strict=True))
+        feeds = dict(zip((i.name for i in inputs), (ids, mask, *cache), strict=True))
         times: dict[str, list[float]] = {way: [] for way in sessions}
         for step in range(22):
             for way, session in sessions.items():
@@ -232,7 +234,7 @@ def main() -> None:
     """Export, measure, print, write."""
     quick = "--quick" in sys.argv
     text, calibration, *_ = [*(a for a in sys.argv[1:] if a != "--quick"), None, None]
-    ours, best, lengths, short = (QUICK, "int4-cpu", {2048: 1}, set()) if quick else (OURS, BEST, LONG, SHORT_ONLY)
+    ours, best, lengths, short = (QUICK, "int4-cpu", {2048: 1, 4096: 1}, set()) if quick else (OURS, BEST, LONG, SHORT_ONLY)
     console = Console(width=140)
     model, tokenizer = load_pretrained()
     pieces = windows(tokenizer, read_text(text))

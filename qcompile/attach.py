@@ -140,6 +140,7 @@ def attach(
     if prefix is not None:
         model.add_module(PREFIX, prefix)
     if constants is not None:
+        constants.to(next(model.parameters()).device)  # calibration gathers on the CPU
         model.add_module(CENTERS if isinstance(constants, Centers) else SCALES, constants)
     calls = _Calls(cache_of, prefix, constants)
     model.qcompile_calls = calls

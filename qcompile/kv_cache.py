@@ -126,11 +126,10 @@ class _Channels:
         self.codes = self.any_column = _Column()
 
     def append(self, new: Tensor) -> None:
-        self.codes.append(encode(new.float(), self.scale.to(new.device), None, self.form))
+        self.codes.append(encode(new.float(), self.scale, None, self.form))
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        codes = self.codes.read()
-        return decode(codes, self.scale.to(codes.device), None, self.form).to(dtype)
+        return decode(self.codes.read(), self.scale, None, self.form).to(dtype)
 
     def drop(self, count: int) -> None:
         self.codes.length -= count

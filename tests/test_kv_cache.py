@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from zoo import build, example
 
 import qcompile
+from qcompile.attach import attach
 from qcompile.attention_flow import products
+from qcompile.cache_constants import CENTERS, SCALES, Centers, Scales
 from qcompile.calibrate import observe
 from qcompile.capture import capture
 from qcompile.formats import Format
@@ -231,6 +233,15 @@ def test_an_optional_one_is_left_out_of_a_model_without_a_cache(name):
     report = qcompile.quantize(model, recipe, [inputs], progress=False)
     assert [entry.name for entry in report.passes][:1] == ["Quantize"] and not hasattr(model, "qcompile_calls")
     assert Recipe.from_json(model.qcompile_recipe).passes == recipe.passes[1:]
+
+
+@pytest.mark.parametrize(
+    "name, constants", [(CENTERS, Centers([torch.ones(2, 16)])), (SCALES, Scales([(torch.ones(2, 16),) * 2]))]
+)
+def test_what_the_cache_needs_is_where_the_model_is(name, constants):
+    model = build("llama").to("meta")
+    attach(model, Recipe("kv", (QuantizeKV(8),)), constants=constants)
+    assert {buffer.device.type for buffer in model.get_submodule(name).buffers()} == {"meta"}
 
 
 def test_fixed_scales_do_not_go_with_a_float_prefix():

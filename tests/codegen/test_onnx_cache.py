@@ -59,9 +59,9 @@ def relative(got, want):
     return float((got - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gpt2", "phi3", "falcon", "opt"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gpt2", "phi3", "falcon", "opt", "gemma2", "bloom"])
 def test_one_by_one_the_file_is_the_module_and_a_prompt_is_as_near_as_rounding(name, tmp_path):
-    """Biases, norms of keys, heads that share one key, no rotation at all."""
+    """Biases, norms of keys, heads that share one key, no rotation at all; a soft cap, windows, a bias of places."""
     model, text = quantized(name), ids(20)
     session = exported(model, tmp_path / "m")
     with torch.no_grad():
