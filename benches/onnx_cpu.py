@@ -234,7 +234,9 @@ def main() -> None:
     """Export, measure, print, write."""
     quick = "--quick" in sys.argv
     text, calibration, *_ = [*(a for a in sys.argv[1:] if a != "--quick"), None, None]
-    ours, best, lengths, short = (QUICK, "int4-cpu", {2048: 1, 4096: 1}, set()) if quick else (OURS, BEST, LONG, SHORT_ONLY)
+    ours, best, lengths, short = (
+        (QUICK, "int4-cpu", {2048: 1, 4096: 1}, set()) if quick else (OURS, BEST, LONG, SHORT_ONLY)
+    )
     console = Console(width=140)
     model, tokenizer = load_pretrained()
     pieces = windows(tokenizer, read_text(text))

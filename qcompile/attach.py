@@ -20,6 +20,7 @@ from qcompile.cache_constants import CENTERS, PREFIX, SCALES, Centers, Prefix, S
 from qcompile.passes.intact_kv import IntactKV
 from qcompile.passes.quantize_kv import QuantizeKV
 from qcompile.recipe import Recipe, RecipeError
+from qcompile.report import PassReport
 
 NO_QUANTIZED_CACHE = (
     "this QuantizeKV has no form in ONNX: it makes a scale and a zero point for every head of every token as the token "
@@ -42,13 +43,16 @@ def _of(recipe: Recipe, kind: type) -> Any:
 
 
 def fit_cache(
-    model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Recipe, list[tuple[int, int]]]:
+    model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any], attentions: int
+) -> tuple[Recipe, list[tuple[int, int]], PassReport | None]:
     """Find what each layer caches, by one call with a cache.
 
+    Args:
+        attentions: how many the captured graph has.
+
     Returns:
-        The recipe, without an optional QuantizeKV that has nothing to do, and the heads of the keys and of the
-        values of each layer; none if the recipe asks for no cache.
+        The recipe, without an optional QuantizeKV that cannot work here; the heads of the keys and of the values of
+        each layer, none if the recipe asks for no cache; and the report on what was left out.
 
     Raises:
         RecipeError: the recipe needs a cache and the model takes none, or leaves it empty; fixed scales for a
@@ -57,11 +61,29 @@ def fit_cache(
     cache, prefix = _of(recipe, QuantizeKV), _of(recipe, IntactKV)
     wanted = cache or prefix
     if wanted is None:
-        return recipe, []
+        return recipe, [], None
     if cache is not None and cache.fixed and prefix is not None:
         raise RecipeError("IntactKV keeps its tokens float, which a cache with fixed scales cannot: drop one of them")
+    optional = cache is not None and cache.optional and prefix is None
+    try:
+        heads = _heads_of_cache(model, args, kwargs, type(wanted).__name__, alone=not optional)
+        if not optional or len(heads) == attentions:
+            return recipe, heads, None
+        reason = f"the graph has {attentions} attentions, the cache {len(heads)} layers"
+    except Exception as error:  # of the model's own: it may hold something else than keys and values
+        if not optional:
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    report = PassReport("QuantizeKV")
+    report.leave("cache", f"stays float: {reason}")
+    return dataclasses.replace(recipe, passes=tuple(c for c in recipe.passes if c is not cache)), [], report
+
+
+def _heads_of_cache(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], who: str, *, alone: bool
+) -> list[tuple[int, int]]:
+    """Of every layer. alone: also of a model that fills a cache and does not hand it on, as encoders do."""
     takes = inspect.signature(model.forward).parameters
-    optional = prefix is None and cache.optional
     if "past_key_values" in takes:
         from qcompile.kv_cache import KVCache
 
@@ -69,15 +91,11 @@ def fit_cache(
         asked = {"past_key_values": held, **({"use_cache": True} if "use_cache" in takes else {})}
         with torch.no_grad():
             out = model(*args, **{**kwargs, **asked})
-        # An encoder fills a cache that it is given, and does not hand it on: nobody calls it again.
-        if held.get_seq_length() and not (optional and getattr(out, "past_key_values", None) is None):
-            return recipe, held.heads
-    if optional:
-        return dataclasses.replace(recipe, passes=tuple(c for c in recipe.passes if c is not cache)), []
-    name = type(wanted).__name__
+        if held.get_seq_length() and (alone or getattr(out, "past_key_values", None) is not None):
+            return held.heads
     raise RecipeError(
-        f"{name}: {type(model).__name__} puts nothing into past_key_values, where keys and values are held. "
-        f"Drop {name}; torch.compile(model, backend='qcompile') can round them in the graph"
+        f"{who}: {type(model).__name__} puts nothing into past_key_values, where keys and values are held. "
+        f"Drop {who}; torch.compile(model, backend='qcompile') can round them in the graph"
     )
 
 

@@ -183,13 +183,23 @@ def mixed_channels(program: Program, product: Product) -> Tensor | Obstacle:
     return torch.tensor([[first(row) for row in head] for head in terms[0].tolist()])
 
 
+class _Lost(FlowStops):
+    """A node behind a rotation that the flow cannot pass."""
+
+
 class _Mixing(RowFlow):
     """Channels instead of rows: what the flow cannot pass, as a norm of keys, is where other channels begin."""
 
     def _compute(self, node: fx.Node) -> Terms | list[Terms] | None:
         try:
             return super()._compute(node)
-        except FlowStops:
+        except _Lost:
+            raise
+        except FlowStops as stop:
+            upstream = [a for a in node.all_input_nodes if a.op == "call_function"]
+            mixed = any(len(self.memo.get(a) or ()) > 1 and not isinstance(self.memo[a][0], list) for a in upstream)
+            if mixed or any(a.meta["val"].is_complex() for a in upstream if isinstance(a.meta.get("val"), Tensor)):
+                raise _Lost(*stop.args) from None  # behind a rotation nobody could tell what it mixed
             shape = [hint(size) for size in node.meta["val"].shape]
             start, self.rows = self.rows, self.rows + shape[-1]
             return [torch.arange(start, self.rows).expand(shape)]

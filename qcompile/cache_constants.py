@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,15 @@ class Scales(nn.Module):
         for index, (keys, values) in enumerate(scales):
             self.register_buffer(f"keys{index}", keys)
             self.register_buffer(f"values{index}", values)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        result = super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:  # a cast: scales stay float32
+                self._buffers[name] = old.to(new.device)
+        return result
 
     @property
     def all(self) -> list[tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompile.attach import attach, fit_cache, make_constants, make_prefix, resolve
+from qcompile.attention_flow import products
 from qcompile.calibrate import CalibrationError
 from qcompile.capture import capture
 from qcompile.expert_stack import QuantStack, hold_stack
@@ -75,8 +76,8 @@ def quantize(
     was_training = model.training
     model.eval()
     try:
-        how, heads = fit_cache(model, how, args, kwargs)
         program = capture(model, *widen_batch(args, kwargs))
+        how, heads, left_out = fit_cache(model, how, args, kwargs, len(products(program)))
         plan = _Plan.of(model, program)
         flat = [flat_inputs(program, batch, kwargs) for batch in (held or [first])]
         rewritten, report = run(
@@ -94,6 +95,7 @@ def quantize(
         model.train(was_training)
     plan.apply(program, rewritten)
     attach(model, how, prefix, constants)
+    report.passes += [left_out] if left_out is not None else []
     report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model.qcompile_recipe = how.to_json()
     return report

@@ -83,8 +83,7 @@ def test_dual_fits_int8(w, zero, clip):
 
 
 @given(weights(), st.booleans())
-def test_row_scales_can_be_told_from_group_scales_without_zero_points(w, clip):
-    """The exporter to ONNX relies on it."""
+def test_without_zero_points_the_largest_group_scale_of_a_row_is_fifteen(w, clip):
     q = quantize_tensor(w, Format.parse("int4/group16/dual"), clip=clip)
     assert torch.equal(q.group_scale.abs().amax(1), torch.full((len(w),), 15, dtype=torch.int8))
 

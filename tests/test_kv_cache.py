@@ -22,7 +22,7 @@ from qcompile.passes.quantize_kv import fixed_scale, quantize_kv
 from qcompile.pipeline import run
 from qcompile.recipe import Recipe, RecipeError
 from qcompile.rounding import quantize_tensor
-from qcompile.testing import Decoder, decoders
+from qcompile.testing import Decoder, Shape, decoders, rotary
 from qcompile.verify import relative_error
 
 DECODERS = ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "bloom", "mixtral"]
@@ -231,7 +231,8 @@ def test_an_optional_one_is_left_out_of_a_model_without_a_cache(name):
     model, inputs = build(name), example(name)
     recipe = Recipe("kv", (QuantizeKV(8, fixed=True, optional=True), Quantize(), Fuse()))
     report = qcompile.quantize(model, recipe, [inputs], progress=False)
-    assert [entry.name for entry in report.passes][:1] == ["Quantize"] and not hasattr(model, "qcompile_calls")
+    assert [entry.name for entry in report.passes] == ["Quantize", "Fuse", "QuantizeKV"]
+    assert "stays float" in report.passes[-1].left[0].reason and not hasattr(model, "qcompile_calls")
     assert Recipe.from_json(model.qcompile_recipe).passes == recipe.passes[1:]
 
 
@@ -242,6 +243,40 @@ def test_what_the_cache_needs_is_where_the_model_is(name, constants):
     model = build("llama").to("meta")
     attach(model, Recipe("kv", (QuantizeKV(8),)), constants=constants)
     assert {buffer.device.type for buffer in model.get_submodule(name).buffers()} == {"meta"}
+
+
+def test_scales_stay_float32_in_a_model_that_is_cast():
+    scales = Scales([(torch.full((2, 16), 0.1), torch.full((2, 16), 1e-9))])
+    scales.to(torch.float16)
+    assert all((part == want).all() for part, want in zip(scales.all[0], (0.1, torch.tensor(1e-9)), strict=True))
+
+
+class _NormBehind(torch.nn.Module):
+    """Keys that are normed after their rotation."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Decoder(Shape(12, 2, 1, 6, 12, 1, "rms", False, True, False, False, 0, rotary="half"))
+        self.inner.blocks[0].of_key = torch.nn.Identity()
+
+    def forward(self, ids):
+        block, s = self.inner.blocks[0], self.inner.shape
+        x = self.inner.table(ids)
+        q, k, v = (
+            part(x).view(*ids.shape, heads, s.head).transpose(1, 2)
+            for part, heads in ((block.query, 2), (block.key, 1), (block.value, 1))
+        )
+        k = rotary(k, "half")
+        k = k * torch.rsqrt(k.pow(2).mean(-1, keepdim=True) + 1e-6)
+        k, v = (z.repeat_interleave(2, dim=1) for z in (k, v))
+        return block.mix(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_what_stands_behind_a_rotation_is_named():
+    ids = torch.randint(0, 31, (2, 5))
+    program = capture(_NormBehind().eval(), (ids,))
+    report = quantize_kv(program, QuantizeKV(8, fixed=True), observe(program, [[ids]]))
+    assert "scales hold for the positions of the calibration" in report.notes[0]
 
 
 def test_fixed_scales_do_not_go_with_a_float_prefix():

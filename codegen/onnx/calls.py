@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from qcompile.cache_constants import Scales
 from qcompile.codegen.onnx.steps import FEW
-from qcompile.kv_cache import KVCache
 
 Check = tuple[tuple[Any, ...], list[Tensor]]  # arguments, and what the module makes of them
 
@@ -51,6 +50,8 @@ class WithCache(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the grown cache."""
         from transformers import DynamicCache
+
+        from qcompile.kv_cache import KVCache
 
         steps = None if self.scales is None else [scale[:, None] for pair in self.scales for scale in pair]
         if steps is not None:

@@ -31,6 +31,7 @@ from qcompile.codegen.onnx.lower import Way, by_tokens, is_dual, one_way
 from qcompile.codegen.onnx.pooling import Pooled, Pooling, write_pooling
 from qcompile.codegen.onnx.proof import differences, holding, prove, reference
 from qcompile.codegen.onnx.rewrite import rewrite
+from qcompile.codegen.onnx.split_scales import split_scales
 from qcompile.codegen.onnx.translate import table
 from qcompile.module import QuantLinear, RotatedLinear
 from qcompile.program import WEIGHT, Program, copy_graph
@@ -138,6 +139,7 @@ def export_module(
         _name_dimensions(graph.model, wrapper, program)
         for part in graph.model.graph.all_nodes():
             part.metadata_props.clear()  # where it comes from in PyTorch: longer than the node
+        split_scales(graph.model)
         graph.save(str(folder / MODEL), external_data=True)
     with torch.no_grad(), holding(wrapper, shared):  # the quantized linears are back
         error, as_run = _finish(folder / MODEL, wrapper, layout)
@@ -243,8 +245,8 @@ def _name_dimensions(model: Any, wrapper: Any, program: Program) -> None:
     for value, names, node in zip(model.graph.outputs, wrapper.out_dimensions, program.outputs, strict=True):
         made = node.meta["val"]
         value.shape = ir.Shape([names.get(i, d if isinstance(d, int) else None) for i, d in enumerate(made.shape)])
-        coded = made.dtype == torch.int8
-        value.type = ir.TensorType(ir.DataType.INT8 if coded else ir.DataType.FLOAT)
+        if made.dtype in (torch.int8, torch.float32):  # which the exporter does not know behind our own nodes
+            value.type = ir.TensorType(ir.DataType.INT8 if made.dtype == torch.int8 else ir.DataType.FLOAT)
 
 
 @contextlib.contextmanager

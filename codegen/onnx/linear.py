@@ -91,9 +91,7 @@ class OnnxLinear(nn.Module):
         parts = to_blocks(source)
         for name, tensor in zip(("codes", "scales", "zeros"), turned(self, *parts) if portable else parts, strict=True):
             self.register_buffer(name, tensor)
-        # Without zero points it can be told from the scales: operators.row_scales.
-        stored = self.dual and source.format.zero != "none"
-        self.register_buffer("row", source.scale.reshape(-1).float() if stored else None)
+        self.register_buffer("row", source.scale.reshape(-1).float() if self.dual else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] float32 -> [.., N]."""

@@ -13,9 +13,9 @@ Integers of both sides are moved by 128 to u8. Where a processor has 8-bit dot p
 such weights to s8 while it packs them; where it has none (AVX2, AVX-512 of before), its products of u8 and s8 are
 added two by two in 16 bits, which are too few for pairs of large ones: sums of an s8 weight would be wrong there.
 
-The file holds the 4-bit codes once: s1 (q - z) is computed from the same bytes, which ONNX Runtime does when
-it opens the file (constant folding). A decoder becomes one `If` on its number of tokens around the whole graph,
-whose two branches share all weights; an `If` around every product would cost a frame each.
+The file holds the 4-bit codes, s_row and s1 once (split_scales.py): s1 (q - z) is computed from the same bytes, which
+ONNX Runtime does when it opens the file (constant folding). A decoder becomes one `If` on its number of tokens around
+the whole graph, whose two branches share all weights; an `If` around every product would cost a frame each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.codegen.onnx.lower_attention import by_length, is_coded, lengths
 from qcompile.codegen.onnx.steps import DOMAIN, FEW, Steps, attributes_of
-from qcompile.rounding import LARGEST_STEP
 
 Way = Literal["few", "many"]
 
@@ -52,10 +51,10 @@ def one_way(model: onnx.ModelProto, way: Way, portable: bool = False) -> onnx.Mo
     """
     found = copy.deepcopy(model)
     writer = _Writer(found.graph, portable)
-    nodes = list(found.graph.node)
+    ahead, nodes = _of_weights_alone(found.graph)
     weights = [] if way == "few" else writer.int8_weights(nodes)
     del found.graph.value_info[:]  # names of free sizes that only the exporter knew
-    _replace(found.graph.node, weights + writer.lowered(nodes, way, any_length=True))
+    _replace(found.graph.node, ahead + weights + writer.lowered(nodes, way, any_length=True))
     _drop_unread(found.graph)
     return found
 
@@ -64,7 +63,7 @@ def by_tokens(model: onnx.ModelProto, few: int = FEW) -> onnx.ModelProto:
     """A copy that multiplies up to `few` tokens (rows times length of its first input) by 4-bit codes, more by int8."""
     found = copy.deepcopy(model)
     graph, writer = found.graph, _Writer(found.graph)
-    nodes = list(graph.node)
+    ahead, nodes = _of_weights_alone(graph)
     weights = writer.int8_weights(nodes)
     branches: dict[str, Any] = {
         f"{side}_branch": _branch(graph, writer.lowered(nodes, way, any_length=way == "many"), way)
@@ -76,7 +75,21 @@ def by_tokens(model: onnx.ModelProto, few: int = FEW) -> onnx.ModelProto:
     outputs = [output.name for output in graph.output]
     choice = helper.make_node("If", [is_few], outputs, name="tokens_few_or_many", **branches)
     del graph.value_info[:]  # they describe values that are inside the branches now
-    _replace(graph.node, [*weights, *do.nodes, choice])
+    _replace(graph.node, [*ahead, *weights, *do.nodes, choice])
+    return found
+
+
+def _of_weights_alone(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+    """Nodes that compute with nothing but weights, and all others."""
+    known = {tensor.name for tensor in graph.initializer} | {""}
+    found: tuple[list[onnx.NodeProto], list[onnx.NodeProto]] = [], []
+    for node in graph.node:
+        nested = any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute)
+        if node.input and not nested and known.issuperset(node.input):
+            known.update(node.output)
+            found[0].append(node)
+        else:
+            found[1].append(node)
     return found
 
 
@@ -252,9 +265,6 @@ class _Writer:
             z = do("z", "Unsqueeze", do("flat", "Slice", padded, first, self.whole(blocks), self.whole(1)), last)
         else:
             z = self.constant(np.array(2 ** (sizes["bits"] - 1), np.uint8))
-        if not row:
-            largest = do("largest", "ReduceMax", do("sizes", "Abs", scales), last, keepdims=0)
-            row = do("row", "Div", largest, self.constant(np.array(LARGEST_STEP, np.float32)))
         ratio = do("ratio", "Div", scales, do("rows", "Unsqueeze", row, last))
         s1 = do("s1", "Cast", do("signed", "Cast", do("whole", "Round", ratio), to=TensorProto.INT8), **u8)
         product = do("blocks", "Mul", do("levels", "Sub", q, z), do("steps", "Unsqueeze", s1, last))
@@ -276,5 +286,5 @@ class _Writer:
 
 
 def _dual_weight(node: onnx.NodeProto) -> tuple[str, ...]:
-    """Names of codes, scales, zero points and row scales of a DualLinear; "" of what it has not."""
-    return (*node.input[1:5], *[""] * (5 - len(node.input)))
+    """Names of codes, scales, zero points ("": none) and row scales of a DualLinear."""
+    return tuple(node.input[1:5])

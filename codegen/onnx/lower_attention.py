@@ -7,8 +7,9 @@ So an attention becomes one `If` on the number of tokens of a text:
     few     GroupQueryAttention over the codes
     many    the past turned to float, GroupQueryAttention over that, and the new keys and values turned to codes
 
-New tokens see each other as they are in the second, rounded in the first. Both write the same codes.
-A runtime may hand over a buffer that is longer than the past, to be extended in place: what lies behind is handed back.
+New tokens see each other as they are in the second, rounded in the first; of the same keys and values both make the
+same codes. A runtime may hand over a buffer that is longer than the past, to be extended in place: what lies behind is
+handed back, so a prompt costs a copy of the whole buffer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from onnx import TensorProto, helper
 
 from qcompile.codegen.onnx.steps import FEW, Steps, attributes_of
 
-_PAST, _TOTAL, _SCALES = slice(3, 5), 6, slice(12, 14)  # inputs of GroupQueryAttention
+_TOTAL, _SCALES = 6, slice(12, 14)  # inputs of GroupQueryAttention
 _OF_CODES = ("kv_cache_bit_width", "k_quant_type", "v_quant_type")
 
 

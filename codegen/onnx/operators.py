@@ -18,7 +18,6 @@ from torch import Tensor
 
 import qcompile.ops  # noqa: F401  registers torch.ops.qcompile
 from qcompile.packing import unpack
-from qcompile.rounding import LARGEST_STEP
 
 
 @torch.library.custom_op("qcompile_onnx::nbits_linear", mutates_args=())
@@ -69,21 +68,14 @@ def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
 @torch.library.custom_op("qcompile_onnx::dual_linear", mutates_args=())
 def dual_linear(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, k: int, bits: int, block: int,
-    row: Tensor | None, per_row: bool,
+    row: Tensor, per_row: bool,
 ) -> Tensor:  # fmt: skip
     """The int8 product with a dual-grained weight: row [N] its scales, scales / row its integer group scales.
 
-    Without zero points there is no need to give row, see row_scales. Other arguments as of nbits_linear, which
-    multiplies the same weight by activations that are not rounded.
+    Other arguments as of nbits_linear, which multiplies the same weight by activations that are not rounded.
     """
-    row = row_scales(scales) if row is None else row
     units = blocks_to_numbers(codes, (scales / row[:, None]).round(), zeros, bits, block)[:, :k]
     return int8_linear(x, (units + 128).to(torch.uint8).t(), row, bias, per_row)
-
-
-def row_scales(scales: Tensor) -> Tensor:
-    """The row's share of s0 s1 [N, blocks] where the largest |s1| of a row is LARGEST_STEP: s0 [N]."""
-    return scales.abs().amax(1) / LARGEST_STEP
 
 
 @dual_linear.register_fake

@@ -107,8 +107,16 @@ class Session:
         return logits, cache
 
     def __call__(self, *, input_ids: Tensor) -> Tensor:
-        """Logits [B, T, V] of a window; what evaluate.perplexity calls."""
-        logits = self.step(input_ids.numpy(), None)[0]
+        """Logits [B, T, V] of a window; what evaluate.perplexity calls.
+
+        With a cache of codes it is read piece by piece: within a piece of many tokens nothing is rounded.
+        """
+        ids, parts, cache = input_ids.numpy(), [], None
+        piece = PIECE if self.cached is np.int8 and len(ids) == 1 else ids.shape[1]
+        for start in range(0, ids.shape[1], piece):
+            part, cache = self.step(ids[:, start : start + piece], cache)
+            parts.append(part)
+        logits = np.concatenate(parts, 1)
         if logits.shape[1] != input_ids.shape[1]:
             raise FolderError("this folder gives the last token's logits only: export it without last_logits")
         return torch.from_numpy(logits)

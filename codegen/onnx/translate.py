@@ -61,7 +61,7 @@ _SCHEMAS = {
     "FastGelu": (["X", "bias?"], ["Y"], {}),
     "QuickGelu": (["X"], ["Y"], dict(alpha="FLOAT")),
     "DualLinear": (
-        ["X", "codes", "scales", "zero_points?", "row_scale?", "bias?"],
+        ["X", "codes", "scales", "zero_points?", "row_scale", "bias?"],
         ["Y"],
         dict(K="INT", N="INT", bits="INT", block_size="INT", per_row="INT"),
     ),

@@ -208,3 +208,19 @@ def test_the_reason_still_holds():
     inputs = {formal.name for formal in schema.inputs}
     assert {"k_scale", "v_scale"} <= inputs and not any("zero" in name for name in inputs)
     assert "'PER_TENSOR', 'PER_CHANNEL'" in schema.attributes["k_quant_type"].description
+
+
+def test_perplexity_is_that_of_the_codes(tmp_path):
+    """A window is read in pieces: scales that are far too coarse must show."""
+    model, text = quantized("qwen2"), ids(60)
+    with torch.no_grad():
+        want = model(input_ids=text).logits
+    session = exported(model, tmp_path / "m")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcompile.codegen.onnx.session.PIECE", 20)
+        fine = session(input_ids=text)
+        for pair in model.qcompile_scales.all:
+            for part in pair:
+                part.mul_(30)
+        coarse = exported(model, tmp_path / "coarse")(input_ids=text)
+    assert relative(fine, want) < 0.3 * relative(coarse, want)

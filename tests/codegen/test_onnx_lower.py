@@ -78,10 +78,10 @@ def test_the_largest_dual_weights_wrap_to_where_they_belong(k, zero_points):
     q, z = rng.choice([0, 15], (n, blocks * 32)), np.zeros((n, blocks + blocks % 2), int)
     z[:, :blocks] = rng.choice([0, 7, 15], (n, blocks))
     s1 = np.full((n, blocks), 8)
-    if not zero_points:  # the middle; row scales are a fifteenth of the largest
+    if not zero_points:  # the middle
         z[:], s1 = 8, rng.choice([-15, 4, -3, 15], (n, blocks))
         s1[:, 0] = rng.choice([-15, 15], n)
-    inputs = "x, codes, scales" + ", zeros, row" * zero_points
+    inputs = f"x, codes, scales, {'zeros' if zero_points else ''}, row"
     text = f"""
         <ir_version: 10, opset_import: ["" : 21, "qcompile" : 1, "com.microsoft" : 1]>
         model (float[m, {k}] x) => (float[m, {n}] y) {{
@@ -90,8 +90,8 @@ def test_the_largest_dual_weights_wrap_to_where_they_belong(k, zero_points):
         }}"""
     model, row = onnx.parser.parse_model(text), np.full(n, 0.5, np.float32)
     packed = [(part[:, ::2] | part[:, 1::2] << 4).astype(np.uint8) for part in (q, z)]
-    tensors = dict(codes=packed[0].reshape(n, blocks, 16), scales=(s1 * 0.5).astype(np.float32)) | (
-        dict(zeros=packed[1], row=row) if zero_points else {}
+    tensors = dict(codes=packed[0].reshape(n, blocks, 16), scales=(s1 * 0.5).astype(np.float32), row=row) | (
+        dict(zeros=packed[1]) if zero_points else {}
     )
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in tensors.items())
     weight = (s1[..., None] * (q.reshape(n, blocks, 32) - z[:, :blocks, None])).reshape(n, -1)[:, :k]

@@ -220,3 +220,27 @@ def test_a_portable_file_in_another_runtime(tmp_path):
 def test_float_zero_points_are_not_portable(tmp_path):
     with pytest.raises(NoOnnxForm, match="integer zero points"):
         qcompile.export_onnx(build("llama"), tmp_path / "m", "w4a16-hqq", portable=True, progress=False)
+
+
+def test_scales_are_stored_as_a_byte_for_a_group(folders):
+    """And a float for a row: the operators' float scales are computed when the file is opened."""
+    model, place = folders
+    for name in ("both", "few"):
+        graph = opened(place / name)
+        kinds = {t.name: (t.data_type, len(t.dims)) for t in graph.initializer}
+        products = [n for n in every(graph) if n.op_type == "MatMulNBits"]
+        made = {n.output[0]: n for n in graph.node}  # not inside the branches, which share them
+        for product in products:
+            cast, rows = (made[part] for part in made[product.input[2]].input)
+            assert kinds[cast.input[0]] == (onnx.TensorProto.INT8, 2) and kinds[rows.input[0]][1] == 1
+        assert products and not any(
+            kind == (onnx.TensorProto.FLOAT, 2) for name, kind in kinds.items() if "scales" in name
+        )
+
+
+def every(graph):
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from every(attribute.g)
