@@ -6,7 +6,8 @@
 writes benches/results/onnx_cpu-HOW.json and .png; HOW is how this processor multiplies int8: amx, vnni, avx2.
 
 Every folder, ours and the peers', runs in onnxruntime-genai in a process of its own; the processes take
-turns, one at a time, so that no idle thread of another spins. Perplexity is that of the ONNX model: 4
+turns, one at a time, so that no idle thread of another spins. Behind a long prompt, which takes seconds to
+read, each decodes several times in turn. Perplexity is that of the ONNX model: 4
 windows of 2048 tokens. Peers that are not installed are named and left out. Last comes the number of
 tokens from which int8 products are faster than 4-bit codes, which codegen/onnx/steps.py has as FEW.
 """
@@ -67,12 +68,16 @@ QUICK = {
     "int4-cpu, last logits, chunks": ("int4-cpu", {"last_logits": True, "chunk": CHUNK}),
 }
 PROMPT, NEW, ROUNDS = 512, 32, 7
-LONG = {2048: 2, 4096: 2, 8000: 1}  # longer prompts, and how many times each is timed
+LONG = {2048: 2, 4096: 2, 7800: 1}  # longer prompts, and how many times each is timed
+TURNS = 9  # times that a folder decodes NEW tokens behind each of them
 SHORT_ONLY = {"builder int4, block 32, k_quant", *(f"qcompile {name}" for name in list(OURS)[:3])}
 
 
 def serve(folder: str) -> None:
-    """Child process: at each line "PROMPT NEW", time one prompt and some new tokens; print both and memory as JSON."""
+    """Child process: at each line "PROMPT NEW", time one prompt and some new tokens; print both and memory as JSON.
+
+    "0 NEW" goes on behind what was read last, at most TURNS times.
+    """
     import onnxruntime_genai as genai
 
     from qcompile.memory import give_back, held
@@ -84,13 +89,15 @@ def serve(folder: str) -> None:
     print(json.dumps([opened, peak]), flush=True)
     for line in sys.stdin:
         length, new = map(int, line.split())
-        prompt = np.random.default_rng(0).integers(3, 40000, length).astype(np.int32)
-        parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=length + new + 1, min_length=length + new + 1)
-        generator = genai.Generator(model, parameters)
         start = time.perf_counter()
-        generator.append_tokens(prompt)
-        generator.generate_next_token()
+        if length:
+            prompt = np.random.default_rng(0).integers(3, 40000, length).astype(np.int32)
+            parameters, longest = genai.GeneratorParams(model), length + 1 + (1 + TURNS) * new
+            parameters.set_search_options(max_length=longest, min_length=longest)
+            generator = genai.Generator(model, parameters)
+            start = time.perf_counter()
+            generator.append_tokens(prompt)
+            generator.generate_next_token()
         first = time.perf_counter()
         for _ in range(new):
             generator.generate_next_token()
@@ -168,6 +175,7 @@ def time_all(folders: dict[str, Path], lengths: dict[int, int], short: set[str])
     long: dict[str, dict[int, list[list[float]]]] = {
         name: {n: [] for n in lengths if name not in short} for name in children
     }
+    behind = copy.deepcopy(long)
     try:
         for step in range(ROUNDS + 1):  # the first warms up
             for name, child in children.items():
@@ -176,8 +184,12 @@ def time_all(folders: dict[str, Path], lengths: dict[int, int], short: set[str])
                     rounds[name].append(answer)
         for length, times in lengths.items():
             for _ in range(times):
-                for name in (name for name in children if name not in short):
+                asked = [name for name in children if name not in short]
+                for name in asked:
                     long[name][length].append(children[name].ask(length, NEW))
+                for _ in range(TURNS):
+                    for name in asked:
+                        behind[name][length].append(children[name].ask(0, NEW))
     finally:
         for child in children.values():
             child.process.kill()
@@ -192,7 +204,7 @@ def time_all(folders: dict[str, Path], lengths: dict[int, int], short: set[str])
             opened=child.opened,
             opening_peak_megabytes=child.peak / 1e6,
             held_megabytes=middle(rounds[name], 2) / 1e6,
-            long={n: dict(first=middle(a, 0), decode=1 / middle(a, 1)) for n, a in long[name].items()},
+            long={n: dict(first=middle(a, 0), decode=1 / middle(behind[name][n], 1)) for n, a in long[name].items()},
         )
         for name, child in children.items()
     }

@@ -56,7 +56,7 @@ def fit_cache(
 
     Raises:
         RecipeError: the recipe needs a cache and the model takes none, or leaves it empty; fixed scales for a
-            prefix that is to stay float.
+            prefix that is to stay float; what is found for an attention of the graph, for a cache with other layers.
     """
     cache, prefix = _of(recipe, QuantizeKV), _of(recipe, IntactKV)
     wanted = cache or prefix
@@ -65,17 +65,19 @@ def fit_cache(
     if cache is not None and cache.fixed and prefix is not None:
         raise RecipeError("IntactKV keeps its tokens float, which a cache with fixed scales cannot: drop one of them")
     optional = cache is not None and cache.optional and prefix is None
+    of_attentions = prefix or (cache if cache.fixed or cache.center else None)
     try:
         heads = _heads_of_cache(model, args, kwargs, type(wanted).__name__, alone=not optional)
-        if not optional or len(heads) == attentions:
-            return recipe, heads, None
-        reason = f"the graph has {attentions} attentions, the cache {len(heads)} layers"
-    except Exception as error:  # of the model's own: it may hold something else than keys and values
+        if of_attentions is not None and len(heads) != attentions:
+            who = type(of_attentions).__name__
+            mend = f"drop {who}" if of_attentions is prefix else f"use {'center' if cache.center else 'fixed'}=False"
+            raise RecipeError(f"{who}: the graph has {attentions} attentions, the cache {len(heads)} layers: {mend}")
+        return recipe, heads, None
+    except RecipeError as error:
         if not optional:
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    report = PassReport("QuantizeKV")
-    report.leave("cache", f"stays float: {reason}")
+        report = PassReport("QuantizeKV")
+        report.leave("cache", f"stays float: {error}")
     return dataclasses.replace(recipe, passes=tuple(c for c in recipe.passes if c is not cache)), [], report
 
 
@@ -89,8 +91,14 @@ def _heads_of_cache(
 
         held = KVCache(8)
         asked = {"past_key_values": held, **({"use_cache": True} if "use_cache" in takes else {})}
-        with torch.no_grad():
-            out = model(*args, **{**kwargs, **asked})
+        try:
+            with torch.no_grad():
+                out = model(*args, **{**kwargs, **asked})
+        except Exception as error:  # the model's own, of whatever kind
+            raise RecipeError(
+                f"{who}: {type(model).__name__} does not run with a cache of keys and values only "
+                f"({type(error).__name__}: {error}), as hybrids with other layers do not. Drop {who}"
+            ) from error
         if held.get_seq_length() and (alone or getattr(out, "past_key_values", None) is not None):
             return held.heads
     raise RecipeError(
@@ -100,17 +108,10 @@ def _heads_of_cache(
 
 
 def make_prefix(recipe: Recipe, tensors: dict[str, Tensor], heads: list[tuple[int, int]]) -> Prefix | None:
-    """The prefix from what the pass IntactKV computed; heads repeated for grouped queries are dropped.
-
-    Raises:
-        RecipeError: the attentions of the graph are not the layers of the cache.
-    """
+    """The prefix from what the pass IntactKV computed; heads repeated for grouped queries are dropped."""
     how = _of(recipe, IntactKV)
     if how is None:
         return None
-    count = sum(name.endswith(".keys") for name in tensors)
-    if count != len(heads):
-        raise RecipeError(f"IntactKV: the graph has {count} attentions, the cache {len(heads)} layers: drop IntactKV")
     layers = []
     for index, (of_keys, of_values) in enumerate(heads):
         keys, values = tensors[f"{index}.keys"], tensors[f"{index}.values"]
@@ -121,11 +122,7 @@ def make_prefix(recipe: Recipe, tensors: dict[str, Tensor], heads: list[tuple[in
 
 
 def make_constants(tensors: dict[str, Tensor], heads: list[tuple[int, int]]) -> Centers | Scales | None:
-    """The mean keys, or the fixed scales, from what the pass QuantizeKV gathered; of repeated heads one each.
-
-    Raises:
-        RecipeError: the attentions of the graph are not the layers of the cache.
-    """
+    """The mean keys, or the fixed scales, from what the pass QuantizeKV gathered; of repeated heads one each."""
 
     def of_heads(tensor: Tensor, count: int) -> Tensor:
         return tensor[:: max(1, len(tensor) // count)].clone()
@@ -134,16 +131,10 @@ def make_constants(tensors: dict[str, Tensor], heads: list[tuple[int, int]]) -> 
         [tensor for name, tensor in tensors.items() if name.endswith(f".{kind}")]
         for kind in ("center", "key_scale", "value_scale")
     )
-    if not centers and not of_keys:
-        return None
-    if len(centers or of_keys) != len(heads):
-        which = "center" if centers else "fixed"
-        raise RecipeError(
-            f"QuantizeKV: the graph has {len(centers or of_keys)} attentions, the cache {len(heads)} layers: "
-            f"use {which}=False"
-        )
     if centers:
         return Centers([of_heads(mean, n) for mean, (n, _) in zip(centers, heads, strict=True)])
+    if not of_keys:
+        return None
     pairs = zip(of_keys, of_values, heads, strict=True)
     return Scales([(of_heads(keys, n), of_heads(values, m)) for keys, values, (n, m) in pairs])
 
@@ -160,7 +151,7 @@ def attach(
     if constants is not None:
         constants.to(next(model.parameters()).device)  # calibration gathers on the CPU
         model.add_module(CENTERS if isinstance(constants, Centers) else SCALES, constants)
-    calls = _Calls(cache_of, prefix, constants)
+    calls = Calls(cache_of, prefix, constants)
     model.qcompile_calls = calls
     model.register_forward_pre_hook(calls.before, with_kwargs=True)
     model.register_forward_hook(calls.after, with_kwargs=True)
@@ -192,9 +183,9 @@ def refuse_cache(model: nn.Module, recipe: Recipe | None, *, portable: bool, enc
 
 
 @contextmanager
-def detached(model: nn.Module) -> Iterator[_Calls]:
+def detached(model: nn.Module) -> Iterator[Calls]:
     """Calls of the model without its cache and prefix, as an exporter needs them; gives what they were."""
-    calls: _Calls = getattr(model, "qcompile_calls", None) or _Calls(None)
+    calls: Calls = getattr(model, "qcompile_calls", None) or Calls(None)
     calls.enabled = False
     try:
         yield calls
@@ -202,8 +193,8 @@ def detached(model: nn.Module) -> Iterator[_Calls]:
         calls.enabled = True
 
 
-class _Calls:
-    """The hooks of one model."""
+class Calls:
+    """The hooks of one model, and what they give to its calls."""
 
     enabled = True
 

@@ -62,7 +62,7 @@ def export_onnx(
             exported model whose output differs from the module's. Nothing is then left behind.
     """
     try:
-        from qcompile.codegen.onnx.cached import CodedCache
+        from qcompile.codegen.onnx.coded import CodedCache
         from qcompile.codegen.onnx.export import Layout, export_module
         from qcompile.codegen.onnx.pooling import Pooling, check_example
         from qcompile.codegen.onnx.session import PREFIX_FILE
@@ -106,8 +106,8 @@ def export_onnx(
             done = export_module(model, work, layout, example=example, tokenizer=tokenizer, cache=cache)
         if calls.prefix is not None:
             save_file(calls.prefix.state_dict(), str(work / PREFIX_FILE))
-            if calls.scales is not None and is_float:
-                done.rewritten.leave("cache", "stays float32, as asked for, or as files of this kind have it")
+        if calls.scales is not None and is_float:
+            done.rewritten.leave("cache", "stays float32, as asked for, or as files of this kind have it")
         report.passes.append(done.rewritten)
         report.numbers["onnx relative error"] = done.error
         report.numbers["onnx relative error as run"] = done.as_run

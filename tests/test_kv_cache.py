@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
-from zoo import build, example
+from zoo import SIZES, build, example
 
 import qcompile
 from qcompile.attach import attach
@@ -234,6 +236,36 @@ def test_an_optional_one_is_left_out_of_a_model_without_a_cache(name):
     assert [entry.name for entry in report.passes] == ["Quantize", "Fuse", "QuantizeKV"]
     assert "stays float" in report.passes[-1].left[0].reason and not hasattr(model, "qcompile_calls")
     assert Recipe.from_json(model.qcompile_recipe).passes == recipe.passes[1:]
+
+
+def _hybrid():
+    """Half of its layers are convolutions, which hold something else than keys and values."""
+    return tf.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
+
+
+def _sharing():
+    """The last two of its layers read the keys and values of those before."""
+    return tf.Gemma3nTextConfig(
+        **SIZES | {"num_hidden_layers": 4}, head_dim=16, layer_types=["full_attention"] * 4, num_kv_shared_layers=2,
+        vocab_size_per_layer_input=128, hidden_size_per_layer_input=8, altup_num_inputs=2, laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config, why", [(_hybrid, "keys and values only"), (_sharing, "4 attentions, the cache 2 layers")]
+)
+def test_layers_that_are_not_the_caches(config, why):
+    """Refused before any work, or left out."""
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config()).eval()
+    data = [{"input_ids": torch.randint(3, 128, (2, 8))}]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RecipeError, match=f"QuantizeKV: .*{why}"):
+        patch.setattr(sys.modules["qcompile.quantize"], "run", None)
+        qcompile.quantize(model, Recipe("kv", (QuantizeKV(8, fixed=True), Quantize(), Fuse())), data, progress=False)
+    optional = Recipe("kv", (QuantizeKV(8, fixed=True, optional=True), Quantize(), Fuse()))
+    report = qcompile.quantize(model, optional, data, progress=False)
+    assert why in report.passes[-1].left[0].reason and not hasattr(model, "qcompile_calls")
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,14 @@
-"""Attentions with a cache, rewritten to GroupQueryAttention, and its cache in int8 codes."""
+"""Attentions with a cache, rewritten to GroupQueryAttention."""
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from qcompile.cache_constants import Scales
 from qcompile.codegen.onnx.attention import CachedAttention, find_attentions
-from qcompile.codegen.onnx.calls import WithCache
 from qcompile.codegen.onnx.layouts import flat, items, laid_out, replace_output
-from qcompile.codegen.onnx.linear import NoOnnxForm
 from qcompile.codegen.onnx.products import Part, can_join, is_product, join
 from qcompile.program import Program
 from qcompile.report import PassReport
@@ -134,56 +130,3 @@ def _lengths_of_the_mask(program: Program) -> None:
         for node in asked:
             node.replace_all_uses_with(past)
     program.cleanup()
-
-
-@dataclass(frozen=True)
-class CodedCache:
-    """A cache in int8 codes: its scales, and whether it may stay float where no attention can read it."""
-
-    scales: Scales
-    optional: bool
-
-
-def hold_codes(program: Program, wrapper: WithCache, cache: CodedCache, report: PassReport) -> None:
-    """Let every attention hold its cache in codes, in place, and the wrapper give and take them.
-
-    Args:
-        program: rewritten by rewrite_cached. report: what that said; names the cache if it stays float.
-
-    Raises:
-        NoOnnxForm: it would stay float, and may not. Nothing is changed then.
-    """
-    scales = wrapper.for_heads(cache.scales)
-    layers = _layers(program, len(scales))
-    if isinstance(layers, Obstacle):
-        why = [f"{left.node}: {left.reason}" for left in report.left if left.site == "attention"]
-        reason = f"{layers.reason} ({'; '.join(why) or layers.node})"
-        if not cache.optional:
-            raise NoOnnxForm(f"QuantizeKV: {reason}. Leave it out, or export with float_cache")
-        report.leave("cache", f"stays float32: {reason}", layers.node)
-        return
-    wrapper.scales = scales
-    for index, ((attention, held), pair) in enumerate(zip(layers, scales, strict=True)):
-        names = (f"layer_{index}_keys", f"layer_{index}_values")
-        steps = [program.add_weight(n, s[None, :, None].contiguous()) for n, s in zip(names, pair, strict=True)]
-        attention.args = (*attention.args, *steps)
-        for value in held:
-            value.meta["val"] = value.meta["val"].to(torch.int8)
-    report.notes.append(f"{len(layers)} caches in int8")
-
-
-def _layers(program: Program, count: int) -> list[tuple[fx.Node, list[fx.Node]]] | Obstacle:
-    """The attention of each layer, and its caches as they come and go; or what else reads one."""
-    fused = {node.args[3]: node for node in program.graph.find_nodes(op="call_function", target=_FUSED)}
-    layers = []
-    for index in range(count):
-        keys, values = program.inputs[2 + 2 * index : 4 + 2 * index]
-        held = [keys, values, *program.outputs[1 + 2 * index : 3 + 2 * index]]
-        node = fused.get(keys)
-        if node is None or node.args[4] is not values:
-            return Obstacle(keys.name, f"the attention of layer {index} is not one GroupQueryAttention")
-        for user in {user for value in held for user in value.users} - {node}:
-            if user.op != "output" and user.target is not aten.sym_size.int:
-                return Obstacle(user.name, f"{user.name} reads the cache of layer {index} beside its attention")
-        layers.append((node, held))
-    return layers

@@ -122,6 +122,8 @@ class WithCache(nn.Module):
 class Plain(nn.Module):
     """A module without a cache, called with keyword arguments."""
 
+    rounded = False  # it has no cache
+
     def __init__(self, model: nn.Module, example: Any) -> None:
         super().__init__()
         self.model = model

@@ -22,8 +22,8 @@ import torch
 from torch import fx, nn
 
 from qcompile.capture import from_exported
-from qcompile.codegen.onnx.cached import CodedCache, hold_codes
 from qcompile.codegen.onnx.calls import Plain, WithCache
+from qcompile.codegen.onnx.coded import CodedCache, hold_codes
 from qcompile.codegen.onnx.genai import write_genai_config
 from qcompile.codegen.onnx.last_logits import only_last
 from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, check_forms, two_ways

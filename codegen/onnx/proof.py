@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile.codegen.onnx.calls import Check
+from qcompile.codegen.onnx.calls import Check, Plain, WithCache
 from qcompile.codegen.onnx.tables import Shared
 from qcompile.module import QuantLinear
 
@@ -33,7 +33,7 @@ class Reference:
     allowed: list[list[float]]
 
 
-def reference(module: Any, exempt: Callable[[QuantLinear], bool]) -> Reference:
+def reference(module: WithCache | Plain, exempt: Callable[[QuantLinear], bool]) -> Reference:
     """What a file must compute that rounds the activations of all sites but the exempt ones.
 
     Where activations or the cache are rounded, a value near the middle of a step may fall to either side, and what
@@ -43,7 +43,7 @@ def reference(module: Any, exempt: Callable[[QuantLinear], bool]) -> Reference:
     """
     with unrounded(module, exempt), as_numbers(module):
         checks = module.checks()
-    with unrounded(module, lambda site: True), as_numbers(module), float_cache(module):
+    with unrounded(module, lambda site: True), as_numbers(module), unrounded_cache(module):
         plain = [torch.utils._pytree.tree_leaves(module(*arguments)) for arguments, _ in checks]
     changes = [
         [relative(other, want) for other, want in zip(others, wants, strict=True)]
@@ -108,14 +108,13 @@ def unrounded(module: nn.Module, sites: Callable[[QuantLinear], bool]) -> Iterat
 
 
 @contextlib.contextmanager
-def float_cache(module: Any) -> Iterator[None]:
+def unrounded_cache(wrapper: WithCache | Plain) -> Iterator[None]:
     """The module with a cache that is not rounded."""
-    before = getattr(module, "rounded", None)
-    module.rounded = False
+    before, wrapper.rounded = wrapper.rounded, False
     try:
         yield
     finally:
-        module.rounded = before
+        wrapper.rounded = before
 
 
 @contextlib.contextmanager

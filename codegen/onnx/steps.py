@@ -8,7 +8,9 @@ import onnx
 from onnx import helper
 
 DOMAIN = "qcompile"
-FEW = 4  # tokens that are multiplied by 4-bit codes; benches/onnx_cpu.py measures both ways
+# Tokens that are multiplied by 4-bit codes, and that read an int8 cache by its codes: one number, so that the branch of
+# few tokens needs no second choice in its attentions. benches/onnx_cpu.py measures both ways.
+FEW = 4
 
 
 class Steps:

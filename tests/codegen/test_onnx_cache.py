@@ -22,6 +22,7 @@ from qcompile.recipe import Recipe, RecipeError
 
 INT4, DUAL = Format.parse("int4/group32/zero"), Format.parse("int4/group32/dual")
 WEIGHTS = (QuantizeKV(8, fixed=True), Quantize(INT4, None), Fuse())
+ROUNDED = 0.02  # what activations in int8 change of these models' logits, and a little
 BOTH = (QuantizeKV(8, fixed=True), Quantize(DUAL, Format("int8")), Fuse())
 
 
@@ -80,12 +81,19 @@ def test_one_by_one_the_file_is_the_module_and_a_prompt_is_as_near_as_rounding(n
 
 @pytest.mark.parametrize("options", [{}, {"low_memory": True}])
 def test_products_in_two_ways(options, tmp_path):
-    model, text = quantized("llama", BOTH), ids(20, 2)
+    """Few rows of tokens, many of one row, few of two: which branch of products meets which of attention."""
+    model = quantized("llama", BOTH)
     session = exported(model, tmp_path / "m", **options)
-    with torch.no_grad():
-        want = model(input_ids=text).logits
-    for pieces in ([20], [17, 1, 1, 1], [2] + [1] * 18):
-        assert relative(by_steps(session, text, pieces)[0], want) < 0.05
+    for rows, cuts in ((2, ([20], [17, 1, 1, 1], [2] + [1] * 18)), (1, ([9, 9, 1, 1], [3, FEW, 13], [FEW + 1, 15]))):
+        text = ids(20, rows)
+        with torch.no_grad():
+            want = model(input_ids=text).logits
+            model.qcompile_calls.enabled = False
+            effect = relative(want, model(input_ids=text).logits)
+            model.qcompile_calls.enabled = True
+        for pieces in cuts:
+            # Products by codes do not round activations, which the module always does.
+            assert relative(by_steps(session, text, pieces)[0], want) < 1.5 * effect + ROUNDED
 
 
 @pytest.mark.parametrize("passes", [WEIGHTS, BOTH], ids=["weights", "both"])
@@ -94,6 +102,8 @@ def test_a_cache_is_extended_in_the_buffer_that_it_came_in(passes, new, tmp_path
     """As onnxruntime-genai does: a buffer of the greatest length is input and output."""
     model, text = quantized("qwen2", passes), ids(12 + new)
     session = exported(model, tmp_path / "m")
+    with torch.no_grad():
+        whole = model(input_ids=text).logits[:, 12:]
     _, past = session.step(text[:, :12].numpy(), None)
     want, grown = session.step(text[:, 12:].numpy(), past)
     binding = session.session.io_binding()
@@ -109,15 +119,17 @@ def test_a_cache_is_extended_in_the_buffer_that_it_came_in(passes, new, tmp_path
         binding.bind_ortvalue_output(entry.name.replace("past_key_values", "present"), buffers[-1])
     binding.bind_output("logits")
     session.session.run_with_iobinding(binding)
-    assert np.allclose(binding.get_outputs()[-1].numpy(), want, atol=1e-4) and mask.shape[1] == 12 + new
-    for buffer, whole in zip(buffers, grown, strict=True):
-        assert (np.abs(buffer.numpy()[:, :, : 12 + new].astype(int) - whole) <= 1).all()
+    got = binding.get_outputs()[-1].numpy()
+    assert np.allclose(got, want, atol=1e-4) and mask.shape[1] == 12 + new
+    assert relative(torch.from_numpy(got), whole) < 0.02 + (ROUNDED if passes is BOTH else 0), "the module's"
+    for buffer, numbers in zip(buffers, grown, strict=True):
+        assert (np.abs(buffer.numpy()[:, :, : 12 + new].astype(int) - numbers) <= 1).all()
         assert (buffer.numpy()[:, :, 12 + new :] == 77).all(), "what lies behind is not the attention's"
 
 
 @pytest.mark.parametrize("passes", [WEIGHTS, BOTH], ids=["weights", "both"])
 def test_it_runs_in_onnxruntime_genai(passes, tmp_path):
-    """A short prompt and a long one, one text and two, a text that goes on."""
+    """A short prompt and a long one, one text and two."""
     import onnxruntime_genai as genai
 
     session = exported(quantized("qwen2", passes), tmp_path / "m")
@@ -135,6 +147,33 @@ def test_it_runs_in_onnxruntime_genai(passes, tmp_path):
             generator.generate_next_token()
             chosen = np.array([[generator.get_sequence(i)[-1]] for i in range(rows)], np.int64)
             logits, cache = session.step(chosen, cache)
+
+
+def test_a_chat_goes_on_in_onnxruntime_genai(tmp_path):
+    """A second text behind what was generated: few tokens, then many.
+
+    onnxruntime-genai 0.18 never reads the last generated token where a text goes on, in the folders of its own builder
+    either: so it is taken back and given again.
+    """
+    import onnxruntime_genai as genai
+
+    session = exported(quantized("qwen2"), tmp_path / "m")
+    parameters = genai.GeneratorParams(folder := genai.Model(str(tmp_path / "m")))
+    parameters.set_search_options(max_length=50, min_length=50)
+    generator = genai.Generator(folder, parameters)
+    text, cache = ids(7).numpy(), None
+    for length in (3, 12, 1):
+        generator.append_tokens(text.astype(np.int32))
+        logits, cache = session.step(text, cache)
+        for _ in range(2):
+            got = torch.from_numpy(np.array(generator.get_logits()))[:, -1:]
+            assert relative(got, torch.from_numpy(logits[:, -1:])) < 1e-3
+            generator.generate_next_token()
+            chosen = np.array([[generator.get_sequence(0)[-1]]], np.int64)
+            logits, cache = session.step(chosen, cache)
+        cache = [part[:, :, :-1] for part in cache]
+        generator.rewind_to(len(generator.get_sequence(0)) - 1)
+        text = np.concatenate([chosen, ids(length, seed=length).numpy()], 1)
 
 
 def test_a_prompt_is_multiplied_over_floats(tmp_path):
@@ -178,9 +217,18 @@ def test_what_has_no_such_attention(tmp_path):
 
 def test_a_float_cache_where_it_is_asked_for(tmp_path):
     model = quantized("llama", (QuantizeKV(8, fixed=True, optional=True), *WEIGHTS[1:]))
+    model.qcompile_calls.enabled = False
+    with torch.no_grad():
+        want = model(input_ids=(text := ids(9))).logits
+    model.qcompile_calls.enabled = True
     for options in ({"float_cache": True}, {"portable": True}):
-        qcompile.export_onnx(model, folder := tmp_path / next(iter(options)), progress=False, **options)
-        assert Session(folder).cached == np.float32
+        report = qcompile.export_onnx(model, folder := tmp_path / next(iter(options)), progress=False, **options)
+        session = Session(folder)
+        assert session.cached == np.float32
+        assert relative(by_steps(session, text, [5, 1, 1, 1, 1])[0], want) < 0.02, "the module's without its cache"
+        assert [left.reason for left in report.passes[-1].left if left.site == "cache"] == [
+            "stays float32, as asked for, or as files of this kind have it"
+        ]
     tokens = build("llama")
     qcompile.quantize(tokens, "kv4", progress=False)
     qcompile.export_onnx(tokens, tmp_path / "kv4", float_cache=True, progress=False)

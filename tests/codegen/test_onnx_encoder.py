@@ -276,3 +276,23 @@ def test_a_norm_of_a_sum_of_four_dimensions_is_left(tmp_path):
     torch.manual_seed(0)
     report = qcompile.export_onnx(Block(), tmp_path / "m", example=torch.randn(2, 4, 4, 16), progress=False)
     assert report.numbers["onnx relative error"] < 1e-5
+
+
+def test_outputs_of_other_types_keep_them(tmp_path):
+    """The exporter knows no types behind our own nodes; a file must not say float of whole numbers."""
+
+    class Classes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scores = nn.Linear(32, 5)
+
+        def forward(self, x):
+            scores = self.scores(x)
+            return scores, scores.argmax(-1), scores > 0
+
+    model, x = Classes().eval(), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    qcompile.export_onnx(model, tmp_path / "m", "w8a16", [{"x": x}], example={"x": x}, progress=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "m/model.onnx"))
+    assert [o.type for o in session.get_outputs()] == ["tensor(float)", "tensor(int64)", "tensor(bool)"]
+    for got, want in zip(session.run(None, {"x": x.numpy()})[1:], model(x)[1:], strict=True):
+        assert (torch.from_numpy(got) == want).float().mean() > 0.9, "near ties of rounded weights at most"
