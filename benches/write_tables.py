@@ -11,6 +11,7 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- shapes -->                    onnx_shapes.json
     <!-- encoder -->                   onnx_encoder.json
     <!-- engines HOW -->               engines_cpu-HOW.json
+    <!-- fixed -->                     fixed_scales.json
 """
 
 from __future__ import annotations
@@ -142,6 +143,14 @@ def engines(how: str) -> str:
     )
 
 
+def fixed_scales(_: str) -> str:
+    """How the scale of a channel of a cache is found."""
+    rows = {(r["bits"], r["peak"]): number(r["perplexity"]) for r in rows_of("fixed_scales")}
+    peaks = {"channel": "max \\|a\\| of the channel", "pair": "of its pair", "tensor": "of all channels"}
+    lines = [f"| float: {rows[32, '']}; peak | 8 bits | 4 bits |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {text} | {rows[8, peak]} | {rows[4, peak]} |" for peak, text in peaks.items())])
+
+
 TABLES = {
     "table": accuracy,
     "recipes": chosen,
@@ -154,6 +163,7 @@ TABLES = {
     "few": onnx_few,
     "encoder": onnx_encoder,
     "engines": engines,
+    "fixed": fixed_scales,
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from qcompile.capture import STATIC, capture_dynamo
 from qcompile.codegen.cpu.lower import lower
-from qcompile.inductor import GRAPHS, compile_graph, needs_gpu, patches_of
+from qcompile.inductor import GRAPHS, compile_graph, make_floats_constant, needs_gpu, patches_of
 from qcompile.pipeline import NothingToQuantize, run
 from qcompile.presets import find_recipe
 from qcompile.program import WEIGHT, Program
@@ -106,6 +106,7 @@ def qcompile(
     if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in example_inputs):
         _warn_gradients()
         return compile_graph(graph_module, example_inputs, how.inductor)
+    make_floats_constant(graph_module)
     return _Compiled(graph_module, example_inputs, how)
 
 

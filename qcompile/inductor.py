@@ -1,4 +1,4 @@
-"""Hand a graph to Inductor: with its weights marked as staying where they are, and CUDA graphs as asked.
+"""Hand a graph to Inductor: its weights marked as staying where they are, CUDA graphs as asked, fresh caches laid out.
 
 A CUDA graph reads the addresses that it was recorded with, so Inductor copies every input to a place of its own before
 each replay, but for those known to be static. Dynamo knows that of parameters; that packed weights are static only we
@@ -60,6 +60,8 @@ def compile_graph(
             how["static_input_idxs"] = [*range(own), *(own + place for place in static)]
         return inductor.compile_fx_inner(traced, examples, **how)
 
+    _lay_out_fresh_caches(graph_module.graph)
+    graph_module.recompile()
     skipped = counters["inductor"]["cudagraph_skips"]
     made = inductor.compile_fx(graph_module, list(inputs), inner_compile=inner, config_patches=dict(patches) or None)
     if patches.get(GRAPHS) and counters["inductor"]["cudagraph_skips"] > skipped:
@@ -69,6 +71,49 @@ def compile_graph(
             stacklevel=2,
         )
     return made
+
+
+def _lay_out_fresh_caches(graph: fx.Graph) -> None:
+    """Write a cat of one tensor and empty ones as the contiguous copy that it is, in place.
+
+    A cache begins so: cat([empty, keys]). Inductor (torch 2.13) makes a copy with the strides of the keys of it, heads
+    behind tokens, where eager PyTorch and the next step's cat are contiguous: the graph of a second token was compiled
+    for strides that the third token's cache has not, and compiled once more, a minute for a small LLM.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+        kept = [part for part in node.args[0] if tuple(part.meta["val"].shape) != (0,)]
+        if len(kept) == 1 < len(node.args[0]):
+            with graph.inserting_before(node):
+                copy = graph.call_function(
+                    torch.ops.aten.clone.default, (kept[0],), {"memory_format": torch.contiguous_format}
+                )
+            copy.meta = dict(node.meta)
+            node.replace_all_uses_with(copy)
+            graph.erase_node(node)
+
+
+def make_floats_constant(graph_module: fx.GraphModule) -> None:
+    """Let Dynamo trace once more if a Python float is an input of its graph, as with `dynamic=True`: a constant then.
+
+    AOTAutograd asks for the same of floats that no tensor operator reads, which are all once quantize() has captured
+    them, but behind all of our work; that would be done twice.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: which Dynamo expects of a backend.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    fakes = [node.meta.get("example_value") for node in graph_module.graph.find_nodes(op="placeholder")]
+    mode = next((fake.fake_mode for fake in fakes if hasattr(fake, "fake_mode")), None)
+    symbols = getattr(getattr(mode, "shape_env", None), "backed_var_to_val", {})
+    floats = [str(symbol) for symbol in symbols if symbol_is_type(symbol, SymT.FLOAT)]
+    new = [name for name in floats if not TensorifyState.should_specialize(name)]
+    for name in new:
+        TensorifyState.specialize(name)
+    if new:
+        raise TensorifyScalarRestartAnalysis
 
 
 def needs_gpu(inputs: Sequence[Any]) -> str | None:

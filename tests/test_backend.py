@@ -65,6 +65,19 @@ def test_generate_through_compile():
     assert model.generate(ids, **arguments).tolist() == reference.generate(ids, **arguments).tolist()
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_generate_needs_a_graph_for_prompts_and_one_for_tokens(name):
+    """Inductor alone compiles a third, for a cache that its first graph laid out in another way than its second."""
+    model, ids = build(name), torch.tensor([[5, 6, 7, 8]])
+    arguments = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+    want = model.generate(ids, **arguments).tolist()
+    torch._dynamo.reset()
+    backend.reports.clear()
+    model.compile(backend="qcompile", dynamic=True, options={"recipe": "exact"})
+    assert model.generate(ids, **arguments).tolist() == want
+    assert len(backend.reports) == 2
+
+
 def test_dynamic_rows_compile_once():
     model = mlp()
     run = torch.compile(

@@ -79,7 +79,7 @@ def test_eager_compiled_and_onnx_choose_the_same_tokens(smollm2, tmp_path):
     # Level 1: level 4 rounds activations to int8, another function, whose tokens differ at near ties.
     qcompile.export_onnx(model, tmp_path / "m", tokenizer=tokenizer, accuracy_level=1, progress=False)
     assert list(Session(tmp_path / "m").stream(ids, len(want))) == want
-    model.compile(backend="qcompile")
+    model.compile(backend="qcompile", dynamic=True)  # two graphs to compile, not three
     assert greedy(model, ids) == want
     kernels = {k for report in reports for s in report.sites for k in s.kernel.values()}
     assert any("nibble_float" in k for k in kernels)
@@ -89,12 +89,16 @@ def test_quantized_activations_choose_other_tokens_only_at_near_ties(smollm2):
     """Eager and compiled round the same numbers, but not always to the same side: one activation code
     that flips is new rounding noise for all later layers. Up to a flip the logits agree to 1e-4."""
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
+    del model.model.layers[8:-4]  # Inductor takes seconds for each; the test before compiles all of them
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = len(model.model.layers)
     qcompile.quantize(model, "int8", progress=False)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     want = greedy(model, ids)
     with torch.no_grad():
         logits = model(torch.cat([ids, torch.tensor([want])], 1)).logits[0, ids.shape[1] - 1 :]
-    model.compile(backend="qcompile", dynamic=True)  # two graphs to compile, not three
+    model.compile(backend="qcompile", dynamic=True)
     found = greedy(model, ids)
     same = next((i for i, (a, b) in enumerate(zip(found, want, strict=True)) if a != b), len(want))
     assert same >= 8
