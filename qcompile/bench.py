@@ -43,6 +43,7 @@ class Speed:
     prompt: int
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)  # seconds for one token
+    first: float = 0.0  # seconds of the round before the counted ones, which compiles
 
     @property
     def prefill_rate(self) -> float:
@@ -69,9 +70,11 @@ def time_models(
     for run in track(range(rounds + 1), "compiling and timing", disable=not progress, transient=True):
         for name, model in models.items():
             prefill, decode = time_text(model, ids, new)
-            if run:  # the first round compiles
+            if run:
                 speeds[name].prefill.append(prefill)
                 speeds[name].decode += decode
+            else:
+                speeds[name].first = prefill + sum(decode)
     return speeds
 
 
@@ -82,8 +85,8 @@ def time_text(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[f
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         prefill = time.perf_counter() - start
         for layer in getattr(out.past_key_values, "layers", ()):
-            # The prompt's cache is a transposed view, later ones are dense: without this every
-            # candidate compiles its decoding twice.
+            # Inductor's own prompts leave a transposed view, later steps dense caches: without this it would
+            # compile decoding twice.
             layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
         decode = []
         for _ in range(new):
@@ -108,7 +111,16 @@ class Comparison:
         peers = [s for name, s in self.speeds.items() if name.startswith("inductor")]
         best_prefill = max(s.prefill_rate for s in peers)
         best_decode = max(s.decode_rate for s in peers)
-        table = Table("candidate", "weights MB", "prefill tok/s", "x best float", "decode tok/s", "x best float ")
+        columns = (
+            "candidate",
+            "weights MB",
+            "prefill tok/s",
+            "x best float",
+            "decode tok/s",
+            "x best float ",
+            "first call s",
+        )
+        table = Table(*columns)
         for name, s in self.speeds.items():
             table.add_row(
                 name,
@@ -117,6 +129,7 @@ class Comparison:
                 f"{s.prefill_rate / best_prefill:.2f}",
                 f"{s.decode_rate:.1f}",
                 f"{s.decode_rate / best_decode:.2f}",
+                f"{s.first:.0f}",
             )
         return table
 
@@ -131,6 +144,7 @@ class Comparison:
                     "weight_bytes": self.weight_bytes[name],
                     "prefill_tokens_per_second": s.prefill_rate,
                     "decode_tokens_per_second": s.decode_rate,
+                    "first_seconds": s.first,
                 }
                 for name, s in self.speeds.items()
             ],

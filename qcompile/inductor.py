@@ -81,8 +81,11 @@ def _lay_out_fresh_caches(graph: fx.Graph) -> None:
     for strides that the third token's cache has not, and compiled once more, a minute for a small LLM.
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
-        kept = [part for part in node.args[0] if tuple(part.meta["val"].shape) != (0,)]
-        if len(kept) == 1 < len(node.args[0]):
+        made, parts = node.meta.get("val"), node.args[0] if node.args else ()
+        kept = [part for part in parts if not _is_empty(part.meta.get("val"))]
+        if made is None or len(kept) != 1 or len(parts) == 1:
+            continue
+        if kept[0].meta["val"].dtype == made.dtype and made.is_contiguous():
             with graph.inserting_before(node):
                 copy = graph.call_function(
                     torch.ops.aten.clone.default, (kept[0],), {"memory_format": torch.contiguous_format}
@@ -92,11 +95,16 @@ def _lay_out_fresh_caches(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _is_empty(value: Any) -> bool:
+    """A vector of no numbers, which `cat` leaves out whatever the shape of the others."""
+    return isinstance(value, Tensor) and value.ndim == 1 and isinstance(value.shape[0], int) and value.shape[0] == 0
+
+
 def make_floats_constant(graph_module: fx.GraphModule) -> None:
     """Let Dynamo trace once more if a Python float is an input of its graph, as with `dynamic=True`: a constant then.
 
-    AOTAutograd asks for the same of floats that no tensor operator reads, which are all once quantize() has captured
-    them, but behind all of our work; that would be done twice.
+    AOTAutograd asks for the same of floats that no tensor operator reads, which is all of them, since capture_dynamo
+    makes them constants; but it asks behind all of our work, which would be done twice.
 
     Raises:
         TensorifyScalarRestartAnalysis: which Dynamo expects of a backend.
