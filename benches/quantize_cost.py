@@ -2,8 +2,10 @@
 
     python benches/quantize_cost.py [recipe ..]     writes benches/results/quantize_cost.json
 
-Each recipe runs in a process of its own. Peak memory is the process's high-water mark while `quantize`
-runs, the float model included, over the bytes of the float weights. Rows of other recipes are kept.
+Each recipe runs in a process of its own, and so does `plain-gptq`, a GPTQ loop by hooks as one writes it
+in an afternoon (benches/plain_gptq.py), with the settings and the text of `w4a16-gptq`. Peak memory is the
+process's high-water mark meanwhile, the float model included, over the bytes of the float weights. Rows of
+other recipes are kept.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from rich.table import Table
 from qcompile.bench import versions
 
 RESULTS = Path(__file__).parent / "results" / "quantize_cost.json"
-RECIPES = ["int8", "w8a16", "w4a16", "w4a8", "int8-smooth", "int8-rotated", "w4a16-gptq", "w4a8-gptq"]
-WINDOWS = {"w4a16-gptq": 64, "w4a8-gptq": 64}  # of 512 tokens, to calibrate on; 16 for the others
+RECIPES = ["int8", "w8a16", "w4a16", "w4a8", "int8-smooth", "int8-rotated", "w4a16-gptq", "plain-gptq", "w4a8-gptq"]
+PLAIN = "plain-gptq"
+WINDOWS = {"w4a16-gptq": 64, "w4a8-gptq": 64, PLAIN: 64}  # of 512 tokens, to calibrate on; 16 for the others
 
 
 def one(recipe: str) -> dict[str, object]:
     """Quantize SmolLM2 in this process."""
+    from plain_gptq import plain_gptq
+
     import qcompile
     from qcompile.memory import watch_peak
     from qcompile.presets import find_recipe
@@ -34,10 +39,14 @@ def one(recipe: str) -> dict[str, object]:
 
     model, tokenizer = load_pretrained()
     weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
-    data = batches(tokenizer, count=WINDOWS.get(recipe, 16)) if find_recipe(recipe).needs else None
+    calibrated = recipe == PLAIN or find_recipe(recipe).needs
+    data = batches(tokenizer, count=WINDOWS.get(recipe, 16)) if calibrated else None
     start = time.perf_counter()
     with watch_peak() as peak:
-        qcompile.quantize(model, recipe, data, progress=False)
+        if recipe == PLAIN:
+            plain_gptq(model, data)
+        else:
+            qcompile.quantize(model, recipe, data, progress=False)
     seconds, extra = time.perf_counter() - start, peak.bytes
     row = dict(recipe=recipe, seconds=seconds, weights=weights, extra=extra, ratio=(weights + extra) / weights)
     return row | dict(isa=versions()["isa"])  # rows are of different runs
