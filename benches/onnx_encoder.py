@@ -1,4 +1,4 @@
-"""Sentence embeddings of exported ONNX folders against the float model's: cosine similarity and size.
+"""Sentence embeddings of exported ONNX folders against the float model's: cosine similarity, size and speed.
 
     python benches/onnx_encoder.py [TEXT [MODEL]]      writes benches/results/onnx_encoder.json
 
@@ -10,8 +10,10 @@ folder as `qcompile export-onnx MODEL FOLDER --recipe .. --pooling mean --normal
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,48 +32,80 @@ from qcompile.recipe import Recipe
 from qcompile.text import sentence_batches, sentences
 
 RESULTS = Path(__file__).parent / "results" / "onnx_encoder.json"
+ROUNDS = 7
 G32 = Format.parse("int4/group32/zero")
-RECIPES: dict[str, str | Recipe | None] = {
-    "float": None,
-    "int8": "int8",
-    "w8a16": "w8a16",
-    "int4 g32": Recipe("int4-g32", (Quantize(G32, None, output=None, clip=True), Fuse())),
-    "int4 g32, GPTQ": Recipe("int4-g32-gptq", (GPTQ(G32, None, output=None, clip=True), Fuse())),
-}
+GPTQ_G32 = Recipe("int4-g32-gptq", (GPTQ(G32, None, output=None, clip=True), Fuse()))
+INT8 = Format("int8")
+RECIPES: dict[str, tuple[str | Recipe | None, dict[str, int]]] = {  # recipe, further options of the export
+    "float": (None, {}),
+    "int8": ("int8", {}),
+    "int8-zero": ("int8-zero", {}),
+    "int8, one scale and zero point for all tokens": (
+        Recipe("int8-tensor", (Quantize(INT8, Format.parse("int8/tensor/zero")), Fuse())), {},
+    ),
+    "w8a16": ("w8a16", {}),
+    "int4 g32": (Recipe("int4-g32", (Quantize(G32, None, output=None, clip=True), Fuse())), {}),
+    "int4 g32, GPTQ": (GPTQ_G32, {}),
+    "int4 g32, GPTQ, accuracy level 1": (GPTQ_G32, {"accuracy_level": 1}),
+}  # fmt: skip
 
 
 def main() -> None:
-    """Export, embed, compare, print, write."""
-    console = Console(width=120)
+    """Export, embed, compare, time, print, write."""
+    console = Console(width=130)
     model, tokenizer = load_encoder(sys.argv[2] if len(sys.argv) > 2 else "")
-    calibration = sentence_batches(tokenizer, sentences(count=128)[::2])
+    calibration = sentence_batches(tokenizer, sentences(count=512)[::2])
     texts = sentences(sys.argv[1], count=256) if len(sys.argv) > 1 else sentences(count=512)[1::2]
     batches = sentence_batches(tokenizer, texts)
     with torch.no_grad():
         pooled = Pooled(model, Pooling("mean", True))
         want = np.concatenate([pooled(**batch)["sentence_embedding"].numpy() for batch in batches])
-    rows = []
-    for name, recipe in RECIPES.items():
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / "m"
+    with tempfile.TemporaryDirectory() as place:
+        folders = {name: Path(place) / str(index) for index, name in enumerate(RECIPES)}
+        for name, (recipe, more) in RECIPES.items():
             options = dict(example=calibration[0], tokenizer=tokenizer, pooling="mean", normalize=True, progress=False)
-            qcompile.export_onnx(model, folder, recipe, calibration if recipe else None, **options)
-            got = embedded(folder, batches)
-            size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+            qcompile.export_onnx(model, folders[name], recipe, calibration if recipe else None, **options, **more)
+        sizes = {n: sum(path.stat().st_size for path in f.glob("model.onnx*")) for n, f in folders.items()}
+        embeddings, seconds = embed(folders, batches)
+    rows = []
+    for name, got in embeddings.items():
         cosine = (got * want).sum(1)
-        rows.append(dict(folder=name, megabytes=size / 1e6, mean=float(cosine.mean()), least=float(cosine.min())))
-    table = Table(f"{len(texts)} sentences", "file MB", "mean cosine", "least")
+        rows.append(
+            dict(folder=name, megabytes=sizes[name] / 1e6, mean=float(cosine.mean()), least=float(cosine.min()))
+            | dict(rate=len(texts) / seconds[name])
+        )
+    table = Table(f"{len(texts)} sentences", "file MB", "mean cosine", "least", "sentences/s", "x float")
     for row in rows:
-        table.add_row(row["folder"], f"{row['megabytes']:.1f}", f"{row['mean']:.5f}", f"{row['least']:.5f}")
+        table.add_row(
+            row["folder"], f"{row['megabytes']:.1f}", f"{row['mean']:.5f}", f"{row['least']:.5f}",
+            f"{row['rate']:.0f}", f"{row['rate'] / rows[0]['rate']:.2f}",
+        )  # fmt: skip
     console.print(table)
-    RESULTS.write_text(json.dumps(dict(versions=versions(), sentences=len(texts), rows=rows), indent=1) + "\n")
+    result = dict(versions=versions(), sentences=len(texts), rounds=ROUNDS, rows=rows)
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def embedded(folder: Path, batches: list[dict[str, torch.Tensor]]) -> np.ndarray:
-    """Embeddings [N, C] of all sentences by ONNX Runtime."""
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+def embed(
+    folders: dict[str, Path], batches: list[dict[str, torch.Tensor]]
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Embeddings [N, C] of all sentences by ONNX Runtime, and the median of the seconds that they took, in turn."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads of the others
+    sessions = {
+        name: onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        for name, folder in folders.items()
+    }
     feeds = [{name: value.numpy() for name, value in batch.items()} for batch in batches]
-    return np.concatenate([session.run(["sentence_embedding"], feed)[0] for feed in feeds])
+    found: dict[str, np.ndarray] = {}
+    times: dict[str, list[float]] = {name: [] for name in folders}
+    for step in range(ROUNDS + 1):  # the first warms up
+        for name, session in sessions.items():
+            start = time.perf_counter()
+            found[name] = np.concatenate([session.run(["sentence_embedding"], feed)[0] for feed in feeds])
+            if step:
+                times[name].append(time.perf_counter() - start)
+    return found, {name: statistics.median(taken) for name, taken in times.items()}
 
 
 if __name__ == "__main__":

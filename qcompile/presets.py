@@ -57,7 +57,7 @@ PRESETS: dict[str, Recipe] = {
         ),
         _recipe(
             "int8-zero",
-            "W8A8 with zero points for activations: for values of one sign, as after GELU; no integer kernel yet",
+            "W8A8 with zero points for activations: for values of one sign, as after GELU; integers in ONNX files only",
             Quantize(Format("int8"), Format.parse("int8/row/zero")),
         ),
         _recipe(

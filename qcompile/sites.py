@@ -8,7 +8,7 @@ they share one activation quantization, one smoothing scale, one Hessian.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -96,9 +96,7 @@ def _experts(program: Program, node: fx.Node) -> Site | None:
     if not _multiplies_stacks(node):
         return None
     for operand in node.args:
-        weight, turns = operand, 0
-        while isinstance(weight, fx.Node) and weight.target in _TURNS:
-            weight, turns = weight.args[0], turns + 1
+        weight, turns = through_turns(operand)
         name = program.weight_name(weight)
         if name is None or weight.meta["val"].ndim != 3:
             continue
@@ -112,12 +110,25 @@ def _experts(program: Program, node: fx.Node) -> Site | None:
         if not isinstance(k, int) or k not in rest:
             continue
         n = rest[0] if rest[1] == k else rest[1]
-        grouped = "grouped_mm" in str(node.target) and len(node.all_input_nodes) == 3
+        grouped = is_grouped(node)
         rows_first = turns % 2 == 1 if grouped else rest[1] == k
         if grouped:  # its operand is [E, K, N]
             n = rest[0] if rows_first else rest[1]
         return Site(name, "experts", node, first, weight, None, n, k, grouped, rows_first)
     return None
+
+
+def is_grouped(node: fx.Node) -> bool:
+    """Whether a node multiplies rows sorted by expert: x, a stack [E, K, N], and the end of each expert's rows."""
+    return "grouped_mm" in str(node.target) and len(node.all_input_nodes) == 3
+
+
+def through_turns(operand: Any) -> tuple[Any, int]:
+    """The value behind transposes, and how many there are."""
+    turns = 0
+    while isinstance(operand, fx.Node) and operand.target in _TURNS:
+        operand, turns = operand.args[0], turns + 1
+    return operand, turns
 
 
 def _multiplies_stacks(node: fx.Node) -> bool:

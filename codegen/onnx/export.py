@@ -24,6 +24,7 @@ from torch import fx, nn
 from qcompile.capture import from_exported
 from qcompile.codegen.onnx.calls import Plain, WithCache
 from qcompile.codegen.onnx.coded import CodedCache, hold_codes
+from qcompile.codegen.onnx.experts import split_experts
 from qcompile.codegen.onnx.genai import write_genai_config
 from qcompile.codegen.onnx.last_logits import only_last
 from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, check_forms, two_ways
@@ -105,12 +106,15 @@ def export_module(
             wrapper, wrapper.arguments(), dynamic_shapes=wrapper.dynamic_shapes(), strict=False
         )
         program = from_exported(exported, wrapper)
+        experts = split_experts(program)
     if isinstance(wrapper, Plain):
         wrapper.note_sizes([node.meta["val"] for node in program.inputs])
     positions = _longest(getattr(model, "config", None)) if example is None else None
     rewritten, shared = (
         (PassReport("operators of the standard"), []) if layout.portable else rewrite(program, positions)
     )
+    if experts:
+        rewritten.notes.append(f"{experts} products of experts, each by its own rows")
     if layout.last_logits:
         if (obstacle := only_last(program)) is not None:
             raise NoOnnxForm(f"last_logits: {obstacle.reason} (node {obstacle.node})")

@@ -1,6 +1,6 @@
 """Quantized linears in the form that ONNX has operators for.
 
-    weight-only int4/int8   MatMulNBits(x, codes, scales, zeros)       float activations, float sums
+    weight-only int2/4/8    MatMulNBits(x, codes, scales, zeros)       float activations, float sums
     int8 x int8             Int8Linear: u8 x u8 products               exact int32 sums (lower.py)
     dual int4 x int8        DualLinear: both of the above, by the number of rows (lower.py)
     other W4A8, W4A4        per-token quantize-dequantize, then MatMulNBits
@@ -29,19 +29,23 @@ class NoOnnxForm(ValueError):
     """Sites whose format has no ONNX operator; the text names all of them and the mend."""
 
 
-def refusal(module: QuantLinear, portable: bool = False) -> str | None:
+def refusal(module: QuantLinear | QuantStack, portable: bool = False) -> str | None:
     """Why a site has no ONNX form, or None."""
-    form, act = module.format, module.act
+    form, act = module.format, getattr(module, "act", None)
+    if portable and isinstance(module, QuantStack):
+        return "a stack of experts: written by MatMulNBits, which is no operator of the standard"
     if portable and form.zero == "float":
         return f"{form}: DequantizeLinear takes integer zero points"
-    if form.bits not in (4, 8) or form.is_float:
-        return f"{form}: ONNX Runtime's CPU operators take int4 and int8 weights"
+    if form.bits not in (2, 4, 8) or form.is_float:
+        return f"{form}: ONNX Runtime's CPU operators take int2, int4 and int8 weights"
+    if portable and form.bits == 2:
+        return f"{form}: DequantizeLinear of opset 21 takes int4 and int8 weights"
     if form.per == "tensor":
         return f"{form}: a scale for the whole weight (use int8/row)"
     if form.per == "group" and (form.group < 16 or form.group & (form.group - 1)):
         return f"{form}: blocks must be a power of two of at least 16"
-    if act is not None and (act.per == "group" or act.zero != "none" or act.is_float):
-        return f"activation {act}: only int8 or int4, symmetric, per row or tensor"
+    if act is not None and (act.per == "group" or act.zero == "float" or act.is_float):
+        return f"activation {act}: only int8 or int4, symmetric or with integer zero points, per row or tensor"
     return None
 
 
@@ -50,12 +54,7 @@ def check_forms(model: nn.Module, portable: bool = False) -> None:
     bad = {
         path: reason
         for path, module in model.named_modules()
-        if isinstance(module, QuantLinear) and (reason := refusal(module, portable)) is not None
-    }
-    bad |= {
-        path: "a stack of experts: ONNX Runtime has no operator for its products"
-        for path, module in model.named_modules()
-        if isinstance(module, QuantStack)
+        if isinstance(module, QuantLinear | QuantStack) and (reason := refusal(module, portable)) is not None
     }
     if bad:
         lines = "\n".join(f"  {path}: {reason}" for path, reason in list(bad.items())[:20])
@@ -81,11 +80,13 @@ class OnnxLinear(nn.Module):
         self.turn = None if source.signs is None else Hadamard(source.signs)
         self.factors = nn.ParameterList(source.factors(torch.float32)).requires_grad_(False)
         self.register_buffer("bias", None if source.bias is None else source.bias.float())
-        self.integer = source.format == Format("int8") and self.act in (Format("int8"), Format("int8", "tensor"))
+        self.integer = source.format == Format("int8") and self.act is not None and self.act.dtype == "int8"
         self.dual = two_ways(source) and not portable
         if self.integer:
             self.register_buffer("weight", (source.codes.t().to(torch.int16) + 128).to(torch.uint8).contiguous())
             self.register_buffer("scale", source.scale.reshape(-1).float())
+            sums = None if self.act.zero == "none" else self.scale * source.codes.sum(1)
+            self.register_buffer("sums", sums)
             return
         self.bits, self.block = source.format.bits, block_of(source.format, self.k)
         parts = to_blocks(source)
@@ -98,7 +99,7 @@ class OnnxLinear(nn.Module):
         if self.turn is not None:
             x = self.turn(x)
         if self.integer:
-            out = ops.int8_linear(x, self.weight, self.scale, self.bias, self.act.per == "row")
+            out = ops.int8_linear(x, self.weight, self.scale, self.sums, self.bias, self.act.per == "row")
         elif self.dual:
             blocks = (self.codes, self.scales, self.zeros, self.bias, self.k, self.bits, self.block)
             out = ops.dual_linear(x, *blocks, self.row, self.act.per == "row")
@@ -116,11 +117,16 @@ class OnnxLinear(nn.Module):
 
     def _rounded(self, x: Tensor) -> Tensor:
         """x rounded to the activation format, as numbers."""
-        high = self.act.qmax
-        peak = x.abs().amax(-1, keepdim=True) if self.act.per == "row" else x.abs().amax()
-        step = peak / high
+        axes = -1 if self.act.per == "row" else tuple(range(x.ndim))
+        low = None if self.act.zero == "none" else x.amin(axes, keepdim=True).clamp_max(0)
+        span = x.abs().amax(axes, keepdim=True) if low is None else x.amax(axes, keepdim=True).clamp_min(0) - low
+        step = span / self.act.qmax
         step = torch.where(step > 1e-30, step, torch.ones_like(step))
-        return (x / step).round().clamp(-high - 1, high) * step
+        steps, least, most = (x / step).round(), self.act.qmin, self.act.qmax
+        if low is None:
+            return steps.clamp(least, most) * step
+        zero = (-low / step).round()
+        return ((steps + zero).clamp(least, most) - zero) * step
 
 
 def block_of(form: Format, k: int) -> int:

@@ -2,16 +2,17 @@
 
 Three nodes of our own stand in an exported graph, and none in a file:
 
-    Int8Linear      an int8 weight: u8 x u8 products, whatever the number of rows
+    Int8Linear      an int8 weight: u8 x u8 products (lower_int8.py), whatever the number of rows
     DualLinear      a dual-grained weight s_row s1 (q - z), |s1 (q - z)| <= 127 (DGQ, arXiv:2310.04836; QoQ,
                     arXiv:2405.04532): int4 in groups and int8 in a row at once, so there are two ways to multiply
                         few rows    MatMulNBits on the int4 codes: decoding waits for memory, which holds 4 bits
                         many rows   u8 x u8 products on s1 (q - z), which the processor multiplies directly
     BlockedLinear   of a portable file: DequantizeLinear and MatMul, which ONNX Runtime makes one MatMulNBits again
 
-Integers of both sides are moved by 128 to u8. Where a processor has 8-bit dot products (VNNI, AMX), ONNX Runtime turns
-such weights to s8 while it packs them; where it has none (AVX2, AVX-512 of before), its products of u8 and s8 are
-added two by two in 16 bits, which are too few for pairs of large ones: sums of an s8 weight would be wrong there.
+Integers of both sides are u8, most of them moved by 128. Where a processor has 8-bit dot products (VNNI, AMX), ONNX
+Runtime turns such weights to s8 while it packs them; where it has none (AVX2, AVX-512 of before), its products of u8
+and s8 are added two by two in 16 bits, which are too few for pairs of large ones: sums of an s8 weight would be wrong
+there.
 
 The file holds the 4-bit codes, s_row and s1 once (split_scales.py): s1 (q - z) is computed from the same bytes, which
 ONNX Runtime does when it opens the file (constant folding). A decoder becomes one `If` on its number of tokens around
@@ -29,14 +30,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.codegen.onnx.lower_attention import by_length, is_coded, lengths
+from qcompile.codegen.onnx.lower_int8 import Int8Product, Weight
 from qcompile.codegen.onnx.steps import DOMAIN, FEW, Steps, attributes_of
 
 Way = Literal["few", "many"]
 
 # Norms whose further outputs (mean, inverse deviation, the sum) cost time where nobody reads them.
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
-
-_TINY = 1e-30 / 127  # a step of zero would make 0 / 0 of a row of zeros
 
 
 def is_dual(model: onnx.ModelProto) -> bool:
@@ -76,6 +76,7 @@ def by_tokens(model: onnx.ModelProto, few: int = FEW) -> onnx.ModelProto:
     choice = helper.make_node("If", [is_few], outputs, name="tokens_few_or_many", **branches)
     del graph.value_info[:]  # they describe values that are inside the branches now
     _replace(graph.node, [*ahead, *weights, *do.nodes, choice])
+    _drop_unread(graph)
     return found
 
 
@@ -94,7 +95,7 @@ def _of_weights_alone(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], lis
 
 
 def _drop_unread(graph: onnx.GraphProto) -> None:
-    """Without weights that no node reads any more: those read as uint4 only."""
+    """Without weights that no node reads any more: those read as uint4 only, sums where the operators do without."""
     read = {name for node in _every(graph.node) for name in node.input} | {output.name for output in graph.output}
     _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in read])
 
@@ -140,7 +141,7 @@ class _Writer:
         self.constants: dict[tuple[str, bytes], str] = {}
         self.read = {name for node in _every(graph.node) for name in node.input} | {o.name for o in graph.output}
         # Names of codes, scales, zero points, row scales -> of u8 [K, N] and of row scales.
-        self.int8: dict[tuple[str, ...], tuple[str, str]] = {}
+        self.int8: dict[tuple[str, ...], Weight] = {}
 
     def constant(self, value: np.ndarray) -> str:
         """The name of a constant; equal ones are one."""
@@ -168,13 +169,12 @@ class _Writer:
                     found += known
                 found.append(by_length(node, known, self.constant))
             elif node.op_type == "Int8Linear":
-                x, weight, scale, *bias = node.input
-                found += self._product(node, x, weight, scale, bias)
+                weight = Weight(*node.input[1:4])  # two names, or three
+                found += self._product(node, node.input[0], weight, list(node.input[4:]))
             elif node.op_type == "BlockedLinear":
                 found += self._dequantized(node)
             elif node.op_type == "DualLinear" and way == "many":
-                weight, row = self.int8[_dual_weight(node)]
-                found += self._product(node, node.input[0], weight, row, list(node.input[5:]))
+                found += self._product(node, node.input[0], self.int8[_dual_weight(node)], list(node.input[5:]))
             elif node.op_type == "DualLinear":
                 found.append(self._by_codes(node))
             else:
@@ -200,30 +200,10 @@ class _Writer:
         sizes |= dict(name=node.name, domain="com.microsoft", accuracy_level=1)
         return helper.make_node("MatMulNBits", inputs, outputs, **sizes)
 
-    def _product(self, node: onnx.NodeProto, x: str, weight: str, scale: str, bias: list[str]) -> list[onnx.NodeProto]:
-        """x rounded to u8 around 128 in steps of max|x| / 127, times a weight in u8 around 128."""
-        per_row = bool(attributes_of(node)["per_row"])
+    def _product(self, node: onnx.NodeProto, x: str, weight: Weight, bias: list[str]) -> list[onnx.NodeProto]:
         do = Steps(node.name)
-        axes = [self.whole(-1)] if per_row else []  # none: of all
-        peak = do("peak", "ReduceMax", do("size", "Abs", x), *axes, keepdims=int(per_row))
-        share = do("share", "Mul", peak, self.constant(np.array(1 / 127, np.float32)))
-        step = do("step", "Max", share, self.constant(np.array(_TINY, np.float32)))
-        if per_row:  # the operators take one scale for all rows: divide before, multiply after
-            one = self.constant(np.array(1, np.float32))
-            do("y", "Mul", self._multiplied(do, do("units", "Div", x, step), one, weight, scale), step)
-        else:
-            self._multiplied(do, x, step, weight, scale)
+        Int8Product(do, self.constant, self.portable).multiply(x, weight, bool(attributes_of(node)["per_row"]))
         return self._with_bias(do, bias, node)
-
-    def _multiplied(self, do: Steps, x: str, step: str, weight: str, scale: str) -> str:
-        middle = self.constant(np.array(128, np.uint8))
-        codes = do("codes", "QuantizeLinear", x, step, middle)
-        if not self.portable:
-            inputs = (codes, weight, step, scale, middle, middle)
-            return do("product", "MatMulIntegerToFloat", *inputs, domain="com.microsoft")
-        integers = do("integers", "MatMulInteger", codes, weight, middle, middle)
-        scales = do("scales", "Mul", scale, step)
-        return do("product", "Mul", do("numbers", "Cast", integers, to=TensorProto.FLOAT), scales)
 
     def _dequantized(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         """x @ DequantizeLinear(codes [K, N]) + bias."""
@@ -252,7 +232,7 @@ class _Writer:
             found += do.nodes
         return found
 
-    def _int8_weight(self, do: Steps, node: onnx.NodeProto) -> tuple[str, str]:
+    def _int8_weight(self, do: Steps, node: onnx.NodeProto) -> Weight:
         codes, scales, zeros, row = _dual_weight(node)
         sizes = attributes_of(node)
         n, k, block = sizes["N"], sizes["K"], sizes["block_size"]
@@ -271,7 +251,9 @@ class _Writer:
         moved = do("moved", "Add", product, self.constant(np.array(128, np.uint8)))
         flat = do("lines", "Reshape", moved, self.whole(n, blocks * block))
         columns = do("columns", "Transpose", flat, perm=[1, 0])
-        return columns if blocks * block == k else do("int8", "Slice", columns, first, self.whole(k), first), row
+        if blocks * block > k:
+            columns = do("int8", "Slice", columns, first, self.whole(k), first)
+        return Weight(columns, row)
 
     def _seen(self, name: str, dims: list[int], kind: int = TensorProto.UINT4) -> str:
         """The bytes of a uint8 weight in another shape and type: on disk they lie there once."""

@@ -4,19 +4,23 @@ Each has a reference in plain torch, which is what the rewritten graph computes 
 (translate.py gives the ONNX nodes). Attentions are in attention_operators.py.
 
     nbits_linear      MatMulNBits: codes in blocks of one scale and zero point
-    int8_linear       int8 codes for each row of x, MatMulInteger, scales
+    int8_linear       codes of x in steps of a row or of all, with or without zero points, MatMulInteger, scales
     rms_norm          SimplifiedLayerNormalization, and with a residual SkipSimplifiedLayerNormalization
     skip_layer_norm   SkipLayerNormalization: of the sum of two values and a bias
     gelu, gate        Gelu, BiasGelu and FastGelu; QuickGelu
     gather_nbits      GatherBlockQuantized: rows of a table that MatMulNBits may read too
+    experts_linear    for each expert Slice and MatMul of its rows, Concat; experts_nbits with MatMulNBits
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 import qcompile.ops  # noqa: F401  registers torch.ops.qcompile
+from qcompile.formats import Format
 from qcompile.packing import unpack
 
 
@@ -50,13 +54,18 @@ def blocks_to_numbers(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits:
 
 
 @torch.library.custom_op("qcompile_onnx::int8_linear", mutates_args=())
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, per_row: bool) -> Tensor:
-    """round(x / s) @ (weight - 128), times s and scale [N], plus bias; s = max|x| / 127 of a row or of all x.
+def int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, sums: Tensor | None, bias: Tensor | None, per_row: bool
+) -> Tensor:
+    """Codes of x @ (weight - 128), times their step and scale [N], plus bias; a step of a row or of all x.
 
     weight: uint8 [K, N], int8 codes moved by 128 (lower.py says why).
+    sums: [N], scale times the sums of weight - 128 over K, if x has zero points; None: it has none.
     """
-    codes, step, _ = torch.ops.qcompile.quantize(x, "int8/row" if per_row else "int8/tensor")
-    out = (codes.double() @ (weight.double() - 128)).float() * step * scale  # float64 sums of int8 products are exact
+    form = Format("int8", "row" if per_row else "tensor", zero="none" if sums is None else "int")
+    codes, step, zero = torch.ops.qcompile.quantize(x, str(form))
+    whole = codes.double() if sums is None else codes.double() - zero
+    out = (whole @ (weight.double() - 128)).float() * step * scale  # float64 sums of int8 products are exact
     return out if bias is None else out + bias
 
 
@@ -75,7 +84,7 @@ def dual_linear(
     Other arguments as of nbits_linear, which multiplies the same weight by activations that are not rounded.
     """
     units = blocks_to_numbers(codes, (scales / row[:, None]).round(), zeros, bits, block)[:, :k]
-    return int8_linear(x, (units + 128).to(torch.uint8).t(), row, bias, per_row)
+    return int8_linear(x, (units + 128).to(torch.uint8).t(), row, None, bias, per_row)
 
 
 @dual_linear.register_fake
@@ -175,3 +184,38 @@ def gather_nbits(
 @gather_nbits.register_fake
 def _(ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, k: int, *_: int) -> Tensor:
     return scales.new_empty((*ids.shape, k))
+
+
+@torch.library.custom_op("qcompile_onnx::experts_linear", mutates_args=())
+def experts_linear(x: Tensor, ends: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Rows x [T, K] sorted by expert, those of expert e up to ends[e], times weights[e] [K, N]: [T, N]."""
+    return torch.cat([rows @ weight for rows, weight in zip(_of_experts(x, ends), weights, strict=True)])
+
+
+@experts_linear.register_fake
+def _(x: Tensor, ends: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return x.new_empty((x.shape[0], weights[0].shape[1]))
+
+
+@torch.library.custom_op("qcompile_onnx::experts_nbits", mutates_args=())
+def experts_nbits(
+    x: Tensor, ends: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], zeros: Sequence[Tensor],
+    k: int, bits: int, block: int,
+) -> Tensor:  # fmt: skip
+    """The same with weights in codes, each as of nbits_linear; zeros: one for each expert, or none."""
+    products = []
+    for e, rows in enumerate(_of_experts(x, ends)):
+        weight = blocks_to_numbers(codes[e], scales[e], zeros[e] if zeros else None, bits, block)[:, :k]
+        products.append(rows @ weight.t())
+    return torch.cat(products)
+
+
+@experts_nbits.register_fake
+def _(x: Tensor, ends: Tensor, codes: Sequence[Tensor], *_: object) -> Tensor:
+    return x.new_empty((x.shape[0], codes[0].shape[0]))
+
+
+def _of_experts(x: Tensor, ends: Tensor) -> list[Tensor]:
+    """The rows of each expert."""
+    last = ends.tolist()
+    return [x[start:end] for start, end in zip([0, *last], last, strict=False)]

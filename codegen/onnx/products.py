@@ -23,7 +23,7 @@ ops = torch.ops.qcompile_onnx
 _WEIGHTS = {
     ops.nbits_linear.default: ((1, 2, 3), (0, 0, 0), 4),
     ops.dual_linear.default: ((1, 2, 3, 8), (0, 0, 0, 0), 4),
-    ops.int8_linear.default: ((1, 2), (1, 0), 3),
+    ops.int8_linear.default: ((1, 2, 3), (1, 0, 0), 4),
     aten.linear.default: ((1,), (0,), 2),
 }
 

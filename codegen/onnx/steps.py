@@ -25,6 +25,12 @@ class Steps:
         self.nodes.append(helper.make_node(operator, inputs, [out], name=out, **attributes))
         return out
 
+    def also(self, made: str) -> str:
+        """One more output of the last node; its name."""
+        out = "/".join((DOMAIN, self.name, made))
+        self.nodes[-1].output.append(out)
+        return out
+
     def ending(self, out: str) -> list[onnx.NodeProto]:
         """The nodes, the last one making `out`."""
         self.nodes[-1].output[:] = [out]

@@ -55,8 +55,8 @@ def _rounding_of(program: Program, table: Tensor, product: fx.Node) -> Tensor | 
     codes, scales, zeros = (program.weights[n] if n is not None else None for n in names)
     assert codes is not None and scales is not None
     k, bits, block = product.args[5:8]
-    if tuple(table.shape) != (codes.shape[0], k) or (zeros is not None and zeros.is_floating_point()):
-        return None
+    if tuple(table.shape) != (codes.shape[0], k) or (zeros is not None and zeros.is_floating_point()) or bits < 4:
+        return None  # GatherBlockQuantized reads codes of 4 and 8 bits, with zero points of the same
     numbers = blocks_to_numbers(codes, scales, zeros, bits, block)[:, :k]
     step = scales.abs().repeat_interleave(block, 1)[:, :k]
     far = (numbers - table).abs() > _STEP * step

@@ -68,7 +68,7 @@ _SCHEMAS = {
     "BlockedLinear": (
         ["X", "codes", "scales", "zero_points", "bias?"], ["Y"], dict(K="INT", bits="INT", block_size="INT")
     ),
-    "Int8Linear": (["X", "weight", "scale", "bias?"], ["Y"], dict(per_row="INT")),
+    "Int8Linear": (["X", "weight", "scale", "sums?", "bias?"], ["Y"], dict(per_row="INT")),
 }  # fmt: skip
 
 
@@ -120,8 +120,27 @@ def _blocked_linear(x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, bits
     return _operator("BlockedLinear", DOMAIN)(x, codes, scales, zeros, bias, K=x.shape[-1], bits=bits, block_size=block)
 
 
-def _int8_linear(x: Any, weight: Any, scale: Any, bias: Any, per_row: bool) -> Any:
-    return _operator("Int8Linear", DOMAIN)(x, weight, scale, bias, per_row=int(per_row))
+def _int8_linear(x: Any, weight: Any, scale: Any, sums: Any, bias: Any, per_row: bool) -> Any:
+    return _operator("Int8Linear", DOMAIN)(x, weight, scale, sums, bias, per_row=int(per_row))
+
+
+def _experts_linear(x: Any, ends: Any, weights: Any) -> Any:
+    rows = _of_experts(x, ends, len(weights))
+    return op.Concat(*(op.MatMul(each, weight) for each, weight in zip(rows, weights, strict=True)), axis=0)
+
+
+def _experts_nbits(x: Any, ends: Any, codes: Any, scales: Any, zeros: Any, k: int, bits: int, block: int) -> Any:
+    products = [
+        _nbits_linear(rows, codes[e], scales[e], zeros[e] if zeros else None, None, k, bits, block)
+        for e, rows in enumerate(_of_experts(x, ends, len(codes)))
+    ]
+    return op.Concat(*products, axis=0)
+
+
+def _of_experts(x: Any, ends: Any, experts: int) -> list[Any]:
+    axis, one = op.Constant(value_ints=[0]), functools.partial(op.Slice, op.Cast(ends, to=onnx.TensorProto.INT64))
+    last = [one(op.Constant(value_ints=[e]), op.Constant(value_ints=[e + 1])) for e in range(experts)]
+    return [op.Slice(x, start, end, axis) for start, end in zip([axis, *last], last, strict=False)]
 
 
 def _group_attention(
@@ -196,12 +215,17 @@ def _gate(x: Any, slope: float) -> Any:
 def table(portable: bool) -> dict[Any, Callable[..., Any]]:
     """Operator -> translation; portable: only what becomes operators of the standard."""
     ops = torch.ops.qcompile_onnx
-    standard = {ops.blocked_linear.default: _blocked_linear, ops.int8_linear.default: _int8_linear}
+    standard = {
+        ops.blocked_linear.default: _blocked_linear,
+        ops.int8_linear.default: _int8_linear,
+        ops.experts_linear.default: _experts_linear,
+    }
     if portable:
         return standard
     return standard | {
         ops.nbits_linear.default: _nbits_linear,
         ops.dual_linear.default: _dual_linear,
+        ops.experts_nbits.default: _experts_nbits,
         ops.group_attention.default: _group_attention,
         ops.lengths.default: _lengths,
         ops.rms_norm.default: _rms_norm,

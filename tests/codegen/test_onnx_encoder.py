@@ -130,7 +130,7 @@ def run(folder, batch):
     return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in batch.items()})[0])
 
 
-@pytest.mark.parametrize("recipe", [None, "int8", "w4a16", "int4-cpu"])
+@pytest.mark.parametrize("recipe", [None, "int8", "int8-zero", "w4a16", "int4-cpu"])
 def test_the_graph_of_an_encoder(recipe, tmp_path):
     """Golden: what one layer costs in operators; and texts of other lengths and paddings than the example's."""
     model, batch = build("bert"), inputs("bert", True)
@@ -146,7 +146,8 @@ def test_the_graph_of_an_encoder(recipe, tmp_path):
         assert counts["Gelu"] == 2 and not counts["BiasGelu"]
     else:  # the others' are added by what follows
         assert counts["BiasGelu"] == 2 and not counts["Gelu"]
-    added = [n for n in graph.node if n.op_type == "Add" and not n.name.endswith("moved")]  # of int8 weights: folded
+    inside = ("moved", "behind", "sum")  # of int8 weights: folded; of zero points for each row
+    added = [n for n in graph.node if n.op_type == "Add" and not n.name.endswith(inside)]
     assert len(added) <= 3  # the sums of the embeddings, and the pooler's bias
     attention = next(node for node in graph.node if node.op_type == "MultiHeadAttention")
     assert bool(attention.input[3]) == (recipe != "w4a16") and attention.input[4]

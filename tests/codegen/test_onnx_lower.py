@@ -7,7 +7,9 @@ import onnx
 import onnx.parser
 import onnxruntime
 import pytest
+import torch
 
+import qcompile.codegen.onnx.operators  # noqa: F401  registers torch.ops.qcompile_onnx
 from qcompile.codegen.onnx.lower import by_tokens, one_way
 
 
@@ -68,6 +70,33 @@ def test_the_largest_integers_do_not_overflow(rows, portable):
     assert kinds[product.input[1]] == onnx.TensorProto.UINT8  # s8 would pass here on a processor that has them
     session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
     assert np.array_equal(session.run(None, {"x": x})[0], x @ weight.astype(np.float32))
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_activations_with_zero_points(per_row, portable):
+    """Of one sign, of both, of none: the same codes as the operator's own reference makes, and exact sums of them."""
+    rng = np.random.default_rng(0)
+    codes, scale = rng.integers(-127, 128, (96, 24)), rng.uniform(0.5, 2, 24).astype(np.float32)
+    text = f"""
+        <ir_version: 10, opset_import: ["" : 21, "qcompile" : 1, "com.microsoft" : 1]>
+        model (float[m, 96] x, uint8[96, 24] w, float[24] s, float[24] sums, float[24] b) => (float[m, 24] y) {{
+            y = qcompile.Int8Linear <per_row = {int(per_row)}> (x, w, s, sums, b)
+        }}"""
+    model = onnx.parser.parse_model(text)
+    del model.graph.input[1:]
+    weight = dict(w=(codes + 128).astype(np.uint8), s=scale, sums=(scale * codes.sum(0)).astype(np.float32))
+    weight["b"] = rng.normal(size=24).astype(np.float32)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in weight.items())
+    whole = one_way(model, "many", portable)
+    assert ("sums" in {t.name for t in whole.graph.initializer}) == per_row  # the operators take one zero point
+    session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = rng.normal(size=(7, 96)).astype(np.float32)
+    x[1], x[2], x[3], x[4] = np.abs(x[1]), -np.abs(x[2]), 0, x[4] * 1e-12
+    for part in (x, x[1:2], x[2:3], x[3:4]):
+        tensors = (torch.from_numpy(t) for t in (part, *weight.values()))
+        want = torch.ops.qcompile_onnx.int8_linear(*tensors, per_row).numpy()
+        assert np.allclose(session.run(None, {"x": part})[0], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("zero_points", [True, False])
