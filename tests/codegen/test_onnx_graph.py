@@ -170,6 +170,16 @@ def test_a_table_that_the_codes_are_no_rounding_of_is_kept(change, tmp_path):
         assert nodes(folder)[1]["GatherBlockQuantized"] == 0
 
 
+def test_a_table_of_two_bits_is_kept(tmp_path):
+    """MatMulNBits reads such codes, GatherBlockQuantized does not."""
+    form = Format.parse("int2/group32/zero")
+    small = Recipe("small", (Quantize(form, None, output=form), Fuse()))
+    report = qcompile.export_onnx(build("llama"), tmp_path / "m", small, accuracy_level=1, progress=False)
+    graph, counts = nodes(tmp_path / "m")
+    bits = {a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"}
+    assert bits == {2} and counts["GatherBlockQuantized"] == 0 and report.numbers["onnx relative error"] < 1e-5
+
+
 def test_float_products_are_joined_too(tmp_path):
     qcompile.export_onnx(build("qwen2"), tmp_path / "m", progress=False)  # biases on queries, keys, values
     _, counts = nodes(tmp_path / "m")
