@@ -2,8 +2,9 @@
 
 Layer after layer by hooks, as in the paper (Frantar et al. 2022, arXiv:2210.17323, algorithm 1): the
 batches go through a layer once for the Hessians of all its linears and once more, quantized, for the
-next layer's inputs. The same settings as `w4a16-gptq`: int4 in groups of 128 without zero points, a
-search for each group's clip by sum |e|^2.4, columns by falling diagonal on static groups.
+next layer's inputs. As `w4a16-gptq` does it: int4 in groups of 128 with zero points, a search for each
+group's clip by sum |e|^2.4, columns by falling diagonal on static groups. What that preset does beyond
+this, the logits in int8 and factors in float64, this loop does not.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def _hessians(layer: nn.Module, inputs: Sequence[Any]) -> dict[str, Tensor]:
 def quantize(weight: Tensor, hessian: Tensor) -> Tensor:
     """The weight [N, K] in int4's values by GPTQ under `hessian` [K, K], float32."""
     order = hessian.diagonal().argsort(descending=True)
-    scale = torch.cat([_clipped(part)[:, None].expand(part.shape) for part in weight.split(GROUP, 1)], 1)[:, order]
+    grids = [[g[:, None].expand(part.shape) for g in _clipped(part)] for part in weight.split(GROUP, 1)]
+    scale, zero = (torch.cat(parts, 1)[:, order] for parts in zip(*grids, strict=True))
     w, h = weight[:, order].clone(), hessian[order][:, order]
     h.diagonal().add_(DAMPING * h.diagonal().mean())
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
@@ -82,7 +84,7 @@ def quantize(weight: Tensor, hessian: Tensor) -> Tensor:
         last = min(first + BLOCK, w.shape[1])
         errors = torch.empty_like(w[:, first:last])
         for k in range(first, last):
-            rounded[:, k] = (w[:, k] / scale[:, k]).round().clamp(-8, 7) * scale[:, k]
+            rounded[:, k] = _round(w[:, k], scale[:, k], zero[:, k])
             error = (w[:, k] - rounded[:, k]) / upper[k, k]
             w[:, k:last] -= error[:, None] * upper[k, k:last]
             errors[:, k - first] = error
@@ -90,13 +92,19 @@ def quantize(weight: Tensor, hessian: Tensor) -> Tensor:
     return rounded[:, order.argsort()]
 
 
-def _clipped(group: Tensor) -> Tensor:
-    """For each row of [N, group] the scale, of twenty below the largest, with the least sum |e|^2.4."""
-    whole = group.abs().amax(1) / 7
-    best, least = whole.clone(), torch.full_like(whole, torch.inf)
+def _round(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return ((w / scale).round().add(zero).clamp(0, 15) - zero) * scale
+
+
+def _clipped(group: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of [N, group] the scale, of twenty below the largest, with the least sum |e|^2.4; its zero point."""
+    low, high = group.amin(1).clamp_max(0), group.amax(1).clamp_min(0)
+    best, zeros, least = torch.ones_like(low), torch.zeros_like(low), torch.full_like(low, torch.inf)
     for shrink in range(21):
-        scale = (whole * (1 - shrink / 100)).clamp_min(1e-12)
-        error = (group - (group / scale[:, None]).round().clamp(-8, 7) * scale[:, None]).abs().pow(2.4).sum(1)
+        scale = ((high - low) * (1 - shrink / 100) / 15).clamp_min(1e-12)
+        zero = (-low * (1 - shrink / 100) / scale).round()
+        error = (group - _round(group, scale[:, None], zero[:, None])).abs().pow(2.4).sum(1)
         better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best
+        best, zeros = torch.where(better, scale, best), torch.where(better, zero, zeros)
+        least = torch.where(better, error, least)
+    return best, zeros

@@ -3,7 +3,7 @@
     python benches/quantize_cost.py [recipe ..]     writes benches/results/quantize_cost.json
 
 Each recipe runs in a process of its own, and so does `plain-gptq`, a GPTQ loop by hooks as one writes it
-in an afternoon (benches/plain_gptq.py), with the settings and the text of `w4a16-gptq`. Peak memory is the
+in an afternoon (benches/plain_gptq.py), on the text of `w4a16-gptq`, with its format and search. Peak memory is the
 process's high-water mark meanwhile, the float model included, over the bytes of the float weights. Rows of
 other recipes are kept.
 """

@@ -29,6 +29,14 @@ NO_QUANTIZED_CACHE = (
 )
 
 
+class DoesNotFit(RecipeError):
+    """A cache that a model has no place for: the reason, and apart from it the mend for who asked for the cache."""
+
+    def __init__(self, reason: str, mend: str, who: str) -> None:
+        super().__init__(f"{who}: {reason}: {mend}")
+        self.reason = reason
+
+
 def resolve(recipe: Recipe, model: nn.Module) -> Recipe:
     """The recipe with the model's own beginning-of-sequence token where IntactKV names no prefix."""
     token = getattr(getattr(model, "config", None), "bos_token_id", None)
@@ -71,13 +79,13 @@ def fit_cache(
         if of_attentions is not None and len(heads) != attentions:
             who = type(of_attentions).__name__
             mend = f"drop {who}" if of_attentions is prefix else f"use {'center' if cache.center else 'fixed'}=False"
-            raise RecipeError(f"{who}: the graph has {attentions} attentions, the cache {len(heads)} layers: {mend}")
+            raise DoesNotFit(f"the graph has {attentions} attentions, the cache {len(heads)} layers", mend, who)
         return recipe, heads, None
-    except RecipeError as error:
+    except DoesNotFit as error:
         if not optional:
             raise
         report = PassReport("QuantizeKV")
-        report.leave("cache", f"stays float: {error}")
+        report.leave("cache", f"stays float: {error.reason}")
     return dataclasses.replace(recipe, passes=tuple(c for c in recipe.passes if c is not cache)), [], report
 
 
@@ -95,15 +103,17 @@ def _heads_of_cache(
             with torch.no_grad():
                 out = model(*args, **{**kwargs, **asked})
         except Exception as error:  # the model's own, of whatever kind
-            raise RecipeError(
-                f"{who}: {type(model).__name__} does not run with a cache of keys and values only "
-                f"({type(error).__name__}: {error}), as hybrids with other layers do not. Drop {who}"
-            ) from error
+            reason = (
+                f"{type(model).__name__} does not run with a cache of keys and values only, as for instance hybrids "
+                f"with other layers do not ({type(error).__name__}: {error})"
+            )
+            raise DoesNotFit(reason, f"drop {who}", who) from error
         if held.get_seq_length() and (alone or getattr(out, "past_key_values", None) is not None):
             return held.heads
-    raise RecipeError(
-        f"{who}: {type(model).__name__} puts nothing into past_key_values, where keys and values are held. "
-        f"Drop {who}; torch.compile(model, backend='qcompile') can round them in the graph"
+    raise DoesNotFit(
+        f"{type(model).__name__} puts nothing into past_key_values, where keys and values are held",
+        f"drop {who}; torch.compile(model, backend='qcompile') can round them in the graph",
+        who,
     )
 
 

@@ -43,7 +43,7 @@ class Speed:
     prompt: int
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)  # seconds for one token
-    first: float = 0.0  # seconds of the round before the counted ones, which compiles
+    first: float = 0.0  # seconds of the prompt and two tokens of the round that is not counted: all graphs compile
 
     @property
     def prefill_rate(self) -> float:
@@ -74,7 +74,7 @@ def time_models(
                 speeds[name].prefill.append(prefill)
                 speeds[name].decode += decode
             else:
-                speeds[name].first = prefill + sum(decode)
+                speeds[name].first = prefill + sum(decode[:2])
     return speeds
 
 
@@ -118,7 +118,7 @@ class Comparison:
             "x best float",
             "decode tok/s",
             "x best float ",
-            "first call s",
+            "cold start s",
         )
         table = Table(*columns)
         for name, s in self.speeds.items():

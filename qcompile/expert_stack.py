@@ -8,6 +8,7 @@ graph, reading and multiplying become one operation that touches only the expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 
 import qcompile.ops  # noqa: F401  registers torch.ops.qcompile
 from qcompile.formats import Format
+from qcompile.module import Coded
 from qcompile.program import Program
 from qcompile.sites import find_sites
 
@@ -22,8 +24,10 @@ STACK = "_codes"  # what the name of a parameter gets when codes hold it
 _PARTS = ("codes", "scale", "zero", "group_scale")
 
 
-class QuantStack(nn.Module):
-    """Codes of [E, N, K] with their scales; called, the weight as its owner stores it."""
+class QuantStack(Coded):
+    """Codes of [E, N, K] with their scales; called, the weight as its owner stores it, in the owner's dtype."""
+
+    KEPT = _PARTS
 
     codes: Tensor
     scale: Tensor
@@ -44,6 +48,11 @@ class QuantStack(nn.Module):
             self.codes, self.scale, self.zero, self.group_scale, str(self.format), self.columns, self.dtype
         )
         return numbers if self.rows_first else numbers.transpose(1, 2)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # what a cast would have made of the parameter
+        return result
 
     @staticmethod
     def of(after: Program, node: fx.Node, before: Program) -> QuantStack:

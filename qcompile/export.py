@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qcompile.attach import detached, refuse_cache
+from qcompile.expert_stack import QuantStack
 from qcompile.module import QuantLinear
 from qcompile.presets import find_recipe
 from qcompile.quantize import quantize
@@ -95,7 +96,7 @@ def export_onnx(
         if chosen is not None:
             model = copy.deepcopy(model)
             report = quantize(model, chosen, batches, example=example, progress=progress)
-        elif not any(isinstance(m, QuantLinear) for m in model.modules()):
+        elif not any(isinstance(m, QuantLinear | QuantStack) for m in model.modules()):
             report = Report("float")
         with detached(model) as calls:
             layout = Layout(accuracy_level, low_memory, last_logits, chunk, portable, how)

@@ -14,10 +14,24 @@ from qcompile.packing import packed_columns
 
 _FACTORS = ("low_in", "low_in_scale", "low_out", "low_out_scale")
 PARTS = ("codes", "scale", "zero", "group_scale", "bias", "signs", *_FACTORS)
-_FLOAT32 = ("scale", "zero", "signs", "low_in_scale", "low_out_scale")
 
 
-class QuantLinear(nn.Module):
+class Coded(nn.Module):
+    """Holds codes and scales, whose precision a cast of the model must not change; moves between devices go through."""
+
+    KEPT: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {name: held for name in self.KEPT if (held := getattr(self, name)) is not None}
+        result = super()._apply(fn, recurse)
+        for name, old in kept.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype:  # a cast, not a move; fp8 codes count as floating for one
+                setattr(self, name, old.to(new.device))
+        return result
+
+
+class QuantLinear(Coded):
     """x -> [Hadamard] -> [quantize] -> qlinear [+ low rank], with stored codes as buffers.
 
     Buffers: codes [N, packed K], scale, zero, group_scale (see formats.py), bias [N] or None, signs
@@ -26,6 +40,8 @@ class QuantLinear(nn.Module):
     are given). The result has the dtype of x. Scales stay float32
     whatever dtype the model is cast to.
     """
+
+    KEPT = ("codes", "scale", "zero", "signs", "low_in_scale", "low_out_scale")
 
     codes: Tensor
     scale: Tensor
@@ -114,18 +130,6 @@ class QuantLinear(nn.Module):
         """V' [m, K] and U' [N, m] of a correction, as numbers; nothing without one."""
         pairs = (self.low_in, self.low_in_scale), (self.low_out, self.low_out_scale)
         return [f.to(dtype) if s is None else (f.float() * s).to(dtype) for f, s in pairs if f is not None]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {n: getattr(self, n) for n in _FLOAT32 if getattr(self, n) is not None}
-        codes = self.codes
-        result = super()._apply(fn, recurse)
-        for name, old in kept.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype:  # a cast, not a move: keep the precision of the scales
-                setattr(self, name, old.to(new.device))
-        if self.codes.dtype != codes.dtype:  # fp8 counts as floating for a cast
-            self.codes = codes.to(self.codes.device)
-        return result
 
     def extra_repr(self) -> str:
         """As nn.Linear, with the formats."""

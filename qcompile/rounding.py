@@ -53,6 +53,9 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor
     return QTensor(codes.contiguous(), scale.reshape(shape), stored_zero, None, format)
 
 
+_SHRINKS = range(21)  # percent of a group's range that a search for its clip takes away
+
+
 def _range(groups: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     if format.zero == "none":
         high = groups.abs().amax(-1)
@@ -149,7 +152,7 @@ def _clip(groups: Tensor, low: Tensor, high: Tensor, format: Format) -> tuple[Te
             extreme = part.gather(-1, part.abs().argmax(-1, keepdim=True))[..., 0] * format.qmax / format.qmin
             ranges.append((-extreme, extreme))
         best = torch.full_like(low0, torch.inf)
-        for shrink, (bottom, top) in itertools.product(range(21), ranges):
+        for shrink, (bottom, top) in itertools.product(_SHRINKS, ranges):
             tried = bottom * (1 - shrink / 100), top * (1 - shrink / 100)
             scale, zero = _scale(*tried, format)
             rounded = on_grid(part, scale[..., None], None if zero is None else zero[..., None], format)

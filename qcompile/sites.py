@@ -17,7 +17,6 @@ from qcompile.program import Program
 
 aten = torch.ops.aten
 
-_TURNS = (aten.transpose.int, aten.permute.default)
 _STACKED = {aten.bmm.default, aten.baddbmm.default, aten.matmul.default}
 
 
@@ -110,7 +109,7 @@ def _experts(program: Program, node: fx.Node) -> Site | None:
         if not isinstance(k, int) or k not in rest:
             continue
         n = rest[0] if rest[1] == k else rest[1]
-        grouped = is_grouped(node)
+        grouped = grouped_operands(node) is not None
         rows_first = turns % 2 == 1 if grouped else rest[1] == k
         if grouped:  # its operand is [E, K, N]
             n = rest[0] if rows_first else rest[1]
@@ -118,17 +117,32 @@ def _experts(program: Program, node: fx.Node) -> Site | None:
     return None
 
 
-def is_grouped(node: fx.Node) -> bool:
-    """Whether a node multiplies rows sorted by expert: x, a stack [E, K, N], and the end of each expert's rows."""
-    return "grouped_mm" in str(node.target) and len(node.all_input_nodes) == 3
+def grouped_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Of a node that multiplies rows sorted by expert: x [T, K], a stack [E, K, N], and the end of each's rows [E]."""
+    if "grouped_mm" not in str(node.target) or len(node.all_input_nodes) != 3:
+        return None
+    x, stack, ends = node.all_input_nodes
+    shapes = [getattr(operand.meta.get("val"), "shape", ()) for operand in (x, stack, ends)]
+    if [len(shape) for shape in shapes] != [2, 3, 1] or ends.meta["val"].is_floating_point():
+        return None  # with a bias in the place of the ends, or of products of another kind
+    return x, stack, ends
 
 
 def through_turns(operand: Any) -> tuple[Any, int]:
-    """The value behind transposes, and how many there are."""
+    """The value behind transposes of its last two axes, and how many there are."""
     turns = 0
-    while isinstance(operand, fx.Node) and operand.target in _TURNS:
+    while isinstance(operand, fx.Node) and _turns(operand):
         operand, turns = operand.args[0], turns + 1
     return operand, turns
+
+
+def _turns(node: fx.Node) -> bool:
+    if node.target not in (aten.transpose.int, aten.permute.default):
+        return False
+    axes = range(ndim) if (ndim := node.meta["val"].ndim) else ()
+    if node.target is aten.permute.default:
+        return [axes[a] for a in node.args[1]] == [*axes[:-2], ndim - 1, ndim - 2]
+    return {axes[a] for a in node.args[1:]} == {ndim - 2, ndim - 1}
 
 
 def _multiplies_stacks(node: fx.Node) -> bool:

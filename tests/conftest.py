@@ -9,6 +9,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import hypothesis
 import pytest
 import torch
+import torch._dynamo.config
+
+# It costs a fifth of tracing models of two layers; of thirty layers, whose operators repeat, it saves as much.
+torch._dynamo.config.fake_tensor_cache_enabled = False
 
 if not torch.cuda.is_available():  # Triton kernels run in its interpreter, which triton decides when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -150,6 +150,18 @@ class Batched(torch.nn.Module):
         return torch.matmul(inner, self.down.transpose(1, 2)).sum(0)
 
 
+def test_a_cast_model_keeps_its_scales():
+    model = build("mixtral")
+    qcompile.quantize(model, Recipe("q", (Quantize(INT4, None), Fuse())), progress=False)
+    stacks = [m for m in model.modules() if isinstance(m, QuantStack)]
+    want = [stack() for stack in stacks]
+    model.bfloat16()
+    assert all(s.scale.dtype == torch.float32 and s().dtype == torch.bfloat16 for s in stacks)
+    assert model(**example("mixtral")).logits.dtype == torch.bfloat16
+    model.float()
+    assert all(torch.equal(s(), w) for s, w in zip(stacks, want, strict=True))
+
+
 @pytest.mark.parametrize("how", [Quantize(INT4, None, output=None), GPTQ(INT4, None, output=None), HQQ(output=None)])
 def test_batched_products(how, tmp_path):
     torch.manual_seed(0)

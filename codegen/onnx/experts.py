@@ -1,9 +1,9 @@
 """Layers of experts: each expert multiplies its own rows.
 
 A layer sorts rows by expert and multiplies all of them in one grouped product, whose last operand says where each
-expert's rows end. ONNX has no such product. In a file every expert takes its rows (Slice), multiplies them (MatMul, or
-MatMulNBits by its codes), and the results lie one behind another again (Concat); one that no token was sent to
-multiplies no rows.
+expert's rows end. ONNX has no such product. In a file every expert takes its rows (Slice), multiplies them (MatMul; by
+its codes MatMulNBits, in a portable file DequantizeLinear and MatMul), and the results lie one behind another again
+(Concat); one that no token was sent to multiplies no rows.
 """
 
 from __future__ import annotations
@@ -14,39 +14,42 @@ import torch
 from torch import Tensor, fx
 
 import qcompile.codegen.onnx.operators  # noqa: F401  registers torch.ops.qcompile_onnx
-from qcompile.codegen.onnx.linear import NoOnnxForm, block_of, to_blocks
+from qcompile.codegen.onnx.linear import NoOnnxForm, block_of, to_blocks, to_columns
 from qcompile.formats import Format
 from qcompile.module import QuantLinear
 from qcompile.program import Program
-from qcompile.sites import is_grouped, through_turns
+from qcompile.sites import grouped_operands, through_turns
 
 ops = torch.ops.qcompile_onnx
 _READ = torch.ops.qcompile.dequantize.default  # how a quantized stack is read (qcompile/expert_stack.py)
 
 
-def split_experts(program: Program) -> int:
+def split_experts(program: Program, portable: bool = False) -> int:
     """Let each expert multiply its own rows, in place; returns how many products were split.
 
     Raises:
-        NoOnnxForm: a quantized stack that something else than a grouped product reads.
+        NoOnnxForm: a stack that is no weight, or a quantized one that something else than such a product reads.
     """
-    products = [node for node in program.graph.nodes if is_grouped(node)]
-    for node in products:
-        x, stack, ends = (*node.args, *node.kwargs.values())[:3]
+    products = [(node, found) for node in program.graph.nodes if (found := grouped_operands(node)) is not None]
+    for node, (x, stack, ends) in products:
         source, turns = through_turns(stack)
         if program.weight_name(source) is not None:
             new = _floats(program, node, x, ends, source, turned=turns % 2 == 1)
         elif source.target is _READ and turns % 2 == 1:
-            new = _codes(program, node, x, ends, source)
+            new = _codes(program, node, x, ends, source, portable=portable)
         else:
             raise NoOnnxForm(f"{node.name}: experts with a stack that is no weight of the model ({source.name})")
         node.replace_all_uses_with(new)
         program.graph.erase_node(node)
     program.cleanup()
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    if strange := [node.name for node in calls if "grouped_mm" in str(node.target)]:
+        raise NoOnnxForm(f"{strange[0]}: experts are multiplied as (rows [T, K], stack [E, K, N], ends [E]) only")
     if left := program.graph.find_nodes(op="call_function", target=_READ):
         raise NoOnnxForm(
             f"{len(left)} quantized stacks of experts are read by {next(iter(left[0].users)).name} and others: "
-            "only products of rows sorted by expert have an ONNX form. Keep the experts in float by a rule"
+            "only products of rows sorted by expert have an ONNX form. Let the model sort them, as transformers' "
+            "model.set_experts_implementation('grouped_mm') does, or keep the experts in float by a rule"
         )
     return len(products)
 
@@ -58,7 +61,7 @@ def _floats(program: Program, node: fx.Node, x: fx.Node, ends: fx.Node, stack: f
     return program.insert(ops.experts_linear.default, (x, ends, _add(program, node, "weight", each)), before=node)
 
 
-def _codes(program: Program, node: fx.Node, x: fx.Node, ends: fx.Node, read: fx.Node) -> fx.Node:
+def _codes(program: Program, node: fx.Node, x: fx.Node, ends: fx.Node, read: fx.Node, *, portable: bool) -> fx.Node:
     names = [program.weight_name(operand) for operand in read.args[:4]]
     parts = dict(
         zip(
@@ -69,16 +72,17 @@ def _codes(program: Program, node: fx.Node, x: fx.Node, ends: fx.Node, read: fx.
     )
     form, k = Format.parse(read.args[4]), read.args[5] or read.meta["val"].shape[-1]
     experts, n, _ = read.meta["val"].shape
-    found = []
+    laid_out, found = to_columns if portable else to_blocks, []
     for e in range(experts):
         of_expert = {name: None if part is None else part[e] for name, part in parts.items()}
-        found.append(to_blocks(QuantLinear(k, n, form, None, of_expert | dict(bias=None, signs=None))))
+        found.append(laid_out(QuantLinear(k, n, form, None, of_expert | dict(bias=None, signs=None))))
     codes, scales, zeros = (
         [] if each[0] is None else _add(program, node, part, each)
         for part, each in zip(("codes", "scales", "zeros"), zip(*found, strict=True), strict=True)
     )
     sizes = (k, form.bits, block_of(form, k))
-    return program.insert(ops.experts_nbits.default, (x, ends, codes, scales, zeros, *sizes), before=node)
+    product = ops.experts_blocked.default if portable else ops.experts_nbits.default
+    return program.insert(product, (x, ends, codes, scales, zeros, *sizes), before=node)
 
 
 def _add(program: Program, node: fx.Node, part: str, tensors: Sequence[Tensor]) -> list[fx.Node]:

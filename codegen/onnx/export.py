@@ -91,7 +91,8 @@ def export_module(
         tokenizer: saved beside the model. cache: in int8 codes; None: it is float.
 
     Raises:
-        NoOnnxForm: formats without an operator (before any work), or attentions that cannot read such a cache.
+        NoOnnxForm: formats without an operator (before any work); once the graph is known, stacks of experts that
+            are not multiplied as rows sorted by expert, or attentions that cannot read such a cache.
         ExportMismatch: wrong results.
     """
     check_forms(model, layout.portable)
@@ -106,7 +107,7 @@ def export_module(
             wrapper, wrapper.arguments(), dynamic_shapes=wrapper.dynamic_shapes(), strict=False
         )
         program = from_exported(exported, wrapper)
-        experts = split_experts(program)
+        experts = split_experts(program, layout.portable)
     if isinstance(wrapper, Plain):
         wrapper.note_sizes([node.meta["val"] for node in program.inputs])
     positions = _longest(getattr(model, "config", None)) if example is None else None

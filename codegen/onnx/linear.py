@@ -1,7 +1,7 @@
 """Quantized linears in the form that ONNX has operators for.
 
     weight-only int2/4/8    MatMulNBits(x, codes, scales, zeros)       float activations, float sums
-    int8 x int8             Int8Linear: u8 x u8 products               exact int32 sums (lower.py)
+    int8 x int8             Int8Linear: u8 x u8 products               exact int32 sums (lower_int8.py)
     dual int4 x int8        DualLinear: both of the above, by the number of rows (lower.py)
     other W4A8, W4A4        per-token quantize-dequantize, then MatMulNBits
 
@@ -32,8 +32,6 @@ class NoOnnxForm(ValueError):
 def refusal(module: QuantLinear | QuantStack, portable: bool = False) -> str | None:
     """Why a site has no ONNX form, or None."""
     form, act = module.format, getattr(module, "act", None)
-    if portable and isinstance(module, QuantStack):
-        return "a stack of experts: written by MatMulNBits, which is no operator of the standard"
     if portable and form.zero == "float":
         return f"{form}: DequantizeLinear takes integer zero points"
     if form.bits not in (2, 4, 8) or form.is_float:
@@ -89,8 +87,8 @@ class OnnxLinear(nn.Module):
             self.register_buffer("sums", sums)
             return
         self.bits, self.block = source.format.bits, block_of(source.format, self.k)
-        parts = to_blocks(source)
-        for name, tensor in zip(("codes", "scales", "zeros"), turned(self, *parts) if portable else parts, strict=True):
+        parts = to_columns(source) if portable else to_blocks(source)
+        for name, tensor in zip(("codes", "scales", "zeros"), parts, strict=True):
             self.register_buffer(name, tensor)
         self.register_buffer("row", source.scale.reshape(-1).float() if self.dual else None)
 
@@ -156,12 +154,13 @@ def to_blocks(source: QuantLinear) -> tuple[Tensor, Tensor, Tensor | None]:
     return codes, scales.expand(len(unsigned), blocks).contiguous(), zeros
 
 
-def turned(of: OnnxLinear, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks of `to_blocks` as blocked_linear has them: codes of [K, N], scales and zero points [blocks, N]."""
-    blocks = scales.shape[1]
-    levels = unpack(codes.reshape(of.n, -1), of.bits, blocks * of.block)[:, : of.k]
-    z = torch.full((of.n, blocks), 2 ** (of.bits - 1)) if zeros is None else unpack(zeros, of.bits, blocks)
-    flat = [pack(part.t().reshape(-1), of.bits) for part in (levels, z)]
+def to_columns(source: QuantLinear) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as blocked_linear has it: codes of [K, N], scales and zero points [blocks, N]."""
+    codes, scales, zeros = to_blocks(source)
+    bits, k, (n, blocks) = source.format.bits, source.in_features, scales.shape
+    levels = unpack(codes.reshape(n, -1), bits, blocks * block_of(source.format, k))[:, :k]
+    z = torch.full((n, blocks), 2 ** (bits - 1)) if zeros is None else unpack(zeros, bits, blocks)
+    flat = [pack(part.t().reshape(-1), bits) for part in (levels, z)]
     return flat[0], scales.t().contiguous(), flat[1]
 
 

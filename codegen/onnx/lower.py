@@ -140,7 +140,7 @@ class _Writer:
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.constants: dict[tuple[str, bytes], str] = {}
         self.read = {name for node in _every(graph.node) for name in node.input} | {o.name for o in graph.output}
-        # Names of codes, scales, zero points, row scales -> of u8 [K, N] and of row scales.
+        # Names of codes, scales, zero points, row scales -> the int8 weight computed from them.
         self.int8: dict[tuple[str, ...], Weight] = {}
 
     def constant(self, value: np.ndarray) -> str:

@@ -2,7 +2,8 @@
 
 Weights and symmetric activations are moved by 128; activations with a zero point z are u8 by themselves. Where all of x
 has one z, the operators take it. They take none for each row, where (q - z) @ w = (q - 128) @ w + (128 - z) sum(w),
-with the sums in the file; 128, because z is often near it and the second part small.
+with the sums in the file; 128, because z is often near it and the second part small. x has at least one row: of none,
+ONNX Runtime's minimum and maximum for each row have another shape.
 """
 
 from __future__ import annotations

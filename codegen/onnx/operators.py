@@ -9,7 +9,8 @@ Each has a reference in plain torch, which is what the rewritten graph computes 
     skip_layer_norm   SkipLayerNormalization: of the sum of two values and a bias
     gelu, gate        Gelu, BiasGelu and FastGelu; QuickGelu
     gather_nbits      GatherBlockQuantized: rows of a table that MatMulNBits may read too
-    experts_linear    for each expert Slice and MatMul of its rows, Concat; experts_nbits with MatMulNBits
+    blocked_linear    DequantizeLinear in blocks and MatMul: operators of the standard
+    experts_linear    for each expert Slice and MatMul of its rows, Concat; experts_nbits and experts_blocked by codes
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def int8_linear(
     """Codes of x @ (weight - 128), times their step and scale [N], plus bias; a step of a row or of all x.
 
     weight: uint8 [K, N], int8 codes moved by 128 (lower.py says why).
-    sums: [N], scale times the sums of weight - 128 over K, if x has zero points; None: it has none.
+    sums: [N], scale times the sums of weight - 128 over K, if x has zero points; None: it has none. The file corrects
+        for zero points with these numbers; here only whether they are given counts, so that one checks the other.
     """
     form = Format("int8", "row" if per_row else "tensor", zero="none" if sums is None else "int")
     codes, step, zero = torch.ops.qcompile.quantize(x, str(form))
@@ -188,7 +190,10 @@ def _(ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, k: int, 
 
 @torch.library.custom_op("qcompile_onnx::experts_linear", mutates_args=())
 def experts_linear(x: Tensor, ends: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Rows x [T, K] sorted by expert, those of expert e up to ends[e], times weights[e] [K, N]: [T, N]."""
+    """Rows x [T, K] sorted by expert, those of expert e up to ends[e], times weights[e] [K, N]: [T, N].
+
+    The last end is T: every row has its expert. (With the experts shared out over devices rows may have none.)
+    """
     return torch.cat([rows @ weight for rows, weight in zip(_of_experts(x, ends), weights, strict=True)])
 
 
@@ -213,6 +218,24 @@ def experts_nbits(
 @experts_nbits.register_fake
 def _(x: Tensor, ends: Tensor, codes: Sequence[Tensor], *_: object) -> Tensor:
     return x.new_empty((x.shape[0], codes[0].shape[0]))
+
+
+@torch.library.custom_op("qcompile_onnx::experts_blocked", mutates_args=())
+def experts_blocked(
+    x: Tensor, ends: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], zeros: Sequence[Tensor], k: int,
+    bits: int, block: int,
+) -> Tensor:  # fmt: skip
+    """The same with weights in codes, each as of blocked_linear."""
+    products = [
+        blocked_linear(rows, codes[e], scales[e], zeros[e], None, bits, block)
+        for e, rows in enumerate(_of_experts(x, ends))
+    ]
+    return torch.cat(products)
+
+
+@experts_blocked.register_fake
+def _(x: Tensor, ends: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], *_: object) -> Tensor:
+    return x.new_empty((x.shape[0], scales[0].shape[1]))
 
 
 def _of_experts(x: Tensor, ends: Tensor) -> list[Tensor]:

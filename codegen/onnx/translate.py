@@ -137,6 +137,12 @@ def _experts_nbits(x: Any, ends: Any, codes: Any, scales: Any, zeros: Any, k: in
     return op.Concat(*products, axis=0)
 
 
+def _experts_blocked(x: Any, ends: Any, codes: Any, scales: Any, zeros: Any, k: int, bits: int, block: int) -> Any:
+    multiply = functools.partial(_operator("BlockedLinear", DOMAIN), K=k, bits=bits, block_size=block)
+    rows = _of_experts(x, ends, len(codes))
+    return op.Concat(*(multiply(*each, None) for each in zip(rows, codes, scales, zeros, strict=True)), axis=0)
+
+
 def _of_experts(x: Any, ends: Any, experts: int) -> list[Any]:
     axis, one = op.Constant(value_ints=[0]), functools.partial(op.Slice, op.Cast(ends, to=onnx.TensorProto.INT64))
     last = [one(op.Constant(value_ints=[e]), op.Constant(value_ints=[e + 1])) for e in range(experts)]
@@ -219,6 +225,7 @@ def table(portable: bool) -> dict[Any, Callable[..., Any]]:
         ops.blocked_linear.default: _blocked_linear,
         ops.int8_linear.default: _int8_linear,
         ops.experts_linear.default: _experts_linear,
+        ops.experts_blocked.default: _experts_blocked,
     }
     if portable:
         return standard
