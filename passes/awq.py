@@ -104,7 +104,7 @@ def awq(program: Program, how: AWQ, seen: Statistics, plan: SitePlan) -> PassRep
             report.leave(label, f"made by {kind}=False")
         else:
             walk.advance(readers.sites[0].node)
-            hessian, mean = hessian_of(walk, readers.sites[0])
+            hessian, mean = hessian_of(walk, readers.sites[0]), _mean_size(walk, readers.sites[0])
             exponent, scale = _search(program, readers.sites, source, hessian, mean, how)
             exponents.append(exponent)
             found.append((readers, source, scale))
@@ -115,6 +115,16 @@ def awq(program: Program, how: AWQ, seen: Statistics, plan: SitePlan) -> PassRep
     if exponents:
         report.notes.append(f"exponents {min(exponents):.2f} to {max(exponents):.2f}")
     return report
+
+
+def _mean_size(walk: Walk, site: Site) -> Tensor:
+    """mean |x| of a site's input over all batches, float64 [K]."""
+    sums, rows = torch.zeros(site.K, dtype=torch.float64), 0
+    for value in walk.see(site.input):
+        x = value.flatten(0, -2).float()
+        sums += x.abs().sum(0).cpu()
+        rows += len(x)
+    return sums / rows
 
 
 def _search(

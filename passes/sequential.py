@@ -65,7 +65,7 @@ def quantize_sequentially(
             continue
         weights = torch.cat([program.weights[w.site.name].float() for w in members])
         if aim is None or beside is None:
-            hessian, _ = hessian_of(walk, members[0].site)
+            hessian = hessian_of(walk, members[0].site)
         else:
             hessian, cross = beside.moments(walk, members[0])
             weights = aim(weights, hessian, cross)
@@ -93,8 +93,8 @@ class Beside:
         site, act = wanted.site, wanted.act
         self.walk.advance(self.nodes[site.node.name])
         device = walk.program.weights[site.name].device
-        hessian = torch.zeros(site.K, site.K, dtype=torch.float64, device=device)
-        cross = torch.zeros_like(hessian)
+        sums = Gram(site.K, device)
+        cross = torch.zeros_like(sums.upper)
         pairs = zip(walk.see(site.input), self.walk.see(self.nodes[site.input.name]), strict=True)
         for batch, (x, exact) in enumerate(pairs, 1):
             aim = exact.flatten(0, -2).float()
@@ -106,10 +106,10 @@ class Beside:
                 )
             even = torch.where(size > 0, size.rsqrt(), 0)  # a token whose aim is nothing asks for nothing
             rows = (x if act is None else as_rounded(x, act)).flatten(0, -2).float() * even
-            hessian += gram(rows)
+            sums.add(rows)
             cross += (aim * even).t() @ rows
-        refuse_infinite(hessian, walk, site)
-        return hessian, cross
+        refuse_infinite(sums.upper, walk, site)
+        return sums.total, cross
 
 
 def as_rounded(x: Tensor, act: Format) -> Tensor:
@@ -133,24 +133,41 @@ def _experts(program: Program, walk: Walk, wanted: Wanted, choose: Choose) -> QT
             yield x[int(last[expert - 1]) if expert else 0 : int(last[expert])]
 
     for expert, weight in enumerate(matrix_of(program, site).float().split(site.N)):
-        total = torch.zeros(site.K, site.K, dtype=torch.float64, device=weight.device)
+        sums = Gram(site.K, weight.device)
         for rows in rows_of(expert):
-            total += gram(rows.float())
-        found.append(choose(weight, total, wanted.weight, [f"{site.name}[{expert}]"]))
+            sums.add(rows.float())
+        found.append(choose(weight, sums.total, wanted.weight, [f"{site.name}[{expert}]"]))
     parts = [[getattr(q, part) for q in found] for part in ("codes", "scale", "zero", "group_scale")]
     whole = [None if p[0] is None else torch.cat([t.reshape(-1, 1) if not t.ndim else t for t in p]) for p in parts]
     return QTensor(whole[0], whole[1], whole[2], whole[3], wanted.weight)
 
 
-def gram(x: Tensor) -> Tensor:
-    """x^T x [K, K] of x [T, K]; the blocks below the diagonal are copies, which saves a third."""
+class Gram:
+    """Sums x^T x of rows x [T, K] in float64; blocks below the diagonal are copied in the end, a third less work."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.upper = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+
+    def add(self, rows: Tensor) -> None:
+        """Add x^T x of x [T, K], float32 or float64."""
+        _add_products(self.upper, rows)
+
+    @property
+    def total(self) -> Tensor:
+        """The sum, [K, K]."""
+        return self.upper.triu() + self.upper.triu(1).t()
+
+
+def _add_products(total: Tensor, x: Tensor) -> None:
     columns = x.shape[1]
     if columns < 256:
-        return x.t() @ x
+        total += x.t() @ x
+        return
     half = columns // 2
     left, right = x[:, :half], x[:, half:]
-    corner = left.t() @ right
-    return torch.cat([torch.cat([gram(left), corner], 1), torch.cat([corner.t(), gram(right)], 1)])
+    _add_products(total[:half, :half], left)
+    total[:half, half:] += left.t() @ right
+    _add_products(total[half:, half:], right)
 
 
 def _many_rows(walk: Walk, site: Site, least: int = 4096) -> Iterator[Tensor]:
@@ -165,21 +182,17 @@ def _many_rows(walk: Walk, site: Site, least: int = 4096) -> Iterator[Tensor]:
         yield torch.cat(held)
 
 
-def hessian_of(walk: Walk, site: Site) -> tuple[Tensor, Tensor]:
-    """Of a site's input over all batches: sum x x^T, float64 [K, K], and mean |x|, float64 [K].
+def hessian_of(walk: Walk, site: Site) -> Tensor:
+    """Of a site's input over all batches: sum x x^T, float64 [K, K].
 
     Raises:
         CalibrationError: NaN or Inf, with the batch and the site.
     """
-    device, rows = walk.program.weights[site.name].device, 0
-    total = torch.zeros(site.K, site.K, dtype=torch.float64, device=device)
-    size = torch.zeros(site.K, dtype=torch.float64, device=device)
+    sums = Gram(site.K, walk.program.weights[site.name].device)
     for x in _many_rows(walk, site):
-        total += gram(x)
-        size += x.abs().sum(0)
-        rows += len(x)
-    refuse_infinite(total, walk, site)
-    return total, (size / rows).cpu()
+        sums.add(x)
+    refuse_infinite(sums.upper, walk, site)
+    return sums.total
 
 
 def refuse_infinite(hessian: Tensor, walk: Walk, site: Site) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
@@ -56,7 +57,7 @@ def export_onnx(
             is float32.
         float_cache: a cache in float32, whatever the recipe says: for tools that hand over no other, as optimum.
         pooling: of an encoder: "mean", "cls" or "last" token's embedding as the output `sentence_embedding`, and a
-            folder that sentence-transformers loads. normalize: to norm 1. progress: show bars.
+            folder that sentence-transformers loads. normalize: to norm 1. progress: show bars and a spinner.
 
     Raises:
         ValueError: bad recipe, a site without an ONNX form, a folder that is not empty, or an
@@ -104,7 +105,8 @@ def export_onnx(
             is_float = float_cache or portable or example is not None
             if calls.how is not None and calls.scales is not None and not is_float:
                 cache = CodedCache(calls.scales, calls.how.optional)
-            done = export_module(model, work, layout, example=example, tokenizer=tokenizer, cache=cache)
+            with Console(stderr=True, quiet=not progress).status("exporting and comparing"):
+                done = export_module(model, work, layout, example=example, tokenizer=tokenizer, cache=cache)
         if calls.prefix is not None:
             save_file(calls.prefix.state_dict(), str(work / PREFIX_FILE))
         if calls.scales is not None and is_float:

@@ -14,7 +14,7 @@ from qcompile.capture import capture
 from qcompile.formats import Format
 from qcompile.passes.gptq import GPTQ, gptq, gptq_sites, inverse_factor, loss
 from qcompile.passes.quantize import SitePlan
-from qcompile.passes.sequential import gram
+from qcompile.passes.sequential import Gram
 from qcompile.quantize import flat_inputs
 from qcompile.recipe import Recipe
 from qcompile.rounding import decode, level_grid, quantize_tensor
@@ -116,8 +116,10 @@ def test_the_factor_of_the_inverse(columns):
 
 @pytest.mark.parametrize("columns", [5, 255, 256, 601])
 def test_gram(columns):
-    x = torch.randn(40, columns, dtype=torch.float64)
-    assert torch.allclose(gram(x), x.t() @ x)
+    x, sums = torch.randn(40, columns, dtype=torch.float64), Gram(columns, torch.device("cpu"))
+    sums.add(x[:25])
+    sums.add(x[25:])
+    assert torch.allclose(sums.total, x.t() @ x)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "phi3", "mixtral"])
@@ -150,7 +152,7 @@ def test_later_sites_see_quantized_inputs():
     seen = {}
     after.watch([node.args[0]], batch, lambda n, v: seen.setdefault("x", v))
     rows = seen["x"].flatten(0, -2)
-    hessian = gram(rows).double()
+    hessian = (rows.t() @ rows).double()
     order = hessian.diagonal().argsort(descending=True)
     grid = quantize_tensor(program.weights[last.name], how.weight)
     want = gptq(program.weights[last.name], hessian, grid, inverse_factor(hessian[order][:, order], 0.01), order)

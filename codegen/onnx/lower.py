@@ -2,17 +2,12 @@
 
 Three nodes of our own stand in an exported graph, and none in a file:
 
-    Int8Linear      an int8 weight: u8 x u8 products (lower_int8.py), whatever the number of rows
+    Int8Linear      an int8 weight: products in int8 (lower_int8.py), whatever the number of rows
     DualLinear      a dual-grained weight s_row s1 (q - z), |s1 (q - z)| <= 127 (DGQ, arXiv:2310.04836; QoQ,
                     arXiv:2405.04532): int4 in groups and int8 in a row at once, so there are two ways to multiply
                         few rows    MatMulNBits on the int4 codes: decoding waits for memory, which holds 4 bits
-                        many rows   u8 x u8 products on s1 (q - z), which the processor multiplies directly
+                        many rows   products in int8 on s1 (q - z), which the processor multiplies directly
     BlockedLinear   of a portable file: DequantizeLinear and MatMul, which ONNX Runtime makes one MatMulNBits again
-
-Integers of both sides are u8, most of them moved by 128. Where a processor has 8-bit dot products (VNNI, AMX), ONNX
-Runtime turns such weights to s8 while it packs them; where it has none (AVX2, AVX-512 of before), its products of u8
-and s8 are added two by two in 16 bits, which are too few for pairs of large ones: sums of an s8 weight would be wrong
-there.
 
 The file holds the 4-bit codes, s_row and s1 once (split_scales.py): s1 (q - z) is computed from the same bytes, which
 ONNX Runtime does when it opens the file (constant folding). A decoder becomes one `If` on its number of tokens around
@@ -30,7 +25,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.codegen.onnx.lower_attention import by_length, is_coded, lengths
-from qcompile.codegen.onnx.lower_int8 import Int8Product, Weight
+from qcompile.codegen.onnx.lower_int8 import Int8Product, Weight, exactness, signed_codes
 from qcompile.codegen.onnx.steps import DOMAIN, FEW, Steps, attributes_of
 
 Way = Literal["few", "many"]
@@ -52,7 +47,7 @@ def one_way(model: onnx.ModelProto, way: Way, portable: bool = False) -> onnx.Mo
     found = copy.deepcopy(model)
     writer = _Writer(found.graph, portable)
     ahead, nodes = _of_weights_alone(found.graph)
-    weights = [] if way == "few" else writer.int8_weights(nodes)
+    weights = writer.int8_weights(nodes, way)
     del found.graph.value_info[:]  # names of free sizes that only the exporter knew
     _replace(found.graph.node, ahead + weights + writer.lowered(nodes, way, any_length=True))
     _drop_unread(found.graph)
@@ -140,7 +135,7 @@ class _Writer:
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.constants: dict[tuple[str, bytes], str] = {}
         self.read = {name for node in _every(graph.node) for name in node.input} | {o.name for o in graph.output}
-        # Names of codes, scales, zero points, row scales -> the int8 weight computed from them.
+        # Names of the parts of a weight -> the int8 weight computed from them.
         self.int8: dict[tuple[str, ...], Weight] = {}
 
     def constant(self, value: np.ndarray) -> str:
@@ -169,8 +164,7 @@ class _Writer:
                     found += known
                 found.append(by_length(node, known, self.constant))
             elif node.op_type == "Int8Linear":
-                weight = Weight(*node.input[1:4])  # two names, or three
-                found += self._product(node, node.input[0], weight, list(node.input[4:]))
+                found += self._product(node, node.input[0], self.int8[_int8_weight(node)], list(node.input[4:]))
             elif node.op_type == "BlockedLinear":
                 found += self._dequantized(node)
             elif node.op_type == "DualLinear" and way == "many":
@@ -221,18 +215,24 @@ class _Writer:
             do("biased", "Add", do.nodes[-1].output[0], name)
         return do.ending(node.output[0])
 
-    def int8_weights(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-        """128 + s1 (q - z) as u8 [K, N] of every dual weight, computed from its 4-bit codes [N, blocks, block / 2]."""
+    def int8_weights(self, nodes: list[onnx.NodeProto], way: Way = "many") -> list[onnx.NodeProto]:
+        """Nodes that make the int8 weights of products by that way, and know the processor."""
         found: list[onnx.NodeProto] = []
         for node in nodes:
-            if node.op_type != "DualLinear" or _dual_weight(node) in self.int8:
-                continue
-            do = Steps(node.name)
-            self.int8[_dual_weight(node)] = self._int8_weight(do, node)
-            found += do.nodes
-        return found
+            if node.op_type == "Int8Linear" and (key := _int8_weight(node)) not in self.int8:
+                do = Steps(node.name)
+                codes, *scales = key
+                signed = "" if self.portable else signed_codes(do, codes, self.constant)
+                self.int8[key] = Weight(codes, signed, *scales)
+                found += do.nodes
+            elif node.op_type == "DualLinear" and way == "many" and (key := _dual_weight(node)) not in self.int8:
+                do = Steps(node.name)
+                self.int8[key] = self._from_codes(do, node)
+                found += do.nodes
+        return [*exactness(self.constant), *found] if found and not self.portable else found
 
-    def _int8_weight(self, do: Steps, node: onnx.NodeProto) -> Weight:
+    def _from_codes(self, do: Steps, node: onnx.NodeProto) -> Weight:
+        """s1 (q - z) [K, N] of a dual weight, computed from its 4-bit codes [N, blocks, block / 2]."""
         codes, scales, zeros, row = _dual_weight(node)
         sizes = attributes_of(node)
         n, k, block = sizes["N"], sizes["K"], sizes["block_size"]
@@ -248,12 +248,12 @@ class _Writer:
         ratio = do("ratio", "Div", scales, do("rows", "Unsqueeze", row, last))
         s1 = do("s1", "Cast", do("signed", "Cast", do("whole", "Round", ratio), to=TensorProto.INT8), **u8)
         product = do("blocks", "Mul", do("levels", "Sub", q, z), do("steps", "Unsqueeze", s1, last))
-        moved = do("moved", "Add", product, self.constant(np.array(128, np.uint8)))
-        flat = do("lines", "Reshape", moved, self.whole(n, blocks * block))
-        columns = do("columns", "Transpose", flat, perm=[1, 0])
+        lines = do("lines", "Reshape", product, self.whole(n, blocks * block))
+        columns = do("columns", "Transpose", lines, perm=[1, 0])
         if blocks * block > k:
-            columns = do("int8", "Slice", columns, first, self.whole(k), first)
-        return Weight(columns, row)
+            columns = do("inside", "Slice", columns, first, self.whole(k), first)
+        moved = do("unsigned_codes", "Add", columns, self.constant(np.array(128, np.uint8)))
+        return Weight(moved, do("signed_codes", "Cast", columns, to=TensorProto.INT8), row)
 
     def _seen(self, name: str, dims: list[int], kind: int = TensorProto.UINT4) -> str:
         """The bytes of a uint8 weight in another shape and type: on disk they lie there once."""
@@ -265,6 +265,11 @@ class _Writer:
             self.weights[seen] = tensor
             self.graph.initializer.append(tensor)
         return seen
+
+
+def _int8_weight(node: onnx.NodeProto) -> tuple[str, ...]:
+    """Names of codes, scales and, where activations have zero points, sums of an Int8Linear."""
+    return tuple(node.input[1:4])
 
 
 def _dual_weight(node: onnx.NodeProto) -> tuple[str, ...]:

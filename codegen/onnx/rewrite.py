@@ -37,5 +37,7 @@ def rewrite(program: Program, positions: int | None) -> tuple[PassReport, list[S
     rewrite_norms(program, report)
     program.cleanup()
     shared = share_tables(program)
-    report.notes += [f"{table.name} is gathered from the codes of the logits" for table in shared]
+    for table in shared:
+        turned = "" if table.turn is None else " and multiplied by a matrix"
+        report.notes.append(f"{table.name} is gathered from the codes of the logits{turned}")
     return report, shared

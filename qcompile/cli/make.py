@@ -53,7 +53,7 @@ def quantize(
 def export_onnx(
     model: Model,
     folder: Out,
-    recipe: RecipeName = "int4-cpu",
+    recipe: RecipeName = "int4-cpu-gptq",
     text: TextFile = None,
     accuracy_level: Annotated[
         int, typer.Option(help="of int4 products: 4 rounds activations to int8 in blocks, 1 keeps float32, slower")
@@ -95,23 +95,21 @@ def export_onnx(
     else:
         batches = sentence_batches(tokenizer, sentences(text))
         example = batches[0]
-    with console.status("exporting and comparing"):
-        report = write(
-            loaded,
-            folder,
-            recipe,
-            batches,
-            example=example,
-            tokenizer=tokenizer,
-            accuracy_level=accuracy_level,
-            low_memory=low_memory,
-            last_logits=last_logits,
-            chunk=chunk,
-            portable=portable,
-            float_cache=float_cache,
-            pooling=pooling,
-            normalize=normalize,
-            progress=False,
-        )
+    report = write(
+        loaded,
+        folder,
+        recipe,
+        batches,
+        example=example,
+        tokenizer=tokenizer,
+        accuracy_level=accuracy_level,
+        low_memory=low_memory,
+        last_logits=last_logits,
+        chunk=chunk,
+        portable=portable,
+        float_cache=float_cache,
+        pooling=pooling,
+        normalize=normalize,
+    )
     console.print(str(report), highlight=False)
     console.print(f"written to {folder}")

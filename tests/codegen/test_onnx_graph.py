@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -19,8 +20,9 @@ from qcompile.codegen.onnx.attention_operators import causal, rotate
 from qcompile.codegen.onnx.calls import WithCache
 from qcompile.codegen.onnx.proof import ExportMismatch
 from qcompile.codegen.onnx.rewrite import rewrite
+from qcompile.codegen.onnx.tables import nearest_turn
 from qcompile.formats import Format
-from qcompile.passes import Fuse, Quantize, Untie
+from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, Untie
 from qcompile.recipe import Recipe
 from qcompile.rotation_flow import Obstacle
 from qcompile.verify import relative_error
@@ -153,14 +155,37 @@ def test_the_graph_of_a_decoder(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("change", ["untied", "scaled", "turned"])
+@pytest.mark.parametrize("form", ["int4/group32/zero", "int8"])
+def test_a_table_in_another_basis_is_the_codes_times_a_matrix(form, tmp_path):
+    """Folding the last norm and rotating part the logits' weight from the table: one table in the file all the same."""
+    model = build("llama")
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(0.5, 2)
+    small = Quantize(Format.parse(form), None, output=Format.parse(form), clip=True)
+    recipe = Recipe("turned", (Untie(), FoldNorm(), Rotate(), small, Fuse()))
+    report = qcompile.export_onnx(model, tmp_path / "m", recipe, accuracy_level=1, progress=False)
+    graph, counts = nodes(tmp_path / "m")
+    assert counts["GatherBlockQuantized"] == 1 and counts["Gather"] == 0
+    assert report.numbers["onnx relative error"] < 1e-5  # to the module that holds codes times the matrix
+    sizes = [np.prod(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    assert max(sizes) == 64 * 64
+
+
+def test_the_nearest_matrix_is_the_one_that_folding_and_rotating_made():
+    torch.manual_seed(0)
+    table, gain, turn = torch.randn(9000, 24), torch.rand(24) + 0.5, torch.linalg.qr(torch.randn(24, 24)).Q
+    want = turn.t() @ torch.diag(1 / gain) @ turn
+    assert torch.allclose(nearest_turn(table * gain @ turn, table @ turn), want, atol=1e-5)
+    flat = torch.cat([table, torch.zeros(9000, 1)], 1)  # a channel that is zero everywhere
+    assert torch.allclose(flat @ nearest_turn(flat, flat), flat, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["untied", "turned"])
 def test_a_table_that_the_codes_are_no_rounding_of_is_kept(change, tmp_path):
     """The proof holds the shared table's numbers in the module: it cannot see a table shared by mistake."""
     model = build("llama")
     if change == "untied":
         model.lm_head.weight = nn.Parameter(torch.randn(128, 64) * 0.02, requires_grad=False)
-    elif change == "scaled":  # as a folded gain would
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight * (1 + 0.3 * torch.rand(64)), requires_grad=False)
     else:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.flip(0), requires_grad=False)
     for form in ("int4/group32/zero", "int8"):

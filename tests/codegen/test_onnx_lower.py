@@ -11,6 +11,7 @@ import torch
 
 import qcompile.codegen.onnx.operators  # noqa: F401  registers torch.ops.qcompile_onnx
 from qcompile.codegen.onnx.lower import by_tokens, one_way
+from qcompile.integer_product import processor
 
 
 def test_equal_codes_with_other_scales_are_two_int8_weights():
@@ -48,11 +49,8 @@ def test_equal_codes_with_other_scales_are_two_int8_weights():
     assert not np.allclose(many[1], 2 * many[0], rtol=0.1)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 64])
-@pytest.mark.parametrize("portable", [False, True])
-def test_the_largest_integers_do_not_overflow(rows, portable):
-    """Pairs of products of u8 and s8 overflow 16 bits on processors without 8-bit dot products; ours must not."""
-    rng = np.random.default_rng(0)
+def int8_product(rng: np.random.Generator) -> tuple[onnx.ModelProto, np.ndarray]:
+    """A graph with one Int8Linear, and its weight [96, 24]: the largest numbers of either sign."""
     weight = rng.choice([-127, -127, 127], (96, 24))
     text = """
         <ir_version: 10, opset_import: ["" : 21, "qcompile" : 1, "com.microsoft" : 1]>
@@ -63,13 +61,49 @@ def test_the_largest_integers_do_not_overflow(rows, portable):
     for name, value in (("w", (weight + 128).astype(np.uint8)), ("s", np.ones(24, np.float32))):
         model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
     del model.graph.input[1:]
-    x = rng.choice([-127.0, 127.0, 127.0], (rows, 96)).astype(np.float32)
-    whole = one_way(model, "many", portable)
-    product = next(n for n in whole.graph.node if n.op_type.startswith("MatMulInteger"))
-    kinds = {t.name: t.data_type for t in whole.graph.initializer}
-    assert kinds[product.input[1]] == onnx.TensorProto.UINT8  # s8 would pass here on a processor that has them
+    return model, weight
+
+
+def without_dot_products(model: onnx.ModelProto) -> None:
+    """Make the product that asks the processor come out wrong, as it does where sums of u8 x s8 saturate."""
+    question = next(node for node in model.graph.node if node.op_type == "MatMulInteger")
+    largest = next(t for t in model.graph.initializer if t.name == question.input[0])
+    largest.CopyFrom(onnx.numpy_helper.from_array(np.full((4, 64), 254, np.uint8), largest.name))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("how", ["asked", "without dot products", "portable"])
+def test_the_largest_integers_do_not_overflow(rows, how):
+    """Pairs of products of u8 and s8 overflow 16 bits on processors without 8-bit dot products; ours must not."""
+    rng = np.random.default_rng(0)
+    model, weight = int8_product(rng)
+    whole = one_way(model, "many", how == "portable")
+    if how == "without dot products":
+        without_dot_products(whole)
     session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = rng.choice([-127.0, 127.0, 127.0], (rows, 96)).astype(np.float32)
     assert np.array_equal(session.run(None, {"x": x})[0], x @ weight.astype(np.float32))
+
+
+def test_a_file_that_is_opened_keeps_the_product_that_is_exact_here(tmp_path):
+    """Constant folding asks the processor and drops the other branch with its weight; u8 x u8 where it saturates."""
+    kinds = {}
+    for how in ("asked", "without dot products"):
+        whole = one_way(int8_product(np.random.default_rng(0))[0], "many")
+        if how != "asked":
+            without_dot_products(whole)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level, options.optimized_model_filepath = 3, str(tmp_path / "opened.onnx")
+        onnxruntime.InferenceSession(whole.SerializeToString(), options, ["CPUExecutionProvider"])
+        opened = onnx.load(tmp_path / "opened.onnx").graph
+        products = [node for node in opened.node if node.op_type == "MatMulIntegerToFloat"]
+        assert len(products) == 1 and not any(node.op_type in ("If", "MatMulInteger", "Cast") for node in opened.node)
+        weights = [tensor for tensor in opened.initializer if list(tensor.dims) == [96, 24]]
+        assert [tensor.name for tensor in weights] == [products[0].input[1]]
+        kinds[how] = weights[0].data_type
+    assert kinds["without dot products"] == onnx.TensorProto.UINT8
+    if processor() in ("vnni", "amx"):
+        assert kinds["asked"] == onnx.TensorProto.INT8
 
 
 @pytest.mark.parametrize("portable", [False, True])
@@ -125,11 +159,11 @@ def test_the_largest_dual_weights_wrap_to_where_they_belong(k, zero_points):
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in tensors.items())
     weight = (s1[..., None] * (q.reshape(n, blocks, 32) - z[:, :blocks, None])).reshape(n, -1)[:, :k]
     assert weight.min() == -120 and weight.max() == 120
-    x = rng.choice([-127.0, 127.0], (40, k)).astype(np.float32)
-    session = onnxruntime.InferenceSession(
-        one_way(model, "many").SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    assert np.array_equal(session.run(None, {"x": x})[0], x @ weight.T.astype(np.float32) * 0.5)
+    x, whole = rng.choice([-127.0, 127.0], (40, k)).astype(np.float32), one_way(model, "many")
+    for change in (lambda model: None, without_dot_products):
+        change(whole)
+        session = onnxruntime.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
+        assert np.array_equal(session.run(None, {"x": x})[0], x @ weight.T.astype(np.float32) * 0.5)
 
 
 def test_nested_graphs_read_values_of_the_branch_around_them():
