@@ -75,6 +75,8 @@ def _from_codes(program: Program, name: str, product: fx.Node) -> Shared | None:
     far = (numbers - table).abs() > _STEP * step
     if float(far.float().mean()) <= _CLIPPED:
         return Shared(name, numbers, None)
+    if len(table) < 2 * k:
+        return None  # some matrix comes near to any table of so few rows
     turn = nearest_turn(numbers, table)
     turned = numbers @ turn
     form = Format.parse(f"int{bits}/group{block}" + ("" if zeros is None else "/zero"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 
 import numpy as np
@@ -11,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers as tf
+from onnx_nodes import operators
 from torch import nn
 from zoo import ZOO, build, example
 
@@ -120,7 +120,7 @@ def test_the_operator_hides_padding_and_what_comes_later():
 
 def kinds(folder):
     graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
-    return graph, collections.Counter(n.op_type for n in graph.node)
+    return graph, operators(graph.node)
 
 
 def run(folder, batch):

@@ -11,6 +11,7 @@ import onnx.parser
 import onnxruntime
 import pytest
 import torch
+from onnx_nodes import operators
 from torch import nn
 from zoo import build, example
 
@@ -32,7 +33,7 @@ def opened(path):
 
 def branches(graph):
     (choice,) = [node for node in graph.node if node.op_type == "If"]
-    return {a.name: collections.Counter(n.op_type for n in a.g.node) for a in choice.attribute}
+    return {a.name: operators(a.g.node) for a in choice.attribute}
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])  # no biases; some; all, and odd layouts
@@ -86,15 +87,17 @@ def test_the_int8_weights_are_computed_when_the_file_is_opened(folders):
     options.optimized_model_filepath = str(place / "optimized.onnx")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(str(place / "both/model.onnx"), options, providers=["CPUExecutionProvider"])
-    kinds = {n.op_type for n in onnx.load(str(place / "optimized.onnx"), load_external_data=False).graph.node}
-    assert not kinds & {"Transpose", "Unsqueeze", "Mul", "Round"}
+    opened_graph = onnx.load(str(place / "optimized.onnx"), load_external_data=False).graph
+    assert not {n.op_type for n in opened_graph.node} & {"Transpose", "Unsqueeze", "Mul", "Round", "MatMulInteger"}
+    many = branches(opened_graph)["else_branch"]
+    assert many["MatMulIntegerToFloat"] and not many["If"] - 2, "the processor is known, the length for attentions not"
 
 
 def test_an_encoder_is_multiplied_in_int8_only(tmp_path):
     report = qcompile.export_onnx(
         build("bert"), tmp_path / "m", DUAL, [example("bert")], example=example("bert"), progress=False
     )
-    kinds = collections.Counter(n.op_type for n in opened(tmp_path / "m").node)
+    kinds = operators(opened(tmp_path / "m").node)
     assert kinds["MatMulIntegerToFloat"] and not kinds["MatMulNBits"] and not kinds["If"]
     assert report.numbers["onnx relative error"] < 0.05
 

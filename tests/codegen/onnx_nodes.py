@@ -1,0 +1,23 @@
+"""What the nodes of a file are, each int8 product counted once though it is written for two kinds of processor."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+
+import onnx
+
+from qcompile.codegen.onnx.lower_int8 import EXACT
+
+
+def operators(nodes: Iterable[onnx.NodeProto]) -> collections.Counter[str]:
+    """How many of each operator; a choice of processor counts as the product that both its branches hold."""
+    found: collections.Counter[str] = collections.Counter()
+    for node in nodes:
+        if node.op_type == "If" and node.input[0].endswith(EXACT):
+            held = {tuple(n.op_type for n in branch.g.node) for branch in node.attribute}
+            assert held == {("MatMulIntegerToFloat",)}
+            found["MatMulIntegerToFloat"] += 1
+        else:
+            found[node.op_type] += 1
+    return found
