@@ -270,7 +270,8 @@ def main() -> None:
             qcompile.export_onnx(quantized[recipe], out, tokenizer=tokenizer, **options)
             folders[f"qcompile {name}"] = out
         del quantized
-        speed, rate, times, rows = bandwidth(), int8_rate(), time_all(folders, lengths, short), []
+        speed, rates = bandwidth(), {kind: int8_rate(kind) for kind in ("s8", "u8")}
+        rate, times, rows = max(rates.values()), time_all(folders, lengths, short), []
         few = few_or_many(folders[f"qcompile {best}"], torch.get_num_threads())
         for name, folder in folders.items():
             size = sum(f.stat().st_size for f in folder.iterdir() if f.name.startswith("model.onnx"))
@@ -302,8 +303,9 @@ def main() -> None:
     console.print(long)
     console.print(*(f"{r['tokens']} tokens: codes {r['few']:.2f} ms, int8 {r['many']:.2f} ms" for r in few), sep="\n")
     found = dict(
-        versions=versions(), bandwidth=speed, int8_rate=rate, prompt=PROMPT, new=NEW, rounds=ROUNDS, few=few, rows=rows
-    )
+        versions=versions(), threads=torch.get_num_threads(), bandwidth=speed, int8_rates=rates, prompt=PROMPT,
+        new=NEW, rounds=ROUNDS, few=few, rows=rows,
+    )  # fmt: skip
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     plot(rows)
 

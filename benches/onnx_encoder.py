@@ -1,7 +1,8 @@
 """Sentence embeddings of exported ONNX folders against the float model's: cosine similarity, size and speed.
 
-    python benches/onnx_encoder.py [TEXT [MODEL]]      writes benches/results/onnx_encoder.json
+    python benches/onnx_encoder.py [TEXT [MODEL]]      writes benches/results/onnx_encoder-HOW.json
 
+HOW is how this processor multiplies int8: amx, vnni, avx2.
 TEXT: 256 sentences of it are embedded (default: the embedded text); calibration reads other sentences of the embedded
 text. MODEL: a folder or hub id (default: the encoder that a package carries). Every row is a
 folder as `qcompile export-onnx MODEL FOLDER --recipe .. --pooling mean --normalize` writes it, run by ONNX Runtime.
@@ -26,12 +27,13 @@ import qcompile
 from qcompile.bench import versions
 from qcompile.codegen.onnx.pooling import Pooled, Pooling
 from qcompile.formats import Format
+from qcompile.integer_product import processor
 from qcompile.passes import GPTQ, Fuse, Quantize
 from qcompile.pretrained import load_encoder
 from qcompile.recipe import Recipe
 from qcompile.text import sentence_batches, sentences
 
-RESULTS = Path(__file__).parent / "results" / "onnx_encoder.json"
+RESULTS = Path(__file__).parent / "results" / f"onnx_encoder-{processor()}.json"
 ROUNDS = 7
 G32 = Format.parse("int4/group32/zero")
 GPTQ_G32 = Recipe("int4-g32-gptq", (GPTQ(G32, None, output=None, clip=True), Fuse()))

@@ -9,9 +9,10 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- costs -->                     quantize_cost.json
     <!-- onnx HOW -->, long, few, roofline   onnx_cpu-HOW.json, of one kind of processor
     <!-- shapes -->                    onnx_shapes.json
-    <!-- encoder -->                   onnx_encoder.json
+    <!-- encoder HOW -->               onnx_encoder-HOW.json
     <!-- engines HOW -->               engines_cpu-HOW.json
     <!-- fixed -->                     fixed_scales.json
+    <!-- formats -->                   w4a8_formats.json
 """
 
 from __future__ import annotations
@@ -113,19 +114,18 @@ def onnx_few(how: str) -> str:
 def roofline(how: str) -> str:
     """How far decoding is from reading the file, and a prompt from the rate of int8 products."""
     found = json.loads((ROOT / "benches" / "results" / f"onnx_cpu-{how}.json").read_text())
-    head = (
-        f"decode, of {found['bandwidth'] / 1e9:.0f} GB/s | prefill, of {found['int8_rate'] / 1e9:.0f} G multiply-adds/s"
-    )
+    rate = max(found["int8_rates"].values()) / 1e9
+    head = f"decode, of {found['bandwidth'] / 1e9:.0f} GB/s | prefill, of {rate:.0f} G multiply-adds/s"
     return "\n".join(
         [f"| folder | {head} |", "|---|---|---|"]
         + [f"| {r['folder']} | {r['share_of_bandwidth']:.0%} | {r['share_of_int8']:.0%} |" for r in found["rows"]]
     )
 
 
-def onnx_encoder(_: str) -> str:
+def onnx_encoder(how: str) -> str:
     """Sentence embeddings of ONNX folders."""
     head = "| folder | file MB | mean cosine similarity to float | least | sentences/s | x float |"
-    rows = rows_of("onnx_encoder")
+    rows = rows_of(f"onnx_encoder-{how}")
     return "\n".join(
         [head, "|---|---|---|---|---|---|"]
         + [
@@ -156,6 +156,17 @@ def fixed_scales(_: str) -> str:
     return "\n".join([*lines, *(f"| {text} | {rows[8, peak]} | {rows[4, peak]} |" for peak, text in peaks.items())])
 
 
+def w4a8_formats(_: str) -> str:
+    """Blocks and bases of 4-bit codes; with the embedding as a file has it."""
+    float_, *rows = rows_of("w4a8_formats")
+    forms = {r["format"]: {o["basis"]: o for o in rows if o["format"] == r["format"]} for r in rows}
+    lines = [f"| float: {float_['perplexity']:.2f} | smoothed | rotated | with a float table |", "|---|---|---|---|"]
+    for form, of in forms.items():
+        cells = (f"{of[basis]['perplexity']:.2f}" for basis in ("smoothed", "rotated"))
+        lines.append(f"| `{form}` | {' | '.join(cells)} | {of['rotated']['float_table']:.2f} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "table": accuracy,
     "recipes": chosen,
@@ -169,6 +180,7 @@ TABLES = {
     "encoder": onnx_encoder,
     "engines": engines,
     "fixed": fixed_scales,
+    "formats": w4a8_formats,
 }
 
 
