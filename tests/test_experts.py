@@ -14,6 +14,7 @@ from qcompile.expert_stack import QuantStack
 from qcompile.formats import Format
 from qcompile.passes import GPTQ, HQQ, FineQuant, Fuse, Quantize, Untie
 from qcompile.passes.quantize import matrix_of
+from qcompile.passes.sequential import Gram
 from qcompile.pipeline import run
 from qcompile.recipe import Recipe, Rule
 from qcompile.rounding import quantize_tensor
@@ -195,10 +196,8 @@ def test_batched_products(how, tmp_path):
 
 def test_rows_of_an_expert_begin_where_the_last_ones_end(monkeypatch):
     """The Hessians of a stack are those of each expert's own rows: together they are all rows', once."""
-    import sys
-
-    sequential, seen = sys.modules["qcompile.passes.sequential"], []
-    monkeypatch.setattr(sequential, "gram", lambda x, real=sequential.gram: (seen.append(len(x)), real(x))[1])
+    seen = []
+    monkeypatch.setattr(Gram, "add", lambda self, x, real=Gram.add: (seen.append(len(x)), real(self, x))[1])
     model = build("mixtral")
     passes = (Untie(), GPTQ(INT4, None, output=None), Fuse())
     qcompile.quantize(model, Recipe("q", passes), [example("mixtral")], progress=False)
