@@ -68,7 +68,7 @@ QUICK = {
     "int4-cpu, last logits, chunks": ("int4-cpu", {"last_logits": True, "chunk": CHUNK}),
 }
 PROMPT, NEW, ROUNDS = 512, 32, 7
-LONG = {2048: 2, 4096: 1, 7800: 1}  # longer prompts, and how many times each is timed
+LONG = {2048: 2, 4096: 2, 7800: 1}  # longer prompts, and how many times each is timed
 TURNS = 9  # times that a folder decodes NEW tokens behind each of them
 SHORT_ONLY = {"builder int4, block 32, k_quant", *(f"qcompile {name}" for name in list(OURS)[:3])}
 

@@ -12,7 +12,6 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- encoder HOW -->               onnx_encoder-HOW.json
     <!-- engines HOW -->               engines_cpu-HOW.json
     <!-- fixed -->                     fixed_scales.json
-    <!-- formats -->                   w4a8_formats.json
 """
 
 from __future__ import annotations
@@ -156,17 +155,6 @@ def fixed_scales(_: str) -> str:
     return "\n".join([*lines, *(f"| {text} | {rows[8, peak]} | {rows[4, peak]} |" for peak, text in peaks.items())])
 
 
-def w4a8_formats(_: str) -> str:
-    """Blocks and bases of 4-bit codes; with the embedding as a file has it."""
-    float_, *rows = rows_of("w4a8_formats")
-    forms = {r["format"]: {o["basis"]: o for o in rows if o["format"] == r["format"]} for r in rows}
-    lines = [f"| float: {float_['perplexity']:.2f} | smoothed | rotated | with a float table |", "|---|---|---|---|"]
-    for form, of in forms.items():
-        cells = (f"{of[basis]['perplexity']:.2f}" for basis in ("smoothed", "rotated"))
-        lines.append(f"| `{form}` | {' | '.join(cells)} | {of['rotated']['float_table']:.2f} |")
-    return "\n".join(lines)
-
-
 TABLES = {
     "table": accuracy,
     "recipes": chosen,
@@ -180,7 +168,6 @@ TABLES = {
     "encoder": onnx_encoder,
     "engines": engines,
     "fixed": fixed_scales,
-    "formats": w4a8_formats,
 }
 
 

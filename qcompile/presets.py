@@ -114,7 +114,7 @@ PRESETS: dict[str, Recipe] = {
             "the best for an ONNX folder on a CPU: W4A8 on rotated bases by GPTQ, groups of 128; an int8 cache",
             *_FOLDED,
             _CODED,
-            GPTQ(_DUAL, Format("int8"), output=_SMALL, output_act=Format("int8"), clip=True),
+            GPTQ(_DUAL, Format("int8"), output=_DUAL, output_act=Format("int8"), clip=True),
         ),
         _recipe(
             "w4a16-gptq",
