@@ -44,7 +44,7 @@ def _recipe(name: str, source: str, *passes: object) -> Recipe:
 
 _INT4 = Format.parse("int4/group128/zero")
 _DUAL = Format.parse("int4/group128/zero/dual")
-_SMALL = Format.parse("int4/group32/dual")  # ONNX Runtime decodes faster without zero points
+_SMALL = Format.parse("int4/group32/dual")
 _CODED = QuantizeKV(8, fixed=True, optional=True)  # what ONNX Runtime's attention reads
 
 PRESETS: dict[str, Recipe] = {

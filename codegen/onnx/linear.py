@@ -1,7 +1,7 @@
 """Quantized linears in the form that ONNX has operators for.
 
     weight-only int2/4/8    MatMulNBits(x, codes, scales, zeros)       float activations, float sums
-    int8 x int8             Int8Linear: u8 x u8 products               exact int32 sums (lower_int8.py)
+    int8 x int8             Int8Linear: products in int8               exact int32 sums (lower_int8.py)
     dual int4 x int8        DualLinear: both of the above, by the number of rows (lower.py)
     other W4A8, W4A4        per-token quantize-dequantize, then MatMulNBits
 

@@ -11,7 +11,7 @@ Three nodes of our own stand in an exported graph, and none in a file:
 
 The file holds the 4-bit codes, s_row and s1 once (split_scales.py): s1 (q - z) is computed from the same bytes, which
 ONNX Runtime does when it opens the file (constant folding). A decoder becomes one `If` on its number of tokens around
-the whole graph, whose two branches share all weights; an `If` around every product would cost a frame each.
+the whole graph, whose two branches share all weights; an `If` on that around every product would cost a frame each.
 """
 
 from __future__ import annotations

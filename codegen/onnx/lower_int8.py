@@ -5,7 +5,8 @@ by 8-bit dot products where a processor has them (VNNI, AMX), 2.6 times as fast 
 AVX-512 of before), u8 x s8 are added two by two in 16 bits, too few for pairs of large ones: wrong without a word. So a
 file asks the processor: it holds one such product of constants with its true result (`exactness`), and each product is
 an `If` on whether they agree. ONNX Runtime computes that when it opens the file and keeps the one branch (constant
-folding); elsewhere the same file is right as well. A portable file has u8 x u8.
+folding); elsewhere the same file is right as well. What ONNX Runtime writes after opening it is for this processor
+only. A portable file has u8 x u8.
 
 Where all of x has one z, the operators take it. They take none for each row, where
 (q - z) @ w = (q - 128) @ w + (128 - z) sum(w), with the sums in the file; 128, because z is often near it and the

@@ -60,7 +60,7 @@ def int8_linear(
 ) -> Tensor:
     """Codes of x @ (weight - 128), times their step and scale [N], plus bias; a step of a row or of all x.
 
-    weight: uint8 [K, N], int8 codes moved by 128 (lower.py says why).
+    weight: uint8 [K, N], int8 codes moved by 128 (lower_int8.py says why).
     sums: [N], scale times the sums of weight - 128 over K, if x has zero points; None: it has none. The file corrects
         for zero points with these numbers; here only whether they are given counts, so that one checks the other.
     """

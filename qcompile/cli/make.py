@@ -53,7 +53,7 @@ def quantize(
 def export_onnx(
     model: Model,
     folder: Out,
-    recipe: RecipeName = "int4-cpu-gptq",
+    recipe: RecipeName = "int4-cpu",
     text: TextFile = None,
     accuracy_level: Annotated[
         int, typer.Option(help="of int4 products: 4 rounds activations to int8 in blocks, 1 keeps float32, slower")

@@ -67,7 +67,9 @@ def int8_product(rng: np.random.Generator) -> tuple[onnx.ModelProto, np.ndarray]
 def without_dot_products(model: onnx.ModelProto) -> None:
     """Make the product that asks the processor come out wrong, as it does where sums of u8 x s8 saturate."""
     question = next(node for node in model.graph.node if node.op_type == "MatMulInteger")
-    largest = next(t for t in model.graph.initializer if t.name == question.input[0])
+    largest, other = (next(t for t in model.graph.initializer if t.name == name) for name in question.input)
+    pair = 2 * int(onnx.numpy_helper.to_array(largest).max()) * int(onnx.numpy_helper.to_array(other).max())
+    assert pair > np.iinfo(np.int16).max, "or no processor gets it wrong"
     largest.CopyFrom(onnx.numpy_helper.from_array(np.full((4, 64), 254, np.uint8), largest.name))
 
 
