@@ -1,9 +1,9 @@
-"""W4A8 for ONNX folders: which blocks of 4-bit codes, on which basis. What `int4-cpu-gptq` was chosen by.
+"""W4A8 for ONNX folders: which blocks of 4-bit codes, on which basis.
 
     python benches/w4a8_formats.py [TEXT]      writes benches/results/w4a8_formats.json
 
 The embedded LLM after GPTQ on 32 windows of 512 tokens from the end of TEXT, its perplexity on 2 windows of 2048 from
-the beginning (the WikiText-2 validation text for the committed numbers). Embeddings are as a file has them: from the
+the beginning. Embeddings are as a file has them: from the
 codes of the logits, on rotated bases times a matrix (codegen/onnx/tables.py).
 """
 
