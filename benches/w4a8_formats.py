@@ -1,10 +1,10 @@
-"""W4A8 for ONNX folders: which blocks of 4-bit codes, on which basis.
+"""W4A8 for ONNX folders: which blocks of 4-bit codes, of the layers and of the logits, on which basis.
 
     python benches/w4a8_formats.py [TEXT]      writes benches/results/w4a8_formats.json
 
 The embedded LLM after GPTQ on 32 windows of 512 tokens from the end of TEXT, its perplexity on 2 windows of 2048 from
-the beginning. Embeddings are as a file has them: from the
-codes of the logits, on rotated bases times a matrix (codegen/onnx/tables.py).
+the beginning. Embeddings are as a file has them: from the codes of the logits times a matrix (codegen/onnx/tables.py).
+The bytes are those of all codes, zero points and scales, as MatMulNBits wants blocks filled up.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch import nn
 
 import qcompile
 from qcompile.bench import versions
+from qcompile.codegen.onnx.linear import to_blocks
 from qcompile.codegen.onnx.tables import nearest_turn
 from qcompile.evaluate import perplexity
 from qcompile.formats import Format
+from qcompile.module import QuantLinear
 from qcompile.passes import GPTQ, FoldNorm, Fuse, QuantizeKV, Rotate, Smooth, Untie
 from qcompile.pretrained import load_pretrained
 from qcompile.recipe import Recipe
@@ -30,20 +32,31 @@ from qcompile.text import batches, read_text, windows
 
 RESULTS = Path(__file__).parent / "results" / "w4a8_formats.json"
 BASES = {"smoothed": (Smooth(alpha=0.6),), "rotated": (Untie(), FoldNorm(), Rotate())}
-FORMATS = ["int4/group32/dual", "int4/group64/zero/dual", "int4/group128/zero/dual"]
+FORMS = {"32": "int4/group32/dual", "64": "int4/group64/zero/dual", "128": "int4/group128/zero/dual"}
+ROWS = [("smoothed", "32", "32"), ("rotated", "32", "32"), ("rotated", "64", "64"), ("rotated", "128", "128")]
+ROWS += [("rotated", "128", "64")]
 
 
-def recipe(basis: str, form: str) -> Recipe:
+def recipe(basis: str, layers: str, logits: str) -> Recipe:
     """W4A8 everywhere and an int8 cache."""
-    weight, act = Format.parse(form), Format("int8")
-    gptq = GPTQ(weight, act, output=weight, output_act=act, clip=True)
-    return Recipe(f"{basis} {form}", (*BASES[basis], QuantizeKV(8, fixed=True), gptq, Fuse()))
+    weight, output, act = Format.parse(FORMS[layers]), Format.parse(FORMS[logits]), Format("int8")
+    gptq = GPTQ(weight, act, output=output, output_act=act, clip=True)
+    return Recipe(f"{basis} {layers} {logits}", (*BASES[basis], QuantizeKV(8, fixed=True), gptq, Fuse()))
 
 
-def share_table(model: nn.Module, turned: bool) -> None:
+def share_table(model: nn.Module) -> None:
     """Put into the embedding what a file gathers from the codes of the logits."""
     table, codes = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    table.data = codes @ nearest_turn(codes, table) if turned else codes
+    table.data = codes @ nearest_turn(codes, table)
+
+
+def megabytes(model: nn.Module) -> float:
+    """Of codes, zero points and scales in a file (to_blocks and split_scales.py)."""
+    total = 0
+    for site in (m for m in model.modules() if isinstance(m, QuantLinear)):
+        codes, scales, zeros = to_blocks(site)
+        total += codes.numel() + scales.numel() + (0 if zeros is None else zeros.numel()) + 4 * len(scales)
+    return total / 1e6
 
 
 def main() -> None:
@@ -51,20 +64,19 @@ def main() -> None:
     text = sys.argv[1] if len(sys.argv) > 1 else None
     model, tokenizer = load_pretrained()
     pieces, data = windows(tokenizer, read_text(text), count=2), batches(tokenizer, text, count=32)
-    rows = [dict(basis="", format="float", perplexity=perplexity(model, pieces))]
-    for basis in BASES:
-        for form in FORMATS:
-            small = copy.deepcopy(model)
-            qcompile.quantize(small, recipe(basis, form), data)
-            row = dict(basis=basis, format=form, float_table=perplexity(small, pieces))
-            share_table(small, basis == "rotated")
-            rows.append(row | dict(perplexity=perplexity(small, pieces)))
-            RESULTS.write_text(json.dumps(dict(versions=versions(), rows=rows), indent=1) + "\n")
-    table = Table("basis", "format", "perplexity", "with a float table")
+    rows = [dict(basis="float", perplexity=perplexity(model, pieces))]
+    for basis, layers, logits in ROWS:
+        small = copy.deepcopy(model)
+        qcompile.quantize(small, recipe(basis, layers, logits), data)
+        row = dict(basis=basis, layers=layers, logits=logits, megabytes=megabytes(small))
+        row["float_table"] = perplexity(small, pieces)
+        share_table(small)
+        rows.append(row | dict(perplexity=perplexity(small, pieces)))
+        RESULTS.write_text(json.dumps(dict(versions=versions(), rows=rows), indent=1) + "\n")
+    table = Table("basis", "blocks of layers", "of logits", "MB", "perplexity", "with a float table")
     for row in rows:
-        table.add_row(
-            row["basis"], row["format"], f"{row['perplexity']:.2f}", f"{row.get('float_table', row['perplexity']):.2f}"
-        )
+        numbers = (f"{row[key]:.2f}" if key in row else "" for key in ("megabytes", "perplexity", "float_table"))
+        table.add_row(row["basis"], row.get("layers", ""), row.get("logits", ""), *numbers)
     Console(width=100).print(table)
 
 

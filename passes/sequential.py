@@ -36,16 +36,18 @@ def quantize_sequentially(
 
     With `aim`, the program as it is now is walked beside it, and inputs are rounded as activations are.
 
-    The logits, where the recipe gives them a format of their own (eight bits), are rounded to nearest:
-    the largest matrix of a small model, and eight bits lose nothing that a search could win back.
+    The logits, where the recipe gives them eight bits of their own, are rounded to nearest, and the
+    report says so: the largest matrix of a small model, and eight bits lose nothing that a search could
+    win back.
     """
     beside = Beside(program.copy(), plan) if aim is not None else None
     groups: dict[tuple[torch.fx.Node, Format], list[Wanted]] = {}
     for wanted in wanted_sites(program, how, plan, report):
-        if wanted.last:
+        if wanted.last and wanted.weight.bits >= 8:
             q = quantize_tensor(matrix_of(program, wanted.site), wanted.weight)
             put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
             report.done.append(wanted.site.name)
+            report.notes.append(f"{wanted.site.name}: the logits in {wanted.weight} are rounded to nearest")
         else:
             groups.setdefault((wanted.site.input, wanted.weight), []).append(wanted)
     assert plan.batches is not None
@@ -93,8 +95,7 @@ class Beside:
         site, act = wanted.site, wanted.act
         self.walk.advance(self.nodes[site.node.name])
         device = walk.program.weights[site.name].device
-        sums = Gram(site.K, device)
-        cross = torch.zeros_like(sums.upper)
+        sums, cross = Gram(site.K, device), torch.zeros(site.K, site.K, dtype=torch.float64, device=device)
         pairs = zip(walk.see(site.input), self.walk.see(self.nodes[site.input.name]), strict=True)
         for batch, (x, exact) in enumerate(pairs, 1):
             aim = exact.flatten(0, -2).float()
@@ -108,8 +109,8 @@ class Beside:
             rows = (x if act is None else as_rounded(x, act)).flatten(0, -2).float() * even
             sums.add(rows)
             cross += (aim * even).t() @ rows
-        refuse_infinite(sums.upper, walk, site)
-        return sums.total, cross
+        refuse_infinite(sums.sums, walk, site)
+        return sums.whole(), cross
 
 
 def as_rounded(x: Tensor, act: Format) -> Tensor:
@@ -136,7 +137,7 @@ def _experts(program: Program, walk: Walk, wanted: Wanted, choose: Choose) -> QT
         sums = Gram(site.K, weight.device)
         for rows in rows_of(expert):
             sums.add(rows.float())
-        found.append(choose(weight, sums.total, wanted.weight, [f"{site.name}[{expert}]"]))
+        found.append(choose(weight, sums.whole(), wanted.weight, [f"{site.name}[{expert}]"]))
     parts = [[getattr(q, part) for q in found] for part in ("codes", "scale", "zero", "group_scale")]
     whole = [None if p[0] is None else torch.cat([t.reshape(-1, 1) if not t.ndim else t for t in p]) for p in parts]
     return QTensor(whole[0], whole[1], whole[2], whole[3], wanted.weight)
@@ -146,16 +147,20 @@ class Gram:
     """Sums x^T x of rows x [T, K] in float64; blocks below the diagonal are copied in the end, a third less work."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self.upper = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(columns, columns, dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor) -> None:
         """Add x^T x of x [T, K], float32 or float64."""
-        _add_products(self.upper, rows)
+        _add_products(self.sums, rows)
 
-    @property
-    def total(self) -> Tensor:
-        """The sum, [K, K]."""
-        return self.upper.triu() + self.upper.triu(1).t()
+    def whole(self) -> Tensor:
+        """The sum, [K, K]: the same memory, so nothing can be added afterwards."""
+        for first in range(0, len(self.sums), 256):
+            block = slice(first, first + 256)
+            self.sums[block, :first] = self.sums[:first, block].t()
+            corner = self.sums[block, block]
+            corner.copy_(corner.triu() + corner.triu(1).t())
+        return self.sums
 
 
 def _add_products(total: Tensor, x: Tensor) -> None:
@@ -191,8 +196,8 @@ def hessian_of(walk: Walk, site: Site) -> Tensor:
     sums = Gram(site.K, walk.program.weights[site.name].device)
     for x in _many_rows(walk, site):
         sums.add(x)
-    refuse_infinite(sums.upper, walk, site)
-    return sums.total
+    refuse_infinite(sums.sums, walk, site)
+    return sums.whole()
 
 
 def refuse_infinite(hessian: Tensor, walk: Walk, site: Site) -> None:

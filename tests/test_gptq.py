@@ -119,7 +119,7 @@ def test_gram(columns):
     x, sums = torch.randn(40, columns, dtype=torch.float64), Gram(columns, torch.device("cpu"))
     sums.add(x[:25])
     sums.add(x[25:])
-    assert torch.allclose(sums.total, x.t() @ x)
+    assert torch.allclose(sums.whole(), x.t() @ x)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "phi3", "mixtral"])

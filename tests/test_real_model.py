@@ -87,23 +87,39 @@ def test_eager_compiled_and_onnx_choose_the_same_tokens(smollm2, tmp_path):
     assert any("nibble_float" in k for k in kernels)
 
 
-def test_quantized_activations_choose_other_tokens_only_at_near_ties(smollm2):
-    """Eager and compiled round the same numbers, but not always to the same side: one activation code
-    that flips is new rounding noise for all later layers. Up to a flip the logits agree to 1e-4."""
+def test_eager_and_compiled_round_activations_alike(smollm2):
+    """Both round the same numbers, but not always to the same side, and one code that flips is new noise for all
+    later layers: a change of 1e-7 in each layer moves eager logits by up to a tenth of their norm. So the median
+    over tokens is compared, of a prompt and of single steps, with what the rounding itself does to float logits."""
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
     shorten(model)
+    text = "The capital of France is Paris. It is a large city on the river Seine, and its people"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    exact = read_in_steps(model, ids)
     qcompile.quantize(model, "int8", progress=False)
-    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
-    want = greedy(model, ids)
-    with torch.no_grad():
-        logits = model(torch.cat([ids, torch.tensor([want])], 1)).logits[0, ids.shape[1] - 1 :]
+    eager = read_in_steps(model, ids)
     model.compile(backend="qcompile", dynamic=True)
-    found = greedy(model, ids)
-    same = next((i for i, (a, b) in enumerate(zip(found, want, strict=True)) if a != b), len(want))
-    assert same >= 8
-    if same < len(want):
-        first, second = logits[same].topk(2).values
-        assert first - second < 0.3 and logits[same, found[same]] == second
+    compiled = read_in_steps(model, ids)
+    assert any("int8_mm" in k for report in reports for s in report.sites for k in s.kernel.values())
+    for of_prompt in (slice(0, 12), slice(12, None)):
+        moved = distances(compiled[of_prompt], eager[of_prompt]).median()
+        assert moved < 0.4 * distances(eager[of_prompt], exact[of_prompt]).median()
+
+
+def read_in_steps(model, ids, prompt=12):
+    """Logits [T, V] of a prompt read at once and then token by token, with a cache."""
+    with torch.no_grad():
+        found = model(ids[:, :prompt], use_cache=True)
+        rows = [found.logits[0]]
+        for token in ids[0, prompt:]:
+            found = model(token.view(1, 1), past_key_values=found.past_key_values, use_cache=True)
+            rows.append(found.logits[0])
+    return torch.cat(rows)
+
+
+def distances(found, want):
+    """How far each row is from another's, as a share of the other's spread."""
+    return (found - want).std(-1) / want.std(-1)
 
 
 def shorten(model):

@@ -29,6 +29,7 @@ from qcompile.codegen.onnx.genai import write_genai_config
 from qcompile.codegen.onnx.last_logits import only_last
 from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, check_forms, two_ways
 from qcompile.codegen.onnx.lower import Way, by_tokens, is_dual, one_way
+from qcompile.codegen.onnx.lower_int8 import inexact
 from qcompile.codegen.onnx.pooling import Pooled, Pooling, write_pooling
 from qcompile.codegen.onnx.proof import differences, holding, prove, reference
 from qcompile.codegen.onnx.rewrite import rewrite
@@ -167,7 +168,7 @@ def _longest(config: Any) -> int:
 
 
 def _finish(path: Path, wrapper: Any, layout: Layout) -> tuple[float, float]:
-    """Prove every way that the file may multiply, then write it as it will run; the errors of both."""
+    """Prove every way to multiply, on any processor, then write the file as it will run; the errors of both."""
     import onnx
 
     exported = onnx.load(str(path), load_external_data=False)
@@ -176,9 +177,12 @@ def _finish(path: Path, wrapper: Any, layout: Layout) -> tuple[float, float]:
         ways = ["few"]
     error = 0.0
     for way in ways:
-        onnx.save(one_way(exported, way, layout.portable), str(path))
+        lowered = one_way(exported, way, layout.portable)
         against = reference(wrapper, lambda site, way=way: way == "few" and two_ways(site))
-        error = max(error, prove(path, wrapper, against))
+        for variant in (inexact(lowered), lowered):  # what other processors run, then what this one does
+            if variant is not None:
+                onnx.save(variant, str(path))
+                error = max(error, prove(path, wrapper, against))
     if len(ways) == 2:
         onnx.save(by_tokens(exported), str(path))
     elif layout.accuracy_level == 1:

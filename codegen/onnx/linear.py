@@ -81,7 +81,8 @@ class OnnxLinear(nn.Module):
         self.integer = source.format == Format("int8") and self.act is not None and self.act.dtype == "int8"
         self.dual = two_ways(source) and not portable
         if self.integer:
-            self.register_buffer("weight", (source.codes.t().to(torch.int16) + 128).to(torch.uint8).contiguous())
+            weight = source.codes.t().contiguous()
+            self.register_buffer("weight", (weight.short() + 128).to(torch.uint8) if portable else weight)
             self.register_buffer("scale", source.scale.reshape(-1).float())
             sums = None if self.act.zero == "none" else self.scale * source.codes.sum(1)
             self.register_buffer("sums", sums)

@@ -25,7 +25,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.codegen.onnx.lower_attention import by_length, is_coded, lengths
-from qcompile.codegen.onnx.lower_int8 import Int8Product, Weight, exactness, signed_codes
+from qcompile.codegen.onnx.lower_int8 import Int8Product, Weight, exactness
 from qcompile.codegen.onnx.steps import DOMAIN, FEW, Steps, attributes_of
 
 Way = Literal["few", "many"]
@@ -220,40 +220,38 @@ class _Writer:
         found: list[onnx.NodeProto] = []
         for node in nodes:
             if node.op_type == "Int8Linear" and (key := _int8_weight(node)) not in self.int8:
-                do = Steps(node.name)
-                codes, *scales = key
-                signed = "" if self.portable else signed_codes(do, codes, self.constant)
-                self.int8[key] = Weight(codes, signed, *scales)
-                found += do.nodes
+                self.int8[key] = Weight(*key)
             elif node.op_type == "DualLinear" and way == "many" and (key := _dual_weight(node)) not in self.int8:
                 do = Steps(node.name)
                 self.int8[key] = self._from_codes(do, node)
                 found += do.nodes
-        return [*exactness(self.constant), *found] if found and not self.portable else found
+        return [*exactness(self.constant), *found] if self.int8 and not self.portable else found
 
     def _from_codes(self, do: Steps, node: onnx.NodeProto) -> Weight:
-        """s1 (q - z) [K, N] of a dual weight, computed from its 4-bit codes [N, blocks, block / 2]."""
+        """s1 (q - z) [K, N] of a dual weight, computed from its 4-bit codes [N, blocks, block / 2].
+
+        In as few steps as there can be: ONNX Runtime keeps all of them until the last weight of a model is made.
+        """
         codes, scales, zeros, row = _dual_weight(node)
         sizes = attributes_of(node)
         n, k, block = sizes["N"], sizes["K"], sizes["block_size"]
         blocks = -(-k // block)
-        u8: dict[str, Any] = dict(to=TensorProto.UINT8)  # whose sums and products wrap: only the last has to fit
+        s8: dict[str, Any] = dict(to=TensorProto.INT8)
         last, first = self.whole(-1), self.whole(0)
-        q = do("q", "Cast", self._seen(codes, [n, blocks, block]), **u8)
+        q = do("q", "Cast", self._seen(codes, [n, blocks, block]), **s8)
         if zeros:
-            padded = do("padded", "Cast", self._seen(zeros, [n, blocks + blocks % 2]), **u8)
+            padded = do("padded", "Cast", self._seen(zeros, [n, blocks + blocks % 2]), **s8)
             z = do("z", "Unsqueeze", do("flat", "Slice", padded, first, self.whole(blocks), self.whole(1)), last)
         else:
-            z = self.constant(np.array(2 ** (sizes["bits"] - 1), np.uint8))
+            z = self.constant(np.array(2 ** (sizes["bits"] - 1), np.int8))
         ratio = do("ratio", "Div", scales, do("rows", "Unsqueeze", row, last))
-        s1 = do("s1", "Cast", do("signed", "Cast", do("whole", "Round", ratio), to=TensorProto.INT8), **u8)
+        s1 = do("s1", "Cast", do("whole", "Round", ratio), **s8)
         product = do("blocks", "Mul", do("levels", "Sub", q, z), do("steps", "Unsqueeze", s1, last))
         lines = do("lines", "Reshape", product, self.whole(n, blocks * block))
         columns = do("columns", "Transpose", lines, perm=[1, 0])
         if blocks * block > k:
             columns = do("inside", "Slice", columns, first, self.whole(k), first)
-        moved = do("unsigned_codes", "Add", columns, self.constant(np.array(128, np.uint8)))
-        return Weight(moved, do("signed_codes", "Cast", columns, to=TensorProto.INT8), row)
+        return Weight(columns, row)
 
     def _seen(self, name: str, dims: list[int], kind: int = TensorProto.UINT4) -> str:
         """The bytes of a uint8 weight in another shape and type: on disk they lie there once."""

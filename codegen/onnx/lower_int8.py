@@ -8,6 +8,8 @@ an `If` on whether they agree. ONNX Runtime computes that when it opens the file
 folding); elsewhere the same file is right as well. What ONNX Runtime writes after opening it is for this processor
 only. A portable file has u8 x u8.
 
+Weights are s8; u8 is made of them inside the branch that wants it, so that the other processors never hold both.
+
 Where all of x has one z, the operators take it. They take none for each row, where
 (q - z) @ w = (q - 128) @ w + (128 - z) sum(w), with the sums in the file; 128, because z is often near it and the
 second part small. x has at least one row: of none, ONNX Runtime's minimum and maximum for each row have another shape.
@@ -15,6 +17,7 @@ second part small. x has at least one row: of none, ONNX Runtime's minimum and m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +27,7 @@ from onnx import TensorProto, helper
 
 from qcompile.codegen.onnx.steps import DOMAIN, Steps
 
+BOOL = TensorProto.BOOL
 _TINY = 1e-30  # a smaller range is zero, and a step of zero would make 0 / 0 of it
 
 
@@ -32,20 +36,13 @@ class Weight:
     """Names of values.
 
     Attributes:
-        codes: around 128, u8 [K, N]. signed: the same around 0, s8 ("": not made). scale: [N].
+        codes: [K, N], s8; of a portable file u8, around 128. scale: [N].
         sums: scales times sums over K ("": activations are symmetric).
     """
 
     codes: str
-    signed: str
     scale: str
     sums: str = ""
-
-
-def signed_codes(do: Steps, codes: str, constant: Callable[[np.ndarray], str]) -> str:
-    """u8 around 128 as s8 around 0: sums of bytes wrap."""
-    moved = do("moved", "Add", codes, constant(np.array(128, np.uint8)))
-    return do("signed_codes", "Cast", moved, to=TensorProto.INT8)
 
 
 def exactness(constant: Callable[[np.ndarray], str]) -> list[onnx.NodeProto]:
@@ -55,11 +52,21 @@ def exactness(constant: Callable[[np.ndarray], str]) -> list[onnx.NodeProto]:
     true = constant(np.array(k * 255 * 127, np.int32))
     agree = do("agree", "Equal", do("sums", "MatMulInteger", *largest), true)
     least = do("least", "ReduceMin", do("counts", "Cast", agree, to=TensorProto.INT32), keepdims=0)
-    do("exact", "Cast", least, to=TensorProto.BOOL)
+    do("exact", "Cast", least, to=BOOL)
     return do.nodes
 
 
 EXACT = "/".join((DOMAIN, "processor", "exact"))
+
+
+def inexact(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """A copy as a processor whose sums of u8 times s8 are not true runs it; None: it is the same for all."""
+    found = copy.deepcopy(model)
+    for node in found.graph.node:
+        if node.output[0] == EXACT:
+            node.CopyFrom(helper.make_node("Constant", [], [EXACT], value=helper.make_tensor("no", BOOL, [], [False])))
+            return found
+    return None
 
 
 @dataclass(frozen=True)
@@ -121,19 +128,25 @@ class Int8Product:
             integers = do("integers", "MatMulInteger", codes, weight.codes, zero, middle)
             scales = do("scales", "Mul", weight.scale, step)
             return do("product", "Mul", do("numbers", "Cast", integers, to=TensorProto.FLOAT), scales)
-        branches = {
-            "then_branch": self._with("s8", (codes, weight.signed, step, weight.scale, zero)),
-            "else_branch": self._with("u8", (codes, weight.codes, step, weight.scale, zero, middle)),
-        }
+        names = dict(then_branch="s8", else_branch="u8")
+        branches = {side: self._branch(kind, codes, step, zero, weight) for side, kind in names.items()}
         return do("product", "If", EXACT, **branches)
 
-    def _with(self, kind: str, inputs: tuple[str, ...]) -> onnx.GraphProto:
-        out = "/".join((DOMAIN, self.do.name, kind))
-        node = helper.make_node("MatMulIntegerToFloat", inputs, [out], name=out, domain="com.microsoft")
-        return helper.make_graph([node], kind, [], [helper.make_tensor_value_info(out, TensorProto.FLOAT, None)])
+    def _branch(self, kind: str, codes: str, step: str, zero: str, weight: Weight) -> onnx.GraphProto:
+        do = Steps(f"{self.do.name}/{kind}")
+        inputs = [codes, weight.codes, step, weight.scale, zero]
+        if kind == "u8":  # negative codes wrap, and so does the sum
+            wrapped = do("wrapped", "Cast", weight.codes, to=TensorProto.UINT8)
+            inputs[1] = do("unsigned_codes", "Add", wrapped, self._u8(128))
+            inputs.append(self._u8(128))
+        out = do("product", "MatMulIntegerToFloat", *inputs, domain="com.microsoft")
+        return helper.make_graph(do.nodes, kind, [], [helper.make_tensor_value_info(out, TensorProto.FLOAT, None)])
 
     def _last(self) -> str:
-        return self.constant(np.array([-1], np.int64))
+        return self._whole(-1)
+
+    def _whole(self, *values: int) -> str:
+        return self.constant(np.array(values, np.int64))
 
     def _float(self, value: float) -> str:
         return self.constant(np.array(value, np.float32))

@@ -58,16 +58,17 @@ def blocks_to_numbers(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits:
 def int8_linear(
     x: Tensor, weight: Tensor, scale: Tensor, sums: Tensor | None, bias: Tensor | None, per_row: bool
 ) -> Tensor:
-    """Codes of x @ (weight - 128), times their step and scale [N], plus bias; a step of a row or of all x.
+    """Codes of x @ weight, times their step and scale [N], plus bias; a step of a row or of all x.
 
-    weight: uint8 [K, N], int8 codes moved by 128 (lower_int8.py says why).
-    sums: [N], scale times the sums of weight - 128 over K, if x has zero points; None: it has none. The file corrects
+    weight: int8 [K, N]; in a portable file uint8, the same moved by 128 (lower_int8.py says why).
+    sums: [N], scale times the sums of the weight over K, if x has zero points; None: it has none. The file corrects
         for zero points with these numbers; here only whether they are given counts, so that one checks the other.
     """
     form = Format("int8", "row" if per_row else "tensor", zero="none" if sums is None else "int")
     codes, step, zero = torch.ops.qcompile.quantize(x, str(form))
     whole = codes.double() if sums is None else codes.double() - zero
-    out = (whole @ (weight.double() - 128)).float() * step * scale  # float64 sums of int8 products are exact
+    numbers = weight.double() - 128 * (weight.dtype == torch.uint8)
+    out = (whole @ numbers).float() * step * scale  # float64 sums of int8 products are exact
     return out if bias is None else out + bias
 
 
@@ -86,7 +87,7 @@ def dual_linear(
     Other arguments as of nbits_linear, which multiplies the same weight by activations that are not rounded.
     """
     units = blocks_to_numbers(codes, (scales / row[:, None]).round(), zeros, bits, block)[:, :k]
-    return int8_linear(x, (units + 128).to(torch.uint8).t(), row, None, bias, per_row)
+    return int8_linear(x, units.to(torch.int8).t(), row, None, bias, per_row)
 
 
 @dual_linear.register_fake

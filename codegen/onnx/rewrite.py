@@ -38,6 +38,7 @@ def rewrite(program: Program, positions: int | None) -> tuple[PassReport, list[S
     program.cleanup()
     shared = share_tables(program)
     for table in shared:
-        turned = "" if table.turn is None else " and multiplied by a matrix"
+        far = f", {table.farther:.2f} times as far from its numbers as they are from their own rounding"
+        turned = "" if table.turn is None else f" and multiplied by a matrix{far}"
         report.notes.append(f"{table.name} is gathered from the codes of the logits{turned}")
     return report, shared

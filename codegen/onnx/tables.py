@@ -4,7 +4,9 @@ A tied model's logits are the products with its own embedding table. When they w
 rounding of that table, and the rows of the embedding can be gathered from them. Passes may part the two: a rotation
 folds the last norm's gain g into the logits' weight and turns both tables by R. They are then E R and E diag(g) R, so
 one is the other times a matrix [K, K], R^T diag(1/g) R: rows are gathered from the codes and multiplied by the matrix
-that comes nearest to the table (least squares), if that is about as near as rounding the table itself would be.
+that comes nearest to the table (least squares), if that is about as near as rounding the table itself would be. So are
+tables of codes that a search chose by the logits' inputs (GPTQ), not by the table. The matrix costs 4 K^2 bytes in the
+file and as many to read for each token, a table of its own V K / 2 in the file.
 """
 
 from __future__ import annotations
@@ -24,23 +26,30 @@ ops = torch.ops.qcompile_onnx
 
 _STEP = 0.55  # of a step: what rounding may change a number by
 _CLIPPED = 0.1  # share of numbers that a searched clip may change by more
-_FARTHER = 1.5  # times as far from the table as its own rounding: codes behind a matrix may be
+_FARTHER = 1.5  # times as far from the table as its own rounding: codes behind a matrix may be,
+_FARTHEST = 4.0  # and any one of their rows
+_TINY = 1e-30
 _ROWS = 8192  # of a table that are looked at together in float64
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A table that is gathered from codes: its name, the numbers that it now holds, and the matrix behind them."""
+    """A table that is gathered from codes: its name, the numbers that it now holds, and the matrix behind them.
+
+    farther: how far behind a matrix they are from the table, as a multiple of its own rounding.
+    """
 
     name: str
     numbers: Tensor
-    turn: Tensor | None
+    turn: Tensor | None = None
+    farther: float = 1.0
 
 
 def share_tables(program: Program) -> list[Shared]:
     """Let embeddings gather from the codes of products that hold a rounding of their table."""
     products = [n for n in program.graph.nodes if n.target in (ops.nbits_linear.default, ops.dual_linear.default)]
-    found = []
+    found: dict[str, Shared] = {}
+    turns: dict[str, fx.Node] = {}
     for node in list(program.graph.find_nodes(op="call_function", target=aten.embedding.default)):
         name = program.weight_name(node.args[0])
         for product in products if name is not None else []:
@@ -51,14 +60,15 @@ def share_tables(program: Program) -> list[Shared]:
             args = (node.args[1], codes, scales, zeros, k, bits, block)
             rows = program.insert(ops.gather_nbits.default, args, before=node)
             if shared.turn is not None:
-                turn = program.add_weight(f"turn_of_{name}", shared.turn.t().contiguous())
-                rows = program.insert(aten.linear.default, (rows, turn), before=node)
+                if name not in turns:
+                    turns[name] = program.add_weight(f"turn_of_{name}", shared.turn)
+                rows = program.insert(aten.matmul.default, (rows, turns[name]), before=node)
             node.replace_all_uses_with(rows)
             program.graph.erase_node(node)
-            found.append(shared)
+            found[name] = shared
             break
     program.cleanup()
-    return found
+    return list(found.values())
 
 
 def _from_codes(program: Program, name: str, product: fx.Node) -> Shared | None:
@@ -74,23 +84,45 @@ def _from_codes(program: Program, name: str, product: fx.Node) -> Shared | None:
     step = scales.abs().repeat_interleave(block, 1)[:, :k]
     far = (numbers - table).abs() > _STEP * step
     if float(far.float().mean()) <= _CLIPPED:
-        return Shared(name, numbers, None)
+        return Shared(name, numbers)
+    form = Format.parse(f"int{bits}/group{block}" + ("" if zeros is None else "/zero"))
+    return _behind_matrix(name, table, numbers, form)
+
+
+def _behind_matrix(name: str, table: Tensor, numbers: Tensor, form: Format) -> Shared | None:
+    """A table as numbers times a matrix, if that is about as near as the table rounded to `form`."""
+    k = table.shape[1]
     if len(table) < 2 * k:
         return None  # some matrix comes near to any table of so few rows
+    part = len(table) // (4 * k)
+    if part > 1 and _turned(table[::part], numbers[::part], form) is None:
+        return None  # soon: a matrix comes nearer to a part of the rows than to all of them
+    if (found := _turned(table, numbers, form)) is None:
+        return None
+    turn, farther = found
+    return Shared(name, numbers @ turn, turn, farther)
+
+
+def _turned(table: Tensor, numbers: Tensor, form: Format) -> tuple[Tensor, float] | None:
+    """The nearest matrix, and how far that is as a multiple of the table's own rounding; None: too far."""
     turn = nearest_turn(numbers, table)
-    turned = numbers @ turn
-    form = Format.parse(f"int{bits}/group{block}" + ("" if zeros is None else "/zero"))
-    rounded = quantize_tensor(table, form).dequantize()
-    near = float((turned - table).norm()) <= _FARTHER * float((rounded - table).norm())
-    return Shared(name, turned, turn) if near else None
+    away = (numbers @ turn - table).norm(dim=1)
+    rounded = (quantize_tensor(table, form).dequantize() - table).norm(dim=1)
+    farther = float(away.norm() / rounded.norm())
+    outlier = away > _FARTHEST * rounded.clamp_min(rounded.mean())
+    return None if not farther <= _FARTHER or bool(outlier.any()) else (turn, farther)
 
 
 def nearest_turn(numbers: Tensor, table: Tensor) -> Tensor:
-    """The matrix A [K, K] with the least |numbers A - table|, both [V, K]; solved in float64."""
+    """The matrix A [K, K] with the least |numbers A - table|, both [V, K]; solved in float64.
+
+    Columns that are zero everywhere, or depend on others, leave it undecided: a little damping decides.
+    """
     k = numbers.shape[1]
     square, across = torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64)
     for rows, wanted in zip(numbers.split(_ROWS), table.split(_ROWS), strict=True):
         wide = rows.double()
         square += wide.t() @ wide
         across += wide.t() @ wanted.double()
-    return (torch.linalg.pinv(square, hermitian=True) @ across).float()
+    square.diagonal().add_(1e-9 * square.diagonal().mean().clamp_min(_TINY))
+    return torch.cholesky_solve(across, torch.linalg.cholesky(square)).float()

@@ -20,11 +20,12 @@ from qcompile.codegen.onnx.attention_operators import causal, rotate
 from qcompile.codegen.onnx.calls import WithCache
 from qcompile.codegen.onnx.proof import ExportMismatch
 from qcompile.codegen.onnx.rewrite import rewrite
-from qcompile.codegen.onnx.tables import nearest_turn
+from qcompile.codegen.onnx.tables import _behind_matrix, _turned, nearest_turn
 from qcompile.formats import Format
 from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, Untie
 from qcompile.recipe import Recipe
 from qcompile.rotation_flow import Obstacle
+from qcompile.rounding import quantize_tensor
 from qcompile.verify import relative_error
 
 LENGTH = 64  # of the zoo's rotary tables
@@ -178,6 +179,44 @@ def test_the_nearest_matrix_is_the_one_that_folding_and_rotating_made():
     assert torch.allclose(nearest_turn(table * gain @ turn, table @ turn), want, atol=1e-5)
     flat = torch.cat([table, torch.zeros(9000, 1)], 1)  # a channel that is zero everywhere
     assert torch.allclose(flat @ nearest_turn(flat, flat), flat, atol=1e-5)
+
+
+def test_a_matrix_must_come_near_to_every_row_of_many():
+    torch.manual_seed(0)
+    table, turn, form = torch.randn(2000, 24), torch.linalg.qr(torch.randn(24, 24)).Q, Format.parse("int4/group32/zero")
+    table[5] = 0  # of a token that is not used
+    codes = quantize_tensor(table @ turn, form).dequantize()
+    found = _behind_matrix("table", table, codes, form)
+    assert found is not None and torch.equal(found.numbers, codes @ found.turn)
+    rounded = float((quantize_tensor(table, form).dequantize() - table).norm())
+    assert found.farther == pytest.approx(float((found.numbers - table).norm()) / rounded) and found.farther < 1.3
+    assert _behind_matrix("table", table[:47], codes[:47], form) is None, "fewer than twice as many rows as columns"
+    other = table.clone()
+    other[7] += 0.6 * torch.randn(24) * table[7].norm() / 24**0.5  # near on the whole, one token far off
+    assert _turned(other, codes, form) is None
+    assert _behind_matrix("table", torch.randn(2000, 24), codes, form) is None
+
+
+def test_two_embeddings_of_one_turned_table_share_its_matrix(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(256, 64), nn.Linear(64, 256, bias=False)
+            self.head.weight.data = self.table.weight @ torch.linalg.qr(torch.randn(64, 64)).Q
+
+        def forward(self, first, second):
+            return self.head(self.table(first) * self.table(second))
+
+    torch.manual_seed(0)
+    small = Format.parse("int4/group32/zero")
+    ids = torch.arange(6).reshape(2, 3)
+    example = dict(first=ids, second=ids + 9)
+    options = dict(accuracy_level=1, progress=False, example=example)
+    recipe = Recipe("small", (Quantize(small, None, output=small), Fuse()))
+    report = qcompile.export_onnx(Twice(), tmp_path / "m", recipe, **options)
+    graph, counts = nodes(tmp_path / "m")
+    assert counts["GatherBlockQuantized"] == 2 and report.numbers["onnx relative error"] < 1e-5
+    assert [list(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT].count([64, 64]) == 1
 
 
 @pytest.mark.parametrize("change", ["untied", "turned"])

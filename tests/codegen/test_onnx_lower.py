@@ -49,16 +49,22 @@ def test_equal_codes_with_other_scales_are_two_int8_weights():
     assert not np.allclose(many[1], 2 * many[0], rtol=0.1)
 
 
-def int8_product(rng: np.random.Generator) -> tuple[onnx.ModelProto, np.ndarray]:
+def stored(weight: np.ndarray, portable: bool) -> np.ndarray:
+    """An int8 weight as a file holds it."""
+    return (weight + 128).astype(np.uint8) if portable else weight.astype(np.int8)
+
+
+def int8_product(rng: np.random.Generator, portable: bool = False) -> tuple[onnx.ModelProto, np.ndarray]:
     """A graph with one Int8Linear, and its weight [96, 24]: the largest numbers of either sign."""
-    weight = rng.choice([-127, -127, 127], (96, 24))
-    text = """
+    weight = rng.choice([-128, -127, 127], (96, 24))
+    kind = "uint8" if portable else "int8"
+    text = f"""
         <ir_version: 10, opset_import: ["" : 21, "qcompile" : 1, "com.microsoft" : 1]>
-        model (float[m, 96] x, uint8[96, 24] w, float[24] s) => (float[m, 24] y) {
+        model (float[m, 96] x, {kind}[96, 24] w, float[24] s) => (float[m, 24] y) {{
             y = qcompile.Int8Linear <per_row = 1> (x, w, s)
-        }"""
+        }}"""
     model = onnx.parser.parse_model(text)
-    for name, value in (("w", (weight + 128).astype(np.uint8)), ("s", np.ones(24, np.float32))):
+    for name, value in (("w", stored(weight, portable)), ("s", np.ones(24, np.float32))):
         model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
     del model.graph.input[1:]
     return model, weight
@@ -78,7 +84,7 @@ def without_dot_products(model: onnx.ModelProto) -> None:
 def test_the_largest_integers_do_not_overflow(rows, how):
     """Pairs of products of u8 and s8 overflow 16 bits on processors without 8-bit dot products; ours must not."""
     rng = np.random.default_rng(0)
-    model, weight = int8_product(rng)
+    model, weight = int8_product(rng, how == "portable")
     whole = one_way(model, "many", how == "portable")
     if how == "without dot products":
         without_dot_products(whole)
@@ -108,20 +114,30 @@ def test_a_file_that_is_opened_keeps_the_product_that_is_exact_here(tmp_path):
         assert kinds["asked"] == onnx.TensorProto.INT8
 
 
+def test_a_portable_weight_stays_as_it_is_stored():
+    """On every processor: standard operators, and nothing computed when the file is opened."""
+    whole = one_way(int8_product(np.random.default_rng(0), True)[0], "many", portable=True)
+    assert {node.domain for node in whole.graph.node} == {""}
+    (product,) = [node for node in whole.graph.node if node.op_type == "MatMulInteger"]
+    (weight,) = [tensor for tensor in whole.graph.initializer if list(tensor.dims) == [96, 24]]
+    assert product.input[1] == weight.name and weight.data_type == onnx.TensorProto.UINT8
+
+
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("per_row", [True, False])
 def test_activations_with_zero_points(per_row, portable):
     """Of one sign, of both, of none: the same codes as the operator's own reference makes, and exact sums of them."""
     rng = np.random.default_rng(0)
     codes, scale = rng.integers(-127, 128, (96, 24)), rng.uniform(0.5, 2, 24).astype(np.float32)
+    kind = "uint8" if portable else "int8"
     text = f"""
         <ir_version: 10, opset_import: ["" : 21, "qcompile" : 1, "com.microsoft" : 1]>
-        model (float[m, 96] x, uint8[96, 24] w, float[24] s, float[24] sums, float[24] b) => (float[m, 24] y) {{
+        model (float[m, 96] x, {kind}[96, 24] w, float[24] s, float[24] sums, float[24] b) => (float[m, 24] y) {{
             y = qcompile.Int8Linear <per_row = {int(per_row)}> (x, w, s, sums, b)
         }}"""
     model = onnx.parser.parse_model(text)
     del model.graph.input[1:]
-    weight = dict(w=(codes + 128).astype(np.uint8), s=scale, sums=(scale * codes.sum(0)).astype(np.float32))
+    weight = dict(w=stored(codes, portable), s=scale, sums=(scale * codes.sum(0)).astype(np.float32))
     weight["b"] = rng.normal(size=24).astype(np.float32)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in weight.items())
     whole = one_way(model, "many", portable)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -17,12 +19,15 @@ from zoo import build, example
 
 import qcompile
 import qcompile.codegen.onnx.export as export
+from qcompile.codegen.onnx import lower_int8
 from qcompile.codegen.onnx.last_logits import last_tokens
 from qcompile.codegen.onnx.linear import NoOnnxForm
 from qcompile.codegen.onnx.lower import FEW, by_tokens
 from qcompile.codegen.onnx.proof import ExportMismatch
 from qcompile.codegen.onnx.session import FolderError, Session
-from qcompile.recipe import RecipeError
+from qcompile.formats import Format
+from qcompile.presets import find_recipe
+from qcompile.recipe import RecipeError, Rule
 
 DUAL = "int4-cpu"
 
@@ -90,12 +95,13 @@ def test_the_int8_weights_are_computed_when_the_file_is_opened(folders):
     opened_graph = onnx.load(str(place / "optimized.onnx"), load_external_data=False).graph
     assert not {n.op_type for n in opened_graph.node} & {"Transpose", "Unsqueeze", "Mul", "Round", "MatMulInteger"}
     (choice,) = [node for node in opened_graph.node if node.op_type == "If"]
-    many = next(a.g for a in choice.attribute if a.name == "else_branch").node
-    products = [node for node in many if node.op_type == "MatMulIntegerToFloat"]
-    choices = [node for node in many if node.op_type == "If"]
+    many = next(a.g for a in choice.attribute if a.name == "else_branch")
+    products = [node for node in many.node if node.op_type == "MatMulIntegerToFloat"]
+    choices = [node for node in many.node if node.op_type == "If"]
     assert products and len(choices) == 2, "the processor is known, the length that two attentions ask for is not"
-    kept = {t.name for t in opened_graph.initializer if t.name.endswith("signed_codes")}
-    assert kept == {node.input[1] for node in products}, "weights of one kind of processor"
+    matrices = {t.name for graph in (opened_graph, many) for t in graph.initializer if math.prod(t.dims) > 16 * 16}
+    read = {name for node in every(opened_graph) for name in node.input}
+    assert {node.input[1] for node in products} < matrices <= read, "weights of one kind of processor, no steps to them"
 
 
 def test_an_encoder_is_multiplied_in_int8_only(tmp_path):
@@ -122,6 +128,43 @@ def test_a_wrong_zero_point_is_found(tmp_path, monkeypatch):
     with pytest.raises(ExportMismatch, match="differs from the module"):
         qcompile.export_onnx(build("llama"), tmp_path / "m", DUAL, [example("llama")], progress=False)
     assert not (tmp_path / "m").exists()
+
+
+def test_the_proof_runs_what_other_processors_run(tmp_path, monkeypatch):
+    """A fault in the branch that this processor does not take must not pass."""
+    real = lower_int8.Int8Product._branch
+
+    def wrong(self, kind, *rest):
+        graph = real(self, kind, *rest)
+        for node in graph.node:
+            if node.output[0].endswith("unsigned_codes"):
+                node.op_type = "Sub"
+                node.input[1] = self._u8(127)
+        return graph
+
+    monkeypatch.setattr(lower_int8.Int8Product, "_branch", wrong)
+    with pytest.raises(ExportMismatch, match="differs from the module"):
+        qcompile.export_onnx(build("llama"), tmp_path / "m", DUAL, [example("llama")], progress=False)
+
+
+def test_a_site_in_int8_beside_sites_in_four_bits(tmp_path):
+    """It is multiplied in int8 however many tokens there are, in both branches of the choice."""
+    recipe = find_recipe(DUAL)
+    recipe = replace(recipe, rules=(Rule("*down_proj*", weight=Format("int8")), *recipe.rules))
+    report = qcompile.export_onnx(build("llama"), tmp_path / "m", recipe, [example("llama")], progress=False)
+    counts = branches(opened(tmp_path / "m"))
+    assert counts["then_branch"]["MatMulIntegerToFloat"] == 2 and counts["then_branch"]["MatMulNBits"] > 0
+    assert counts["else_branch"]["MatMulIntegerToFloat"] == 2 + counts["then_branch"]["MatMulNBits"]
+    assert report.numbers["onnx relative error"] < 0.2
+    ids, session = torch.randint(0, 128, (1, 12)), Session(tmp_path / "m")
+    whole, _ = session.step(ids.numpy(), None)
+    first, cache = session.step(ids[:, :9].numpy(), None)
+    steps = [first]
+    for token in ids[0, 9:]:
+        logits, cache = session.step(token.view(1, 1).numpy(), cache)
+        steps.append(logits)
+    found = np.concatenate(steps, 1)
+    assert np.linalg.norm(found - whole) < 0.2 * np.linalg.norm(whole)
 
 
 def generated(folder, rows, length=14):
