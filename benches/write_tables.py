@@ -12,6 +12,7 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- encoder HOW -->               onnx_encoder-HOW.json
     <!-- engines HOW -->               engines_cpu-HOW.json
     <!-- fixed -->                     fixed_scales.json
+    <!-- w4a8 -->                      w4a8_formats.json
 """
 
 from __future__ import annotations
@@ -155,6 +156,17 @@ def fixed_scales(_: str) -> str:
     return "\n".join([*lines, *(f"| {text} | {rows[8, peak]} | {rows[4, peak]} |" for peak, text in peaks.items())])
 
 
+def w4a8(_: str) -> str:
+    """Blocks and bases of W4A8."""
+    lines = ["| basis | blocks of layers | of logits | MB of codes and scales | perplexity |", "|---|---|---|---|---|"]
+    for r in rows_of("w4a8_formats"):
+        size = f"{r['megabytes']:.1f}" if "megabytes" in r else ""
+        lines.append(
+            f"| {r['basis']} | {r.get('layers', '')} | {r.get('logits', '')} | {size} | {number(r['perplexity'])} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
     "table": accuracy,
     "recipes": chosen,
@@ -168,6 +180,7 @@ TABLES = {
     "encoder": onnx_encoder,
     "engines": engines,
     "fixed": fixed_scales,
+    "w4a8": w4a8,
 }
 
 

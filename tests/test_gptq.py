@@ -138,11 +138,13 @@ def test_a_walk_computes_what_a_run_computes(name):
         assert all(any(u not in walk.done for u in n.users) for n in held)  # nothing is kept for nobody
 
 
-def test_later_sites_see_quantized_inputs():
+@pytest.mark.parametrize("output", [None, "int3/group32/zero", "int4/group64/zero"])
+def test_later_sites_see_quantized_inputs(output):
     model = build("llama")
     program = capture(model, (), example("llama"))
     batch = flat_inputs(program, example("llama"), example("llama"))
-    how = GPTQ(Format.parse("int3/group32/zero"), None, output=None)
+    form = Format.parse("int3/group32/zero")
+    how = GPTQ(form, None, output=output and Format.parse(output))
     after = program.copy()
     gptq_sites(after, how, Statistics(), SitePlan(batches=lambda: [batch]))
     after.cleanup()
@@ -154,9 +156,20 @@ def test_later_sites_see_quantized_inputs():
     rows = seen["x"].flatten(0, -2)
     hessian = (rows.t() @ rows).double()
     order = hessian.diagonal().argsort(descending=True)
-    grid = quantize_tensor(program.weights[last.name], how.weight)
+    grid = quantize_tensor(program.weights[last.name], how.output or how.weight)
     want = gptq(program.weights[last.name], hessian, grid, inverse_factor(hessian[order][:, order], 0.01), order)
     assert torch.equal(after.weights[f"{last.name}.codes"], want.stored())
+
+
+def test_logits_in_eight_bits_are_rounded_to_nearest_and_the_report_says_so():
+    model = build("llama")
+    form = Format.parse("int3/group32/zero")
+    recipe = Recipe("small", (GPTQ(form, None, output=Format("int8"), clip=True), qcompile.passes.Fuse()))
+    report = qcompile.quantize(model, recipe, [example("llama")], progress=False)
+    assert torch.equal(model.lm_head.codes, quantize_tensor(build("llama").lm_head.weight, Format("int8")).stored())
+    assert [note.partition(": ")[2] for note in report.passes[0].notes] == [
+        "the logits in int8/row are rounded to nearest"
+    ]
 
 
 @pytest.mark.parametrize("recipe", ["w4a16-gptq", "int8-gptq"])

@@ -181,6 +181,16 @@ def test_the_nearest_matrix_is_the_one_that_folding_and_rotating_made():
     assert torch.allclose(flat @ nearest_turn(flat, flat), flat, atol=1e-5)
 
 
+def test_the_preset_with_rotated_bases_holds_one_table(tmp_path):
+    """Its codes of the logits are chosen by GPTQ, not by the table: still near enough behind a matrix."""
+    batches = [{"input_ids": torch.randint(0, 128, (4, 32))} for _ in range(4)]
+    options = dict(low_memory=True, progress=False)
+    report = qcompile.export_onnx(build("llama"), tmp_path / "m", "int4-cpu-gptq", batches, **options)
+    counts = nodes(tmp_path / "m")[1]
+    assert counts["GatherBlockQuantized"] == 1 and counts["Gather"] == 0
+    assert any("codes of the logits and multiplied by a matrix" in n for p in report.passes for n in p.notes)
+
+
 def test_a_matrix_must_come_near_to_every_row_of_many():
     torch.manual_seed(0)
     table, turn, form = torch.randn(2000, 24), torch.linalg.qr(torch.randn(24, 24)).Q, Format.parse("int4/group32/zero")
