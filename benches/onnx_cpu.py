@@ -52,6 +52,7 @@ OURS = {  # name -> recipe, options of the export
     "int4-g32": (str(SAME_BLOCKS / "int4-g32.json"), {}),
     "int4-g128": (str(SAME_BLOCKS / "int4-g128.json"), {}),
     "int4-cpu": ("int4-cpu", {}),
+    "int4-g64-gptq": (str(SAME_BLOCKS / "int4-g64-gptq.json"), {}),  # BEST with a step for each token everywhere
     BEST: (BEST, {}),
     f"{BEST}, low memory": (BEST, {"low_memory": True}),
     f"{BEST}, last logits": (BEST, {"last_logits": True}),
@@ -70,7 +71,7 @@ QUICK = {
 PROMPT, NEW, ROUNDS = 512, 32, 7
 LONG = {2048: 2, 4096: 2, 7800: 1}  # longer prompts, and how many times each is timed
 TURNS = 9  # times that a folder decodes NEW tokens behind each of them
-SHORT_ONLY = {"builder int4, block 32, k_quant", *(f"qcompile {name}" for name in list(OURS)[:3])}
+SHORT_ONLY = {"builder int4, block 32, k_quant", *(f"qcompile {name}" for name in list(OURS)[:4])}
 
 
 def serve(folder: str) -> None:

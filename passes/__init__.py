@@ -18,6 +18,7 @@ from qcompile.passes.hqq import HQQ, hqq
 from qcompile.passes.intact_kv import IntactKV, intact_kv
 from qcompile.passes.learn_rotation import LearnRotation, learn_rotation
 from qcompile.passes.lorc import LoRC, lorc
+from qcompile.passes.per_tensor import PerTensor, per_tensor
 from qcompile.passes.quantize import Quantize, quantize
 from qcompile.passes.quantize_kv import QuantizeKV, quantize_kv
 from qcompile.passes.reorder import Reorder, reorder
@@ -39,6 +40,7 @@ __all__ = [
     "IntactKV",
     "LearnRotation",
     "LoRC",
+    "PerTensor",
     "FineQuant",
     "FoldNorm",
     "Fuse",
@@ -64,6 +66,7 @@ __all__ = [
     "intact_kv",
     "learn_rotation",
     "lorc",
+    "per_tensor",
     "quantize",
     "quantize_kv",
     "reorder",

@@ -17,6 +17,7 @@ from qcompile.passes import (
     Fuse,
     LearnRotation,
     LoRC,
+    PerTensor,
     Quantize,
     QuantizeKV,
     Reorder,
@@ -45,6 +46,7 @@ def _recipe(name: str, source: str, *passes: object) -> Recipe:
 _INT4 = Format.parse("int4/group128/zero")
 _DUAL = Format.parse("int4/group128/zero/dual")
 _SMALL = Format.parse("int4/group32/dual")
+_EVEN = Format.parse("int4/group64/zero/dual")  # divides more hidden sizes than 128
 _CODED = QuantizeKV(8, fixed=True, optional=True)  # what ONNX Runtime's attention reads
 
 PRESETS: dict[str, Recipe] = {
@@ -111,10 +113,11 @@ PRESETS: dict[str, Recipe] = {
         ),
         _recipe(
             "int4-cpu-gptq",
-            "the best for an ONNX folder on a CPU: W4A8 on rotated bases by GPTQ, groups of 128; an int8 cache",
+            "the best for an ONNX folder on a CPU: W4A8 on rotated bases by GPTQ, groups of 64; an int8 cache",
             *_FOLDED,
             _CODED,
-            GPTQ(_DUAL, Format("int8"), output=_DUAL, output_act=Format("int8"), clip=True),
+            PerTensor(),
+            GPTQ(_EVEN, Format("int8"), output=_EVEN, output_act=Format("int8"), clip=True),
         ),
         _recipe(
             "w4a16-gptq",
@@ -279,8 +282,7 @@ def find_recipe(
     """A recipe by preset name, JSON path, plain data or as it is; "auto" asks advise.py for a model.
 
     Args:
-        recipe: as above. model: what "auto" chooses for. data: whether it may choose a preset that
-            needs calibration.
+        recipe: as above. model: what "auto" chooses for. data: whether it may choose one that needs calibration.
 
     Raises:
         RecipeError: an unknown name; the text lists the known ones.

@@ -1,0 +1,119 @@
+"""PerTensor: one step for all tokens only where that is about as good as a step for each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from zoo import build, example
+
+import qcompile
+from qcompile.formats import Format
+from qcompile.module import QuantLinear
+from qcompile.passes import Fuse, PerTensor, Quantize
+from qcompile.passes.per_tensor import farther
+from qcompile.recipe import Recipe, RecipeError, Rule
+
+TENSOR = Format("int8", "tensor")
+
+
+@given(seed=st.integers(0, 10**6), zero=st.booleans(), larger=st.sampled_from([1.0, 30.0, 1000.0]))
+def test_how_much_farther(seed, zero, larger):
+    """By hand: the errors of both roundings, through the weight; a massive token makes the difference."""
+    generator = torch.Generator().manual_seed(seed)
+    act = Format("int8", "tensor", zero="int" if zero else "none")
+    inputs = [torch.randn(2, 8, 16, generator=generator) for _ in range(2)]
+    inputs[1][0, 3] *= larger
+    weight = torch.randn(24, 16, generator=generator)
+
+    def error(per_row):
+        total = 0.0
+        for x in inputs:
+            rows = x.reshape(-1, 16) if per_row else x.reshape(1, -1)
+            low = rows.amin(1, keepdim=True).clamp_max(0)
+            step = (rows.amax(1, keepdim=True).clamp_min(0) - low) / 255 if zero else rows.abs().amax(1, True) / 127
+            away = (rows / step).round() * step - rows
+            moved, size = ((t.reshape(-1, 16) @ weight.t()).norm(dim=1) for t in (away, x))
+            total += float((moved / size).square().sum())
+        return total**0.5
+
+    found = farther(inputs, weight, act)
+    assert found == pytest.approx(error(False) / error(True), rel=0.05)
+    if larger == 1000:
+        assert found > 20
+    if larger == 1:
+        assert found < 2
+
+
+def test_nothing_is_as_good_as_nothing():
+    assert farther([torch.zeros(1, 4, 8)], torch.ones(3, 8), TENSOR) == 1.0
+
+
+class Chain(nn.Module):
+    """A site whose tokens are alike, and one that reads a massive token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.twin, self.second = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.size = nn.Parameter(torch.ones(8, 1))
+        self.size.data[0] = 300
+
+    def forward(self, x):
+        return self.second(self.first(x) * self.twin(x) * self.size)
+
+
+def acts(model):
+    return {name: m.act for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def quantized(most, rules=()):
+    model, data = Chain(), [torch.randn(2, 8, 16)]
+    small = Quantize(Format("int8"), Format("int8"), output=None)
+    recipe = Recipe("coarse", (PerTensor(most=most), small, Fuse()), tuple(rules))
+    return model, qcompile.quantize(model, recipe, data, progress=False)
+
+
+def test_sites_are_chosen_by_what_they_read():
+    model, report = quantized(2.0)
+    assert acts(model) == {"first": TENSOR, "twin": TENSOR, "second": Format("int8")}
+    assert report.passes[0].notes == ["2 of 3 sites in one step for all tokens"]
+    assert "times as far as a step for each" in report.passes[0].left[0].reason
+    model, _ = quantized(1e6)
+    assert set(acts(model).values()) == {TENSOR}
+    model, _ = quantized(1.0)
+    assert set(acts(model).values()) == {Format("int8")}
+
+
+def test_rules_come_first():
+    row = Format("int8", zero="int")
+    model, _ = quantized(1e6, [Rule("first*", act=row), Rule("twin*", weight=Format("int4", "row"))])
+    assert acts(model) == {"first": row, "twin": TENSOR, "second": TENSOR}
+    assert model.twin.format == Format("int4", "row")
+    model, _ = quantized(1e6, [Rule("first*", keep=True)])
+    assert set(acts(model)) == {"twin", "second"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_an_onnx_file_rounds_as_the_module_does(name, tmp_path):
+    recipe = Recipe("coarse", (PerTensor(most=2), Quantize(Format("int8"), Format("int8"), clip=True), Fuse()))
+    model = build(name)
+    extra = dict(example=example(name)) if name == "bert" else {}
+    report = qcompile.export_onnx(model, tmp_path / "m", recipe, [example(name)], progress=False, **extra)
+    assert report.passes[0].done and report.numbers["onnx relative error"] < 0.05
+
+
+def test_bad_input():
+    with pytest.raises(RecipeError, match="most must be at least 1"):
+        PerTensor(most=0.5)
+    with pytest.raises(RecipeError, match="one step for a tensor, got int8/row"):
+        PerTensor(act=Format("int8"))
+    with pytest.raises(RecipeError, match="quantizing pass behind it"):
+        Recipe("none", (Quantize(), PerTensor(), Fuse())).check()
+    model = Chain()
+    recipe = Recipe("coarse", (PerTensor(), Quantize(output=None), Fuse()))
+    with pytest.raises(RecipeError, match="needs calibration data for PerTensor"):
+        qcompile.quantize(model, recipe, example=torch.randn(2, 8, 16), progress=False)
+    assert isinstance(model.first, nn.Linear)
