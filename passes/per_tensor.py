@@ -68,20 +68,32 @@ def per_tensor(program: Program, how: PerTensor, seen: Statistics, plan: SitePla
     walk = Walk(program, plan.batches())
     if not walk.values:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
+    found: dict[str, float] = {}
     for members in track(groups.values(), report.name, disable=not plan.progress, transient=True):
         walk.advance(members[0].node)
         weight = torch.cat([program.weights[site.name].float() for site in members])
         times = farther(list(walk.see(members[0].input)), weight, how.act)
-        for site in members:
-            if times > how.most:
-                report.leave(site.name, f"one step for all tokens is {times:.1f} times as far as a step for each")
-                continue
-            rule = plan.rules.get(site.name)
-            new = dataclasses.replace(rule, act=how.act) if rule else Rule(site.name, act=how.act)
-            plan.rules[site.name] = new
-            report.done.append(site.name)
-    report.notes.append(f"{len(report.done)} of {sum(map(len, groups.values()))} sites in one step for all tokens")
+        found |= {site.name: times for site in members}
+    for name, times in found.items():
+        if times > how.most:
+            report.leave(name, f"one step for all tokens is {times:.1f} times as far as a step for each")
+            continue
+        rule = plan.rules.get(name)
+        plan.rules[name] = dataclasses.replace(rule, act=how.act) if rule else Rule(name, act=how.act)
+        report.done.append(name)
+    report.notes.append(
+        f"{len(report.done)} of {len(found)} sites in one step for all tokens{_ranges(found, how.most)}"
+    )
     return report
+
+
+def _ranges(found: dict[str, float], most: float) -> str:
+    """How far these are, and the others."""
+    parts = [sorted(t for t in found.values() if (t <= most) == chosen) for chosen in (True, False)]
+    words = [
+        f"{who} {t[0]:.2f} to {t[-1]:.2f} times as far" for who, t in zip(("these", "others"), parts, strict=True) if t
+    ]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def farther(inputs: list[Tensor], weight: Tensor, act: Format) -> float:
