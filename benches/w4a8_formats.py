@@ -10,6 +10,7 @@ The bytes are those of all codes, zero points and scales, as MatMulNBits wants b
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import nn
 import qcompile
 from qcompile.bench import versions
 from qcompile.codegen.onnx.linear import to_blocks
-from qcompile.codegen.onnx.tables import nearest_turn
+from qcompile.codegen.onnx.tables import behind_matrix
 from qcompile.evaluate import perplexity
 from qcompile.formats import Format
 from qcompile.module import QuantLinear
@@ -44,10 +45,13 @@ def recipe(basis: str, layers: str, logits: str) -> Recipe:
     return Recipe(f"{basis} {layers} {logits}", (*BASES[basis], QuantizeKV(8, fixed=True), gptq, Fuse()))
 
 
-def share_table(model: nn.Module) -> None:
-    """Put into the embedding what a file gathers from the codes of the logits."""
+def share_table(model: nn.Module, form: Format) -> float:
+    """Put into the embedding what a file gathers from the codes of the logits; how far that is, in own roundings."""
     table, codes = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    table.data = codes @ nearest_turn(codes, table)
+    shared = behind_matrix("table", table, codes, form)
+    assert shared is not None, "a file would hold a table of its own"
+    table.data = shared.numbers
+    return shared.farther
 
 
 def megabytes(model: nn.Module) -> float:
@@ -70,7 +74,7 @@ def main() -> None:
         qcompile.quantize(small, recipe(basis, layers, logits), data)
         row = dict(basis=basis, layers=layers, logits=logits, megabytes=megabytes(small))
         row["float_table"] = perplexity(small, pieces)
-        share_table(small)
+        row["farther"] = share_table(small, dataclasses.replace(Format.parse(FORMS[logits]), dual=False))
         rows.append(row | dict(perplexity=perplexity(small, pieces)))
         RESULTS.write_text(json.dumps(dict(versions=versions(), rows=rows), indent=1) + "\n")
     table = Table("basis", "blocks of layers", "of logits", "MB", "perplexity", "with a float table")

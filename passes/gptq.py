@@ -27,6 +27,8 @@ from qcompile.recipe import RecipeError, rewrites
 from qcompile.report import PassReport
 from qcompile.rounding import encode, level_grid, on_grid, quantize_tensor
 
+_ROWS = 16384  # of a weight at once: each is solved by itself, and the logits have as many as there are words
+
 
 @dataclass(frozen=True)
 class GPTQ(Quantize):
@@ -147,6 +149,9 @@ def compensate(
     for harder in (1, 10, 100):
         upper = inverse_factor(hessian[order][:, order], how.damping * harder)
         if upper is not None:
-            return gptq(weight, hessian, grid, upper, order, how.block)
+            sizes = [len(rows) for rows in weight.split(_ROWS)]
+            parts = zip(weight.split(sizes), grid.split(sizes), strict=True)
+            found = [gptq(rows, hessian, of_rows, upper, order, how.block).codes for rows, of_rows in parts]
+            return QTensor(torch.cat(found), grid.scale, grid.zero, grid.group_scale, grid.format)
     nearest += names
     return grid

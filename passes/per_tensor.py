@@ -1,15 +1,16 @@
 """PerTensor: activations in one step for all tokens, at the sites where tokens are about as large as each other.
 
-A step for each token divides every row before a product and multiplies it after; one step for all (ONNX's
-DynamicQuantizeLinear) leaves that to the product's own scale. Most inputs are norms' outputs, whose tokens are alike;
-massive activations of a few tokens (arXiv:2402.17762) shrink all others' codes at the rest, which stay as they are.
+A step for each token divides every row before a product and multiplies it after; one step for all is a number that the
+product takes by itself. Most inputs are norms' outputs, whose tokens are alike; massive activations of a few tokens
+(arXiv:2402.17762) shrink all others' codes at the rest, which stay as they are.
 
 Law:    a site is changed only if one step for all tokens moves its products, over the calibration text, at most
         `most` times as far as a step for each. How far is the root mean square over tokens of
         |(q(x) - x) W^T| / |x W^T|: every token counts alike, or the massive ones, which lose nothing, would hide what
         the others lose. Sites that read the same value are judged together: they can still be multiplied as one.
-Needs:  the sites' inputs.   Leaves: the graph as it is; the quantizing pass behind it takes the formats from here.
-        What a token becomes then depends on the tokens beside it in the same call.
+Needs:  the sites' inputs, and a quantizing pass behind it whose activations are the same with a step for each token.
+Leaves: the graph as it is, and the formats in the plan's rules. What a token becomes then depends on the tokens beside
+        it in the same call. What chooses experts stays float.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch import Tensor, fx
 
 from qcompile.calibrate import CalibrationError, Statistics
 from qcompile.formats import Format
-from qcompile.passes.quantize import BEFORE, Quantize, SitePlan
-from qcompile.passes.sequential import as_rounded
+from qcompile.passes.quantize import BEFORE, Quantize, SitePlan, chooses_experts, writes_output
+from qcompile.passes.sequential import as_rounded, refuse_infinite
 from qcompile.program import Program
 from qcompile.recipe import RecipeError, Rule, rewrites
 from qcompile.report import PassReport
@@ -34,9 +35,13 @@ from qcompile.walk import Walk
 
 @dataclass(frozen=True)
 class PerTensor:
-    """One step for all tokens where that is `most` times as far from the float product as a step for each."""
+    """One step for all tokens where that moves products at most `most` times as far as a step for each.
+
+    act: the format of those sites. output: the logits too, if that is what they read.
+    """
 
     act: Format = Format("int8", "tensor")
+    output: bool = False
     most: float = 1.6  # norms' outputs are below it, inputs of massive activations far above
 
     def __post_init__(self) -> None:
@@ -49,10 +54,19 @@ class PerTensor:
 
 
 def _behind(config: PerTensor, passes: tuple[object, ...]) -> list[str]:
-    place = passes.index(config)
-    if any(isinstance(other, Quantize) for other in passes[place:]):
-        return []
-    return ["PerTensor chooses formats for the quantizing pass behind it: add one"]
+    quantizer = next((other for other in passes[passes.index(config) :] if isinstance(other, Quantize)), None)
+    if quantizer is None:
+        return ["PerTensor chooses formats for the quantizing pass behind it: add one"]
+    each, name = dataclasses.replace(config.act, per="row"), type(quantizer).__name__
+    faults = []
+    if quantizer.act != each:
+        faults.append(f"PerTensor({config.act}) needs act={each} in {name}, which has {quantizer.act}")
+    if config.output and quantizer.output is not None and quantizer.output_act != each:
+        faults.append(
+            f"PerTensor(output=True) needs output_act={each} in {name}, which has {quantizer.output_act}: "
+            "give it, or leave the logits out"
+        )
+    return faults
 
 
 @rewrites(PerTensor, exact=False, needs=("inputs",), sitewise=True, after=BEFORE, conflicts=_behind)
@@ -62,7 +76,11 @@ def per_tensor(program: Program, how: PerTensor, seen: Statistics, plan: SitePla
     groups: dict[fx.Node, list[Site]] = {}
     for site in find_sites(program):
         rule = plan.rules.get(site.name)
-        if site.kind == "linear" and site.name not in plan.keep and not (rule and (rule.keep or rule.act)):
+        if site.kind != "linear" or site.name in plan.keep or (rule and (rule.keep or rule.act)):
+            continue
+        if rule is None and chooses_experts(site):
+            report.leave(site.name, "its output chooses experts")
+        elif how.output or not writes_output(site):
             groups.setdefault(site.input, []).append(site)
     assert plan.batches is not None
     walk = Walk(program, plan.batches())
@@ -72,10 +90,12 @@ def per_tensor(program: Program, how: PerTensor, seen: Statistics, plan: SitePla
     for members in track(groups.values(), report.name, disable=not plan.progress, transient=True):
         walk.advance(members[0].node)
         weight = torch.cat([program.weights[site.name].float() for site in members])
+        refuse_infinite(walk, members[0])
         times = farther(list(walk.see(members[0].input)), weight, how.act)
-        found |= {site.name: times for site in members}
+        for site in members:  # one that is called at several places must do at all of them
+            found[site.name] = max(found.get(site.name, 0.0), times)
     for name, times in found.items():
-        if times > how.most:
+        if not times <= how.most:
             report.leave(name, f"one step for all tokens is {times:.1f} times as far as a step for each")
             continue
         rule = plan.rules.get(name)
@@ -99,15 +119,18 @@ def _ranges(found: dict[str, float], most: float) -> str:
 def farther(inputs: list[Tensor], weight: Tensor, act: Format) -> float:
     """How many times as far one step for all tokens moves x W^T as a step for each; x [.., T, K], weight [N, K]."""
     each = dataclasses.replace(act, per="row")
+    gram = weight.t() @ weight if weight.shape[0] > weight.shape[1] else None  # |x W^T|^2 = x W^T W x^T
     sums = [0.0, 0.0]
     for x in inputs:
-        size = _sizes(x, weight)
+        size = _sizes(x.float(), weight, gram)
         for index, form in enumerate((act, each)):
-            moved = _sizes(as_rounded(x, form).float() - x.float(), weight)
+            moved = _sizes(as_rounded(x, form).float() - x.float(), weight, gram)
             sums[index] += float((moved[size > 0] / size[size > 0]).sum())
     return (sums[0] / sums[1]) ** 0.5 if sums[1] else (1.0 if not sums[0] else float("inf"))
 
 
-def _sizes(x: Tensor, weight: Tensor) -> Tensor:
-    """|x W^T|^2 of every token, float64."""
-    return (x.flatten(0, -2).float() @ weight.t()).square().sum(-1, dtype=torch.float64)
+def _sizes(x: Tensor, weight: Tensor, gram: Tensor | None) -> Tensor:
+    """|x W^T|^2 of every token, float64, without [T, N] where that is more than [T, K]."""
+    rows = x.flatten(0, -2)
+    products = (rows @ weight.t()).square() if gram is None else (rows @ gram) * rows
+    return products.sum(-1, dtype=torch.float64).clamp_min(0)

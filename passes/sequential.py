@@ -47,7 +47,7 @@ def quantize_sequentially(
             q = quantize_tensor(matrix_of(program, wanted.site), wanted.weight)
             put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
             report.done.append(wanted.site.name)
-            report.notes.append(f"{wanted.site.name}: the logits in {wanted.weight} are rounded to nearest")
+            report.notes.append(f"{wanted.site.name}: the logits in {wanted.weight} are rounded to nearest, unclipped")
         else:
             groups.setdefault((wanted.site.input, wanted.weight), []).append(wanted)
     assert plan.batches is not None
@@ -109,7 +109,7 @@ class Beside:
             rows = (x if act is None else as_rounded(x, act)).flatten(0, -2).float() * even
             sums.add(rows)
             cross += (aim * even).t() @ rows
-        refuse_infinite(sums.sums, walk, site)
+        refuse_infinite(walk, site, sums.sums)
         return sums.whole(), cross
 
 
@@ -196,14 +196,16 @@ def hessian_of(walk: Walk, site: Site) -> Tensor:
     sums = Gram(site.K, walk.program.weights[site.name].device)
     for x in _many_rows(walk, site):
         sums.add(x)
-    refuse_infinite(sums.sums, walk, site)
+    refuse_infinite(walk, site, sums.sums)
     return sums.whole()
 
 
-def refuse_infinite(hessian: Tensor, walk: Walk, site: Site) -> None:
-    """Raises CalibrationError, with the batch and the site, where a Hessian holds NaN or Inf."""
-    if not bool(torch.isfinite(hessian.diagonal()).all()):
-        bad = [i + 1 for i, value in enumerate(walk.see(site.input)) if not bool(torch.isfinite(value).all())]
+def refuse_infinite(walk: Walk, site: Site, hessian: Tensor | None = None) -> None:
+    """Raises CalibrationError, with batches and site, where inputs hold NaN or Inf; their Hessian shows it sooner."""
+    if hessian is not None and bool(torch.isfinite(hessian.diagonal()).all()):
+        return
+    bad = [i + 1 for i, value in enumerate(walk.see(site.input)) if not bool(torch.isfinite(value).all())]
+    if bad or hessian is not None:
         raise CalibrationError(
             f"batches {bad} bring NaN or Inf to {site.name} (node {site.input.name}): "
             "drop them, or calibrate in float32"

@@ -44,7 +44,6 @@ def _recipe(name: str, source: str, *passes: object) -> Recipe:
 
 
 _INT4 = Format.parse("int4/group128/zero")
-_DUAL = Format.parse("int4/group128/zero/dual")
 _SMALL = Format.parse("int4/group32/dual")
 _EVEN = Format.parse("int4/group64/zero/dual")  # divides more hidden sizes than 128
 _CODED = QuantizeKV(8, fixed=True, optional=True)  # what ONNX Runtime's attention reads
@@ -116,7 +115,7 @@ PRESETS: dict[str, Recipe] = {
             "the best for an ONNX folder on a CPU: W4A8 on rotated bases by GPTQ, groups of 64; an int8 cache",
             *_FOLDED,
             _CODED,
-            PerTensor(),
+            PerTensor(output=True),
             GPTQ(_EVEN, Format("int8"), output=_EVEN, output_act=Format("int8"), clip=True),
         ),
         _recipe(

@@ -168,7 +168,7 @@ def test_logits_in_eight_bits_are_rounded_to_nearest_and_the_report_says_so():
     report = qcompile.quantize(model, recipe, [example("llama")], progress=False)
     assert torch.equal(model.lm_head.codes, quantize_tensor(build("llama").lm_head.weight, Format("int8")).stored())
     assert [note.partition(": ")[2] for note in report.passes[0].notes] == [
-        "the logits in int8/row are rounded to nearest"
+        "the logits in int8/row are rounded to nearest, unclipped"
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 import torch
 from hypothesis import given
@@ -10,10 +11,15 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
+from qcompile.backend import reports
+from qcompile.calibrate import CalibrationError
+from qcompile.capture import capture
 from qcompile.formats import Format
 from qcompile.module import QuantLinear
 from qcompile.passes import Fuse, PerTensor, Quantize
 from qcompile.passes.per_tensor import farther
+from qcompile.pipeline import run
+from qcompile.quantize import flat_inputs
 from qcompile.recipe import Recipe, RecipeError, Rule
 
 TENSOR = Format("int8", "tensor")
@@ -69,10 +75,10 @@ def acts(model):
     return {name: m.act for name, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 
-def quantized(most, rules=()):
+def quantized(most, rules=(), weight="int8"):
     model, data = Chain(), [torch.randn(2, 8, 16)]
-    small = Quantize(Format("int8"), Format("int8"), output=None)
-    recipe = Recipe("coarse", (PerTensor(most=most), small, Fuse()), tuple(rules))
+    small = Quantize(Format.parse(weight), Format("int8"), output=None)
+    recipe = Recipe("coarse", (PerTensor(most=most, output=True), small, Fuse()), tuple(rules))
     return model, qcompile.quantize(model, recipe, data, progress=False)
 
 
@@ -104,6 +110,58 @@ def test_an_onnx_file_rounds_as_the_module_does(name, tmp_path):
     extra = dict(example=example(name)) if name == "bert" else {}
     report = qcompile.export_onnx(model, tmp_path / "m", recipe, [example(name)], progress=False, **extra)
     assert report.passes[0].done and report.numbers["onnx relative error"] < 0.05
+    graph = onnx.load(tmp_path / "m/model.onnx", load_external_data=False).graph
+    every_token = [n for n in graph.node if n.op_type == "ReduceMax" and len(n.input) == 1]
+    assert 0 < len(every_token) <= len(report.passes[0].done)
+
+
+@pytest.mark.parametrize("weight", ["int8", "int4/group32/dual"])
+def test_it_compiles_to_integer_products(weight):
+    """As a step for each token does, and to the same numbers as eager."""
+    model, report = quantized(1e6, weight=weight)
+    x = torch.randn(3, 8, 16)
+    reports.clear()
+    with torch.no_grad():
+        want, got = model(x), torch.compile(model, backend="qcompile")(x)
+    assert torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+    kernels = {k.split()[0] for found in reports for s in found.sites for k in s.kernel.values()}
+    assert kernels == {"int8_mm" if weight == "int8" else "dual_mm"}
+
+
+def test_what_chooses_experts_stays_float():
+    program = capture(build("mixtral"), (), example("mixtral"))
+    flat = flat_inputs(program, example("mixtral"), example("mixtral"))
+    small = Quantize(Format("int8"), Format("int8"), output=None)
+    recipe = Recipe("coarse", (PerTensor(most=1e6), small, Fuse()))
+    _, report = run(program, recipe, batches=lambda: [flat])
+    routers = {left.site for left in report.passes[0].left if "chooses experts" in left.reason}
+    assert routers and routers == {site.name for site in report.sites if not site.quantized}
+
+
+def test_the_logits_are_left_out_unless_asked_for():
+    small = Quantize(Format("int8"), Format("int8"), output_act=Format("int8"))
+    for output in (False, True):
+        model = build("llama")
+        recipe = Recipe("coarse", (PerTensor(most=1e6, output=output), small, Fuse()))
+        qcompile.quantize(model, recipe, [example("llama")], progress=False)
+        assert model.lm_head.act == (TENSOR if output else Format("int8"))
+
+
+def test_a_weight_at_several_places_must_do_at_all_of_them():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.size = nn.Linear(16, 16, bias=False), nn.Parameter(torch.ones(8, 1))
+            self.size.data[0] = 300
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(x * self.size)))
+
+    torch.manual_seed(0)
+    model = Again()
+    recipe = Recipe("coarse", (PerTensor(most=2), Quantize(Format("int8"), Format("int8"), output=None), Fuse()))
+    qcompile.quantize(model, recipe, [torch.randn(2, 8, 16)], progress=False)
+    assert model.layer.act == Format("int8")
 
 
 def test_bad_input():
@@ -113,7 +171,18 @@ def test_bad_input():
         PerTensor(act=Format("int8"))
     with pytest.raises(RecipeError, match="quantizing pass behind it"):
         Recipe("none", (Quantize(), PerTensor(), Fuse())).check()
+    for quantizer, words in (
+        (Quantize(act=None), "needs act=int8/row in Quantize, which has None"),
+        (Quantize(act=Format("int8", zero="int")), "which has int8/row/zero"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            Recipe("other", (PerTensor(), quantizer, Fuse())).check()
+    with pytest.raises(RecipeError, match="leave the logits out"):
+        Recipe("logits", (PerTensor(output=True), Quantize(), Fuse())).check()
     model = Chain()
+    recipe = Recipe("coarse", (PerTensor(), Quantize(output=None), Fuse()))
+    with pytest.raises(CalibrationError, match=r"batches \[2\] bring NaN or Inf to"):
+        qcompile.quantize(model, recipe, [torch.randn(2, 8, 16), torch.full((2, 8, 16), torch.nan)], progress=False)
     recipe = Recipe("coarse", (PerTensor(), Quantize(output=None), Fuse()))
     with pytest.raises(RecipeError, match="needs calibration data for PerTensor"):
         qcompile.quantize(model, recipe, example=torch.randn(2, 8, 16), progress=False)

@@ -44,6 +44,11 @@ def _rows(x: Tensor) -> Tensor:
     return rows
 
 
+def _scales(x: Tensor, x_scale: Tensor) -> Tensor:
+    """One scale a row, [M, 1]."""
+    return _rows(x_scale if x_scale.ndim else x_scale.expand(*x.shape[:-1], 1))
+
+
 def _like(x: Tensor, out: Tensor) -> Tensor:
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
@@ -54,13 +59,13 @@ def _like(x: Tensor, out: Tensor) -> Tensor:
 def int8_mm(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """x int8 with one scale a row [.., 1], weight int8 with one scale a channel [N, 1]."""
-    return _like(x, ops.int8_mm(_rows(x), _rows(x_scale), weight, scale, bias, dtype))
+    """x int8 with one scale a row [.., 1] or for all [], weight int8 with one scale a channel [N, 1]."""
+    return _like(x, ops.int8_mm(_rows(x), _scales(x, x_scale), weight, scale, bias, dtype))
 
 
 def dual_mm(x: Tensor, x_scale: Tensor, *rest: Any) -> Tensor:
-    """x int8 with one scale a row [.., 1]; the rest (dual codes, bias, dtype) as native.dual_mm takes it."""
-    return _like(x, ops.dual_mm(_rows(x), _rows(x_scale), *rest))
+    """x int8 with scales as above; the rest (dual codes, bias, dtype) as native.dual_mm takes it."""
+    return _like(x, ops.dual_mm(_rows(x), _scales(x, x_scale), *rest))
 
 
 def int8_float(x: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ an `If` on whether they agree. ONNX Runtime computes that when it opens the file
 folding); elsewhere the same file is right as well. What ONNX Runtime writes after opening it is for this processor
 only. A portable file has u8 x u8.
 
-Weights are s8; u8 is made of them inside the branch that wants it, so that the other processors never hold both.
+Weights are s8; u8 is made of them inside the branch that wants it, so that the other processors never hold both. Those
+that want it hold it once for each product: a weight that several read, or that stands in both ways of a file, twice.
 
 Where all of x has one z, the operators take it. They take none for each row, where
 (q - z) @ w = (q - 128) @ w + (128 - z) sum(w), with the sums in the file; 128, because z is often near it and the
@@ -122,7 +123,7 @@ class Int8Product:
         return self.do("step", "Max", share, self._float(_TINY / levels))
 
     def _product(self, codes: str, step: str, zero: str, weight: Weight) -> str:
-        """(codes - zero) @ (weight - 128), times the step and the weight's scales."""
+        """(codes - zero) @ weight, times the step and the weight's scales."""
         do, middle = self.do, self._u8(128)
         if self.portable:
             integers = do("integers", "MatMulInteger", codes, weight.codes, zero, middle)

@@ -6,7 +6,7 @@ folds the last norm's gain g into the logits' weight and turns both tables by R.
 one is the other times a matrix [K, K], R^T diag(1/g) R: rows are gathered from the codes and multiplied by the matrix
 that comes nearest to the table (least squares), if that is about as near as rounding the table itself would be. So are
 tables of codes that a search chose by the logits' inputs (GPTQ), not by the table. The matrix costs 4 K^2 bytes in the
-file and as many to read for each token, a table of its own V K / 2 in the file.
+file and as many to read for each token; a table of its own stays in float32, 4 V K bytes.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def _from_codes(program: Program, name: str, product: fx.Node) -> Shared | None:
     if float(far.float().mean()) <= _CLIPPED:
         return Shared(name, numbers)
     form = Format.parse(f"int{bits}/group{block}" + ("" if zeros is None else "/zero"))
-    return _behind_matrix(name, table, numbers, form)
+    return behind_matrix(name, table, numbers, form)
 
 
-def _behind_matrix(name: str, table: Tensor, numbers: Tensor, form: Format) -> Shared | None:
+def behind_matrix(name: str, table: Tensor, numbers: Tensor, form: Format) -> Shared | None:
     """A table as numbers times a matrix, if that is about as near as the table rounded to `form`."""
     k = table.shape[1]
     if len(table) < 2 * k:
@@ -124,5 +124,9 @@ def nearest_turn(numbers: Tensor, table: Tensor) -> Tensor:
         wide = rows.double()
         square += wide.t() @ wide
         across += wide.t() @ wanted.double()
-    square.diagonal().add_(1e-9 * square.diagonal().mean().clamp_min(_TINY))
-    return torch.cholesky_solve(across, torch.linalg.cholesky(square)).float()
+    size = square.diagonal().mean().clamp_min(_TINY)
+    for damping in (1e-9, 1e-6, 1e-3):
+        factor, failed = torch.linalg.cholesky_ex(square + damping * size * torch.eye(k, dtype=torch.float64))
+        if not int(failed):
+            break
+    return torch.cholesky_solve(across, factor).float()

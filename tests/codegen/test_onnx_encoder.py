@@ -146,7 +146,7 @@ def test_the_graph_of_an_encoder(recipe, tmp_path):
         assert counts["Gelu"] == 2 and not counts["BiasGelu"]
     else:  # the others' are added by what follows
         assert counts["BiasGelu"] == 2 and not counts["Gelu"]
-    inside = ("moved", "unsigned_codes", "behind", "sum")  # of int8 weights: folded; of zero points for each row
+    inside = ("unsigned_codes", "behind", "sum")  # of int8 weights: folded; of zero points for each row
     added = [n for n in graph.node if n.op_type == "Add" and not n.name.endswith(inside)]
     assert len(added) <= 3  # the sums of the embeddings, and the pooler's bias
     attention = next(node for node in graph.node if node.op_type == "MultiHeadAttention")

@@ -20,7 +20,7 @@ from qcompile.codegen.onnx.attention_operators import causal, rotate
 from qcompile.codegen.onnx.calls import WithCache
 from qcompile.codegen.onnx.proof import ExportMismatch
 from qcompile.codegen.onnx.rewrite import rewrite
-from qcompile.codegen.onnx.tables import _behind_matrix, _turned, nearest_turn
+from qcompile.codegen.onnx.tables import _turned, behind_matrix, nearest_turn
 from qcompile.formats import Format
 from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, Untie
 from qcompile.recipe import Recipe
@@ -196,15 +196,15 @@ def test_a_matrix_must_come_near_to_every_row_of_many():
     table, turn, form = torch.randn(2000, 24), torch.linalg.qr(torch.randn(24, 24)).Q, Format.parse("int4/group32/zero")
     table[5] = 0  # of a token that is not used
     codes = quantize_tensor(table @ turn, form).dequantize()
-    found = _behind_matrix("table", table, codes, form)
+    found = behind_matrix("table", table, codes, form)
     assert found is not None and torch.equal(found.numbers, codes @ found.turn)
     rounded = float((quantize_tensor(table, form).dequantize() - table).norm())
     assert found.farther == pytest.approx(float((found.numbers - table).norm()) / rounded) and found.farther < 1.3
-    assert _behind_matrix("table", table[:47], codes[:47], form) is None, "fewer than twice as many rows as columns"
+    assert behind_matrix("table", table[:47], codes[:47], form) is None, "fewer than twice as many rows as columns"
     other = table.clone()
     other[7] += 0.6 * torch.randn(24) * table[7].norm() / 24**0.5  # near on the whole, one token far off
     assert _turned(other, codes, form) is None
-    assert _behind_matrix("table", torch.randn(2000, 24), codes, form) is None
+    assert behind_matrix("table", torch.randn(2000, 24), codes, form) is None
 
 
 def test_two_embeddings_of_one_turned_table_share_its_matrix(tmp_path):

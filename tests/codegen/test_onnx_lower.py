@@ -153,8 +153,8 @@ def test_activations_with_zero_points(per_row, portable):
 
 @pytest.mark.parametrize("zero_points", [True, False])
 @pytest.mark.parametrize("k", [64, 80])  # 80: three blocks of 32, the last one ragged, and zero points for four
-def test_the_largest_dual_weights_wrap_to_where_they_belong(k, zero_points):
-    """s1 (q - z) from -120 to 120 in arithmetic of bytes, which passes their end on the way."""
+def test_the_largest_dual_weights(k, zero_points):
+    """s1 (q - z) from -120 to 120 in arithmetic of bytes; u8 is made of them where the processor wants it."""
     rng, n, blocks = np.random.default_rng(0), 16, -(-k // 32)
     q, z = rng.choice([0, 15], (n, blocks * 32)), np.zeros((n, blocks + blocks % 2), int)
     z[:, :blocks] = rng.choice([0, 7, 15], (n, blocks))

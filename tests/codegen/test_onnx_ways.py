@@ -26,6 +26,8 @@ from qcompile.codegen.onnx.lower import FEW, by_tokens
 from qcompile.codegen.onnx.proof import ExportMismatch
 from qcompile.codegen.onnx.session import FolderError, Session
 from qcompile.formats import Format
+from qcompile.integer_product import processor
+from qcompile.module import QuantLinear
 from qcompile.presets import find_recipe
 from qcompile.recipe import RecipeError, Rule
 
@@ -130,6 +132,7 @@ def test_a_wrong_zero_point_is_found(tmp_path, monkeypatch):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.skipif(processor() not in ("vnni", "amx"), reason="this processor runs that branch itself")
 def test_the_proof_runs_what_other_processors_run(tmp_path, monkeypatch):
     """A fault in the branch that this processor does not take must not pass."""
     real = lower_int8.Int8Product._branch
@@ -165,6 +168,25 @@ def test_a_site_in_int8_beside_sites_in_four_bits(tmp_path):
         steps.append(logits)
     found = np.concatenate(steps, 1)
     assert np.linalg.norm(found - whole) < 0.2 * np.linalg.norm(whole)
+
+
+def test_one_step_for_all_tokens_in_both_ways(tmp_path):
+    """The preset for CPUs, proven in both ways; sites that PerTensor chose are the products without steps of rows."""
+    model, batches = build("llama"), [{"input_ids": torch.randint(0, 128, (2, 24))} for _ in range(3)]
+    qcompile.quantize(model, "int4-cpu-gptq", batches, progress=False)
+    acts = {name: m.act for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    chosen = [name for name, act in acts.items() if act == Format("int8", "tensor")]
+    assert chosen and len(chosen) < len(acts) and {acts[n] for n in set(acts) - set(chosen)} == {Format("int8")}
+    report = qcompile.export_onnx(model, tmp_path / "m", progress=False)
+    counts = branches(opened(tmp_path / "m"))
+    joined = len({name for name in chosen if not name.endswith(("k_proj", "v_proj", "up_proj"))})
+    alone = len([name for name in acts if name not in chosen])
+    assert counts["else_branch"]["MatMulIntegerToFloat"] == joined + alone
+    many = next(a.g for n in opened(tmp_path / "m").node for a in n.attribute if a.name == "else_branch")
+    rows = [n for n in many.node if n.op_type == "ReduceMax" and len(n.input) == 2]
+    every_token = [n for n in many.node if n.op_type == "ReduceMax" and len(n.input) == 1]
+    assert (len(rows), len(every_token)) == (alone, joined)
+    assert report.numbers["onnx relative error"] < 0.2
 
 
 def generated(folder, rows, length=14):
