@@ -82,7 +82,8 @@ class SitePlan:
     """What a recipe's rules and the caller say of single sites, and the data to choose codes with.
 
     Attributes:
-        rules: the first matching rule of a site name, or None. keep: sites to leave float -> reason.
+        rules: the first matching rule of a site name, or None; a pass may write formats here for the quantizing
+            pass behind it (PerTensor). keep: sites to leave float -> reason.
         batches: a fresh iterator of the program's flat inputs, for passes that need data.
         corrected: a later pass compares the codes with the float weights: hold these.
         progress: show bars. reference: the program before all passes. made: tensors that earlier
