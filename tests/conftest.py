@@ -9,13 +9,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import hypothesis
 import pytest
 import torch
-import torch._dynamo.config
+
+if not torch.cuda.is_available():  # Triton kernels run in its interpreter, which triton decides when it is imported:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before torch._dynamo, which imports it
 
 # It costs a fifth of tracing models of two layers; of thirty layers, whose operators repeat, it saves as much.
 torch._dynamo.config.fake_tensor_cache_enabled = False
-
-if not torch.cuda.is_available():  # Triton kernels run in its interpreter, which triton decides when it is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Shrinking a failed decoder takes minutes; ask for it with QCOMPILE_SHRINK=1 when you look for a cause.
 hypothesis.settings.register_profile(
