@@ -101,19 +101,16 @@ def per_tensor(program: Program, how: PerTensor, seen: Statistics, plan: SitePla
         rule = plan.rules.get(name)
         plan.rules[name] = dataclasses.replace(rule, act=how.act) if rule else Rule(name, act=how.act)
         report.done.append(name)
-    report.notes.append(
-        f"{len(report.done)} of {len(found)} sites in one step for all tokens{_ranges(found, how.most)}"
-    )
+    chosen = f"{len(report.done)} of {len(found)} sites in one step for all tokens"
+    report.notes.append(f"{chosen} ({', '.join(_ranges(found, how.most))})")
     return report
 
 
-def _ranges(found: dict[str, float], most: float) -> str:
+def _ranges(found: dict[str, float], most: float) -> list[str]:
     """How far these are, and the others."""
-    parts = [sorted(t for t in found.values() if (t <= most) == chosen) for chosen in (True, False)]
-    words = [
-        f"{who} {t[0]:.2f} to {t[-1]:.2f} times as far" for who, t in zip(("these", "others"), parts, strict=True) if t
-    ]
-    return f" ({', '.join(words)})" if words else ""
+    parts = [sorted(t for t in found.values() if (t <= most) == below) for below in (True, False)]
+    named = zip(("these", "others"), parts, strict=True)
+    return [f"{who} {part[0]:.2f} to {part[-1]:.2f} times as far" for who, part in named if part]
 
 
 def farther(inputs: list[Tensor], weight: Tensor, act: Format) -> float:

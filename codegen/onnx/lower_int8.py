@@ -1,7 +1,7 @@
 """Products in int8 in nodes that a runtime has: u8 activations times u8 or s8 weights, as the processor likes it.
 
 Symmetric activations are moved by 128; those with a zero point z are u8 by themselves. ONNX Runtime multiplies u8 x s8
-by 8-bit dot products where a processor has them (VNNI, AMX), 2.6 times as fast as u8 x u8. Where it has none (AVX2,
+by 8-bit dot products where a processor has them (VNNI, AMX), 2.5 times as fast as u8 x u8. Where it has none (AVX2,
 AVX-512 of before), u8 x s8 are added two by two in 16 bits, too few for pairs of large ones: wrong without a word. So a
 file asks the processor: it holds one such product of constants with its true result (`exactness`), and each product is
 an `If` on whether they agree. ONNX Runtime computes that when it opens the file and keeps the one branch (constant
