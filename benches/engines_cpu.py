@@ -11,6 +11,7 @@ portable file that qcompile writes, 4-bit codes in groups of 32, with its caches
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnx_cpu import CHUNK, NEW, PROMPT, ROUNDS, Child, need_genai, run_builder
+from onnx_cpu import BEST, CHUNK, NEW, PROMPT, Child, need_genai, run_builder
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +36,7 @@ from qcompile.pretrained import load_pretrained
 from qcompile.text import batches
 
 RESULTS = Path(__file__).parent / "results" / f"engines_cpu-{processor()}.json"
+ROUNDS = 7
 NEEDS = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "openvino": "openvino"}  # left out if absent
 
 
@@ -177,13 +179,15 @@ def build(work: Path, calibration: str | None, console: Console) -> dict[str, tu
     if not missing & {"gguf", "llama-cpp-python"}:
         write_gguf(model, tokenizer, work / "model.gguf")
         found["llama.cpp, Q4_0"] = ("engines_cpu.serve_llama_cpp", str(work / "model.gguf"))
-    qcompile.quantize(model, "int4-cpu", batches(tokenizer, calibration, count=16))
+    data = batches(tokenizer, calibration, count=64)
     if "openvino" not in missing:
-        out = work / "portable"
-        qcompile.export_onnx(model, out, tokenizer=tokenizer, portable=True, low_memory=True, last_logits=True)
+        out, small = work / "portable", copy.deepcopy(model)
+        qcompile.quantize(small, "int4-cpu", data)  # in groups of 32: OpenVINO wants them to divide the columns
+        qcompile.export_onnx(small, out, tokenizer=tokenizer, portable=True, low_memory=True, last_logits=True)
         found["OpenVINO, qcompile's portable file"] = ("engines_cpu.serve_openvino", str(out / "model.onnx"))
+    qcompile.quantize(model, BEST, data)
     qcompile.export_onnx(model, work / "ours", tokenizer=tokenizer, last_logits=True, chunk=CHUNK)
-    found["qcompile int4-cpu, last logits, chunks"] = ("onnx_cpu.serve", str(work / "ours"))
+    found[f"qcompile {BEST}, last logits, chunks"] = ("onnx_cpu.serve", str(work / "ours"))
     return found
 
 

@@ -6,8 +6,9 @@
 writes benches/results/onnx_cpu-HOW.json and .png; HOW is how this processor multiplies int8: amx, vnni, avx2.
 
 Every folder, ours and the peers', runs in onnxruntime-genai in a process of its own; the processes take
-turns, one at a time, so that no idle thread of another spins. Behind a long prompt, which takes seconds to
-read, each decodes several times in turn. Perplexity is that of the ONNX model: 4
+turns, one at a time, so that no idle thread of another spins. All are started three times, since where its
+memory comes to lie makes a process some percent faster or slower. Behind a long prompt, which takes seconds
+to read, each decodes several times in turn. Perplexity is that of the ONNX model: 4
 windows of 2048 tokens. Peers that are not installed are named and left out. Last comes the number of
 tokens from which int8 products are faster than 4-bit codes, which codegen/onnx/steps.py has as FEW.
 """
@@ -52,7 +53,7 @@ OURS = {  # name -> recipe, options of the export
     "int4-g32": (str(SAME_BLOCKS / "int4-g32.json"), {}),
     "int4-g128": (str(SAME_BLOCKS / "int4-g128.json"), {}),
     "int4-cpu": ("int4-cpu", {}),
-    "int4-g64-gptq": (str(SAME_BLOCKS / "int4-g64-gptq.json"), {}),  # BEST with a step for each token everywhere
+    "int4-gptq-per-token": (str(SAME_BLOCKS / "int4-gptq-per-token.json"), {}),  # BEST without PerTensor
     BEST: (BEST, {}),
     f"{BEST}, low memory": (BEST, {"low_memory": True}),
     f"{BEST}, last logits": (BEST, {"last_logits": True}),
@@ -68,7 +69,7 @@ QUICK = {
     "int4-cpu, low memory": ("int4-cpu", {"low_memory": True}),
     "int4-cpu, last logits, chunks": ("int4-cpu", {"last_logits": True, "chunk": CHUNK}),
 }
-PROMPT, NEW, ROUNDS = 512, 32, 7
+PROMPT, NEW, PROCESSES, ROUNDS = 512, 32, 3, 4
 LONG = {2048: 2, 4096: 2, 7800: 1}  # longer prompts, and how many times each is timed
 TURNS = 9  # times that a folder decodes NEW tokens behind each of them
 SHORT_ONLY = {"builder int4, block 32, k_quant", *(f"qcompile {name}" for name in list(OURS)[:4])}
@@ -174,44 +175,56 @@ class Child:
 
 def time_all(folders: dict[str, Path], lengths: dict[int, int], short: set[str]) -> dict[str, dict[str, Any]]:
     """Rates and memory of all folders, and longer prompts of those that are not in `short`, in turn."""
-    children = {name: Child(folder) for name, folder in folders.items()}
-    rounds: dict[str, list[list[float]]] = {name: [] for name in children}
-    long: dict[str, dict[int, list[list[float]]]] = {
-        name: {n: [] for n in lengths if name not in short} for name in children
-    }
-    behind = copy.deepcopy(long)
-    try:
-        for step in range(ROUNDS + 1):  # the first warms up
+    answers: dict[str, list[list[float]]] = {name: [] for name in folders}  # as Child.ask gives them
+    opened: dict[str, list[list[float]]] = {name: [] for name in folders}
+    long: dict[str, dict[int, dict[str, float]]] = {}
+    for turn in range(PROCESSES):
+        children = {name: Child(folder) for name, folder in folders.items()}
+        try:
+            for step in range(ROUNDS + 1):  # the first warms up
+                for name, child in children.items():
+                    answer = child.ask(PROMPT, NEW)
+                    if step:
+                        answers[name].append(answer)
+            if turn == PROCESSES - 1:
+                long = time_long({name: child for name, child in children.items() if name not in short}, lengths)
+        finally:
             for name, child in children.items():
-                answer = child.ask(PROMPT, NEW)
-                if step:
-                    rounds[name].append(answer)
-        for length, times in lengths.items():
-            for _ in range(times):
-                asked = [name for name in children if name not in short]
-                for name in asked:
-                    long[name][length].append(children[name].ask(length, NEW))
-                for _ in range(TURNS):
-                    for name in asked:
-                        behind[name][length].append(children[name].ask(0, NEW))
-    finally:
-        for child in children.values():
-            child.process.kill()
-
-    def middle(answers: Sequence[Sequence[float]], column: int) -> float:
-        return statistics.median(answer[column] for answer in answers)
-
+                opened[name].append([child.opened, child.peak])
+                child.process.kill()
     return {
         name: dict(
-            prefill=PROMPT / middle(rounds[name], 0),
-            decode=1 / middle(rounds[name], 1),
-            opened=child.opened,
-            opening_peak_megabytes=child.peak / 1e6,
-            held_megabytes=middle(rounds[name], 2) / 1e6,
-            long={n: dict(first=middle(a, 0), decode=1 / middle(behind[name][n], 1)) for n, a in long[name].items()},
+            prefill=PROMPT / middle(answers[name], 0),
+            decode=1 / middle(answers[name], 1),
+            opened=middle(opened[name], 0),
+            opening_peak_megabytes=middle(opened[name], 1) / 1e6,
+            held_megabytes=middle(answers[name], 2) / 1e6,
+            long=long.get(name, {}),
         )
-        for name, child in children.items()
+        for name in folders
     }
+
+
+def time_long(children: dict[str, Child], lengths: dict[int, int]) -> dict[str, dict[int, dict[str, float]]]:
+    """Seconds to the first token behind longer prompts, and the rate of further ones."""
+    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in children}
+    for length, times in lengths.items():
+        first: dict[str, list[list[float]]] = {name: [] for name in children}
+        behind: dict[str, list[list[float]]] = {name: [] for name in children}
+        for _ in range(times):
+            for name, child in children.items():
+                first[name].append(child.ask(length, NEW))
+            for _ in range(TURNS):
+                for name, child in children.items():
+                    behind[name].append(child.ask(0, NEW))
+        for name, rates in found.items():
+            rates[length] = dict(first=middle(first[name], 0), decode=1 / middle(behind[name], 1))
+    return found
+
+
+def middle(answers: Sequence[Sequence[float]], column: int) -> float:
+    """The median of a column."""
+    return statistics.median(answer[column] for answer in answers)
 
 
 def few_or_many(folder: Path, threads: int) -> list[dict[str, float]]:
@@ -305,7 +318,7 @@ def main() -> None:
     console.print(*(f"{r['tokens']} tokens: codes {r['few']:.2f} ms, int8 {r['many']:.2f} ms" for r in few), sep="\n")
     found = dict(
         versions=versions(), threads=torch.get_num_threads(), bandwidth=speed, int8_rates=rates, prompt=PROMPT,
-        new=NEW, rounds=ROUNDS, few=few, rows=rows,
+        new=NEW, processes=PROCESSES, rounds=ROUNDS, few=few, rows=rows,
     )  # fmt: skip
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     plot(rows)

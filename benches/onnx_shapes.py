@@ -1,6 +1,6 @@
 """INT4 ONNX of a Llama of 1B shapes (random weights, some layers) against onnxruntime-genai's model builder.
 
-    python benches/onnx_shapes.py [LAYERS]      writes benches/results/onnx_shapes.json
+    python benches/onnx_shapes.py [LAYERS]      writes benches/results/onnx_shapes-HOW.json (as onnx_cpu.py)
 
 As benches/onnx_cpu.py, without perplexity: speed, memory, sizes, and what exporting takes.
 """
@@ -15,28 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import onnx_cpu
+import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompile
 from qcompile.bench import versions
-from qcompile.formats import Format
+from qcompile.integer_product import processor
 from qcompile.memory import watch_peak
-from qcompile.passes import Fuse, Quantize
+from qcompile.passes import GPTQ, Quantize
+from qcompile.presets import PRESETS
 from qcompile.pretrained import load_pretrained
 from qcompile.recipe import Recipe
 
-RESULTS = Path(__file__).parent / "results" / "onnx_shapes.json"
-DUAL = Format.parse("int4/group32/dual")
-# As int4-cpu, without the smoothing: random weights have nothing to smooth.
-RECIPE = Recipe("int4-cpu", (Quantize(DUAL, Format("int8"), output=DUAL, output_act=Format("int8")), Fuse()))
+RESULTS = Path(__file__).parent / "results" / f"onnx_shapes-{processor()}.json"
+
+
+def nearest(recipe: Recipe) -> Recipe:
+    """A recipe that rounds to nearest in place of GPTQ: random weights have nothing to search for."""
+    passes = (Quantize(p.weight, p.act, p.output, p.output_act) if isinstance(p, GPTQ) else p for p in recipe.passes)
+    return Recipe(recipe.name, tuple(passes))
 
 
 def shapes(layers: int) -> Any:
     """Hidden 2048, intermediate 8192, 32 heads of 64, 8 key/value heads, tied; float32."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         vocab_size=49152, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
@@ -55,13 +58,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         folders = onnx_cpu.build_peers(work, model, tokenizer, console)
-        qcompile.quantize(model, RECIPE)
+        some = [{"input_ids": torch.randint(3, 40000, (1, 256))} for _ in range(4)]  # scales of caches, PerTensor
+        qcompile.quantize(model, nearest(PRESETS[onnx_cpu.BEST]), some)
         start = time.perf_counter()
         with watch_peak() as peak:
             qcompile.export_onnx(model, work / "ours", tokenizer=tokenizer)
         export = dict(seconds=time.perf_counter() - start, peak_over_float=peak.bytes / weights)
         qcompile.export_onnx(model, work / "last", tokenizer=tokenizer, last_logits=True)
-        folders |= {"qcompile int4-cpu": work / "ours", "qcompile int4-cpu, last logits": work / "last"}
+        name = f"qcompile {onnx_cpu.BEST}'s formats"
+        folders |= {name: work / "ours", f"{name}, last logits": work / "last"}
         del model
         times = onnx_cpu.time_all(folders, {}, set())
         sizes = {name: sum(f.stat().st_size for f in folder.glob("model.onnx*")) for name, folder in folders.items()}

@@ -44,8 +44,9 @@ def _recipe(name: str, source: str, *passes: object) -> Recipe:
 
 
 _INT4 = Format.parse("int4/group128/zero")
-_SMALL = Format.parse("int4/group32/dual")
-_EVEN = Format.parse("int4/group64/zero/dual")  # divides more hidden sizes than 128
+_DUAL = Format.parse("int4/group128/zero/dual")
+_SMALL = Format.parse("int4/group32/zero/dual")
+_EVEN = Format.parse("int4/group64/zero/dual")  # of logits: divides more hidden sizes than 128
 _CODED = QuantizeKV(8, fixed=True, optional=True)  # what ONNX Runtime's attention reads
 
 PRESETS: dict[str, Recipe] = {
@@ -112,11 +113,11 @@ PRESETS: dict[str, Recipe] = {
         ),
         _recipe(
             "int4-cpu-gptq",
-            "the best for an ONNX folder on a CPU: W4A8 on rotated bases by GPTQ, groups of 64; an int8 cache",
+            "the best for an ONNX folder on a CPU: W4A8 on rotated bases by GPTQ, groups of 128; an int8 cache",
             *_FOLDED,
             _CODED,
             PerTensor(output=True),
-            GPTQ(_EVEN, Format("int8"), output=_EVEN, output_act=Format("int8"), clip=True),
+            GPTQ(_DUAL, Format("int8"), output=_EVEN, output_act=Format("int8"), clip=True),
         ),
         _recipe(
             "w4a16-gptq",
@@ -159,12 +160,12 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "w4a8-gptq",
             "w4a8 with its codes chosen by GPTQ; needs calibration",
-            GPTQ(Format.parse("int4/group128/zero/dual"), Format("int8"), clip=True),
+            GPTQ(_DUAL, Format("int8"), clip=True),
         ),
         _recipe(
             "w4a8",
             "dual-grained int4 in int8, int8 activations (DGQ arXiv:2310.04836, QoQ arXiv:2405.04532)",
-            Quantize(Format.parse("int4/group128/zero/dual"), Format("int8")),
+            Quantize(_DUAL, Format("int8")),
         ),
         _recipe(
             "w4a4",
@@ -182,7 +183,7 @@ PRESETS: dict[str, Recipe] = {
             "DGQ (arXiv:2310.04836): outlier channels clipped down, scales of both levels searched; codes by GPTQ",
             Untie(),
             Smooth(percentile=0.005),
-            DGQ(Format.parse("int4/group128/zero/dual"), Format("int8"), codes="gptq"),
+            DGQ(_DUAL, Format("int8"), codes="gptq"),
         ),
         _recipe(
             "w4a8kv4-qoq",
@@ -194,13 +195,13 @@ PRESETS: dict[str, Recipe] = {
             Rotate(),
             Reorder(),
             QuantizeKV(4),
-            GPTQ(Format.parse("int4/group128/zero/dual"), Format("int8"), clip=True),
+            GPTQ(_DUAL, Format("int8"), clip=True),
         ),
         _recipe(
             "w4a8kv4",
             "W4A8 by GPTQ and the cache of kv4-centered",
             QuantizeKV(4, hadamard=True, intact=4, center=True),
-            GPTQ(Format.parse("int4/group128/zero/dual"), Format("int8"), clip=True),
+            GPTQ(_DUAL, Format("int8"), clip=True),
         ),
         _recipe(
             "w4a8-lorc",

@@ -5,24 +5,29 @@ rounding of that table, and the rows of the embedding can be gathered from them.
 folds the last norm's gain g into the logits' weight and turns both tables by R. They are then E R and E diag(g) R, so
 one is the other times a matrix [K, K], R^T diag(1/g) R: rows are gathered from the codes and multiplied by the matrix
 that comes nearest to the table (least squares), if that is about as near as rounding the table itself would be. So are
-tables of codes that a search chose by the logits' inputs (GPTQ), not by the table. The matrix costs 4 K^2 bytes in the
-file and as many to read for each token; a table of its own stays in float32, 4 V K bytes.
+tables of codes that a search chose by the logits' inputs (GPTQ), not by the table. Every token reads the whole matrix:
+behind 4-bit codes it is held in 8 bits. A table of its own would stay in float32, 4 V K bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from qcompile.codegen.onnx.linear import to_blocks
 from qcompile.codegen.onnx.operators import blocks_to_numbers
-from qcompile.formats import Format
+from qcompile.formats import Format, QTensor
+from qcompile.module import QuantLinear
 from qcompile.program import Program
 from qcompile.rounding import quantize_tensor
 
 aten = torch.ops.aten
 ops = torch.ops.qcompile_onnx
+
+Call = tuple[Callable[..., object], tuple[object, ...]]
 
 _STEP = 0.55  # of a step: what rounding may change a number by
 _CLIPPED = 0.1  # share of numbers that a searched clip may change by more
@@ -30,18 +35,20 @@ _FARTHER = 1.5  # times as far from the table as its own rounding: codes behind 
 _FARTHEST = 4.0  # and any one of their rows
 _TINY = 1e-30
 _ROWS = 8192  # of a table that are looked at together in float64
+_MATRIX = Format.parse("int8/group64")  # its steps are a hundredth of those of 4-bit codes
 
 
 @dataclass(frozen=True)
 class Shared:
     """A table that is gathered from codes: its name, the numbers that it now holds, and the matrix behind them.
 
+    turn: the matrix [K, K] turned round, as a linear's weight: numbers = gathered @ turn.T. Codes of it or floats.
     farther: how far behind a matrix they are from the table, as a multiple of its own rounding.
     """
 
     name: str
     numbers: Tensor
-    turn: Tensor | None = None
+    turn: QTensor | Tensor | None = None
     farther: float = 1.0
 
 
@@ -49,7 +56,7 @@ def share_tables(program: Program) -> list[Shared]:
     """Let embeddings gather from the codes of products that hold a rounding of their table."""
     products = [n for n in program.graph.nodes if n.target in (ops.nbits_linear.default, ops.dual_linear.default)]
     found: dict[str, Shared] = {}
-    turns: dict[str, fx.Node] = {}
+    turns: dict[str, Call] = {}
     for node in list(program.graph.find_nodes(op="call_function", target=aten.embedding.default)):
         name = program.weight_name(node.args[0])
         for product in products if name is not None else []:
@@ -61,8 +68,9 @@ def share_tables(program: Program) -> list[Shared]:
             rows = program.insert(ops.gather_nbits.default, args, before=node)
             if shared.turn is not None:
                 if name not in turns:
-                    turns[name] = program.add_weight(f"turn_of_{name}", shared.turn)
-                rows = program.insert(aten.matmul.default, (rows, turns[name]), before=node)
+                    turns[name] = _product(program, f"turn_of_{name}", shared.turn)
+                operator, matrix = turns[name]
+                rows = program.insert(operator, (rows, *matrix), before=node)
             node.replace_all_uses_with(rows)
             program.graph.erase_node(node)
             found[name] = shared
@@ -89,6 +97,16 @@ def _from_codes(program: Program, name: str, product: fx.Node) -> Shared | None:
     return behind_matrix(name, table, numbers, form)
 
 
+def _product(program: Program, name: str, turn: QTensor | Tensor) -> Call:
+    """The operator that multiplies by a matrix, and its arguments behind the first."""
+    if isinstance(turn, Tensor):
+        return aten.matmul.default, (program.add_weight(name, turn.t().contiguous()),)
+    k, form = turn.codes.shape[1], turn.format
+    codes, scales, _ = to_blocks(QuantLinear(k, k, form, None, dict(codes=turn.codes, scale=turn.scale)))
+    held = [program.add_weight(f"{name}_{part}", tensor) for part, tensor in (("codes", codes), ("scales", scales))]
+    return ops.nbits_linear.default, (*held, None, None, k, form.bits, form.group)
+
+
 def behind_matrix(name: str, table: Tensor, numbers: Tensor, form: Format) -> Shared | None:
     """A table as numbers times a matrix, if that is about as near as the table rounded to `form`."""
     k = table.shape[1]
@@ -100,13 +118,18 @@ def behind_matrix(name: str, table: Tensor, numbers: Tensor, form: Format) -> Sh
     if (found := _turned(table, numbers, form)) is None:
         return None
     turn, farther = found
-    return Shared(name, numbers @ turn, turn, farther)
+    return Shared(name, _times(numbers, turn), turn, farther)
 
 
-def _turned(table: Tensor, numbers: Tensor, form: Format) -> tuple[Tensor, float] | None:
+def _times(numbers: Tensor, turn: QTensor | Tensor) -> Tensor:
+    return numbers @ (turn if isinstance(turn, Tensor) else turn.dequantize()).t()
+
+
+def _turned(table: Tensor, numbers: Tensor, form: Format) -> tuple[QTensor | Tensor, float] | None:
     """The nearest matrix, and how far that is as a multiple of the table's own rounding; None: too far."""
-    turn = nearest_turn(numbers, table)
-    away = (numbers @ turn - table).norm(dim=1)
+    nearest = nearest_turn(numbers, table).t()
+    turn = quantize_tensor(nearest, _MATRIX) if form.bits < _MATRIX.bits else nearest
+    away = (_times(numbers, turn) - table).norm(dim=1)
     rounded = (quantize_tensor(table, form).dequantize() - table).norm(dim=1)
     farther = float(away.norm() / rounded.norm())
     outlier = away > _FARTHEST * rounded.clamp_min(rounded.mean())

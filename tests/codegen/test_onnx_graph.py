@@ -169,7 +169,7 @@ def test_a_table_in_another_basis_is_the_codes_times_a_matrix(form, tmp_path):
     assert counts["GatherBlockQuantized"] == 1 and counts["Gather"] == 0
     assert report.numbers["onnx relative error"] < 1e-5  # to the module that holds codes times the matrix
     sizes = [np.prod(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
-    assert max(sizes) == 64 * 64
+    assert max(sizes) == 64 * 64 if form == "int8" else max(sizes) < 64 * 64  # behind 4-bit codes it has 8 bits
 
 
 def test_the_nearest_matrix_is_the_one_that_folding_and_rotating_made():
@@ -197,7 +197,7 @@ def test_a_matrix_must_come_near_to_every_row_of_many():
     table[5] = 0  # of a token that is not used
     codes = quantize_tensor(table @ turn, form).dequantize()
     found = behind_matrix("table", table, codes, form)
-    assert found is not None and torch.equal(found.numbers, codes @ found.turn)
+    assert found is not None and torch.equal(found.numbers, codes @ found.turn.dequantize().t())
     rounded = float((quantize_tensor(table, form).dequantize() - table).norm())
     assert found.farther == pytest.approx(float((found.numbers - table).norm()) / rounded) and found.farther < 1.3
     assert behind_matrix("table", table[:47], codes[:47], form) is None, "fewer than twice as many rows as columns"
@@ -226,7 +226,7 @@ def test_two_embeddings_of_one_turned_table_share_its_matrix(tmp_path):
     report = qcompile.export_onnx(Twice(), tmp_path / "m", recipe, **options)
     graph, counts = nodes(tmp_path / "m")
     assert counts["GatherBlockQuantized"] == 2 and report.numbers["onnx relative error"] < 1e-5
-    assert [list(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT].count([64, 64]) == 1
+    assert counts["MatMulNBits"] == 3 and [list(t.dims) for t in graph.initializer].count([64, 1, 64]) == 1
 
 
 @pytest.mark.parametrize("change", ["untied", "turned"])
