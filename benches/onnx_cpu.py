@@ -6,7 +6,7 @@
 writes benches/results/onnx_cpu-HOW.json and .png; HOW is how this processor multiplies int8: amx, vnni, avx2.
 
 Every folder, ours and the peers', runs in onnxruntime-genai in a process of its own; the processes take
-turns, one at a time, so that no idle thread of another spins. All are started three times, since where its
+turns, one at a time, so that no idle thread of another spins. All are started five times, since where its
 memory comes to lie makes a process some percent faster or slower. Behind a long prompt, which takes seconds
 to read, each decodes several times in turn. Perplexity is that of the ONNX model: 4
 windows of 2048 tokens. Peers that are not installed are named and left out. Last comes the number of
@@ -63,13 +63,14 @@ BUILDER = {
     "builder int4, block 32": ["block_size=32"],
     "builder int4, block 128": ["block_size=128"],
     "builder int4, block 32, k_quant": ["block_size=32", "algo_config=k_quant"],
+    "builder int4, block 128, last logits": ["block_size=128", "prune_lm_head=true"],
 }
 QUICK = {
     "int4-cpu": ("int4-cpu", {}),
     "int4-cpu, low memory": ("int4-cpu", {"low_memory": True}),
     "int4-cpu, last logits, chunks": ("int4-cpu", {"last_logits": True, "chunk": CHUNK}),
 }
-PROMPT, NEW, PROCESSES, ROUNDS = 512, 32, 3, 4
+PROMPT, NEW, PROCESSES, ROUNDS = 512, 32, 5, 3
 LONG = {2048: 2, 4096: 2, 7800: 1}  # longer prompts, and how many times each is timed
 TURNS = 9  # times that a folder decodes NEW tokens behind each of them
 SHORT_ONLY = {"builder int4, block 32, k_quant", *(f"qcompile {name}" for name in list(OURS)[:4])}
@@ -136,13 +137,13 @@ def build_peers(work: Path, model: torch.nn.Module, tokenizer: object, console: 
             console.print(f"left out: {name}: {refused}")
         else:
             found[name] = out
-    if (whole := found.get("builder int4, block 128")) is not None:
+    if (whole := found.get("builder int4, block 128, last logits")) is not None:
         shutil.copytree(whole, part := work / "builder-chunks", copy_function=os.link)
         described = json.loads((whole / FILE).read_text())
         described["search"]["chunk_size"] = CHUNK
         (part / FILE).unlink()
         (part / FILE).write_text(json.dumps(described))
-        found["builder int4, block 128, chunks"] = part
+        found["builder int4, block 128, last logits, chunks"] = part
     return found
 
 

@@ -54,7 +54,7 @@ def main() -> None:
     console = Console(width=140)
     model, tokenizer = shapes(layers), load_pretrained()[1]
     weights = sum(p.nbytes for p in model.parameters())
-    onnx_cpu.BUILDER.pop("builder int4, block 32, k_quant")
+    onnx_cpu.BUILDER.pop("builder int4, block 32, k_quant")  # as fast as the other of block 32
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         folders = onnx_cpu.build_peers(work, model, tokenizer, console)
