@@ -8,7 +8,7 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- prefixes -->                  intact_kv.json
     <!-- costs -->                     quantize_cost.json
     <!-- onnx HOW -->, long, few, roofline   onnx_cpu-HOW.json, of one kind of processor
-    <!-- shapes -->                    onnx_shapes.json
+    <!-- shapes vnni -->               onnx_shapes-vnni.json
     <!-- encoder HOW -->               onnx_encoder-HOW.json
     <!-- engines HOW -->               engines_cpu-HOW.json
     <!-- fixed -->                     fixed_scales.json
@@ -86,9 +86,9 @@ def onnx(how: str, name: str = "onnx_cpu") -> str:
     )
 
 
-def onnx_shapes(_: str) -> str:
+def onnx_shapes(how: str) -> str:
     """The same of random weights, which have no perplexity."""
-    return "\n".join(line.rpartition("|")[0].rpartition("|")[0] + "|" for line in onnx("", "onnx_shapes").split("\n"))
+    return "\n".join(line.rpartition("|")[0].rpartition("|")[0] + "|" for line in onnx(how, "onnx_shapes").split("\n"))
 
 
 def onnx_long(how: str) -> str:
