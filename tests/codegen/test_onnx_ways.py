@@ -80,7 +80,7 @@ def test_both_ways_read_the_same_bytes(folders):
     where = {t.name: {e.key: e.value for e in t.external_data} | {"raw": t.raw_data} for t in graph.initializer}
     kinds = {t.name: t.data_type for t in graph.initializer}
     seen = [name for name in where if kinds[name] == onnx.TensorProto.UINT4]
-    assert len(seen) == counts["then_branch"]["MatMulNBits"]  # codes; there are no zero points
+    assert len(seen) == 2 * counts["then_branch"]["MatMulNBits"]  # codes and zero points
     assert all(where[name] == where[name.removeprefix("qcompile/").rpartition("/")[0]] for name in seen)
     sizes = [(place / name / "model.onnx.data").stat().st_size for name in ("both", "few")]
     assert sizes[0] == sizes[1]
@@ -218,8 +218,12 @@ def test_the_last_logits_are_enough_to_generate(name, recipe, portable, tmp_path
     qcompile.export_onnx(model, tmp_path / "all", recipe, [example(name)], **options)
     qcompile.export_onnx(model, tmp_path / "last", recipe, [example(name)], last_logits=True, **options)
     rows = [[5, 9, 17, 33], [90, 8, 51, 0]]  # genai pads the shorter behind
+    if recipe == DUAL:  # of more tokens "all" rounds what the logits read, and a near tie may fall to the other side
+        rows = [row[:2] for row in rows]
     assert generated(tmp_path / "all", rows) == generated(tmp_path / "last", rows)
-    session, ids = Session(tmp_path / "last"), torch.tensor(rows[:1])
+    session, ids = Session(tmp_path / "last"), torch.tensor([[5, 9, 17, 33, 90, 8, 51, 2]])
+    every, last = Session(tmp_path / "all").step(ids.numpy(), None)[0], session.step(ids.numpy(), None)[0]
+    assert np.linalg.norm(last - every[:, -1:]) < 0.02 * np.linalg.norm(last) < np.linalg.norm(last - every[:, -2:-1])
     assert session.step(ids.numpy(), None)[0].shape == (1, 1, 128)
     assert len(list(session.stream(ids, 4))) == 4
     with pytest.raises(FolderError, match="last token's logits only"):
