@@ -35,7 +35,7 @@ _FARTHER = 1.5  # times as far from the table as its own rounding: codes behind 
 _FARTHEST = 4.0  # and any one of their rows
 _TINY = 1e-30
 _ROWS = 8192  # of a table that are looked at together in float64
-_MATRIX = Format.parse("int8/group64")  # its steps are a hundredth of those of 4-bit codes
+_MATRIX = Format.parse("int8/group64")  # its steps are an eighteenth of those of 4 bits
 
 
 @dataclass(frozen=True)
