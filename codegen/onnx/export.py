@@ -147,8 +147,6 @@ def export_module(
             part.metadata_props.clear()  # where it comes from in PyTorch: longer than the node
         split_scales(graph.model)
         graph.save(str(folder / MODEL), external_data=True)
-    with torch.no_grad(), holding(wrapper, shared):  # the quantized linears are back
-        error, as_run = _finish(folder / MODEL, wrapper, layout)
     if isinstance(wrapper, WithCache):
         _describe(wrapper, program, folder, positions or 0, layout.chunk)
     if layout.pooling is not None:
@@ -158,6 +156,9 @@ def export_module(
     for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
         if hasattr(part, "save_pretrained"):
             part.save_pretrained(str(folder))
+    del exported, program, graph  # their weights lie in the file now, and the proof needs the room
+    with torch.no_grad(), holding(wrapper, shared):  # the quantized linears are back
+        error, as_run = _finish(folder / MODEL, wrapper, layout)
     return Exported(error, as_run, rewritten)
 
 
