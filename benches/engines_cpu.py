@@ -3,8 +3,9 @@
     pip install onnxruntime-genai gguf llama-cpp-python openvino
     python benches/engines_cpu.py [CALIBRATION_TEXT]      writes benches/results/engines_cpu-ISA.json
 
-An engine that is not installed is left out with a word. Each runs in a process of its own, in turn, with a rest before
-each; all are started three times; medians.
+An engine that is not installed is left out with a word; llama-cpp-python is for the processor that CMAKE_ARGS names
+when it is built (docs/onnx.md). Each runs in a process of its own, in turn, with a rest before each; all are started
+three times; medians.
 Float weights for llama.cpp are written here with the `gguf` package in its own formats: Q4_0, and Q8_0 for the table
 that is also the logits' (its tools take Q6_K there, which wants columns in multiples of 256). OpenVINO reads the
 portable file that qcompile writes, 4-bit codes in groups of 32, with its caches turned into state.
@@ -173,7 +174,7 @@ def build(work: Path, calibration: str | None, console: Console) -> dict[str, tu
     found = {"torch.compile, bfloat16": ("engines_cpu.serve_inductor", "bfloat16")}
     model.save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
-    last = "prune_lm_head=true"  # llama.cpp, OpenVINO here and we make the last logits only
+    last = "prune_lm_head=true"  # as in all others: of the last token
     for precision, options in (("fp32", [last]), ("int4", [last, "accuracy_level=4", "block_size=128"])):
         if (refused := run_builder(work / "model", work / precision, precision, options)) is not None:
             console.print(f"left out: the builder's {precision}: {refused}")
