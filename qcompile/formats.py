@@ -103,6 +103,11 @@ class Format:
         return self.dual or bool(self.powers)
 
     @property
+    def is_int8_rows(self) -> bool:
+        """Whether codes are int8 with one scale for a row, or for all: what integer products take as they are."""
+        return self.dtype == "int8" and self.per != "group" and self.zero == "none"
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """The dtype of unpacked codes."""
         if self.dtype == "fp8":

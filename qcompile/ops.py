@@ -107,7 +107,7 @@ def qlinear(
     form = Format.parse(format)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     codes = load_codes(weight, form, columns)
-    if act in ("int8/row", "int8/tensor") and _integer_rows(form):
+    if act and Format.parse(act).is_int8_rows and _integer_rows(form):
         assert x_scale is not None
         if form.dual:
             codes = int8_codes(codes, zero, group_scale, form)

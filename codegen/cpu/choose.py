@@ -64,7 +64,7 @@ def ratio_to_float(kernel: str, dtype: torch.dtype, rows: int, k: int, n: int, o
 
 def kernel_of(form: Format, act: str) -> str:
     """The kernel that computes a site exactly as its Q/DQ graph means."""
-    if act in ("int8/row", "int8/tensor"):
+    if act and Format.parse(act).is_int8_rows:
         if form == Format("int8"):
             return "int8_mm"
         if form.dual and takes_nibbles(form):

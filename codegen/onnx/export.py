@@ -1,6 +1,7 @@
 """Export a module that holds quantized linears to an ONNX folder, and prove it by running it.
 
-trace -> Program -> rewrite (rewrite.py) -> torch.onnx with our translations -> ONNX Runtime against the module.
+trace -> Program -> rewrite (rewrite.py) -> torch.onnx with our translations -> ONNX Runtime against the module
+(finish.py).
 A decoder is traced with its key/value cache as plain tensors: inputs `input_ids [batch, sequence]`,
 `attention_mask [batch, past + sequence]`, `past_key_values.i.key/value`; outputs `logits` and
 `present.i.key/value`. The number and the shape of the caches are read from one eager call.
@@ -25,13 +26,12 @@ from qcompile.capture import from_exported
 from qcompile.codegen.onnx.calls import Plain, WithCache
 from qcompile.codegen.onnx.coded import CodedCache, hold_codes
 from qcompile.codegen.onnx.experts import split_experts
+from qcompile.codegen.onnx.finish import expected, finish
 from qcompile.codegen.onnx.genai import write_genai_config
 from qcompile.codegen.onnx.last_logits import only_last
-from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, check_forms, two_ways
-from qcompile.codegen.onnx.lower import Way, by_tokens, is_dual, one_way
-from qcompile.codegen.onnx.lower_int8 import inexact
+from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, check_forms
 from qcompile.codegen.onnx.pooling import Pooled, Pooling, write_pooling
-from qcompile.codegen.onnx.proof import differences, holding, prove, reference
+from qcompile.codegen.onnx.proof import holding
 from qcompile.codegen.onnx.rewrite import rewrite
 from qcompile.codegen.onnx.split_scales import split_scales
 from qcompile.codegen.onnx.translate import table
@@ -158,7 +158,9 @@ def export_module(
             part.save_pretrained(str(folder))
     del exported, program, graph  # their weights lie in the file now, and the proof needs the room
     with torch.no_grad(), holding(wrapper, shared):  # the quantized linears are back
-        error, as_run = _finish(folder / MODEL, wrapper, layout)
+        must = expected(folder / MODEL, wrapper, low_memory=layout.low_memory)
+    del shared  # so do its numbers
+    error, as_run = finish(folder / MODEL, wrapper, must, layout.accuracy_level, portable=layout.portable)
     return Exported(error, as_run, rewritten)
 
 
@@ -166,30 +168,6 @@ def _longest(config: Any) -> int:
     """How many tokens a model says that it takes; 4096 if it does not say."""
     names = ("max_position_embeddings", "max_seq_len", "seq_length")
     return next((found for name in names if isinstance(found := getattr(config, name, None), int)), 4096)
-
-
-def _finish(path: Path, wrapper: Any, layout: Layout) -> tuple[float, float]:
-    """Prove every way to multiply, on any processor, then write the file as it will run; the errors of both."""
-    import onnx
-
-    exported = onnx.load(str(path), load_external_data=False)
-    ways: list[Way] = ["many"] if isinstance(wrapper, Plain) else ["few", "many"]
-    if layout.low_memory or not is_dual(exported):
-        ways = ["few"]
-    error = 0.0
-    for way in ways:
-        lowered = one_way(exported, way, layout.portable)
-        against = reference(wrapper, lambda site, way=way: way == "few" and two_ways(site))
-        for variant in (inexact(lowered), lowered):  # what other processors run, then what this one does
-            if variant is not None:
-                onnx.save(variant, str(path))
-                error = max(error, prove(path, wrapper, against))
-    if len(ways) == 2:
-        onnx.save(by_tokens(exported), str(path))
-    elif layout.accuracy_level == 1:
-        return error, error
-    set_accuracy_level(path, layout.accuracy_level)
-    return error, differences(path, wrapper, reference(wrapper, lambda site: False) if len(ways) == 2 else against)
 
 
 def _describe(wrapper: WithCache, program: Program, folder: Path, positions: int, chunk: int | None) -> None:
@@ -228,22 +206,6 @@ def as_module(program: Program) -> nn.Module:
         node.replace_all_uses_with(held)
         module.graph.erase_node(node)
     return fx.GraphModule(module, module.graph)  # torch.export reads the signature of forward, which a lazy one has not
-
-
-def set_accuracy_level(path: Path, level: int) -> None:
-    """Rewrite the accuracy_level of every MatMulNBits of a file; its external data stays."""
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    graphs = [model.graph]
-    for graph in graphs:
-        for node in graph.node:
-            for attribute in node.attribute:
-                if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
-                    attribute.i = level
-                if attribute.type == onnx.AttributeProto.GRAPH:
-                    graphs.append(attribute.g)
-    onnx.save(model, str(path))
 
 
 def _name_dimensions(model: Any, wrapper: Any, program: Program) -> None:

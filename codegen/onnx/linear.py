@@ -64,7 +64,7 @@ def check_forms(model: nn.Module, portable: bool = False) -> None:
 
 def two_ways(module: QuantLinear) -> bool:
     """Whether a site is multiplied by its 4-bit codes or in int8, by the number of rows."""
-    return module.format.dual and module.act in (Format("int8"), Format("int8", "tensor"))
+    return module.format.dual and module.act is not None and module.act.is_int8_rows
 
 
 class OnnxLinear(nn.Module):

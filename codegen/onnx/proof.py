@@ -122,12 +122,16 @@ def unrounded_cache(wrapper: WithCache | Plain) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_numbers(module: nn.Module) -> Iterator[None]:
-    """The module with its codes turned into numbers once, not in each call: where only weights are quantized."""
+    """The module with its codes turned into numbers once, not in each call: where only weights are quantized.
+
+    The largest first: making numbers of codes takes several times their room, and least is held then.
+    """
     found = [
         (path, m)
         for path, m in module.named_modules()
         if isinstance(m, QuantLinear) and m.act is None and m.signs is None and not m.factors(torch.float32)
     ]
+    found.sort(key=lambda part: part[1].in_features * part[1].out_features, reverse=True)
     try:
         for path, source in found:
             linear = nn.Linear(source.in_features, source.out_features, source.bias is not None, device="meta")
