@@ -18,7 +18,7 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
-import qcompile.codegen.onnx.export as export
+import qcompile.codegen.onnx.finish as finish
 from qcompile.codegen.onnx import lower_int8
 from qcompile.codegen.onnx.last_logits import last_tokens
 from qcompile.codegen.onnx.linear import NoOnnxForm
@@ -53,7 +53,7 @@ def folders(request, tmp_path_factory):
     qcompile.export_onnx(model, place / "both", progress=False)
     qcompile.export_onnx(model, place / "few", low_memory=True, progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "by_tokens", functools.partial(by_tokens, few=0))
+        patch.setattr(finish, "by_tokens", functools.partial(by_tokens, few=0))
         qcompile.export_onnx(model, place / "many", progress=False)
     return model, place
 
@@ -126,7 +126,7 @@ def test_a_wrong_zero_point_is_found(tmp_path, monkeypatch):
                 node.op_type = "Add"  # the zero point
         return found
 
-    monkeypatch.setattr(export, "one_way", wrong)
+    monkeypatch.setattr(finish, "one_way", wrong)
     with pytest.raises(ExportMismatch, match="differs from the module"):
         qcompile.export_onnx(build("llama"), tmp_path / "m", DUAL, [example("llama")], progress=False)
     assert not (tmp_path / "m").exists()
