@@ -117,7 +117,7 @@ def test_an_encoder_is_multiplied_in_int8_only(tmp_path):
 
 def test_a_wrong_zero_point_is_found(tmp_path, monkeypatch):
     """The two proofs are separate: a fault in the int8 weights alone must not pass."""
-    real = export.one_way
+    real = finish.one_way
 
     def wrong(model, way, portable):
         found = real(model, way, portable)
