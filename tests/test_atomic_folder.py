@@ -14,6 +14,7 @@ from torch import nn
 
 import qcompile
 import qcompile.codegen.onnx.export as exporting
+import qcompile.codegen.onnx.finish as finishing
 from qcompile.checkpoint import CheckpointError, atomic_folder
 
 
@@ -62,8 +63,11 @@ def test_what_came_to_lie_there_meanwhile_stays(tmp_path):
     assert os.listdir(tmp_path) == ["m"] and os.listdir(tmp_path / "m") == ["theirs"]
 
 
-@pytest.mark.parametrize("step", ["export_module", "prove", "by_tokens"])
-def test_an_interrupted_export_leaves_nothing(step, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [(exporting, "export_module"), (exporting, "expected"), (finishing, "prove"), (finishing, "by_tokens")],
+)
+def test_an_interrupted_export_leaves_nothing(place, step, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -71,7 +75,7 @@ def test_an_interrupted_export_leaves_nothing(step, tmp_path, monkeypatch):
 
     llm = build("llama")
     qcompile.quantize(llm, "int4-cpu", [example("llama")], progress=False)
-    monkeypatch.setattr(exporting, step, interrupted)
+    monkeypatch.setattr(place, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         qcompile.export_onnx(llm, tmp_path / "m", progress=False)
     assert not os.listdir(tmp_path)
