@@ -220,7 +220,7 @@ class _Writer:
         found: list[onnx.NodeProto] = []
         for node in nodes:
             if node.op_type == "Int8Linear" and (key := _int8_weight(node)) not in self.int8:
-                self.int8[key] = Weight(*key)
+                self.int8[key] = Weight(self.weights[key[0]].dims[0], *key)
             elif node.op_type == "DualLinear" and way == "many" and (key := _dual_weight(node)) not in self.int8:
                 do = Steps(node.name)
                 self.int8[key] = self._from_codes(do, node)
@@ -251,7 +251,7 @@ class _Writer:
         columns = do("columns", "Transpose", lines, perm=[1, 0])
         if blocks * block > k:
             columns = do("inside", "Slice", columns, first, self.whole(k), first)
-        return Weight(columns, row)
+        return Weight(k, columns, row)
 
     def _seen(self, name: str, dims: list[int], kind: int = TensorProto.UINT4) -> str:
         """The bytes of a uint8 weight in another shape and type: on disk they lie there once."""

@@ -34,13 +34,14 @@ _TINY = 1e-30  # a smaller range is zero, and a step of zero would make 0 / 0 of
 
 @dataclass(frozen=True)
 class Weight:
-    """Names of values.
+    """Names of values, and a size.
 
     Attributes:
-        codes: [K, N], s8; of a portable file u8, around 128. scale: [N].
+        k: K. codes: [K, N], s8; of a portable file u8, around 128. scale: [N].
         sums: scales times sums over K ("": activations are symmetric).
     """
 
+    k: int
     codes: str
     scale: str
     sums: str = ""
@@ -93,30 +94,52 @@ class Int8Product:
             codes = do("codes", "DynamicQuantizeLinear", x)
             step, zero = do.also("step"), do.also("zero")
         else:
-            peak = do("peak", "ReduceMax", do("size", "Abs", x), keepdims=0)
-            step, zero = self._step(peak, 127), self._u8(128)
+            low, high = do("least", "ReduceMin", x, keepdims=0), do("greatest", "ReduceMax", x, keepdims=0)
+            step, zero = self._step(self._size(low, high), 127), self._u8(128)
             codes = do("codes", "QuantizeLinear", x, step, zero)
         self._product(codes, step, zero, weight)
 
     def _in_steps(self, x: str, weight: Weight) -> None:
-        """A step for each row: divided by before, multiplied by after, as the operators take one for all rows."""
-        do, one = self.do, self._float(1)
-        step = self._step(do("peak", "ReduceMax", do("size", "Abs", x), self._last()), 127)
-        codes = do("codes", "QuantizeLinear", do("units", "Div", x, step), one, self._u8(128))
-        do("y", "Mul", self._product(codes, one, self._u8(128), weight), step)
+        """A step for each row; multiplied by after, as the operators take one for all rows."""
+        do = self.do
+        step = self._step(self._size(*self._extremes(x)), 127)
+        product = self._product(self._codes(x, step, self._u8(128), weight.k), self._float(1), self._u8(128), weight)
+        do("y", "Mul", product, step)
 
     def _from_zero_points(self, x: str, weight: Weight) -> None:
         """A step and a zero point for each row: q = round(x / s) + z, z = round(-min(x, 0) / s)."""
-        do, one, none = self.do, self._float(1), self._float(0)
-        low = do("low", "Min", do("least", "ReduceMin", x, self._last()), none)
-        high = do("high", "Max", do("greatest", "ReduceMax", x, self._last()), none)
+        do, none = self.do, self._float(0)
+        least, greatest = self._extremes(x)
+        low, high = do("low", "Min", least, none), do("high", "Max", greatest, none)
         step = self._step(do("range", "Sub", high, low), 255)
         minus_z = do("minus_z", "Round", do("depth", "Div", low, step))
-        levels = do("levels", "Sub", do("whole", "Round", do("units", "Div", x, step)), minus_z)
-        codes = do("codes", "QuantizeLinear", levels, one, self._u8(0))
-        product = self._product(codes, one, self._u8(128), weight)
+        zero = do("zero", "Cast", do("z", "Neg", minus_z), to=TensorProto.UINT8)
+        product = self._product(self._codes(x, step, zero, weight.k), self._float(1), self._u8(128), weight)
         rest = do("rest", "Mul", do("behind", "Add", minus_z, self._float(128)), weight.sums)
         do("y", "Mul", do("sum", "Add", product, rest), step)
+
+    def _extremes(self, x: str) -> tuple[str, str]:
+        """The least and the greatest of each row."""
+        return self.do("least", "ReduceMin", x, self._last()), self.do("greatest", "ReduceMax", x, self._last())
+
+    def _size(self, low: str, high: str) -> str:
+        """The largest |x|, of the extremes: reading x twice is faster than writing |x|."""
+        return self.do("size", "Max", high, self.do("depth", "Neg", low))
+
+    def _codes(self, x: str, step: str, zero: str, k: int) -> str:
+        """round(x / step) + zero, both [.., 1] (or one zero point for all): the operator's blocks are whole rows.
+
+        Runtimes that read the standard may not have the blocks: a portable file divides, and rounds in steps of one.
+        """
+        do = self.do
+        if not self.portable:
+            zeros = do("zeros", "Expand", zero, do("steps_shape", "Shape", step))
+            return do("codes", "QuantizeLinear", x, step, zeros, axis=-1, block_size=k)
+        units = do("units", "Div", x, step)
+        if zero == self._u8(128):
+            return do("codes", "QuantizeLinear", units, self._float(1), zero)
+        levels = do("levels", "Add", do("whole", "Round", units), do("z_of_row", "Cast", zero, to=TensorProto.FLOAT))
+        return do("codes", "QuantizeLinear", levels, self._float(1), self._u8(0))
 
     def _step(self, size: str, levels: int) -> str:
         share = self.do("share", "Mul", size, self._float(1 / levels))
