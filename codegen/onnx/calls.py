@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.cache_constants import Scales
+from qcompile.codegen.onnx.lower_attention import LONG
 from qcompile.codegen.onnx.steps import FEW
 
 Check = tuple[tuple[Any, ...], list[Tensor]]  # arguments, and what the module makes of them
@@ -22,13 +23,14 @@ class WithCache(nn.Module):
     """A causal LM whose cache is a list of tensors.
 
     Attributes:
+        positions: how many tokens it takes.
         scales: of keys and of values in every layer, [G, D], where the cache holds int8 codes; else None.
         rounded: whether such a cache is rounded; if not, codes are what they were before.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, positions: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.positions = model, positions
         self.scales: list[tuple[Tensor, Tensor]] | None = None
         self.rounded = True
         with torch.no_grad():
@@ -100,10 +102,13 @@ class WithCache(nn.Module):
         """Prefill from nothing, for one and two rows, and continuations of the cache that it leaves.
 
         Several tokens behind a cache are for one row only: GroupQueryAttention takes no more. More than a few may be
-        computed in another way.
+        computed in another way, and many behind a cache of codes in pieces, the last of them shorter.
         """
         found = [_check(self, self.arguments(1, 7, 0)), _check(self, self.arguments(2, 4, 0))]
-        for rows, length in ((1, 1), (1, 3), (1, FEW + 2), (2, 1)):
+        sizes = [(1, 1), (1, 3), (1, FEW + 2), (2, 1)]
+        if self.scales is not None and self.positions >= 7 + LONG + 3:
+            sizes.append((1, LONG + 3))
+        for rows, length in sizes:
             (_, mask, _), (_, *cache) = found[rows - 1]
             more = self.arguments(rows, length, 0)[0]
             found.append(_check(self, (more, torch.cat([mask, torch.ones_like(more)], dim=1), cache)))

@@ -103,7 +103,8 @@ def export_module(
     if layout.pooling is not None:
         model = Pooled(model, layout.pooling).eval()
     with _onnx_linears(model, layout.portable), torch.no_grad(), _quiet():
-        wrapper = WithCache(model) if example is None else Plain(model, example)
+        positions = _longest(getattr(model, "config", None))
+        wrapper = WithCache(model, positions) if example is None else Plain(model, example)
         exported = torch.export.export(
             wrapper, wrapper.arguments(), dynamic_shapes=wrapper.dynamic_shapes(), strict=False
         )
@@ -111,9 +112,10 @@ def export_module(
         experts = split_experts(program, layout.portable)
     if isinstance(wrapper, Plain):
         wrapper.note_sizes([node.meta["val"] for node in program.inputs])
-    positions = _longest(getattr(model, "config", None)) if example is None else None
     rewritten, shared = (
-        (PassReport("operators of the standard"), []) if layout.portable else rewrite(program, positions)
+        (PassReport("operators of the standard"), [])
+        if layout.portable
+        else rewrite(program, None if isinstance(wrapper, Plain) else positions)
     )
     if experts:
         rewritten.notes.append(f"{experts} products of experts, each by its own rows")
@@ -148,7 +150,7 @@ def export_module(
         split_scales(graph.model)
         graph.save(str(folder / MODEL), external_data=True)
     if isinstance(wrapper, WithCache):
-        _describe(wrapper, program, folder, positions or 0, layout.chunk)
+        _describe(wrapper, program, folder, positions, layout.chunk)
     if layout.pooling is not None:
         width = int(program.outputs[0].meta["val"].shape[-1])
         longest = min(_longest(model.config), getattr(tokenizer, "model_max_length", _MANY))

@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.codegen.onnx.lower_attention import by_length, is_coded, lengths
+from qcompile.codegen.onnx.lower_attention import Lengths, by_length, is_coded, lengths
 from qcompile.codegen.onnx.lower_int8 import Int8Product, Weight, exactness
 from qcompile.codegen.onnx.steps import DOMAIN, FEW, Steps, attributes_of
 
@@ -156,12 +156,12 @@ class _Writer:
         any_length: whether texts of more than a few tokens come this way.
         """
         found: list[onnx.NodeProto] = []
-        known: list[onnx.NodeProto] = []  # the lengths that attentions ask for
+        known: Lengths | None = None
         for node in nodes:
             if any_length and is_coded(node):
-                if not known:
+                if known is None:
                     known = lengths(self.graph.input[0].name, node, self.constant)
-                    found += known
+                    found += known.nodes
                 found.append(by_length(node, known, self.constant))
             elif node.op_type == "Int8Linear":
                 found += self._product(node, node.input[0], self.int8[_int8_weight(node)], list(node.input[4:]))

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx_nodes import every_node
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 from zoo import build, example
 
@@ -183,10 +184,13 @@ def test_a_prompt_is_multiplied_over_floats(tmp_path):
     assert len(choices) == 2 and not any(node.op_type == "GroupQueryAttention" for node in graph.node)
     for choice in choices:
         kinds = {
-            branch.name: {a.name for n in branch.g.node if n.op_type == "GroupQueryAttention" for a in n.attribute}
+            branch.name: {
+                a.name for n in every_node(branch.g) if n.op_type == "GroupQueryAttention" for a in n.attribute
+            }
             for branch in choice.attribute
         }
-        assert "kv_cache_bit_width" in kinds["then_branch"] and "kv_cache_bit_width" not in kinds["else_branch"]
+        assert "kv_cache_bit_width" in kinds["then_branch"]
+        assert "num_heads" in kinds["else_branch"] and "kv_cache_bit_width" not in kinds["else_branch"]
 
 
 @pytest.mark.parametrize("made, operator", [("value_units", "Mul"), ("key_units", "Mul"), ("key_past", "Add")])

@@ -36,7 +36,7 @@ DECODERS = [
 
 
 def traced(model):
-    wrapper = WithCache(model)
+    wrapper = WithCache(model, 64)
     exported = torch.export.export(wrapper, wrapper.arguments(), dynamic_shapes=wrapper.dynamic_shapes(), strict=False)
     return from_exported(exported, wrapper), wrapper
 

@@ -47,7 +47,7 @@ def made(name, monkeypatch=None):
 
 
 def traced(model):
-    wrapper = WithCache(model)
+    wrapper = WithCache(model, 64)
     exported = torch.export.export(wrapper, wrapper.arguments(), dynamic_shapes=wrapper.dynamic_shapes(), strict=False)
     return from_exported(exported, wrapper)
 
