@@ -11,9 +11,10 @@ New tokens see each other as they are in the second, rounded in the first; of th
 same codes. A runtime may hand over a buffer that is longer than the past, to be extended in place: what lies behind is
 handed back, so a prompt costs a copy of the whole buffer.
 
-GroupQueryAttention multiplies every new query by every key, those of later tokens too, and holds all scores [H, S, T]
-at once. A long prompt is therefore read in pieces, each behind the keys of those before: the same numbers, 36 of 64
-products, an eighth of the scores. It reads several tokens behind a cache for one row only, so several rows go at once.
+Up to about 2048 tokens GroupQueryAttention multiplies every new query by every key, those of later tokens too, and
+holds all scores [H, S, T] at once. A long prompt is therefore read in pieces, each behind the keys of those before: the
+same numbers, 10 of 16 products, a quarter of the scores. It reads several tokens behind a cache for one row only, so
+several rows go at once; and behind a past that is longer than half of what is new little is won.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from onnx import TensorProto, helper
 
 from qcompile.codegen.onnx.steps import FEW, Steps
 
-_PIECES = 8
-LONG = 128  # tokens of a prompt that is read in pieces; there it costs as much, and more is won by more
+_PIECES = 4  # more would win a little more of 1024 tokens, and lose behind a past
+LONG, _LONGEST = 192, 2047  # tokens of a prompt that is read in pieces; with more, the operator works in blocks itself
 
 # Inputs of GroupQueryAttention.
 _PAST, _LAST, _TOTAL, _POSITIONS, _BIAS, _SCALES = slice(3, 5), 5, 6, 9, 10, slice(12, 14)
@@ -80,7 +81,9 @@ def lengths(ids: str, attention: onnx.NodeProto, constant: Callable[[np.ndarray]
     is_few = do("few", "LessOrEqual", new, whole(FEW))
     seen = do("seen", "Add", do("least", "ReduceMin", attention.input[_LAST]), one)  # less than all: there is padding
     alone = do("alone", "And", do("row", "Equal", rows, whole(1)), do("full", "Equal", seen, attention.input[_TOTAL]))
-    is_long = do("long", "And", do("enough", "GreaterOrEqual", new, whole(LONG)), alone)
+    least, most = do("enough", "GreaterOrEqual", new, whole(LONG)), do("fewer", "LessOrEqual", new, whole(_LONGEST))
+    ahead = do("ahead", "LessOrEqual", do("twice", "Add", past, past), new)
+    is_long = do("long", "And", do("between", "And", least, most), do("wins", "And", ahead, alone))
     share = do("share", "Div", do("filled", "Add", new, whole(_PIECES - 1)), whole(_PIECES))
     bounds = [whole(0), *(do(f"bound_{i}", "Mul", share, whole(i)) for i in range(1, _PIECES)), new]
     pieces = []
