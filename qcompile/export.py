@@ -34,6 +34,7 @@ def export_onnx(
     chunk: int | None = None,
     portable: bool = False,
     float_cache: bool = False,
+    float_embeddings: bool = False,
     pooling: str | None = None,
     normalize: bool = False,
     progress: bool = True,
@@ -56,6 +57,8 @@ def export_onnx(
         portable: operators of the ONNX standard only (opset 21), for other runtimes than ONNX Runtime. Their cache
             is float32.
         float_cache: a cache in float32, whatever the recipe says: for tools that hand over no other, as optimum.
+        float_embeddings: of a quantized model: tables of embeddings stay float32. Otherwise large ones that no product
+            shares are held in 8 bits, in blocks of 128.
         pooling: of an encoder: "mean", "cls" or "last" token's embedding as the output `sentence_embedding`, and a
             folder that sentence-transformers loads. normalize: to norm 1. progress: show bars and a spinner.
 
@@ -100,7 +103,7 @@ def export_onnx(
         elif not any(isinstance(m, QuantLinear | QuantStack) for m in model.modules()):
             report = Report("float")
         with detached(model) as calls:
-            layout = Layout(accuracy_level, low_memory, last_logits, chunk, portable, how)
+            layout = Layout(accuracy_level, low_memory, last_logits, chunk, portable, float_embeddings, how)
             cache = None
             is_float = float_cache or portable or example is not None
             if calls.how is not None and calls.scales is not None and not is_float:

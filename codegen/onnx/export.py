@@ -33,8 +33,10 @@ from qcompile.codegen.onnx.linear import Hadamard, NoOnnxForm, OnnxLinear, check
 from qcompile.codegen.onnx.pooling import Pooled, Pooling, write_pooling
 from qcompile.codegen.onnx.proof import holding
 from qcompile.codegen.onnx.rewrite import rewrite
+from qcompile.codegen.onnx.round_tables import round_tables
 from qcompile.codegen.onnx.split_scales import split_scales
 from qcompile.codegen.onnx.translate import table
+from qcompile.expert_stack import QuantStack
 from qcompile.module import QuantLinear, RotatedLinear
 from qcompile.program import WEIGHT, Program, copy_graph
 from qcompile.report import PassReport
@@ -69,6 +71,7 @@ class Layout:
         last_logits: of a decoder, only those of each text's last token, [B, 1, V].
         chunk: how many tokens of a prompt onnxruntime-genai reads at once.
         portable: operators of the standard (opset 21) only.
+        float_embeddings: leave tables of embeddings in float32.
         pooling: of an encoder, how its tokens become one embedding, a second output; None: not at all.
     """
 
@@ -77,6 +80,7 @@ class Layout:
     last_logits: bool = False
     chunk: int | None = None
     portable: bool = False
+    float_embeddings: bool = False
     pooling: Pooling | None = None
 
 
@@ -100,6 +104,7 @@ def export_module(
     if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
         model = copy.deepcopy(model).float()
     model.eval()
+    is_quantized = any(isinstance(m, QuantLinear | RotatedLinear | QuantStack) for m in model.modules())
     if layout.pooling is not None:
         model = Pooled(model, layout.pooling).eval()
     with _onnx_linears(model, layout.portable), torch.no_grad(), _quiet():
@@ -117,6 +122,8 @@ def export_module(
         if layout.portable
         else rewrite(program, None if isinstance(wrapper, Plain) else positions)
     )
+    if is_quantized and not layout.float_embeddings:
+        shared += round_tables(program, {name for name, _ in wrapper.named_parameters()}, rewritten)
     if experts:
         rewritten.notes.append(f"{experts} products of experts, each by its own rows")
     if layout.last_logits:

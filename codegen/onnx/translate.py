@@ -193,6 +193,15 @@ def _gather_nbits(ids: Any, codes: Any, scales: Any, zeros: Any, k: int, bits: i
     return op.Slice(numbers, *ends)
 
 
+def _gather_standard(ids: Any, codes: Any, scales: Any, zeros: Any, k: int, bits: int, block: int) -> Any:
+    """The same in operators of the standard, of 8-bit codes without zero points."""
+    assert zeros is None and bits == 8
+    levels = op.Sub(op.Cast(op.Gather(codes, ids), to=onnx.TensorProto.FLOAT), op.Constant(value_float=128.0))
+    numbers = op.Mul(levels, op.Unsqueeze(op.Gather(scales, ids), op.Constant(value_ints=[-1])))
+    flat = op.Reshape(numbers, op.Constant(value_ints=[0] * len(ids.shape) + [-1]))
+    return op.Slice(flat, *(op.Constant(value_ints=[n]) for n in (0, k, -1)))
+
+
 def _multi_head_attention(
     query: Any, key: Any, value: Any, bias: Any, padding: Any, added: Any, heads: int, scale: float, is_causal: bool
 ) -> Any:
@@ -226,6 +235,7 @@ def table(portable: bool) -> dict[Any, Callable[..., Any]]:
         ops.int8_linear.default: _int8_linear,
         ops.experts_linear.default: _experts_linear,
         ops.experts_blocked.default: _experts_blocked,
+        ops.gather_nbits.default: _gather_standard,
     }
     if portable:
         return standard

@@ -74,6 +74,9 @@ def export_onnx(
     float_cache: Annotated[
         bool, typer.Option(help="a float32 cache whatever the recipe says: for optimum; slower behind long texts")
     ] = False,
+    float_embeddings: Annotated[
+        bool, typer.Option(help="tables of embeddings in float32; else large ones that no product shares in 8 bits")
+    ] = False,
     pooling: Annotated[
         str | None, typer.Option(help="MODEL is an encoder: mean, cls or last token as output sentence_embedding")
     ] = None,
@@ -108,6 +111,7 @@ def export_onnx(
         chunk=chunk,
         portable=portable,
         float_cache=float_cache,
+        float_embeddings=float_embeddings,
         pooling=pooling,
         normalize=normalize,
     )

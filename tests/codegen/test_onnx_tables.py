@@ -1,0 +1,97 @@
+"""Tables of embeddings that no product shares are held in 8 bits, unless the user or the graph says otherwise."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from zoo import build, example
+
+import qcompile
+import qcompile.codegen.onnx.round_tables as round_tables
+from qcompile.codegen.onnx.proof import ExportMismatch
+from qcompile.formats import Format
+from qcompile.passes import Fuse, Quantize
+from qcompile.recipe import Recipe
+from qcompile.rounding import quantize_tensor
+
+WEIGHTS = Recipe("w8", (Quantize(Format("int8"), None), Fuse()))
+NO_LOGITS = Recipe("layers", (Quantize(Format("int8"), None, output=None), Fuse()))
+
+
+@pytest.fixture(autouse=True)
+def small_tables(monkeypatch):
+    monkeypatch.setattr(round_tables, "LEAST", 0)
+
+
+def floats(folder):
+    """Shapes of the float tables of two dimensions in a file."""
+    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+    return [tuple(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2]
+
+
+def notes(report):
+    return [note for note in report.passes[-1].notes if "8 bits" in note]
+
+
+@pytest.mark.parametrize("options", [{}, {"portable": True}])
+def test_the_file_computes_with_rounded_tables(options, tmp_path):
+    model, inputs = build("bert"), example("bert")
+    report = qcompile.quantize(model, WEIGHTS, [inputs], example=inputs, progress=False)
+    report = qcompile.export_onnx(model, tmp_path / "m", example=inputs, progress=False, **options)
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    assert len(notes(report)) == len(tables) == 3, "of tokens, of places, of kinds"
+    session = onnxruntime.InferenceSession(str(tmp_path / "m/model.onnx"), providers=["CPUExecutionProvider"])
+    got = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+    with torch.no_grad():
+        before = model(**inputs).last_hidden_state.numpy()
+        for table in tables:
+            table.weight.copy_(quantize_tensor(table.weight, Format.parse("int8/group64")).dequantize())
+        want = model(**inputs).last_hidden_state.numpy()
+    assert np.abs(got - want).max() < 1e-4 < np.abs(before - want).max()
+    assert not {tuple(table.weight.shape) for table in tables} & set(floats(tmp_path / "m"))
+
+
+def test_what_keeps_its_floats(tmp_path, monkeypatch):
+    """A float model, a user who asks for it, tables that are small, and one that float logits read too."""
+    model, inputs = build("bert"), example("bert")
+    table = tuple(model.get_input_embeddings().weight.shape)
+    assert not notes(qcompile.export_onnx(model, tmp_path / "float", example=inputs, progress=False))
+    qcompile.quantize(model, WEIGHTS, [inputs], example=inputs, progress=False)
+    asked = qcompile.export_onnx(model, tmp_path / "asked", example=inputs, float_embeddings=True, progress=False)
+    monkeypatch.setattr(round_tables, "LEAST", 10**6)
+    small = qcompile.export_onnx(model, tmp_path / "small", example=inputs, progress=False)
+    assert not notes(asked) and not notes(small)
+    assert all(table in floats(tmp_path / folder) for folder in ("float", "asked", "small"))
+    monkeypatch.setattr(round_tables, "LEAST", 0)
+    tied = build("llama")
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    qcompile.quantize(tied, NO_LOGITS, [example("llama")], progress=False)
+    assert not notes(qcompile.export_onnx(tied, tmp_path / "tied", progress=False))
+
+
+def test_a_decoder_with_logits_of_its_own(tmp_path):
+    model = build("qwen2")
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    before = model.get_input_embeddings().weight.clone()
+    qcompile.quantize(model, WEIGHTS, [example("qwen2")], progress=False)
+    report = qcompile.export_onnx(model, tmp_path / "m", progress=False)
+    assert len(notes(report)) == 1 and tuple(before.shape) not in floats(tmp_path / "m")
+    assert torch.equal(model.get_input_embeddings().weight, before), "the model is left as it was"
+
+
+def test_a_wrong_table_is_not_exported(tmp_path, monkeypatch):
+    real = round_tables.to_blocks
+
+    def swapped(source):
+        codes, scales, zeros = real(source)
+        return codes.roll(1, 0), scales, zeros
+
+    monkeypatch.setattr(round_tables, "to_blocks", swapped)
+    model, inputs = build("bert"), example("bert")
+    qcompile.quantize(model, WEIGHTS, [inputs], example=inputs, progress=False)
+    with pytest.raises(ExportMismatch):
+        qcompile.export_onnx(model, tmp_path / "m", example=inputs, progress=False)
+    assert not list(tmp_path.iterdir())
