@@ -4,8 +4,10 @@
 
 HOW is how this processor multiplies int8: amx, vnni, avx2.
 TEXT: 256 sentences of it are embedded (default: the embedded text); calibration reads other sentences of the embedded
-text. MODEL: a folder or hub id (default: the encoder that a package carries). Every row is a
-folder as `qcompile export-onnx MODEL FOLDER --recipe .. --pooling mean --normalize` writes it, run by ONNX Runtime.
+text. MODEL: a folder or hub id (default: the encoder that a package carries). Every row but one is a
+folder as `qcompile export-onnx MODEL FOLDER --recipe .. --pooling mean --normalize` writes it, run by ONNX Runtime. The
+peer is torch.onnx's own export of the same, with ONNX Runtime's `quantize_dynamic` (int8 weights, a scale for each
+channel), which is what optimum and sentence-transformers call.
 """
 
 from __future__ import annotations
@@ -50,6 +52,35 @@ RECIPES: dict[str, tuple[str | Recipe | None, dict[str, int]]] = {  # recipe, fu
     "int4 g32, GPTQ": (GPTQ_G32, {}),
     "int4 g32, GPTQ, accuracy level 1": (GPTQ_G32, {"accuracy_level": 1}),
 }  # fmt: skip
+PEER = "torch.onnx, quantize_dynamic"
+
+
+class Positional(torch.nn.Module):
+    """The sentence embedding as torch.onnx wants it: one output of positional inputs."""
+
+    def __init__(self, pooled: Pooled, names: list[str]) -> None:
+        super().__init__()
+        self.pooled, self.names = pooled, names
+
+    def forward(self, *values: torch.Tensor) -> torch.Tensor:
+        """[B, C]."""
+        return self.pooled(**dict(zip(self.names, values, strict=True)))["sentence_embedding"]
+
+
+def write_peer(pooled: Pooled, batch: dict[str, torch.Tensor], folder: Path) -> None:
+    """torch.onnx.export, and quantize_dynamic."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    folder.mkdir()
+    free = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    with tempfile.TemporaryDirectory() as place:
+        plain = Path(place) / "model.onnx"
+        torch.onnx.export(
+            Positional(pooled, list(batch)), tuple(batch.values()), str(plain), dynamo=True, external_data=False,
+            input_names=list(batch), output_names=["sentence_embedding"], dynamic_shapes=[tuple(free for _ in batch)],
+            verbose=False,
+        )  # fmt: skip
+        quantize_dynamic(str(plain), str(folder / "model.onnx"), weight_type=QuantType.QInt8, per_channel=True)
 
 
 def main() -> None:
@@ -60,13 +91,15 @@ def main() -> None:
     texts = sentences(sys.argv[1], count=256) if len(sys.argv) > 1 else sentences(count=512)[1::2]
     batches = sentence_batches(tokenizer, texts)
     with torch.no_grad():
-        pooled = Pooled(model, Pooling("mean", True))
+        pooled = Pooled(model, Pooling("mean", True)).eval()
         want = np.concatenate([pooled(**batch)["sentence_embedding"].numpy() for batch in batches])
     with tempfile.TemporaryDirectory() as place:
         folders = {name: Path(place) / str(index) for index, name in enumerate(RECIPES)}
         for name, (recipe, more) in RECIPES.items():
             options = dict(example=calibration[0], tokenizer=tokenizer, pooling="mean", normalize=True, progress=False)
             qcompile.export_onnx(model, folders[name], recipe, calibration if recipe else None, **options, **more)
+        folders[PEER] = Path(place) / "peer"
+        write_peer(pooled, calibration[0], folders[PEER])
         sizes = {n: sum(path.stat().st_size for path in f.glob("model.onnx*")) for n, f in folders.items()}
         embeddings, seconds = embed(folders, batches)
     rows = []

@@ -1,8 +1,9 @@
 """An embedding whose table nothing else reads holds it in 8 bits: a quarter of its bytes.
 
 Of a small encoder the table of tokens is half of all weights, and of a decoder whose logits have a weight of their own
-one of its largest. Its rows are only copied, so rounding them in blocks of at most 128 to int8 changes what follows far less
-than rounding products to 8 or 4 bits does. A table that tied logits hold in codes is gathered from those (tables.py).
+one of its largest. Its rows are only copied, so rounding them to int8 in blocks of at most 128 changes what follows far
+less than rounding products to 8 or 4 bits does. A table that tied logits hold in codes is gathered from those
+(tables.py).
 """
 
 from __future__ import annotations
