@@ -7,7 +7,7 @@ TEXT: 256 sentences of it are embedded (default: the embedded text); calibration
 text. MODEL: a folder or hub id (default: the encoder that a package carries). Every row but one is a
 folder as `qcompile export-onnx MODEL FOLDER --recipe .. --pooling mean --normalize` writes it, run by ONNX Runtime. The
 peer is torch.onnx's own export of the same, with ONNX Runtime's `quantize_dynamic` (int8 weights, a scale for each
-channel), which is what optimum and sentence-transformers call.
+channel).
 """
 
 from __future__ import annotations

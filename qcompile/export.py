@@ -58,7 +58,7 @@ def export_onnx(
             is float32.
         float_cache: a cache in float32, whatever the recipe says: for tools that hand over no other, as optimum.
         float_embeddings: of a quantized model: tables of embeddings stay float32. Otherwise large ones that no product
-            shares are held in 8 bits, in blocks of 128.
+            shares are held in 8 bits, in blocks of at most 128.
         pooling: of an encoder: "mean", "cls" or "last" token's embedding as the output `sentence_embedding`, and a
             folder that sentence-transformers loads. normalize: to norm 1. progress: show bars and a spinner.
 

@@ -104,7 +104,7 @@ def export_module(
     if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
         model = copy.deepcopy(model).float()
     model.eval()
-    is_quantized = any(isinstance(m, QuantLinear | RotatedLinear | QuantStack) for m in model.modules())
+    is_quantized = any(isinstance(m, QuantLinear | QuantStack) for m in model.modules())
     if layout.pooling is not None:
         model = Pooled(model, layout.pooling).eval()
     with _onnx_linears(model, layout.portable), torch.no_grad(), _quiet():

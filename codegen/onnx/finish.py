@@ -17,6 +17,7 @@ from qcompile.codegen.onnx.linear import two_ways
 from qcompile.codegen.onnx.lower import Way, by_tokens, is_dual, one_way
 from qcompile.codegen.onnx.lower_int8 import inexact
 from qcompile.codegen.onnx.proof import Reference, differences, prove, reference
+from qcompile.codegen.onnx.steps import every_node
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,8 @@ def _graph(path: Path) -> onnx.ModelProto:
 def _set_accuracy_level(path: Path, level: int) -> None:
     """Rewrite the accuracy_level of every MatMulNBits of a file."""
     model = _graph(path)
-    graphs = [model.graph]
-    for graph in graphs:
-        for node in graph.node:
-            for attribute in node.attribute:
-                if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
-                    attribute.i = level
-                if attribute.type == onnx.AttributeProto.GRAPH:
-                    graphs.append(attribute.g)
+    for node in every_node(model.graph.node):
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = level
     onnx.save(model, str(path))

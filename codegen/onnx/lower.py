@@ -17,7 +17,7 @@ the whole graph, whose two branches share all weights; an `If` on that around ev
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.codegen.onnx.lower_attention import Lengths, by_length, is_coded, lengths
 from qcompile.codegen.onnx.lower_int8 import Int8Product, Weight, exactness
-from qcompile.codegen.onnx.steps import DOMAIN, FEW, Steps, attributes_of
+from qcompile.codegen.onnx.steps import DOMAIN, FEW, Steps, attributes_of, every_node
 
 Way = Literal["few", "many"]
 
@@ -91,17 +91,8 @@ def _of_weights_alone(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], lis
 
 def _drop_unread(graph: onnx.GraphProto) -> None:
     """Without weights that no node reads any more: those read as uint4 only, sums where the operators do without."""
-    read = {name for node in _every(graph.node) for name in node.input} | {output.name for output in graph.output}
+    read = {name for node in every_node(graph.node) for name in node.input} | {output.name for output in graph.output}
     _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in read])
-
-
-def _every(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """The nodes, and those of the graphs inside them."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _every(attribute.g.node)
 
 
 def _replace(held: Any, parts: Iterable[Any]) -> None:
@@ -117,7 +108,7 @@ def _branch(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], way: Way) -> on
     def inside(name: str) -> str:
         return f"{way}/{name}" if name in made else name
 
-    for node in _every(nodes):
+    for node in every_node(nodes):
         node.name = node.name and f"{way}/{node.name}"
         node.input[:] = [inside(name) for name in node.input]
         node.output[:] = [inside(name) for name in node.output]
@@ -134,7 +125,7 @@ class _Writer:
         self.graph, self.portable = graph, portable
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.constants: dict[tuple[str, bytes], str] = {}
-        self.read = {name for node in _every(graph.node) for name in node.input} | {o.name for o in graph.output}
+        self.read = {name for node in every_node(graph.node) for name in node.input} | {o.name for o in graph.output}
         # Names of the parts of a weight -> the int8 weight computed from them.
         self.int8: dict[tuple[str, ...], Weight] = {}
 

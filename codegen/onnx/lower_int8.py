@@ -103,7 +103,7 @@ class Int8Product:
         """A step for each row; multiplied by after, as the operators take one for all rows."""
         do = self.do
         step = self._step(self._size(*self._extremes(x)), 127)
-        product = self._product(self._codes(x, step, self._u8(128), weight.k), self._float(1), self._u8(128), weight)
+        product = self._product(self._codes(x, step, weight.k), self._float(1), self._u8(128), weight)
         do("y", "Mul", product, step)
 
     def _from_zero_points(self, x: str, weight: Weight) -> None:
@@ -114,7 +114,7 @@ class Int8Product:
         step = self._step(do("range", "Sub", high, low), 255)
         minus_z = do("minus_z", "Round", do("depth", "Div", low, step))
         zero = do("zero", "Cast", do("z", "Neg", minus_z), to=TensorProto.UINT8)
-        product = self._product(self._codes(x, step, zero, weight.k), self._float(1), self._u8(128), weight)
+        product = self._product(self._codes(x, step, weight.k, zero), self._float(1), self._u8(128), weight)
         rest = do("rest", "Mul", do("behind", "Add", minus_z, self._float(128)), weight.sums)
         do("y", "Mul", do("sum", "Add", product, rest), step)
 
@@ -126,18 +126,18 @@ class Int8Product:
         """The largest |x|, of the extremes: reading x twice is faster than writing |x|."""
         return self.do("size", "Max", high, self.do("depth", "Neg", low))
 
-    def _codes(self, x: str, step: str, zero: str, k: int) -> str:
-        """round(x / step) + zero, both [.., 1] (or one zero point for all): the operator's blocks are whole rows.
+    def _codes(self, x: str, step: str, k: int, zero: str = "") -> str:
+        """round(x / step) + zero, both [.., 1], or + 128: the operator's blocks are whole rows.
 
         Runtimes that read the standard may not have the blocks: a portable file divides, and rounds in steps of one.
         """
         do = self.do
         if not self.portable:
-            zeros = do("zeros", "Expand", zero, do("steps_shape", "Shape", step))
+            zeros = do("zeros", "Expand", zero or self._u8(128), do("steps_shape", "Shape", step))
             return do("codes", "QuantizeLinear", x, step, zeros, axis=-1, block_size=k)
         units = do("units", "Div", x, step)
-        if zero == self._u8(128):
-            return do("codes", "QuantizeLinear", units, self._float(1), zero)
+        if not zero:
+            return do("codes", "QuantizeLinear", units, self._float(1), self._u8(128))
         levels = do("levels", "Add", do("whole", "Round", units), do("z_of_row", "Cast", zero, to=TensorProto.FLOAT))
         return do("codes", "QuantizeLinear", levels, self._float(1), self._u8(0))
 

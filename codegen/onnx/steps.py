@@ -1,7 +1,8 @@
-"""Nodes that lower.py and lower_attention.py write in the place of one of ours."""
+"""Nodes that lower.py and lower_attention.py write in the place of one of ours, and a walk over those of a file."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx
@@ -40,3 +41,12 @@ class Steps:
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     """Its attributes by name."""
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def every_node(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes, and those of the graphs inside them."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from every_node(attribute.g.node)

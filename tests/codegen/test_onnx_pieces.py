@@ -1,86 +1,76 @@
-"""A long prompt over a cache of int8 codes is read in pieces: the same numbers as at once, and the proof runs them."""
+"""Prompts read in pieces, by onnxruntime-genai and by our own session, and norms that write no more than is read."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
-import transformers as tf
-from onnx_nodes import every_node
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
-from zoo import SIZES
+from zoo import build, example
 
 import qcompile
-import qcompile.codegen.onnx.lower_attention as lower_attention
-from qcompile.codegen.onnx.lower_attention import LONG
-from qcompile.codegen.onnx.proof import ExportMismatch
-from qcompile.formats import Format
-from qcompile.passes import Fuse, Quantize, QuantizeKV
-from qcompile.recipe import Recipe
+from qcompile.chat import stream
+from qcompile.codegen.onnx import session as sessions
+from qcompile.codegen.onnx.session import Session
+from qcompile.codegen.onnx.steps import every_node
+from qcompile.recipe import RecipeError
 
-RECIPE = Recipe("kv", (QuantizeKV(8, fixed=True), Quantize(Format.parse("int4/group32/zero"), None), Fuse()))
-SOME = SIZES | dict(max_position_embeddings=512)
+PROMPT = np.random.default_rng(0).integers(3, 128, (1, 45))
 
 
-def quantized(name="llama"):
-    torch.manual_seed(0)
-    if name == "llama":
-        model = tf.LlamaForCausalLM(tf.LlamaConfig(**SOME))
-    else:  # a soft cap, and windows that are shorter than a piece, and longer
-        window = {"short windows": 12, "windows": 90}[name]
-        model = tf.Gemma2ForCausalLM(tf.Gemma2Config(head_dim=16, sliding_window=window, **SOME))
-    model = model.eval().requires_grad_(False)
-    qcompile.quantize(model, RECIPE, [{"input_ids": torch.randint(3, 128, (4, 32))}], progress=False)
-    return model
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A W4A8 decoder: both ways to multiply, prompts in pieces of 16."""
+    place = tmp_path_factory.mktemp("pieces") / "m"
+    qcompile.export_onnx(build("llama"), place, "int4-cpu", [example("llama")], chunk=16, progress=False)
+    return place
 
 
-def run(folder, rows, length, past, padding=0):
-    """Outputs of a random text behind a random cache; the last tokens are padding."""
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    rng = np.random.default_rng(length)
-    mask = np.ones((rows, past + length), np.int64)
-    mask[0, past + length - padding :] = 0
-    feeds = dict(input_ids=rng.integers(3, 128, (rows, length)), attention_mask=mask)
-    for held in session.get_inputs()[2:]:
-        feeds[held.name] = rng.integers(-99, 99, (rows, held.shape[1], past, held.shape[3]), dtype=np.int8)
-    return [value[:, : length - padding] if not i else value for i, value in enumerate(session.run(None, feeds))]
+def test_genai_reads_in_pieces_what_it_reads_at_once(folder):
+    import onnxruntime_genai as genai
+
+    assert json.loads((folder / "genai_config.json").read_text())["search"]["chunk_size"] == 16
+    model, found = genai.Model(str(folder)), {}
+    for chunk in (16, 7, 45):
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=56, min_length=56, chunk_size=chunk)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(PROMPT.astype(np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        found[chunk] = [int(token) for token in generator.get_sequence(0)]
+    assert found[16] == found[7] == found[45]
 
 
-@pytest.mark.parametrize("name", ["llama", "short windows", "windows"])
-def test_pieces_are_the_whole(name, tmp_path, monkeypatch):
-    model = quantized(name)
-    qcompile.export_onnx(model, tmp_path / "pieces", progress=False)
-    monkeypatch.setattr(lower_attention, "LONG", 10**6)
-    qcompile.export_onnx(model, tmp_path / "whole", progress=False)
-    texts = [(1, length, past) for length in (LONG - 1, LONG, LONG + 1, LONG + 2, 300) for past in (0, 37, 180)]
-    for text in [*texts, (2, LONG + 5, 0), (2, LONG + 5, 0, 9), (1, LONG + 5, 0, 9)]:
-        got, want = run(tmp_path / "pieces", *text), run(tmp_path / "whole", *text)
-        np.testing.assert_allclose(got[0], want[0], rtol=1e-4, atol=1e-5, err_msg=str(text))
-        for mine, theirs in zip(got[1:], want[1:], strict=True):
-            assert np.abs(mine.astype(int) - theirs).max() <= 1, text  # a sum in another order, at half a step
-            assert (mine == theirs).mean() > 0.999, text
+def test_our_session_does_too(folder, monkeypatch):
+    session = Session(folder)
+    whole, cache = session.step(PROMPT, None)
+    calls = []
+    step = session.step
+    monkeypatch.setattr(sessions, "PIECE", 20)
+    monkeypatch.setattr(session, "step", lambda ids, cache: calls.append(ids.shape[1]) or step(ids, cache))
+    logits, grown = session.read(PROMPT, None)
+    assert calls == [20, 20, 5]
+    assert logits.shape[1] == 5 and np.abs(logits[:, -1] - whole[:, -1]).max() < 0.02 * np.abs(whole).max()
+    assert all(a.shape == b.shape for a, b in zip(cache, grown, strict=True))
+    assert list(session.stream(torch.from_numpy(PROMPT), 4)) == list(stream(step, PROMPT, 4))
+    assert calls.count(20) == 4
 
 
-def test_every_attention_has_pieces(tmp_path):
-    qcompile.export_onnx(quantized(), tmp_path / "m", progress=False)
-    graph = onnx.load(str(tmp_path / "m/model.onnx"), load_external_data=False).graph
-    choices = [node for node in every_node(graph) if node.name.endswith("/by_pieces")]
-    counts = [
-        {branch.g.name: sum(n.op_type == "GroupQueryAttention" for n in branch.g.node) for branch in choice.attribute}
-        for choice in choices
-    ]
-    assert counts == [{"pieces": 4, "at_once": 1}] * SIZES["num_hidden_layers"]
+def test_norms_write_only_what_is_read(folder):
+    nodes = list(every_node(onnx.load(str(folder / "model.onnx"), load_external_data=False).graph.node))
+    norms = [node for node in nodes if node.op_type == "SkipSimplifiedLayerNormalization"]
+    assert len(norms) == 2 * 2 * 2  # two layers, two norms behind a sum, two ways
+    read = {name for node in nodes for name in node.input}
+    for norm in norms:
+        assert norm.output[0] in read and list(norm.output[1:3]) in ([], ["", ""])
+        assert all(name in read for name in norm.output[3:])
 
 
-@pytest.mark.parametrize("made, operator", [("last_2", "Add"), ("up_to_1", "Sub"), ("share", "Mul")])
-def test_wrong_pieces_are_not_exported(made, operator, tmp_path, monkeypatch):
-    class Bent(lower_attention.Steps):
-        def __call__(self, name, right, *inputs, **attributes):
-            return super().__call__(name, operator if name == made else right, *inputs, **attributes)
-
-    monkeypatch.setattr(lower_attention, "Steps", Bent)
-    with pytest.raises((ExportMismatch, InvalidArgument)):  # wrong numbers, or sizes that ONNX Runtime refuses
-        qcompile.export_onnx(quantized(), tmp_path / "m", progress=False)
-    assert not list(tmp_path.iterdir())
+def test_refusals(tmp_path):
+    for chunk, sample in ((0, None), (-4, None), (16, example("bert"))):
+        with pytest.raises(RecipeError, match=f"a decoder's prompt, 1 or more, got {chunk}"):
+            qcompile.export_onnx(build("bert"), tmp_path / "m", example=sample, chunk=chunk)
+    assert not (tmp_path / "m").exists()

@@ -56,6 +56,24 @@ def test_the_file_computes_with_rounded_tables(options, tmp_path):
     assert not {tuple(table.weight.shape) for table in tables} & set(floats(tmp_path / "m"))
 
 
+@pytest.mark.parametrize("options", [{}, {"portable": True}])
+@pytest.mark.parametrize("columns, block", [(192, 64), (40, 128)])  # three blocks; a part of one
+def test_blocks_of_a_table(columns, block, options, tmp_path):
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(50, columns)
+    table.weight.data *= torch.linspace(0.1, 10, columns)  # every block has scales of its own
+    model = torch.nn.Sequential(table, torch.nn.Linear(columns, 64)).eval().requires_grad_(False)
+    inputs = torch.randint(0, 50, (2, 7))
+    qcompile.quantize(model, WEIGHTS, [inputs], example=inputs, progress=False)
+    qcompile.export_onnx(model, tmp_path / "m", example=inputs, progress=False, **options)
+    session = onnxruntime.InferenceSession(str(tmp_path / "m/model.onnx"), providers=["CPUExecutionProvider"])
+    (node,) = session.get_inputs()
+    got = torch.from_numpy(session.run(None, {node.name: inputs.numpy()})[0])
+    near = quantize_tensor(table.weight, Format("int8", "group", block)).dequantize()
+    want = model[1](near[inputs])
+    assert float((got - want).norm() / want.norm()) < 0.01
+
+
 def test_what_keeps_its_floats(tmp_path, monkeypatch):
     """A float model, a user who asks for it, tables that are small, and one that float logits read too."""
     model, inputs = build("bert"), example("bert")

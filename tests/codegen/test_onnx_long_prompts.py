@@ -1,0 +1,83 @@
+"""A long prompt over a cache of int8 codes is read in pieces: the same numbers as at once, and the proof runs them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers as tf
+from onnx_nodes import bend
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from zoo import SIZES
+
+import qcompile
+import qcompile.codegen.onnx.lower_attention as lower_attention
+from qcompile.codegen.onnx.lower_attention import LONG
+from qcompile.codegen.onnx.proof import ExportMismatch
+from qcompile.codegen.onnx.steps import every_node
+from qcompile.formats import Format
+from qcompile.passes import Fuse, Quantize, QuantizeKV
+from qcompile.recipe import Recipe
+
+RECIPE = Recipe("kv", (QuantizeKV(8, fixed=True), Quantize(Format.parse("int4/group32/zero"), None), Fuse()))
+SOME = SIZES | dict(max_position_embeddings=512)
+
+
+def quantized(name="llama"):
+    torch.manual_seed(0)
+    if name == "llama":
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**SOME))
+    else:  # a soft cap, and windows that are shorter than a piece, and longer
+        window = {"short windows": 12, "windows": 90}[name]
+        model = tf.Gemma2ForCausalLM(tf.Gemma2Config(head_dim=16, sliding_window=window, **SOME))
+    model = model.eval().requires_grad_(False)
+    qcompile.quantize(model, RECIPE, [{"input_ids": torch.randint(3, 128, (4, 32))}], progress=False)
+    return model
+
+
+def run(folder, rows, length, past, padding=0):
+    """Outputs of a random text behind a random cache; the last tokens are padding."""
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(length)
+    mask = np.ones((rows, past + length), np.int64)
+    mask[0, past + length - padding :] = 0
+    feeds = dict(input_ids=rng.integers(3, 128, (rows, length)), attention_mask=mask)
+    for held in session.get_inputs()[2:]:
+        feeds[held.name] = rng.integers(-99, 99, (rows, held.shape[1], past, held.shape[3]), dtype=np.int8)
+    return [value[:, : length - padding] if not i else value for i, value in enumerate(session.run(None, feeds))]
+
+
+@pytest.mark.parametrize("name", ["llama", "short windows", "windows"])
+def test_pieces_are_the_whole(name, tmp_path, monkeypatch):
+    model = quantized(name)
+    qcompile.export_onnx(model, tmp_path / "pieces", progress=False)
+    monkeypatch.setattr(lower_attention, "LONG", 10**6)
+    qcompile.export_onnx(model, tmp_path / "whole", progress=False)
+    texts = [(1, length, past) for length in (LONG - 1, LONG, LONG + 1, LONG + 2, 300) for past in (0, 37, 180)]
+    for text in [*texts, (2, LONG + 5, 0), (2, LONG + 5, 0, 9), (1, LONG + 5, 0, 9)]:
+        got, want = run(tmp_path / "pieces", *text), run(tmp_path / "whole", *text)
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-4, atol=1e-5, err_msg=str(text))
+        for mine, theirs in zip(got[1:], want[1:], strict=True):
+            assert np.abs(mine.astype(int) - theirs).max() <= 1, text  # a sum in another order, at half a step
+            assert (mine == theirs).mean() > 0.999, text
+
+
+def test_every_attention_has_pieces(tmp_path):
+    qcompile.export_onnx(quantized(), tmp_path / "m", progress=False)
+    graph = onnx.load(str(tmp_path / "m/model.onnx"), load_external_data=False).graph
+    choices = [node for node in every_node(graph.node) if node.name.endswith("/by_pieces")]
+    counts = [
+        {branch.g.name: sum(n.op_type == "GroupQueryAttention" for n in branch.g.node) for branch in choice.attribute}
+        for choice in choices
+    ]
+    assert counts == [{"pieces": 4, "at_once": 1}] * SIZES["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("made, operator", [("last_2", "Add"), ("up_to_1", "Sub"), ("share", "Mul")])
+def test_wrong_pieces_are_not_exported(made, operator, tmp_path, monkeypatch):
+    bend(monkeypatch, lower_attention, made, operator)
+    with pytest.raises((ExportMismatch, InvalidArgument)):  # wrong numbers, or sizes that ONNX Runtime refuses
+        qcompile.export_onnx(quantized(), tmp_path / "m", progress=False)
+    assert not list(tmp_path.iterdir())
