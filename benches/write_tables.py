@@ -9,6 +9,7 @@ A table stands between a line that says which, and <!-- end -->:
     <!-- costs -->                     quantize_cost.json
     <!-- onnx HOW -->, long, few, roofline   onnx_cpu-HOW.json, of one kind of processor
     <!-- shapes vnni -->               onnx_shapes-vnni.json
+    <!-- pieces HOW -->                onnx_long_prompts-HOW.json
     <!-- encoder HOW -->               onnx_encoder-HOW.json
     <!-- engines HOW -->               engines_cpu-HOW.json
     <!-- fixed -->                     fixed_scales.json
@@ -122,6 +123,19 @@ def roofline(how: str) -> str:
     )
 
 
+def onnx_pieces(how: str) -> str:
+    """An attention at once and in pieces."""
+    rows = rows_of(f"onnx_long_prompts-{how}")
+    names = list(rows[0]["milliseconds"])
+    return "\n".join(
+        [f"| new tokens | past | {' | '.join(f'{name}, ms' for name in names)} |", "|---|---|" + "---|" * len(names)]
+        + [
+            f"| {r['new']} | {r['past']} | {' | '.join(f'{r["milliseconds"][name]:.2f}' for name in names)} |"
+            for r in rows
+        ]
+    )
+
+
 def onnx_encoder(how: str) -> str:
     """Sentence embeddings of ONNX folders."""
     head = "| folder | file MB | mean cosine similarity to float | least | sentences/s | x float |"
@@ -178,6 +192,7 @@ TABLES = {
     "shapes": onnx_shapes,
     "few": onnx_few,
     "encoder": onnx_encoder,
+    "pieces": onnx_pieces,
     "engines": engines,
     "fixed": fixed_scales,
     "w4a8": w4a8,

@@ -14,7 +14,7 @@ handed back, so a prompt costs a copy of the whole buffer.
 Up to about 2048 tokens GroupQueryAttention multiplies every new query by every key, those of later tokens too, and
 holds all scores [H, S, T] at once. A long prompt is therefore read in pieces, each behind the keys of those before: the
 same numbers, 10 of 16 products, a quarter of the scores. It reads several tokens behind a cache for one row only, so
-several rows go at once; and behind a past that is longer than half of what is new little is won.
+several rows go at once; so does what follows a past of more than half its length: whole models were not measured there.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from onnx import TensorProto, helper
 
 from qcompile.codegen.onnx.steps import FEW, Steps
 
-_PIECES = 4  # more would win a little more of 1024 tokens, and lose behind a past
-LONG, _LONGEST = 192, 2047  # tokens of a prompt that is read in pieces; with more, the operator works in blocks itself
+# Of a prompt that is read in pieces: how many, its least and most tokens, and how many times what is past it must be.
+_PIECES, LONG, _LONGEST, _AHEAD = 4, 192, 2047, 2  # by benches/onnx_long_prompts.py
 
 # Inputs of GroupQueryAttention.
 _PAST, _LAST, _TOTAL, _POSITIONS, _BIAS, _SCALES = slice(3, 5), 5, 6, 9, 10, slice(12, 14)
@@ -82,7 +82,7 @@ def lengths(ids: str, attention: onnx.NodeProto, constant: Callable[[np.ndarray]
     seen = do("seen", "Add", do("least", "ReduceMin", attention.input[_LAST]), one)  # less than all: there is padding
     alone = do("alone", "And", do("row", "Equal", rows, whole(1)), do("full", "Equal", seen, attention.input[_TOTAL]))
     least, most = do("enough", "GreaterOrEqual", new, whole(LONG)), do("fewer", "LessOrEqual", new, whole(_LONGEST))
-    ahead = do("ahead", "LessOrEqual", do("twice", "Add", past, past), new)
+    ahead = do("ahead", "LessOrEqual", do("most_past", "Mul", past, whole(_AHEAD)), new)
     is_long = do("long", "And", do("between", "And", least, most), do("wins", "And", ahead, alone))
     share = do("share", "Div", do("filled", "Add", new, whole(_PIECES - 1)), whole(_PIECES))
     bounds = [whole(0), *(do(f"bound_{i}", "Mul", share, whole(i)) for i in range(1, _PIECES)), new]

@@ -1,0 +1,104 @@
+"""An attention over a cache of int8 codes in ONNX Runtime: a prompt read at once, in four pieces and in eight.
+
+    python benches/onnx_long_prompts.py      writes benches/results/onnx_long_prompts-HOW.json (as onnx_cpu.py)
+
+SmolLM2's attention (9 heads of 64, 3 key/value heads), in turn, medians. What codegen/onnx/lower_attention.py takes for
+long prompts comes from here.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import onnxruntime
+from onnx import GraphProto, TensorProto, helper, numpy_helper
+from rich.console import Console
+from rich.table import Table
+
+import qcompile.codegen.onnx.lower_attention as lower_attention
+from qcompile.bench import versions
+from qcompile.integer_product import processor
+
+RESULTS = Path(__file__).parent / "results" / f"onnx_long_prompts-{processor()}.json"
+HEADS, GROUPS, SIZE, ROUNDS = 9, 3, 64, 15
+SIZES = [(new, 0) for new in (128, 192, 256, 512, 1024, 1536, 2048, 4096)]
+SIZES += [(256, 256), (256, 512), (512, 256), (512, 512)]  # new tokens, and those of before
+
+
+def attention(pieces: int, longest: int) -> onnxruntime.InferenceSession:
+    """The attention, whatever the past, in so many pieces up to so many tokens."""
+    floats, codes, ints = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT32
+    held: list[Any] = []
+
+    def constant(value: np.ndarray) -> str:
+        held.append(numpy_helper.from_array(value, f"constant_{len(held)}"))
+        return held[-1].name
+
+    rng = np.random.default_rng(0)
+    angles = rng.standard_normal((8192, SIZE // 2)).astype(np.float32)
+    scales = [constant(np.full((1, GROUPS, 1, SIZE), 0.02, np.float32)) for _ in range(2)]
+    tables = [constant(part) for part in (np.cos(angles), np.sin(angles))]
+    node = helper.make_node(
+        "GroupQueryAttention", ["q", "k", "v", "keys", "values", "last", "total", *tables, "", "", "", *scales],
+        ["seen", "new_keys", "new_values"], name="attention", domain="com.microsoft", num_heads=HEADS,
+        kv_num_heads=GROUPS, do_rotary=1, kv_cache_bit_width=8, k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL",
+    )  # fmt: skip
+    with patch.multiple(lower_attention, _PIECES=pieces, LONG=0, _LONGEST=longest, _AHEAD=0):
+        known = lower_attention.lengths("ids", node, constant)
+        nodes = [*known.nodes, lower_attention.by_length(node, known, constant)]
+    cache = [1, GROUPS, None, SIZE]
+    inputs = [("ids", TensorProto.INT64, [1, None]), ("last", ints, [1]), ("total", ints, [1])]
+    inputs += [(name, floats, [1, None, n * SIZE]) for name, n in (("q", HEADS), ("k", GROUPS), ("v", GROUPS))]
+    inputs += [("keys", codes, cache), ("values", codes, cache)]
+    graph: GraphProto = helper.make_graph(
+        nodes, "attention", [helper.make_tensor_value_info(*one) for one in inputs],
+        [helper.make_tensor_value_info(*one) for one in (("seen", floats, None), ("new_keys", codes, None))], held,
+    )  # fmt: skip
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def inputs_of(new: int, past: int) -> dict[str, np.ndarray]:
+    """Random ones."""
+    rng = np.random.default_rng(new + past)
+    heads = zip("qkv", (HEADS, GROUPS, GROUPS), strict=True)
+    found = {name: rng.standard_normal((1, new, count * SIZE), np.float32) for name, count in heads}
+    found |= {n: rng.integers(-99, 99, (1, GROUPS, past, SIZE), dtype=np.int8) for n in ("keys", "values")}
+    total = np.array([past + new], np.int32)
+    return found | dict(ids=np.zeros((1, new), np.int64), total=total, last=total - 1)
+
+
+def main() -> None:
+    """Measure, compare, print, write."""
+    onnxruntime.set_default_logger_severity(3)
+    sessions = {"at once": attention(2, 0), "4 pieces": attention(4, 10**6), "8 pieces": attention(8, 10**6)}
+    rows = []
+    for new, past in SIZES:
+        feeds, times, outputs = inputs_of(new, past), {name: list[float]() for name in sessions}, {}
+        for step in range(ROUNDS + 1):  # the first warms up
+            for name, session in sessions.items():
+                start = time.perf_counter()
+                outputs[name] = session.run(None, feeds)
+                times[name] += [time.perf_counter() - start] * bool(step)
+        apart = max(float(np.abs(made[0] - outputs["at once"][0]).max()) for made in outputs.values())
+        medians = {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
+        rows.append(dict(new=new, past=past, apart=apart, milliseconds=medians))
+    table = Table("new tokens", "past", *(f"{name}, ms" for name in sessions), "largest difference")
+    for row in rows:
+        table.add_row(
+            str(row["new"]), str(row["past"]), *(f"{ms:.2f}" for ms in row["milliseconds"].values()),
+            f"{row['apart']:.1e}",
+        )  # fmt: skip
+    Console(width=120).print(table)
+    RESULTS.write_text(json.dumps(dict(versions=versions(), rounds=ROUNDS, rows=rows), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
