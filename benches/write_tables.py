@@ -127,13 +127,12 @@ def onnx_pieces(how: str) -> str:
     """An attention at once and in pieces."""
     rows = rows_of(f"onnx_long_prompts-{how}")
     names = list(rows[0]["milliseconds"])
-    return "\n".join(
-        [f"| new tokens | past | {' | '.join(f'{name}, ms' for name in names)} |", "|---|---|" + "---|" * len(names)]
-        + [
-            f"| {r['new']} | {r['past']} | {' | '.join(f'{r["milliseconds"][name]:.2f}' for name in names)} |"
-            for r in rows
-        ]
-    )
+    head = f"| new tokens | past | {' | '.join(f'{name}, ms' for name in names)} |"
+    lines = []
+    for row in rows:
+        times = " | ".join(f"{row['milliseconds'][name]:.2f}" for name in names)
+        lines.append(f"| {row['new']} | {row['past']} | {times} |")
+    return "\n".join([head, "|---|---|" + "---|" * len(names), *lines])
 
 
 def onnx_encoder(how: str) -> str:
