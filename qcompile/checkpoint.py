@@ -203,7 +203,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _build(root: Path, meta: dict[str, Any]) -> nn.Module:
     try:
         import transformers
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise CheckpointError("pass the float model to load(), or pip install transformers") from error
     if not (root / "config.json").is_file():
         raise CheckpointError(f"{root} has no config.json: pass the float model, load(folder, model)")

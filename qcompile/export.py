@@ -71,7 +71,7 @@ def export_onnx(
         from qcompile.codegen.onnx.export import Layout, export_module
         from qcompile.codegen.onnx.pooling import Pooling, check_example
         from qcompile.codegen.onnx.session import PREFIX_FILE
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise RecipeError("ONNX export needs: pip install 'torch-qcompile[onnx]'") from error
     from qcompile.checkpoint import atomic_folder
 

@@ -110,7 +110,7 @@ def _read(loader: str, source: str, dtype: torch.dtype, **gguf: str) -> tuple[nn
 def _transformers() -> Any:
     try:
         import transformers
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ModelNotFound("loading models needs: pip install 'torch-qcompile[hf]'") from error
     return transformers
 

@@ -22,11 +22,13 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from qcompile.codegen.onnx.lower_attention import Lengths, by_length, is_coded, lengths
 from qcompile.codegen.onnx.lower_int8 import Int8Product, Weight, exactness
-from qcompile.codegen.onnx.steps import DOMAIN, FEW, Steps, attributes_of, every_node
+from qcompile.codegen.onnx.parted import parted
+from qcompile.codegen.onnx.steps import FEW, Steps, attributes_of, every_node
+from qcompile.codegen.onnx.stored import Stored
 
 Way = Literal["few", "many"]
 
@@ -46,7 +48,7 @@ def one_way(model: onnx.ModelProto, way: Way, portable: bool = False) -> onnx.Mo
     """
     found = copy.deepcopy(model)
     writer = _Writer(found.graph, portable)
-    ahead, nodes = _of_weights_alone(found.graph)
+    ahead, nodes = writer.nodes(way)
     weights = writer.int8_weights(nodes, way)
     del found.graph.value_info[:]  # names of free sizes that only the exporter knew
     _replace(found.graph.node, ahead + weights + writer.lowered(nodes, way, any_length=True))
@@ -58,34 +60,20 @@ def by_tokens(model: onnx.ModelProto, few: int = FEW) -> onnx.ModelProto:
     """A copy that multiplies up to `few` tokens (rows times length of its first input) by 4-bit codes, more by int8."""
     found = copy.deepcopy(model)
     graph, writer = found.graph, _Writer(found.graph)
-    ahead, nodes = _of_weights_alone(graph)
-    weights = writer.int8_weights(nodes)
+    (_, by_few), (ahead, by_many) = writer.nodes("few"), writer.nodes("many")
+    weights = writer.int8_weights(by_many)
     branches: dict[str, Any] = {
-        f"{side}_branch": _branch(graph, writer.lowered(nodes, way, any_length=way == "many"), way)
-        for side, way in (("then", "few"), ("else", "many"))
+        "then_branch": _branch(graph, writer.lowered(by_few, "few", any_length=False), "few"),
+        "else_branch": _branch(graph, writer.lowered(by_many, "many", any_length=True), "many"),
     }
     do = Steps("choice")
     tokens = do("tokens", "Size", graph.input[0].name)
-    is_few = do("few", "LessOrEqual", tokens, writer.constant(np.array(few, np.int64)))
+    is_few = do("few", "LessOrEqual", tokens, writer.stored.constant(np.array(few, np.int64)))
     outputs = [output.name for output in graph.output]
     choice = helper.make_node("If", [is_few], outputs, name="tokens_few_or_many", **branches)
     del graph.value_info[:]  # they describe values that are inside the branches now
     _replace(graph.node, [*ahead, *weights, *do.nodes, choice])
     _drop_unread(graph)
-    return found
-
-
-def _of_weights_alone(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
-    """Nodes that compute with nothing but weights, and all others."""
-    known = {tensor.name for tensor in graph.initializer} | {""}
-    found: tuple[list[onnx.NodeProto], list[onnx.NodeProto]] = [], []
-    for node in graph.node:
-        nested = any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute)
-        if node.input and not nested and known.issuperset(node.input):
-            known.update(node.output)
-            found[0].append(node)
-        else:
-            found[1].append(node)
     return found
 
 
@@ -122,24 +110,26 @@ class _Writer:
     """Nodes and constants for the products of one graph."""
 
     def __init__(self, graph: onnx.GraphProto, portable: bool = False) -> None:
-        self.graph, self.portable = graph, portable
-        self.weights = {tensor.name: tensor for tensor in graph.initializer}
-        self.constants: dict[tuple[str, bytes], str] = {}
+        self.graph, self.portable, self.stored = graph, portable, Stored(graph)
         self.read = {name for node in every_node(graph.node) for name in node.input} | {o.name for o in graph.output}
         # Names of the parts of a weight -> the int8 weight computed from them.
         self.int8: dict[tuple[str, ...], Weight] = {}
 
-    def constant(self, value: np.ndarray) -> str:
-        """The name of a constant; equal ones are one."""
-        key = (f"{value.dtype}{value.shape}", value.tobytes())
-        if key not in self.constants:
-            self.constants[key] = f"{DOMAIN}/constant_{len(self.constants)}"
-            self.graph.initializer.append(numpy_helper.from_array(value, self.constants[key]))
-        return self.constants[key]
-
-    def whole(self, *values: int) -> str:
-        """A constant vector of integers."""
-        return self.constant(np.array(values, np.int64))
+    def nodes(self, way: Way) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+        """Of the graph, to multiply in one way: those that compute with nothing but weights, and all others."""
+        nodes = list(self.graph.node)
+        if way == "many":
+            nodes = parted(nodes, self.graph, self.stored)
+        known = {"", *(tensor.name for tensor in self.graph.initializer)}
+        found: tuple[list[onnx.NodeProto], list[onnx.NodeProto]] = [], []
+        for node in nodes:
+            nested = any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute)
+            if node.input and not nested and known.issuperset(node.input):
+                known.update(node.output)
+                found[0].append(node)
+            else:
+                found[1].append(node)
+        return found
 
     def lowered(self, nodes: list[onnx.NodeProto], way: Way, *, any_length: bool) -> list[onnx.NodeProto]:
         """Copies of the nodes, products of int8 activations in nodes of ONNX Runtime.
@@ -151,9 +141,9 @@ class _Writer:
         for node in nodes:
             if any_length and is_coded(node):
                 if known is None:
-                    known = lengths(self.graph.input[0].name, node, self.constant)
+                    known = lengths(self.graph.input[0].name, node, self.stored.constant)
                     found += known.nodes
-                found.append(by_length(node, known, self.constant))
+                found.append(by_length(node, known, self.stored.constant))
             elif node.op_type == "Int8Linear":
                 found += self._product(node, node.input[0], self.int8[_int8_weight(node)], list(node.input[4:]))
             elif node.op_type == "BlockedLinear":
@@ -187,15 +177,15 @@ class _Writer:
 
     def _product(self, node: onnx.NodeProto, x: str, weight: Weight, bias: list[str]) -> list[onnx.NodeProto]:
         do = Steps(node.name)
-        Int8Product(do, self.constant, self.portable).multiply(x, weight, bool(attributes_of(node)["per_row"]))
+        Int8Product(do, self.stored.constant, self.portable).multiply(x, weight, bool(attributes_of(node)["per_row"]))
         return self._with_bias(do, bias, node)
 
     def _dequantized(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         """x @ DequantizeLinear(codes [K, N]) + bias."""
         x, codes, scales, zeros, *bias = node.input
-        sizes, (blocks, n) = attributes_of(node), self.weights[scales].dims
+        sizes, (blocks, n) = attributes_of(node), self.stored.weights[scales].dims
         kind = TensorProto.UINT4 if sizes["bits"] == 4 else TensorProto.UINT8
-        codes, zeros = self._seen(codes, [sizes["K"], n], kind), self._seen(zeros, [blocks, n], kind)
+        codes, zeros = self.stored.seen(codes, [sizes["K"], n], kind), self.stored.seen(zeros, [blocks, n], kind)
         do = Steps(node.name)
         weight = do("weight", "DequantizeLinear", codes, scales, zeros, axis=0, block_size=sizes["block_size"])
         do("product", "MatMul", x, weight)
@@ -211,12 +201,12 @@ class _Writer:
         found: list[onnx.NodeProto] = []
         for node in nodes:
             if node.op_type == "Int8Linear" and (key := _int8_weight(node)) not in self.int8:
-                self.int8[key] = Weight(self.weights[key[0]].dims[0], *key)
+                self.int8[key] = Weight(self.stored.weights[key[0]].dims[0], *key)
             elif node.op_type == "DualLinear" and way == "many" and (key := _dual_weight(node)) not in self.int8:
                 do = Steps(node.name)
                 self.int8[key] = self._from_codes(do, node)
                 found += do.nodes
-        return [*exactness(self.constant), *found] if self.int8 and not self.portable else found
+        return [*exactness(self.stored.constant), *found] if self.int8 and not self.portable else found
 
     def _from_codes(self, do: Steps, node: onnx.NodeProto) -> Weight:
         """s1 (q - z) [K, N] of a dual weight, computed from its 4-bit codes [N, blocks, block / 2].
@@ -224,36 +214,27 @@ class _Writer:
         In as few steps as there can be: ONNX Runtime keeps all of them until the last weight of a model is made.
         """
         codes, scales, zeros, row = _dual_weight(node)
+        stored, whole = self.stored, self.stored.whole
         sizes = attributes_of(node)
         n, k, block = sizes["N"], sizes["K"], sizes["block_size"]
         blocks = -(-k // block)
         s8: dict[str, Any] = dict(to=TensorProto.INT8)
-        last, first = self.whole(-1), self.whole(0)
-        q = do("q", "Cast", self._seen(codes, [n, blocks, block]), **s8)
+        last, first = whole(-1), whole(0)
+        q = do("q", "Cast", stored.seen(codes, [n, blocks, block]), **s8)
         if zeros:
-            padded = do("padded", "Cast", self._seen(zeros, [n, blocks + blocks % 2]), **s8)
-            z = do("z", "Unsqueeze", do("flat", "Slice", padded, first, self.whole(blocks), self.whole(1)), last)
+            padded = do("padded", "Cast", stored.seen(zeros, [n, blocks + blocks % 2]), **s8)
+            flat = do("flat", "Slice", padded, first, whole(blocks), whole(1))
+            z = do("z", "Unsqueeze", flat, last)
         else:
-            z = self.constant(np.array(2 ** (sizes["bits"] - 1), np.int8))
+            z = stored.constant(np.array(2 ** (sizes["bits"] - 1), np.int8))
         ratio = do("ratio", "Div", scales, do("rows", "Unsqueeze", row, last))
         s1 = do("s1", "Cast", do("whole", "Round", ratio), **s8)
         product = do("blocks", "Mul", do("levels", "Sub", q, z), do("steps", "Unsqueeze", s1, last))
-        lines = do("lines", "Reshape", product, self.whole(n, blocks * block))
+        lines = do("lines", "Reshape", product, whole(n, blocks * block))
         columns = do("columns", "Transpose", lines, perm=[1, 0])
         if blocks * block > k:
-            columns = do("inside", "Slice", columns, first, self.whole(k), first)
+            columns = do("inside", "Slice", columns, first, whole(k), first)
         return Weight(k, columns, row)
-
-    def _seen(self, name: str, dims: list[int], kind: int = TensorProto.UINT4) -> str:
-        """The bytes of a uint8 weight in another shape and type: on disk they lie there once."""
-        seen = "/".join((DOMAIN, name, "x".join(map(str, dims))))
-        if seen not in self.weights:
-            tensor = copy.deepcopy(self.weights[name])
-            tensor.name, tensor.data_type = seen, kind
-            tensor.dims[:] = dims
-            self.weights[seen] = tensor
-            self.graph.initializer.append(tensor)
-        return seen
 
 
 def _int8_weight(node: onnx.NodeProto) -> tuple[str, ...]:

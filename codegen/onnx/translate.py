@@ -13,7 +13,7 @@ from onnxscript.values import Opset
 
 import qcompile.codegen.onnx.attention_operators
 import qcompile.codegen.onnx.operators  # noqa: F401  registers the operators
-from qcompile.codegen.onnx.lower import DOMAIN
+from qcompile.codegen.onnx.steps import DOMAIN
 
 _MICROSOFT = "com.microsoft"
 _LEAST = torch.finfo(torch.float32).min

@@ -43,6 +43,14 @@ def branches(graph):
     return {a.name: operators(a.g.node) for a in choice.attribute}
 
 
+def held(tensor, data):
+    """The bytes of an initializer, in a file of external data or not."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    if not place:
+        return tensor.raw_data
+    return data[int(place["offset"]) :][: int(place["length"])]
+
+
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])  # no biases; some; all, and odd layouts
 def folders(request, tmp_path_factory):
     """One model in files that multiply by 4-bit codes, in int8, and in both ways."""
@@ -75,13 +83,19 @@ def test_both_ways_read_the_same_bytes(folders):
     model, place = folders
     graph = opened(place / "both")
     counts = branches(graph)
-    assert counts["then_branch"]["MatMulNBits"] == counts["else_branch"]["MatMulIntegerToFloat"] > 0
+    parted = counts["then_branch"]["Split"] - counts["else_branch"]["Split"]  # gate and up, two for many tokens
+    assert counts["then_branch"]["MatMulNBits"] + parted == counts["else_branch"]["MatMulIntegerToFloat"] > parted
     assert not counts["then_branch"]["MatMulIntegerToFloat"] and not counts["else_branch"]["MatMulNBits"]
-    where = {t.name: {e.key: e.value for e in t.external_data} | {"raw": t.raw_data} for t in graph.initializer}
-    kinds = {t.name: t.data_type for t in graph.initializer}
-    seen = [name for name in where if kinds[name] == onnx.TensorProto.UINT4]
-    assert len(seen) == 2 * counts["then_branch"]["MatMulNBits"]  # codes and zero points
-    assert all(where[name] == where[name.removeprefix("qcompile/").rpartition("/")[0]] for name in seen)
+    (choice,) = [node for node in graph.node if node.op_type == "If"]
+    few = next(a.g for a in choice.attribute if a.name == "then_branch")
+    packed = [name for node in few.node if node.op_type == "MatMulNBits" for name in (node.input[1], node.input[3])]
+    seen = [t for t in graph.initializer if t.data_type == onnx.TensorProto.UINT4]
+    assert len(seen) == len(packed) + 2 * parted  # codes and zero points
+    data = (place / "both/model.onnx.data").read_bytes()
+    by_name = {t.name: t for t in graph.initializer}
+    for name in packed:
+        parts = [held(t, data) for t in seen if f"qcompile/{name}/" in t.name]
+        assert 1 <= len(parts) <= 2 and b"".join(parts) == held(by_name[name], data)
     sizes = [(place / name / "model.onnx.data").stat().st_size for name in ("both", "few")]
     assert sizes[0] == sizes[1]
     inside = [a.g.node for n in opened(place / "few").node if n.op_type == "If" for a in n.attribute]
@@ -157,7 +171,8 @@ def test_a_site_in_int8_beside_sites_in_four_bits(tmp_path):
     report = qcompile.export_onnx(build("llama"), tmp_path / "m", recipe, [example("llama")], progress=False)
     counts = branches(opened(tmp_path / "m"))
     assert counts["then_branch"]["MatMulIntegerToFloat"] == 2 and counts["then_branch"]["MatMulNBits"] > 0
-    assert counts["else_branch"]["MatMulIntegerToFloat"] == 2 + counts["then_branch"]["MatMulNBits"]
+    layers = 2  # in each, gate and up are one product for few tokens and two for many
+    assert counts["else_branch"]["MatMulIntegerToFloat"] == 2 + counts["then_branch"]["MatMulNBits"] + layers
     assert report.numbers["onnx relative error"] < 0.2
     ids, session = torch.randint(0, 128, (1, 12)), Session(tmp_path / "m")
     whole, _ = session.step(ids.numpy(), None)
@@ -179,7 +194,7 @@ def test_one_step_for_all_tokens_in_both_ways(tmp_path):
     assert chosen and len(chosen) < len(acts) and {acts[n] for n in set(acts) - set(chosen)} == {Format("int8")}
     report = qcompile.export_onnx(model, tmp_path / "m", progress=False)
     counts = branches(opened(tmp_path / "m"))
-    joined = len({name for name in chosen if not name.endswith(("k_proj", "v_proj", "up_proj"))})
+    joined = len({name for name in chosen if not name.endswith(("k_proj", "v_proj"))})
     alone = len([name for name in acts if name not in chosen])
     assert counts["else_branch"]["MatMulIntegerToFloat"] == joined + alone
     many = next(a.g for n in opened(tmp_path / "m").node for a in n.attribute if a.name == "else_branch")
