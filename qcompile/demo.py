@@ -128,7 +128,7 @@ def _plot(losses: dict[str, float], speeds: Comparison, path: Path) -> None:
     """Perplexity against tokens per second; silent without matplotlib is not allowed: it says so."""
     try:
         import matplotlib
-    except ImportError:
+    except ModuleNotFoundError:
         path.with_suffix(".txt").write_text("the plot needs: pip install 'torch-qcompile[plot]'\n")
         return
     matplotlib.use("Agg")
