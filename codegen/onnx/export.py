@@ -34,6 +34,7 @@ from qcompile.codegen.onnx.pooling import Pooled, Pooling, write_pooling
 from qcompile.codegen.onnx.proof import holding
 from qcompile.codegen.onnx.rewrite import rewrite
 from qcompile.codegen.onnx.round_tables import round_tables
+from qcompile.codegen.onnx.spelled_out import spell_out
 from qcompile.codegen.onnx.split_scales import split_scales
 from qcompile.codegen.onnx.translate import table
 from qcompile.expert_stack import QuantStack
@@ -122,6 +123,8 @@ def export_module(
         if layout.portable
         else rewrite(program, None if isinstance(wrapper, Plain) else positions)
     )
+    if spelled := spell_out(program):
+        rewritten.notes.append(f"{spelled} attentions in operators of the standard")
     if is_quantized and not layout.float_embeddings:
         shared += round_tables(program, {name for name, _ in wrapper.named_parameters()}, rewritten)
     if experts:

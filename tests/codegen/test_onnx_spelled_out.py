@@ -1,0 +1,106 @@
+"""Attentions in operators of the standard: the same sums, and nothing copied to be multiplied."""
+
+from __future__ import annotations
+
+import collections
+
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from zoo import build, example
+
+import qcompile
+from qcompile.capture import capture
+from qcompile.codegen.onnx.export import as_module
+from qcompile.codegen.onnx.session import Session
+from qcompile.codegen.onnx.spelled_out import spell_out
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+class Attention(nn.Module):
+    """Heads that share keys and values in one of the ways that models write it."""
+
+    def __init__(self, heads: int, groups: int, how: str, scale: float | None, causal: bool = False) -> None:
+        super().__init__()
+        self.heads, self.groups, self.how, self.scale, self.causal = heads, groups, how, scale, causal
+
+    def forward(self, query, key, value, mask=None):
+        each, options = self.heads // self.groups, {}
+        if self.how == "expanded":
+            key, value = (t[:, :, None].expand(-1, -1, each, -1, -1).flatten(1, 2) for t in (key, value))
+        elif self.how == "tiled":  # another order of heads: not shared by neighbours
+            key, value = (t[:, None].expand(-1, each, -1, -1, -1).flatten(1, 2) for t in (key, value))
+        elif self.how == "interleaved":
+            key, value = (t.repeat_interleave(each, 1) for t in (key, value))
+        elif self.how == "flag":
+            options["enable_gqa"] = True
+        elif self.how == "keys only":
+            key = key[:, :, None].expand(-1, -1, each, -1, -1).flatten(1, 2)
+            value = value.repeat(1, each, 1, 1)
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=self.causal, scale=self.scale, **options
+        )
+
+
+def tensors(seed, heads, groups, new, total, mask):
+    torch.manual_seed(seed)
+    made = [torch.randn(2, h, t, 8, dtype=torch.float64) for h, t in ((heads, new), (groups, total), (groups, total))]
+    if mask:
+        seen = torch.rand(2, heads if mask == "heads" else 1, new, total) < 0.5
+        seen[0, :, 0] = False  # a row that sees nothing
+        made.append(seen)
+    return tuple(made)
+
+
+@given(
+    st.integers(0, 99), st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]), st.integers(1, 5), st.integers(2, 6),
+    st.sampled_from(["expanded", "interleaved", "tiled", "flag", "keys only"]),
+    st.sampled_from([None, "shared", "heads"]), st.sampled_from([None, 0.3]),
+)  # fmt: skip
+def test_the_same_numbers(seed, sizes, new, total, how, mask, scale):
+    given_ = tensors(seed, *sizes, new, total, mask)
+    model = Attention(*sizes, how, scale).eval()
+    want = model(*given_)
+    program = capture(model, given_)
+    assert spell_out(program) == 1 and not program.graph.find_nodes(op="call_function", target=SDPA)
+    assert torch.allclose(as_module(program)(*given_)[0], want, atol=1e-12)
+    if how in ("expanded", "interleaved", "flag"):
+        kinds = {node.target for node in program.graph.nodes}
+        assert not kinds & {torch.ops.aten.expand.default, torch.ops.aten.repeat_interleave.self_int}, "repeated"
+
+
+@pytest.mark.parametrize("why", ["causal", "floats"])
+def test_others_stay(why):
+    given_ = tensors(0, 4, 4, 5, 5, None)
+    if why == "floats":
+        given_ += (torch.randn(2, 1, 5, 5, dtype=torch.float64),)
+    program = capture(Attention(4, 4, "one each", None, why == "causal").eval(), given_)
+    assert spell_out(program) == 0 and len(program.graph.find_nodes(op="call_function", target=SDPA)) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_portable_file_repeats_no_keys(name, tmp_path):
+    """Of a text and its continuation."""
+    model = build(name)
+    assert model.config.num_attention_heads > model.config.num_key_value_heads
+    qcompile.export_onnx(model, tmp_path / "m", portable=True, progress=False)
+    graph = onnx.load(str(tmp_path / "m/model.onnx"), load_external_data=False).graph
+    kinds = collections.Counter(node.op_type for node in graph.node)
+    layers = model.config.num_hidden_layers
+    assert kinds["Softmax"] == layers and not kinds["IsNaN"]
+    for node in graph.node:  # keys and values reach their products as the caches hold them
+        if node.op_type == "Concat" and node.output[0].startswith("present"):
+            readers = [n.op_type for n in graph.node if node.output[0] in n.input]
+            assert set(readers) <= {"Transpose", "MatMul", "Shape"} and len(readers) >= 1, readers
+    ids = example(name)["input_ids"]
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+    session = Session(tmp_path / "m")
+    first, cache = session.step(ids[:, :-3].numpy(), None)
+    then, _ = session.step(ids[:, -3:].numpy(), cache)
+    got = torch.cat([torch.from_numpy(first), torch.from_numpy(then)], 1)
+    assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
