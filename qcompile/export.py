@@ -52,8 +52,8 @@ def export_onnx(
             which reads a prompt faster (docs/onnx.md), and an open session holds the weights in 4 and in 8 bits.
         last_logits: a decoder's file gives the logits of the last token only: enough to generate, and a prompt is
             read faster; perplexity cannot be measured on it.
-        chunk: how many tokens of a prompt onnxruntime-genai reads at once (its search.chunk_size): long prompts are
-            read faster and in less memory, but a batch of prompts longer than that is an error there.
+        chunk: how many tokens of a prompt onnxruntime-genai reads at once (its search.chunk_size): long prompts take
+            less memory and somewhat more time, and a batch of prompts longer than that is an error there.
         portable: operators of the ONNX standard only (opset 21), for other runtimes than ONNX Runtime. Their cache
             is float32.
         float_cache: a cache in float32, whatever the recipe says: for tools that hand over no other, as optimum.

@@ -1,9 +1,9 @@
 """One product whose channels part again, as products of their own, where the rows are many.
 
-Gate and up are one product, since each costs a start, which few rows feel. Many rows feel the Split behind it, which
-writes all channels a second time. The rows of a weight's codes lie one after another, so the weight of a part is the
-same bytes from a later one on, and takes no room. Each part rounds x by nodes of its own, which ONNX Runtime makes one
-again (common subexpressions).
+Gate and up are one product, since each costs a start, which few rows feel; so are an encoder's queries, keys and
+values. Many rows feel the Split behind it, which writes all channels a second time. The rows of a weight's codes lie
+one after another, so the weight of a part is the same bytes from a later one on, and takes no room. Each part rounds x
+by nodes of its own, which ONNX Runtime makes one again (common subexpressions).
 """
 
 from __future__ import annotations

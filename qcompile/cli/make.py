@@ -66,7 +66,7 @@ def export_onnx(
     ] = False,
     chunk: Annotated[
         int | None,
-        typer.Option(help="tokens of a prompt that onnxruntime-genai reads at once: faster, no batches of longer ones"),
+        typer.Option(help="tokens of a prompt that onnxruntime-genai reads at once: less memory, slower, one text at a time"),
     ] = None,
     portable: Annotated[
         bool, typer.Option(help="operators of the ONNX standard only: for other runtimes; slower in ONNX Runtime")
