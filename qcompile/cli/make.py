@@ -66,7 +66,9 @@ def export_onnx(
     ] = False,
     chunk: Annotated[
         int | None,
-        typer.Option(help="tokens of a prompt that onnxruntime-genai reads at once: less memory, slower, one text at a time"),
+        typer.Option(
+            help="tokens of a prompt that onnxruntime-genai reads at once: less memory, slower; no batch above"
+        ),
     ] = None,
     portable: Annotated[
         bool, typer.Option(help="operators of the ONNX standard only: for other runtimes; slower in ONNX Runtime")
