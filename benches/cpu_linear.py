@@ -1,7 +1,7 @@
 """Times every CPU kernel against the float product and torch's own quantized product.
 
     python benches/cpu_linear.py            prints the table, writes benches/results/cpu_linear-HOW.json
-    python benches/cpu_linear.py --commit   also writes codegen/cpu/table-HOW.json, which kernel choice reads
+    python benches/cpu_linear.py --commit   also writes codegen/cpu/measured-HOW.json, which kernel choice reads
     python benches/cpu_linear.py --quick    three shapes and four numbers of rows
 
 HOW is how this processor multiplies int8: amx, vnni, avx2.
@@ -26,11 +26,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from qcompile.bench import versions
-from qcompile.codegen.cpu import kernels
-from qcompile.formats import Format, load_codes
-from qcompile.integer_product import processor
-from qcompile.rounding import quantize_tensor
+from qcompile.codegen.cpu import traced_kernels as kernels
+from qcompile.memory.environment import versions
+from qcompile.numerics.format import Format
+from qcompile.numerics.int8_matmul import processor
+from qcompile.numerics.qtensor import load_codes
+from qcompile.numerics.rounding import quantize_tensor
 
 SHAPES = [(576, 576), (576, 1536), (2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096)]
 ROWS = [1, 2, 4, 8, 32, 128, 512]
@@ -123,7 +124,7 @@ def main() -> None:
     result = json.dumps({"versions": versions(), "rows": rows}, indent=0) + "\n"
     (ROOT / f"benches/results/cpu_linear-{processor()}.json").write_text(result)
     if "--commit" in sys.argv:
-        (ROOT / f"codegen/cpu/table-{processor()}.json").write_text(result)
+        (ROOT / f"codegen/cpu/measured-{processor()}.json").write_text(result)
 
 
 if __name__ == "__main__":

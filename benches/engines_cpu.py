@@ -31,11 +31,12 @@ from rich.console import Console
 from rich.table import Table
 
 import qcompile
-from qcompile.bench import time_text, versions
-from qcompile.integer_product import processor
-from qcompile.memory import held
-from qcompile.pretrained import load_pretrained
-from qcompile.text import batches
+from qcompile.calibration.text import batches
+from qcompile.evaluation.throughput import time_text
+from qcompile.generation.pretrained import load_pretrained
+from qcompile.memory.environment import versions
+from qcompile.memory.process import held
+from qcompile.numerics.int8_matmul import processor
 
 RESULTS = Path(__file__).parent / "results" / f"engines_cpu-{processor()}.json"
 PROCESSES, ROUNDS = 3, 3

@@ -23,11 +23,11 @@ from rich.table import Table
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from qcompile.bench import versions
-from qcompile.evaluate import perplexity
-from qcompile.passes.quantize_kv import fixed_scale
-from qcompile.pretrained import load_pretrained
-from qcompile.text import batches, read_text, windows
+from qcompile.calibration.text import batches, read_text, windows
+from qcompile.evaluation.perplexity import perplexity
+from qcompile.generation.pretrained import load_pretrained
+from qcompile.memory.environment import versions
+from qcompile.passes.kv_cache.quantize_kv import fixed_scale
 
 OUT = Path(__file__).parent / "results" / "fixed_scales.json"
 Peaks = dict[tuple[str, int], Tensor]  # of keys or values and a layer: [H, D]

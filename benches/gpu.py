@@ -4,7 +4,7 @@
     python benches/gpu.py products                 writes benches/results/gpu_products.json
     python benches/gpu.py model [LAYERS]           writes benches/results/gpu_model.json
 
-products: one layer at a time, cold weights in CUDA graphs, all contenders in turn (codegen/triton/timing.py).
+products: one layer at a time, cold weights in CUDA graphs, all contenders in turn (codegen/triton/tuning/gemm_benchmark.py).
 model: Llama-3-8B shapes with random weights, tokens a second of decoding (batches of 1 to 128 over a cache of 1024)
 and of a prompt of 2048, against Inductor bf16 with CUDA graphs; the most telling first. What is measured is written
 after every row, so an interruption loses nothing, and what the time did not suffice for is named. Both end with what
@@ -26,8 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qcompile.codegen.triton.machine import Machine
-from qcompile.codegen.triton.timing import Comparison, Timed, compare, interleaved, ratio
+from qcompile.codegen.triton.tuning.gemm_benchmark import Comparison, Timed, compare, interleaved, ratio
+from qcompile.codegen.triton.tuning.gpu_timer import Machine
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096)]  # K x N: o, gate or up, down
@@ -60,7 +60,7 @@ def model_of(layers: int, device: torch.device, width: int = 4096) -> Any:
 
 def candidates(model: Any, recipes: list[str], device: torch.device) -> dict[str, Callable[..., Any]]:
     """Inductor first; all with CUDA graphs on a GPU. "auto" is the recipe that it chooses, once."""
-    from qcompile.presets import find_recipe
+    from qcompile.pipeline.presets import find_recipe
 
     on_gpu = device.type == "cuda"
     found = {FIRST: torch.compile(model, dynamic=True, mode="reduce-overhead" if on_gpu else "default")}
@@ -230,7 +230,7 @@ def kernels_of_last() -> list[dict[str, Any]]:
     """Of every graph that the backend compiled: its recipe, bytes, and how many sites have which kernel."""
     from collections import Counter
 
-    from qcompile import backend
+    from qcompile.backend import dynamo as backend
 
     found = []
     for report in backend.reports:

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from qcompile.codegen.triton.contenders import FIRST
-from qcompile.codegen.triton.timing import Comparison, Row
+from qcompile.codegen.triton.tuning.baselines import FIRST
+from qcompile.codegen.triton.tuning.gemm_benchmark import Comparison, Row
 
 SQUARE, WIDE = [(4096, 4096)], [(4096, 14336), (14336, 4096)]
 FOUR, EIGHT = ["qcompile w4a16"], ["qcompile int8", "qcompile fp8"]

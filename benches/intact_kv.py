@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 import qcompile
-from qcompile.bench import versions
-from qcompile.evaluate import agreement, perplexity
+from qcompile.calibration.text import batches, read_text, windows
+from qcompile.evaluation.perplexity import agreement, perplexity
+from qcompile.generation.pretrained import load_pretrained
+from qcompile.memory.environment import versions
 from qcompile.passes import CalibratePrefix, IntactKV, Quantize
-from qcompile.presets import find_recipe
-from qcompile.pretrained import load_pretrained
-from qcompile.recipe import Recipe
-from qcompile.text import batches, read_text, windows
+from qcompile.pipeline.presets import find_recipe
+from qcompile.recipe.recipe import Recipe
 
 HERE = Path(__file__).parent
 RECIPES = [str(HERE / "recipes" / "w3a16.json"), "w4a4-rotated", "w4a16"]

@@ -2,7 +2,7 @@
 
     python benches/llm_cpu.py [layers]      writes benches/results/llm_cpu.json
 
-Everything runs in one process, candidates in turn, medians; see qcompile/bench.py.
+Everything runs in one process, candidates in turn, medians; see qcompile/evaluation/throughput.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from qcompile.bench import compare_with_inductor, versions
-from qcompile.pretrained import load_pretrained
+from qcompile.evaluation.throughput import compare_with_inductor
+from qcompile.generation.pretrained import load_pretrained
+from qcompile.memory.environment import versions
 
 RESULTS = Path(__file__).parent / "results" / "llm_cpu.json"
 

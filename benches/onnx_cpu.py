@@ -10,7 +10,7 @@ turns, one at a time, so that no idle thread of another spins. All are started f
 memory comes to lie makes a process some percent faster or slower. Behind a long prompt, which takes seconds
 to read, each decodes several times in turn. Perplexity is that of the ONNX model: 4
 windows of 2048 tokens. Peers that are not installed are named and left out. Last comes the number of
-tokens from which int8 products are faster than 4-bit codes, which codegen/onnx/steps.py has as FEW.
+tokens from which int8 products are faster than 4-bit codes, which codegen/onnx/lowering/node_builder.py has as FEW.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from rich.table import Table
 from roofline import bandwidth, int8_rate
 
 import qcompile
-from qcompile.bench import versions
-from qcompile.codegen.onnx.genai import FILE
-from qcompile.codegen.onnx.session import Session
-from qcompile.evaluate import perplexity
-from qcompile.integer_product import processor
-from qcompile.presets import find_recipe
-from qcompile.pretrained import load_pretrained
-from qcompile.text import batches, read_text, windows
+from qcompile.calibration.text import batches, read_text, windows
+from qcompile.codegen.onnx.genai_config import FILE
+from qcompile.evaluation.perplexity import perplexity
+from qcompile.generation.onnx_session import Session
+from qcompile.generation.pretrained import load_pretrained
+from qcompile.memory.environment import versions
+from qcompile.numerics.int8_matmul import processor
+from qcompile.pipeline.presets import find_recipe
 
 RESULTS = Path(__file__).parent / "results" / f"onnx_cpu-{processor()}.json"
 SAME_BLOCKS = Path(__file__).parent / "recipes" / "onnx"
@@ -83,7 +83,7 @@ def serve(folder: str) -> None:
     """
     import onnxruntime_genai as genai
 
-    from qcompile.memory import give_back, held
+    from qcompile.memory.process import give_back, held
 
     before, start, config = held(), time.perf_counter(), genai.Config(folder)
     # By itself it may take fewer threads than there are cores: one of two on some virtual machines.

@@ -26,14 +26,14 @@ from rich.console import Console
 from rich.table import Table
 
 import qcompile
-from qcompile.bench import versions
-from qcompile.codegen.onnx.pooling import Pooled, Pooling
-from qcompile.formats import Format
-from qcompile.integer_product import processor
+from qcompile.calibration.text import sentence_batches, sentences
+from qcompile.codegen.onnx.sentence_embedding import Pooled, Pooling
+from qcompile.generation.pretrained import load_encoder
+from qcompile.memory.environment import versions
+from qcompile.numerics.format import Format
+from qcompile.numerics.int8_matmul import processor
 from qcompile.passes import GPTQ, Fuse, Quantize
-from qcompile.pretrained import load_encoder
-from qcompile.recipe import Recipe
-from qcompile.text import sentence_batches, sentences
+from qcompile.recipe.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / f"onnx_encoder-{processor()}.json"
 ROUNDS = 7

@@ -18,9 +18,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompile
-from qcompile.bench import versions
-from qcompile.codegen.onnx.session import Session
-from qcompile.memory import watch_peak
+from qcompile.generation.onnx_session import Session
+from qcompile.memory.environment import versions
+from qcompile.memory.process import watch_peak
 
 RESULTS = Path(__file__).parent / "results" / "onnx_large.json"
 LIMIT = 2**31

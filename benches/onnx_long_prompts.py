@@ -2,7 +2,7 @@
 
     python benches/onnx_long_prompts.py      writes benches/results/onnx_long_prompts-HOW.json (as onnx_cpu.py)
 
-SmolLM2's attention (9 heads of 64, 3 key/value heads), in turn, medians. What codegen/onnx/lower_attention.py takes for
+SmolLM2's attention (9 heads of 64, 3 key/value heads), in turn, medians. What codegen/onnx/lowering/int8_kv_attention.py takes for
 long prompts comes from here.
 """
 
@@ -21,9 +21,9 @@ from onnx import GraphProto, TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
-import qcompile.codegen.onnx.lower_attention as lower_attention
-from qcompile.bench import versions
-from qcompile.integer_product import processor
+import qcompile.codegen.onnx.lowering.int8_kv_attention as lower_attention
+from qcompile.memory.environment import versions
+from qcompile.numerics.int8_matmul import processor
 
 RESULTS = Path(__file__).parent / "results" / f"onnx_long_prompts-{processor()}.json"
 HEADS, GROUPS, SIZE, ROUNDS = 9, 3, 64, 15

@@ -21,13 +21,13 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompile
-from qcompile.bench import versions
-from qcompile.integer_product import processor
-from qcompile.memory import watch_peak
+from qcompile.generation.pretrained import load_pretrained
+from qcompile.memory.environment import versions
+from qcompile.memory.process import watch_peak
+from qcompile.numerics.int8_matmul import processor
 from qcompile.passes import GPTQ, Quantize
-from qcompile.presets import PRESETS
-from qcompile.pretrained import load_pretrained
-from qcompile.recipe import Recipe
+from qcompile.pipeline.presets import PRESETS
+from qcompile.recipe.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / f"onnx_shapes-{processor()}.json"
 

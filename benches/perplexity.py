@@ -16,10 +16,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qcompile.compare import Comparison, compare, plot, rotated_twin, table
-from qcompile.presets import PRESETS
-from qcompile.pretrained import load_pretrained
-from qcompile.text import batches, read_text, windows
+from qcompile.calibration.text import batches, read_text, windows
+from qcompile.evaluation.compare import Comparison, compare, plot, rotated_twin, table
+from qcompile.generation.pretrained import load_pretrained
+from qcompile.pipeline.presets import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
 EXTRA = sorted(str(p) for p in (Path(__file__).parent / "recipes").glob("*.json"))  # formats that no preset has

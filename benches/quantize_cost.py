@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from qcompile.bench import versions
+from qcompile.memory.environment import versions
 
 RESULTS = Path(__file__).parent / "results" / "quantize_cost.json"
 RECIPES = ["int8", "w8a16", "w4a16", "w4a8", "int8-smooth", "int8-rotated", "w4a16-gptq", "plain-gptq", "w4a8-gptq"]
@@ -32,10 +32,10 @@ def one(recipe: str) -> dict[str, object]:
     from plain_gptq import plain_gptq
 
     import qcompile
-    from qcompile.memory import watch_peak
-    from qcompile.presets import find_recipe
-    from qcompile.pretrained import load_pretrained
-    from qcompile.text import batches
+    from qcompile.calibration.text import batches
+    from qcompile.generation.pretrained import load_pretrained
+    from qcompile.memory.process import watch_peak
+    from qcompile.pipeline.presets import find_recipe
 
     model, tokenizer = load_pretrained()
     weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())

@@ -3,7 +3,7 @@
     python benches/w4a8_formats.py [TEXT]      writes benches/results/w4a8_formats.json
 
 The embedded LLM after GPTQ on 32 windows of 512 tokens from the end of TEXT, its perplexity on 2 windows of 2048 from
-the beginning. Embeddings are as a file has them: from the codes of the logits times a matrix (codegen/onnx/tables.py).
+the beginning. Embeddings are as a file has them: from the codes of the logits times a matrix (codegen/onnx/fusions/tied_embedding.py).
 The bytes are those of all codes, zero points and scales, as MatMulNBits wants blocks filled up.
 """
 
@@ -20,16 +20,16 @@ from rich.table import Table
 from torch import nn
 
 import qcompile
-from qcompile.bench import versions
-from qcompile.codegen.onnx.linear import to_blocks
-from qcompile.codegen.onnx.tables import behind_matrix
-from qcompile.evaluate import perplexity
-from qcompile.formats import Format
-from qcompile.module import QuantLinear
+from qcompile.calibration.text import batches, read_text, windows
+from qcompile.codegen.onnx.fusions.tied_embedding import behind_matrix
+from qcompile.codegen.onnx.tracing.onnx_linear import to_blocks
+from qcompile.evaluation.perplexity import perplexity
+from qcompile.generation.pretrained import load_pretrained
+from qcompile.memory.environment import versions
+from qcompile.modules.quant_linear import QuantLinear
+from qcompile.numerics.format import Format
 from qcompile.passes import GPTQ, FoldNorm, Fuse, QuantizeKV, Rotate, Smooth, Untie
-from qcompile.pretrained import load_pretrained
-from qcompile.recipe import Recipe
-from qcompile.text import batches, read_text, windows
+from qcompile.recipe.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "w4a8_formats.json"
 BASES = {"smoothed": (Smooth(alpha=0.6),), "rotated": (Untie(), FoldNorm(), Rotate())}
@@ -55,7 +55,7 @@ def share_table(model: nn.Module, form: Format) -> float:
 
 
 def megabytes(model: nn.Module) -> float:
-    """Of codes, zero points and scales in a file (to_blocks and split_scales.py)."""
+    """Of codes, zero points and scales in a file (to_blocks and compact_scales.py)."""
     total = 0
     for site in (m for m in model.modules() if isinstance(m, QuantLinear)):
         codes, scales, zeros = to_blocks(site)

@@ -5,19 +5,21 @@ report = qcompile.quantize(model, "int8", batches)       # in place
 qcompile.export_onnx(model, "out/")                      # an ONNX folder for CPU runtimes
 """
 
-from qcompile.calibrate import CalibrationError
-from qcompile.capture import CaptureError, capture
-from qcompile.checkpoint import CheckpointError, load, save
-from qcompile.export import export_onnx
-from qcompile.formats import Format, QTensor
-from qcompile.module import QuantLinear
-from qcompile.pipeline import NothingToQuantize
-from qcompile.presets import PRESETS, find_recipe
-from qcompile.program import Program
-from qcompile.quantize import quantize
-from qcompile.recipe import Recipe, RecipeError, Rule
-from qcompile.report import Report
-from qcompile.rounding import quantize_tensor
+from qcompile.api.export_onnx import export_onnx
+from qcompile.api.quantize import quantize
+from qcompile.calibration.statistics import CalibrationError
+from qcompile.checkpoint.atomic_folder import CheckpointError
+from qcompile.checkpoint.save_load import load, save
+from qcompile.ir.capture import CaptureError, capture
+from qcompile.ir.program import Program
+from qcompile.modules.quant_linear import QuantLinear
+from qcompile.numerics.format import Format
+from qcompile.numerics.qtensor import QTensor
+from qcompile.numerics.rounding import quantize_tensor
+from qcompile.pipeline.presets import PRESETS, find_recipe
+from qcompile.pipeline.run import NothingToQuantize
+from qcompile.recipe.recipe import Recipe, RecipeError, Rule
+from qcompile.recipe.report import Report
 
 __version__ = "0.1.0"
 

@@ -24,8 +24,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qcompile.program import Program
-from qcompile.verify import first_difference, relative_error, widen
+from qcompile.ir.program import Program
+from qcompile.recipe.certificate import first_difference, relative_error, widen
 
 __all__ = ["Decoder", "Shape", "assert_equivalent", "decoders", "mlps", "shapes", "weights"]
 

@@ -38,8 +38,10 @@ def fresh_compiler():
 @pytest.fixture(autouse=True, scope="session")
 def one_table():
     """Which sites stay float must not depend on the machine that runs the tests."""
+    from qcompile.codegen.cpu import cpu_kernel_choice
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qcompile.codegen.cpu.choose.processor", lambda: "vnni")
+        patch.setattr(cpu_kernel_choice, "processor", lambda: "vnni")
         yield
 
 
@@ -52,7 +54,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def smollm2():
     """The real small LLM; a missing package is a failure, not a skip."""
-    from qcompile.pretrained import load_pretrained
+    from qcompile.generation.pretrained import load_pretrained
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -6,8 +6,8 @@ import pytest
 from zoo import build
 
 import qcompile
-from qcompile.advise import KNOWN, Device, advise
-from qcompile.presets import PRESETS
+from qcompile.pipeline.advise import KNOWN, Device, advise
+from qcompile.pipeline.presets import PRESETS
 
 BIG = 8_000_000_000
 

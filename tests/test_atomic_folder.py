@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import qcompile
-import qcompile.codegen.onnx.export as exporting
-import qcompile.codegen.onnx.finish as finishing
-from qcompile.checkpoint import CheckpointError, atomic_folder
+import qcompile.codegen.onnx.export_module as exporting
+import qcompile.codegen.onnx.variants as finishing
+from qcompile.api import export_onnx
+from qcompile.checkpoint.atomic_folder import CheckpointError, atomic_folder
 
 
 def model():
@@ -46,7 +47,7 @@ def test_the_second_of_two_exports_is_refused_before_it_works(tmp_path, monkeypa
     try:
         assert entered.wait(60)
         with monkeypatch.context() as patch:
-            patch.setattr("qcompile.export.quantize", None)
+            patch.setattr(export_onnx, "quantize", None)
             with pytest.raises(CheckpointError, match="being written by another run"):
                 qcompile.export_onnx(model(), tmp_path / "m", "int8", example=example, progress=False)
     finally:
@@ -84,7 +85,7 @@ def test_an_interrupted_export_leaves_nothing(place, step, tmp_path, monkeypatch
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
 def test_a_killed_run_leaves_no_folder_and_no_lock(tmp_path):
     script = (
-        "import sys, time\nfrom qcompile.checkpoint import atomic_folder\n"
+        "import sys, time\nfrom qcompile.checkpoint.atomic_folder import atomic_folder\n"
         "with atomic_folder(sys.argv[1]) as work:\n"
         "    (work / 'half').write_text('x'); print('writing', flush=True); time.sleep(60)"
     )

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from zoo import build, example
 
 import qcompile
-from qcompile.capture import capture
-from qcompile.formats import Format
+from qcompile.ir.capture import capture
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import AWQ, GPTQ, Fuse, Quantize, Rotate, SmoothQuantPlus
-from qcompile.passes.awq import awq_scale, scaled_error
-from qcompile.pipeline import run
-from qcompile.recipe import Recipe, Rule
-from qcompile.rounding import quantize_tensor
+from qcompile.passes.equivalent.awq import awq_scale, scaled_error
+from qcompile.pipeline.run import run
+from qcompile.recipe.recipe import Recipe, Rule
 
 FORM = Format.parse("int4/group32/zero")
 

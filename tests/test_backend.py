@@ -12,9 +12,10 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
-from qcompile import backend, sharing
-from qcompile.recipe import RecipeError
-from qcompile.verify import relative_error
+from qcompile.backend import dynamo as backend
+from qcompile.memory import weight_cache as sharing
+from qcompile.recipe.certificate import relative_error
+from qcompile.recipe.recipe import RecipeError
 
 
 def mlp():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from zoo import build
 
-from qcompile.chat import Conversation, ends_of, readable, steps_of, stream
+from qcompile.generation.sampling import Conversation, ends_of, readable, steps_of, stream
 
 
 class Letters:

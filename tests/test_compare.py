@@ -8,9 +8,9 @@ import pytest
 import torch
 from zoo import build, example
 
-import qcompile.compare as module
-from qcompile.compare import Comparison, compare, plot, rotated_twin, table
-from qcompile.evaluate import agreement, perplexity
+import qcompile.evaluation.compare as module
+from qcompile.evaluation.compare import Comparison, compare, plot, rotated_twin, table
+from qcompile.evaluation.perplexity import agreement, perplexity
 
 
 def pieces():

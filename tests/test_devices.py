@@ -16,14 +16,14 @@ import torch.fx.experimental._config as config
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import brief, build, example
 
-import qcompile.pipeline
-import qcompile.rounding
-import qcompile.sharing
-from qcompile.capture import capture
-from qcompile.codegen.triton.lower import lower
-from qcompile.pipeline import run
-from qcompile.presets import PRESETS
-from qcompile.quantize import flat_inputs, widen_batch
+import qcompile.memory.weight_cache
+import qcompile.numerics.rounding
+import qcompile.pipeline.run
+from qcompile.api.example_inputs import flat_inputs, widen_batch
+from qcompile.codegen.triton.gpu_lowering import lower
+from qcompile.ir.capture import capture
+from qcompile.pipeline.presets import PRESETS
+from qcompile.pipeline.run import run
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -84,12 +84,12 @@ def captured(name):
 )  # fmt: skip
 def test_recipes_stay_on_the_models_device(name, recipe, monkeypatch):
     numbers = itertools.count()
-    real = qcompile.sharing.fingerprint
+    real = qcompile.memory.weight_cache.fingerprint
     for module in list(sys.modules.values()):
         if getattr(module, "fingerprint", None) is real:
             monkeypatch.setattr(module, "fingerprint", lambda tensor: str(next(numbers)))
-    monkeypatch.setattr(qcompile.pipeline, "check_weights", lambda *_: None)
-    monkeypatch.setattr(qcompile.rounding, "_SHRINKS", range(2))  # the others are where these are
+    monkeypatch.setattr(qcompile.pipeline.run, "check_weights", lambda *_: None)
+    monkeypatch.setattr(qcompile.numerics.rounding, "_SHRINKS", range(2))  # the others are where these are
     monkeypatch.setattr(config, "meta_nonzero_assume_all_nonzero", True, raising=False)
     program, flat = captured(name)
     with Decided():

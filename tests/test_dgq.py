@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from zoo import build, example
 
 import qcompile
-from qcompile.formats import Format, spread
+from qcompile.numerics.format import Format
+from qcompile.numerics.qtensor import spread
+from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import DGQ, GPTQ, Fuse, Quantize
-from qcompile.passes.dgq import search_groups, search_rows
-from qcompile.passes.gptq import loss
-from qcompile.passes.smooth import clip_scale
-from qcompile.recipe import Recipe, RecipeError
-from qcompile.rounding import quantize_tensor
+from qcompile.passes.equivalent.smoothquant import clip_scale
+from qcompile.passes.weights.dgq import search_groups, search_rows
+from qcompile.passes.weights.gptq import loss
+from qcompile.recipe.recipe import Recipe, RecipeError
 
 DUAL = Format.parse("int4/group16/zero/dual")
 

@@ -9,17 +9,17 @@ import torch
 from zoo import build, example
 
 import qcompile
-from qcompile.capture import capture
-from qcompile.expert_stack import QuantStack
-from qcompile.formats import Format
+from qcompile.analysis.sites import find_sites
+from qcompile.calibration.hessian import Gram
+from qcompile.ir.capture import capture
+from qcompile.modules.quant_experts import QuantStack
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import GPTQ, HQQ, FineQuant, Fuse, Quantize, Untie
-from qcompile.passes.quantize import matrix_of
-from qcompile.passes.sequential import Gram
-from qcompile.pipeline import run
-from qcompile.recipe import Recipe, Rule
-from qcompile.rounding import quantize_tensor
-from qcompile.sites import find_sites
-from qcompile.verify import relative_error
+from qcompile.passes.qdq.insert_qdq import matrix_of
+from qcompile.pipeline.run import run
+from qcompile.recipe.certificate import relative_error
+from qcompile.recipe.recipe import Recipe, Rule
 
 INT4 = Format.parse("int4/group32/zero")
 MODELS = ["mixtral", "qwen2_moe"]

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompile.formats import Format, int8_codes, load_codes, spread
-from qcompile.minifloat import constrain, decode_e2m1, encode_e2m1
-from qcompile.packing import pack, unpack
-from qcompile.rounding import decode, encode, level_grid, on_grid, quantize_tensor
+from qcompile.numerics.bit_packing import pack, unpack
+from qcompile.numerics.format import Format
+from qcompile.numerics.fp4 import constrain, decode_e2m1, encode_e2m1
+from qcompile.numerics.qtensor import int8_codes, load_codes, spread
+from qcompile.numerics.rounding import decode, encode, level_grid, on_grid, quantize_tensor
 from qcompile.testing import weights
 
 FORMATS = [

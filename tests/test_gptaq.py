@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 from zoo import build, example
 
 import qcompile
-from qcompile.calibrate import CalibrationError, Statistics
-from qcompile.capture import capture
-from qcompile.formats import Format
+from qcompile.analysis.sites import find_sites
+from qcompile.api.example_inputs import flat_inputs
+from qcompile.calibration.statistics import CalibrationError, Statistics
+from qcompile.ir.capture import capture
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import Fuse
-from qcompile.passes.gptaq import GPTAQ, gptaq, towards_float
-from qcompile.passes.gptq import GPTQ, gptq_sites
-from qcompile.passes.quantize import SitePlan
-from qcompile.passes.sequential import as_rounded
-from qcompile.quantize import flat_inputs
-from qcompile.recipe import Recipe
-from qcompile.rounding import quantize_tensor
-from qcompile.sites import find_sites
+from qcompile.passes.qdq.site_plan import SitePlan
+from qcompile.passes.weights.gptaq import GPTAQ, gptaq, towards_float
+from qcompile.passes.weights.gptq import GPTQ, gptq_sites
+from qcompile.passes.weights.sequential import as_rounded
+from qcompile.recipe.recipe import Recipe
 
 W3 = Format.parse("int3/group32/zero")
 

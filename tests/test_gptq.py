@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from zoo import build, example
 
 import qcompile
-from qcompile.calibrate import CalibrationError, Statistics
-from qcompile.capture import capture
-from qcompile.formats import Format
-from qcompile.passes.gptq import GPTQ, gptq, gptq_sites, inverse_factor, loss
-from qcompile.passes.quantize import SitePlan
-from qcompile.passes.sequential import Gram
-from qcompile.quantize import flat_inputs
-from qcompile.recipe import Recipe
-from qcompile.rounding import decode, level_grid, quantize_tensor
-from qcompile.sites import find_sites
-from qcompile.walk import Walk
+from qcompile.analysis.sites import find_sites
+from qcompile.api.example_inputs import flat_inputs
+from qcompile.calibration.hessian import Gram
+from qcompile.calibration.layerwise_run import Walk
+from qcompile.calibration.statistics import CalibrationError, Statistics
+from qcompile.ir.capture import capture
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import decode, level_grid, quantize_tensor
+from qcompile.passes.qdq.site_plan import SitePlan
+from qcompile.passes.weights.gptq import GPTQ, gptq, gptq_sites, inverse_factor, loss
+from qcompile.recipe.recipe import Recipe
 
 FORMATS = [
     "int8",

@@ -7,12 +7,12 @@ import torch
 from zoo import build, example
 
 import qcompile
-from qcompile import backend
-from qcompile.codegen.triton.machine import Machine
-from qcompile.codegen.triton.prepare import prepare
-from qcompile.fingerprint import fingerprint
-from qcompile.formats import Format
-from qcompile.rounding import quantize_tensor
+from qcompile.backend import dynamo as backend
+from qcompile.codegen.triton.launch.pack_weights import prepare
+from qcompile.codegen.triton.tuning.gpu_timer import Machine
+from qcompile.memory.fingerprint import fingerprint
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qcompile.hadamard import apply_hadamard, factor, hadamard_matrix, random_signs, rotation
+from qcompile.numerics.hadamard import apply_hadamard, factor, hadamard_matrix, random_signs, rotation
 
 SIZES = [1, 2, 4, 12, 20, 24, 28, 36, 44, 60, 64, 576, 1536]
 

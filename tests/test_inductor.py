@@ -11,13 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo import build
 
 import qcompile
-from qcompile import backend
-from qcompile.codegen.triton.tuned import Gpu
-from qcompile.formats import Format
-from qcompile.inductor import needs_gpu, patches_of
+from qcompile.backend import dynamo as backend
+from qcompile.backend.inductor import needs_gpu, patches_of
+from qcompile.codegen.triton.kernels.gpu import Gpu
+from qcompile.codegen.triton.launch import gemm
+from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, Quantize
-from qcompile.recipe import Recipe
-from qcompile.verify import relative_error
+from qcompile.recipe.certificate import relative_error
+from qcompile.recipe.recipe import Recipe
 
 kernels = torch.ops.qcompile_triton
 FP8 = Format("fp8")
@@ -46,7 +47,7 @@ def seen(monkeypatch):
 def as_on_gpu(monkeypatch):
     """The model is lowered as for a GPU; its operators have CPU versions."""
     monkeypatch.setattr(backend, "_gpu", lambda program: torch.device("cuda"))
-    monkeypatch.setattr("qcompile.codegen.triton.products.gpu", lambda device: Gpu())
+    monkeypatch.setattr(gemm, "gpu", lambda device: Gpu())
 
 
 def test_modes():
@@ -126,7 +127,7 @@ def test_cuda_graphs_are_asked_for_and_where_inductor_has_none_it_is_said(how, m
 
 def test_formats_without_a_kernel_stay_float_on_a_gpu(as_on_gpu, monkeypatch):
     """fp8 products need sm_89; where they are missing, dequantizing before every product would only cost."""
-    monkeypatch.setattr("qcompile.codegen.triton.products.gpu", lambda device: Gpu("A100", 108, (8, 0)))
+    monkeypatch.setattr(gemm, "gpu", lambda device: Gpu("A100", 108, (8, 0)))
     model = mlp().bfloat16()
     with torch.no_grad():
         x = torch.randn(3, 128).bfloat16()

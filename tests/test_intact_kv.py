@@ -7,10 +7,10 @@ import torch
 from zoo import build, example
 
 import qcompile
-from qcompile.calibrate import CalibrationError
-from qcompile.divergence import divergence
-from qcompile.formats import Format
-from qcompile.kv_cache import KVCache
+from qcompile.calibration.statistics import CalibrationError
+from qcompile.modules.kv_cache import KVCache
+from qcompile.numerics.divergence import divergence
+from qcompile.numerics.format import Format
 from qcompile.passes import (
     CalibratePrefix,
     FoldNorm,
@@ -22,8 +22,8 @@ from qcompile.passes import (
     SmoothAttention,
     Untie,
 )
-from qcompile.recipe import Recipe, RecipeError
-from qcompile.verify import relative_error
+from qcompile.recipe.certificate import relative_error
+from qcompile.recipe.recipe import Recipe, RecipeError
 
 PREFIX = (1, 7, 9)
 IDS = torch.tensor([[*PREFIX, 20, 33, 41, 8], [*PREFIX, 99, 5, 61, 27]])
@@ -86,7 +86,7 @@ def test_generate_starts_behind_the_prefix_and_a_checkpoint_keeps_it(tmp_path):
 
 
 def test_an_exported_folder_starts_behind_the_prefix(tmp_path):
-    from qcompile.codegen.onnx.session import Session
+    from qcompile.generation.onnx_session import Session
 
     model = build("llama")
     qcompile.quantize(model, Recipe("q", (IntactKV(PREFIX), INT4, Fuse())), progress=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -12,20 +11,21 @@ from hypothesis import given, settings
 from zoo import SIZES, build, example
 
 import qcompile
-from qcompile.attach import attach
-from qcompile.attention_flow import products
-from qcompile.cache_constants import CENTERS, SCALES, Centers, Scales
-from qcompile.calibrate import observe
-from qcompile.capture import capture
-from qcompile.formats import Format
-from qcompile.kv_cache import KVCache
+from qcompile.analysis.attention_scores import products
+from qcompile.api import quantize as quantize_module
+from qcompile.calibration.statistics import observe
+from qcompile.ir.capture import capture
+from qcompile.modules.generation_hooks import attach
+from qcompile.modules.kv_cache import KVCache
+from qcompile.modules.kv_constants import CENTERS, SCALES, Centers, Scales
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import Fuse, IntactKV, Quantize, QuantizeKV
-from qcompile.passes.quantize_kv import fixed_scale, quantize_kv
-from qcompile.pipeline import run
-from qcompile.recipe import Recipe, RecipeError
-from qcompile.rounding import quantize_tensor
+from qcompile.passes.kv_cache.quantize_kv import fixed_scale, quantize_kv
+from qcompile.pipeline.run import run
+from qcompile.recipe.certificate import relative_error
+from qcompile.recipe.recipe import Recipe, RecipeError
 from qcompile.testing import Decoder, Shape, decoders, rotary
-from qcompile.verify import relative_error
 
 DECODERS = ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "bloom", "mixtral"]
 
@@ -261,7 +261,7 @@ def test_layers_that_are_not_the_caches(config, why):
     model = tf.AutoModelForCausalLM.from_config(config()).eval()
     data = [{"input_ids": torch.randint(3, 128, (2, 8))}]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RecipeError, match=f"QuantizeKV: .*{why}"):
-        patch.setattr(sys.modules["qcompile.quantize"], "run", None)
+        patch.setattr(quantize_module, "run", None)
         qcompile.quantize(model, Recipe("kv", (QuantizeKV(8, fixed=True), Quantize(), Fuse())), data, progress=False)
     optional = Recipe("kv", (QuantizeKV(8, fixed=True, optional=True), Quantize(), Fuse()))
     report = qcompile.quantize(model, optional, data, progress=False)

@@ -6,26 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from qcompile.calibrate import Statistics, observe
-from qcompile.capture import capture
-from qcompile.passes import (
-    FoldNorm,
-    Reorder,
-    Rotate,
-    RotateOnline,
-    Smooth,
-    SmoothAttention,
-    Untie,
-    fold_norm,
-    reorder,
-    rotate,
-    rotate_online,
-    smooth,
-    smooth_attention,
-    untie,
-)
-from qcompile.scale_flow import groups_of_readers
-from qcompile.sites import find_sites
+from qcompile.analysis.scale_folding import groups_of_readers
+from qcompile.analysis.sites import find_sites
+from qcompile.calibration.statistics import Statistics, observe
+from qcompile.ir.capture import capture
+from qcompile.passes import FoldNorm, Reorder, Rotate, RotateOnline, Smooth, SmoothAttention, Untie
+from qcompile.passes.equivalent.fold_norm import fold_norm
+from qcompile.passes.equivalent.online_hadamard import rotate_online
+from qcompile.passes.equivalent.reorder_channels import reorder
+from qcompile.passes.equivalent.rotate import rotate
+from qcompile.passes.equivalent.smooth_attention import smooth_attention
+from qcompile.passes.equivalent.smoothquant import smooth
+from qcompile.passes.equivalent.untie import untie
 from qcompile.testing import Decoder, assert_equivalent, decoders, mlps
 
 FEW = settings(max_examples=12)

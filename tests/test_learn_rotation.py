@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 from zoo import build
 
 import qcompile
-from qcompile.calibrate import Statistics
-from qcompile.capture import capture
-from qcompile.formats import Format
-from qcompile.hadamard import random_orthogonal
-from qcompile.passes import FoldNorm, Fuse, LearnRotation, Quantize, Rotate, Untie, fold_norm, learn_rotation, untie
-from qcompile.passes.learn_rotation import cayley_step
-from qcompile.passes.quantize import SitePlan
-from qcompile.recipe import Recipe, RecipeError
+from qcompile.calibration.statistics import Statistics
+from qcompile.ir.capture import capture
+from qcompile.numerics.format import Format
+from qcompile.numerics.hadamard import random_orthogonal
+from qcompile.passes import FoldNorm, Fuse, LearnRotation, Quantize, Rotate, Untie
+from qcompile.passes.equivalent.fold_norm import fold_norm
+from qcompile.passes.equivalent.spinquant import cayley_step, learn_rotation
+from qcompile.passes.equivalent.untie import untie
+from qcompile.passes.qdq.site_plan import SitePlan
+from qcompile.recipe.recipe import Recipe, RecipeError
 from qcompile.testing import assert_equivalent, decoders
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qcompile.capture import capture
+from qcompile.ir.capture import capture
 
 aten = torch.ops.aten
 

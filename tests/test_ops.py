@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import qcompile.ops  # noqa: F401
-from qcompile.formats import Format
-from qcompile.rounding import quantize_tensor
+import qcompile.ir.ops  # noqa: F401
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
 
 ops = torch.ops.qcompile
 WEIGHTS = ["int8/row", "int8/row/zero", "int4/group32", "int4/group32/zero", "int4/group32/floatzero",

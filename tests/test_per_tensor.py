@@ -11,16 +11,16 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
-from qcompile.backend import reports
-from qcompile.calibrate import CalibrationError
-from qcompile.capture import capture
-from qcompile.formats import Format
-from qcompile.module import QuantLinear
+from qcompile.api.example_inputs import flat_inputs
+from qcompile.backend.dynamo import reports
+from qcompile.calibration.statistics import CalibrationError
+from qcompile.ir.capture import capture
+from qcompile.modules.quant_linear import QuantLinear
+from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, PerTensor, Quantize
-from qcompile.passes.per_tensor import farther
-from qcompile.pipeline import run
-from qcompile.quantize import flat_inputs
-from qcompile.recipe import Recipe, RecipeError, Rule
+from qcompile.passes.activations.per_tensor_activations import farther
+from qcompile.pipeline.run import run
+from qcompile.recipe.recipe import Recipe, RecipeError, Rule
 
 TENSOR = Format("int8", "tensor")
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from zoo import ZOO, brief, build, example, is_dynamic
 
-from qcompile.capture import capture
+from qcompile.ir.capture import capture
 from qcompile.passes import Quantize
-from qcompile.pipeline import run
-from qcompile.presets import PRESETS, find_recipe
-from qcompile.recipe import Recipe, RecipeError
-from qcompile.verify import relative_error
+from qcompile.pipeline.presets import PRESETS, find_recipe
+from qcompile.pipeline.run import run
+from qcompile.recipe.certificate import relative_error
+from qcompile.recipe.recipe import Recipe, RecipeError
 
 # Relative error of random tiny models, whose 64 channels are one ragged group, by what the preset keeps.
 BOUNDS = {

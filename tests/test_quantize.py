@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import os
 
@@ -14,9 +13,12 @@ from zoo import build, example
 
 import qcompile
 from qcompile import CalibrationError, CheckpointError, NothingToQuantize, QuantLinear, RecipeError, Rule
+from qcompile.checkpoint import save_load
+from qcompile.ir.program import Program
 from qcompile.passes import Fuse, Quantize, Smooth, Untie
-from qcompile.recipe import Recipe
-from qcompile.verify import relative_error
+from qcompile.passes.equivalent import smoothquant
+from qcompile.recipe.certificate import relative_error
+from qcompile.recipe.recipe import Recipe
 
 
 def quantized(name="llama", recipe="int8"):
@@ -120,7 +122,7 @@ def test_full_folder_is_refused_and_nothing_is_half_written(tmp_path, monkeypatc
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qcompile.checkpoint.save_file", full_disk)
+    monkeypatch.setattr(save_load, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         qcompile.save(model, tmp_path / "new")
     assert sorted(os.listdir(tmp_path)) == ["full"] and os.listdir(tmp_path / "full") == ["x"]
@@ -158,7 +160,7 @@ def test_interrupt_leaves_the_model(monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qcompile.program.Program.watch", interrupt)
+    monkeypatch.setattr(Program, "watch", interrupt)
     with pytest.raises(KeyboardInterrupt):
         qcompile.quantize(model, "int8-smooth", [example("llama")], progress=False)
     assert unchanged(model, before)
@@ -214,16 +216,14 @@ def test_a_weight_in_a_module_that_does_more_is_left():
 
 
 def test_a_broken_law_is_undone_and_named(monkeypatch):
-    smooth_module = importlib.import_module("qcompile.passes.smooth")  # the package exports the function by that name
-
-    real = smooth_module.fold_scale
+    real = smoothquant.fold_scale
 
     def wrong(program, source, sites, scale):
         real(program, source, sites, scale)
         if source.norm is None:
             program.weights[sites[0].name] = program.weights[sites[0].name] * 1.5
 
-    monkeypatch.setattr(smooth_module, "fold_scale", wrong)
+    monkeypatch.setattr(smoothquant, "fold_scale", wrong)
     model, reference = build("llama"), build("llama")
     recipe = Recipe("broken", (Untie(), Smooth(), Quantize(), Fuse()))
     with pytest.warns(UserWarning, match="Smooth: BROKEN, undone; first at"):

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import qcompile
-from qcompile.backend import reports
-from qcompile.certify_model import verify_model
-from qcompile.evaluate import perplexity
-from qcompile.formats import Format
-from qcompile.kv_cache import KVCache
+from qcompile.api.verify_model import verify_model
+from qcompile.backend.dynamo import reports
+from qcompile.calibration.text import batches, embedded_text, windows
+from qcompile.evaluation.perplexity import perplexity
+from qcompile.generation.pretrained import load_encoder
+from qcompile.modules.kv_cache import KVCache
+from qcompile.numerics.format import Format
 from qcompile.passes import GPTQ, Fuse, Quantize
-from qcompile.pretrained import load_encoder
-from qcompile.recipe import Recipe
-from qcompile.text import batches, embedded_text, windows
+from qcompile.recipe.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_every_exact_pass_holds_in_float64(smollm2):
 
 
 def test_eager_compiled_and_onnx_choose_the_same_tokens(smollm2, tmp_path):
-    from qcompile.codegen.onnx.session import Session
+    from qcompile.generation.onnx_session import Session
 
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
     qcompile.quantize(model, "w4a16", progress=False)

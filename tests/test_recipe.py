@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from qcompile.formats import Format
+from qcompile.numerics.format import Format
 from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, Smooth, Untie
-from qcompile.presets import PRESETS, find_recipe
-from qcompile.recipe import Recipe, RecipeError, Rule
+from qcompile.pipeline.presets import PRESETS, find_recipe
+from qcompile.recipe.recipe import Recipe, RecipeError, Rule
 
 
 @pytest.mark.parametrize("name", PRESETS)

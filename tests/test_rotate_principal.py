@@ -9,17 +9,19 @@ from hypothesis import strategies as st
 from zoo import build
 
 import qcompile
-from qcompile.calibrate import CalibrationError, Statistics
-from qcompile.capture import capture
-from qcompile.formats import Format
-from qcompile.hadamard import random_orthogonal
-from qcompile.norms import find_norms
-from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, RotatePrincipal, Untie, fold_norm, rotate_principal, untie
-from qcompile.passes.quantize import SitePlan
-from qcompile.passes.rotate import head_bases
-from qcompile.passes.rotate_principal import principal_axes
-from qcompile.recipe import Recipe, RecipeError
-from qcompile.report import PassReport
+from qcompile.analysis.norms import find_norms
+from qcompile.calibration.statistics import CalibrationError, Statistics
+from qcompile.ir.capture import capture
+from qcompile.numerics.format import Format
+from qcompile.numerics.hadamard import random_orthogonal
+from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, RotatePrincipal, Untie
+from qcompile.passes.equivalent.fold_norm import fold_norm
+from qcompile.passes.equivalent.rotate import head_bases
+from qcompile.passes.equivalent.rotate_principal import principal_axes, rotate_principal
+from qcompile.passes.equivalent.untie import untie
+from qcompile.passes.qdq.site_plan import SitePlan
+from qcompile.recipe.recipe import Recipe, RecipeError
+from qcompile.recipe.report import PassReport
 from qcompile.testing import assert_equivalent, decoders
 
 

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import build, example, is_dynamic
 
-from qcompile.capture import capture
-from qcompile.divergence import divergence, squared_error
-from qcompile.formats import Format
+from qcompile.analysis.sites import find_sites
+from qcompile.evaluation.sensitivity import Damage, Kind, mix, mixed_recipe, plot, sensitivity, table
+from qcompile.ir.capture import capture
+from qcompile.numerics.divergence import divergence, squared_error
+from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, Quantize
-from qcompile.pipeline import run
-from qcompile.presets import find_recipe
-from qcompile.recipe import Recipe
-from qcompile.sensitivity import Damage, Kind, mix, mixed_recipe, plot, sensitivity, table
-from qcompile.sites import find_sites
+from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.run import run
+from qcompile.recipe.recipe import Recipe
 
 KINDS = [Kind.parse("int4/group32/zero"), Kind.parse("int8:int8/row")]
 

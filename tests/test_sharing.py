@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qcompile import fingerprint as prints
-from qcompile import sharing
-from qcompile.fingerprint import fingerprint
-from qcompile.sharing import shared
+from qcompile.memory import fingerprint as prints
+from qcompile.memory import weight_cache as sharing
+from qcompile.memory.fingerprint import fingerprint
+from qcompile.memory.weight_cache import shared
 
 
 def weight(*shape, dtype=torch.bfloat16, seed=0):

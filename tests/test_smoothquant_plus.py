@@ -10,15 +10,15 @@ import torch
 from zoo import build, example
 
 import qcompile
-from qcompile.calibrate import observe
-from qcompile.capture import capture
-from qcompile.formats import Format
+from qcompile.api.example_inputs import flat_inputs
+from qcompile.calibration.statistics import observe
+from qcompile.ir.capture import capture
+from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, Quantize, Smooth, SmoothQuantPlus, Untie
-from qcompile.passes.quantize import SitePlan
-from qcompile.passes.smoothquant_plus import candidates, describe, first_output, loss_of, smoothquant_plus
-from qcompile.passes.untie import untie
-from qcompile.quantize import flat_inputs
-from qcompile.recipe import Recipe
+from qcompile.passes.equivalent.smoothquant_plus import candidates, describe, first_output, loss_of, smoothquant_plus
+from qcompile.passes.equivalent.untie import untie
+from qcompile.passes.qdq.site_plan import SitePlan
+from qcompile.recipe.recipe import Recipe
 
 HOW = SmoothQuantPlus(Format.parse("int4/group32/zero"), step=0.25, batches=1)
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from qcompile.evaluate import agreement, perplexity
-from qcompile.text import batches, embedded_text, windows
+from qcompile.calibration.text import batches, embedded_text, windows
+from qcompile.evaluation.perplexity import agreement, perplexity
 
 
 class Letters:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import qcompile.compare
-from qcompile.compare import Comparison, Row
-from qcompile.tune import LADDER, plot_frontier, tune
+import qcompile.evaluation.compare
+from qcompile.evaluation.compare import Comparison, Row
+from qcompile.evaluation.tune import LADDER, plot_frontier, tune
 
 
 def comparison(monkeypatch, tmp_path, losses):
@@ -18,7 +18,7 @@ def comparison(monkeypatch, tmp_path, losses):
         measured.append(name)
         return Row(name, 10 * (1 + losses.get(name, 0)), 0.0, 1.0, 100 + len(measured), 1.0)
 
-    monkeypatch.setattr(qcompile.compare.Comparison, "_measure", measure)
+    monkeypatch.setattr(qcompile.evaluation.compare.Comparison, "_measure", measure)
     windows = [torch.zeros(1, 4, dtype=torch.int64)]
     return (lambda: Comparison(torch.nn.Identity(), windows, list, tmp_path / "t.json", "l")), measured
 
@@ -51,7 +51,7 @@ def test_nonsense_is_refused_before_work(monkeypatch, tmp_path, bad):
 
 def test_the_ladder_goes_up():
     from qcompile.passes import Quantize
-    from qcompile.presets import find_recipe
+    from qcompile.pipeline.presets import find_recipe
 
     bits = [next(c for c in find_recipe(n).passes if isinstance(c, Quantize)).weight.bits for n in LADDER]
     assert bits == sorted(bits)

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from zoo import build, example
 
 import qcompile
-from qcompile.formats import Format
-from qcompile.module import QuantLinear
-from qcompile.passes.finequant import FineQuant, spend
-from qcompile.passes.hqq import HQQ, best_zero, hqq, shrink
-from qcompile.passes.lorc import LoRC, low_rank
-from qcompile.passes.quantize import Quantize
-from qcompile.recipe import Recipe
-from qcompile.rounding import quantize_tensor
+from qcompile.modules.quant_linear import QuantLinear
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
+from qcompile.passes.qdq.site_plan import Quantize
+from qcompile.passes.weights.finequant import FineQuant, spend
+from qcompile.passes.weights.hqq import HQQ, best_zero, hqq, shrink
+from qcompile.passes.weights.lorc import LoRC, low_rank
+from qcompile.recipe.recipe import Recipe
 
 FLOAT_ZERO = Format.parse("int4/group64/floatzero")
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from zoo import ZOO, build, example, is_dynamic
 
-from qcompile.capture import capture
-from qcompile.formats import Format
+from qcompile.analysis.sites import find_sites
+from qcompile.ir.capture import capture
+from qcompile.ir.program import Program
+from qcompile.numerics.format import Format
 from qcompile.passes import (
     AWQ,
     GPTQ,
@@ -21,12 +23,10 @@ from qcompile.passes import (
     SmoothAttention,
     Untie,
 )
-from qcompile.pipeline import run
-from qcompile.presets import find_recipe
-from qcompile.program import Program
-from qcompile.recipe import Recipe
-from qcompile.sites import find_sites
-from qcompile.verify import relative_error, widen
+from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.run import run
+from qcompile.recipe.certificate import relative_error, widen
+from qcompile.recipe.recipe import Recipe
 
 # Linears of two tiny layers; expert stacks count one site for each grouped product.
 SITES = {

@@ -10,7 +10,7 @@ import warnings
 
 from rich.console import Console
 
-from qcompile.cli import kernels, look, make, measure, run  # noqa: F401  each registers its commands
+from qcompile.cli import evaluate, generate, inspect_model, quantize_export, triton_kernels  # noqa: F401  register commands
 from qcompile.cli.arguments import app, console
 
 __all__ = ["app", "console", "main"]

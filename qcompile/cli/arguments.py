@@ -28,7 +28,7 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
     """A model and its tokenizer by name, with a spinner."""
     import torch
 
-    from qcompile.pretrained import load_pretrained
+    from qcompile.generation.pretrained import load_pretrained
 
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r}: use float32 or bfloat16")
@@ -38,7 +38,7 @@ def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
 
 def load_encoder(name: str) -> tuple[Any, Any]:
     """A model without a head and its tokenizer by name, with a spinner."""
-    from qcompile.pretrained import load_encoder as read
+    from qcompile.generation.pretrained import load_encoder as read
 
     with console.status(f"loading {name}"):
         return read("" if name == "embedded" else name)
@@ -46,8 +46,8 @@ def load_encoder(name: str) -> tuple[Any, Any]:
 
 def calibration_batches(recipe: str, tokenizer: Any, text: Path | None) -> Any:
     """Batches if the recipe needs any, else None."""
-    from qcompile.presets import find_recipe
-    from qcompile.text import batches
+    from qcompile.calibration.text import batches
+    from qcompile.pipeline.presets import find_recipe
 
     if recipe == "auto":  # with a text of the user's, any preset may be chosen
         return None if text is None else batches(tokenizer, text)

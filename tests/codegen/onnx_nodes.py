@@ -9,8 +9,8 @@ from typing import Any
 import onnx
 import pytest
 
-from qcompile.codegen.onnx.lower_int8 import EXACT
-from qcompile.codegen.onnx.steps import Steps
+from qcompile.codegen.onnx.lowering.matmul_integer import EXACT
+from qcompile.codegen.onnx.lowering.node_builder import Steps
 
 
 def operators(nodes: Iterable[onnx.NodeProto]) -> collections.Counter[str]:

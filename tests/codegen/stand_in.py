@@ -6,8 +6,8 @@ import itertools
 
 import torch
 
-from qcompile.codegen.triton.machine import Machine
-from qcompile.codegen.triton.tuned import Gpu
+from qcompile.codegen.triton.kernels.gpu import Gpu
+from qcompile.codegen.triton.tuning.gpu_timer import Machine
 
 HERE = Gpu("stand-in", 132, (9, 0))
 

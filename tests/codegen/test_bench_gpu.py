@@ -11,7 +11,7 @@ import torch
 from stand_in import StandIn
 from zoo import build
 
-from qcompile.codegen.triton.timing import Comparison, Row, Timed
+from qcompile.codegen.triton.tuning.gemm_benchmark import Comparison, Row, Timed
 
 
 @pytest.fixture

@@ -7,13 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import qcompile.codegen.cpu.choose as chosen_by
-from qcompile import integer_product
-from qcompile.codegen import aten
-from qcompile.codegen.cpu import kernels, native
-from qcompile.codegen.cpu.choose import choose, kernel_of
-from qcompile.formats import Format, int8_codes
-from qcompile.rounding import quantize_tensor
+import qcompile.codegen.cpu.cpu_kernel_choice as chosen_by
+from qcompile.codegen import aten_fallback as aten
+from qcompile.codegen.cpu import native_kernels as native
+from qcompile.codegen.cpu import traced_kernels as kernels
+from qcompile.codegen.cpu.cpu_kernel_choice import choose, kernel_of
+from qcompile.numerics import int8_matmul as integer_product
+from qcompile.numerics.format import Format
+from qcompile.numerics.qtensor import int8_codes
+from qcompile.numerics.rounding import quantize_tensor
 
 DUAL = Format.parse("int4/group128/zero/dual")
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 17, 33]  # every block of rows, both sides of FEW

@@ -12,15 +12,15 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
-import qcompile.codegen.onnx.linear
-from qcompile.checkpoint import CheckpointError
-from qcompile.codegen.onnx.linear import NoOnnxForm, OnnxLinear, two_ways
-from qcompile.codegen.onnx.proof import ExportMismatch, unrounded
-from qcompile.codegen.onnx.session import FolderError, Session
-from qcompile.formats import Format
-from qcompile.hadamard import random_signs
-from qcompile.module import QuantLinear
-from qcompile.rounding import quantize_tensor
+import qcompile.codegen.onnx.tracing.onnx_linear
+from qcompile.checkpoint.atomic_folder import CheckpointError
+from qcompile.codegen.onnx.tracing.onnx_linear import NoOnnxForm, OnnxLinear, two_ways
+from qcompile.codegen.onnx.verify_outputs import ExportMismatch, unrounded
+from qcompile.generation.onnx_session import FolderError, Session
+from qcompile.modules.quant_linear import QuantLinear
+from qcompile.numerics.format import Format
+from qcompile.numerics.hadamard import random_signs
+from qcompile.numerics.rounding import quantize_tensor
 
 
 def linear(form, act, columns, bias=True, signs=False):
@@ -136,13 +136,13 @@ def test_refusals(tmp_path):
 
 
 def test_a_wrong_export_leaves_nothing(tmp_path, monkeypatch):
-    real = qcompile.codegen.onnx.linear.to_blocks
+    real = qcompile.codegen.onnx.tracing.onnx_linear.to_blocks
 
     def wrong(source):
         codes, scales, zeros = real(source)
         return codes, scales * 1.1, zeros
 
-    monkeypatch.setattr(qcompile.codegen.onnx.linear, "to_blocks", wrong)
+    monkeypatch.setattr(qcompile.codegen.onnx.tracing.onnx_linear, "to_blocks", wrong)
     model = nn.Sequential(linear("int4/group32", "", 64))
     with pytest.raises(ExportMismatch, match="differs from the module"):
         qcompile.export_onnx(model, tmp_path / "m", example=torch.randn(2, 64))

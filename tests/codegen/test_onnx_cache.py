@@ -12,14 +12,17 @@ from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 from zoo import build, example
 
 import qcompile
-import qcompile.codegen.onnx.lower_attention as lower_attention
-from qcompile.codegen.onnx.linear import NoOnnxForm
-from qcompile.codegen.onnx.proof import ExportMismatch
-from qcompile.codegen.onnx.session import Session
-from qcompile.codegen.onnx.steps import FEW, every_node
-from qcompile.formats import Format
+import qcompile.codegen.onnx.lowering.int8_kv_attention as lower_attention
+from qcompile.api import export_onnx
+from qcompile.codegen.onnx import export_module
+from qcompile.codegen.onnx.lowering.node_builder import FEW, every_node
+from qcompile.codegen.onnx.tracing.onnx_linear import NoOnnxForm
+from qcompile.codegen.onnx.verify_outputs import ExportMismatch
+from qcompile.generation import onnx_session
+from qcompile.generation.onnx_session import Session
+from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, Quantize, QuantizeKV
-from qcompile.recipe import Recipe, RecipeError
+from qcompile.recipe.recipe import Recipe, RecipeError
 
 INT4, DUAL = Format.parse("int4/group32/zero"), Format.parse("int4/group32/dual")
 WEIGHTS = (QuantizeKV(8, fixed=True), Quantize(INT4, None), Fuse())
@@ -241,8 +244,8 @@ def test_a_quantized_cache_is_refused_before_any_work(tmp_path, monkeypatch):
     model = build("llama")
     own = build("llama")
     qcompile.quantize(own, "kv4", [example("llama")], progress=False)
-    monkeypatch.setattr("qcompile.export.quantize", None)
-    monkeypatch.setattr("qcompile.codegen.onnx.export.export_module", None)
+    monkeypatch.setattr(export_onnx, "quantize", None)
+    monkeypatch.setattr(export_module, "export_module", None)
     for module, recipe in ((model, "kv8"), (model, Recipe("mine", (QuantizeKV(8),))), (own, None), (own, "w4a16")):
         with pytest.raises(RecipeError, match="fixed scales only .* without zero points"):
             qcompile.export_onnx(module, tmp_path / "m", recipe, [example("llama")], progress=False)
@@ -264,7 +267,7 @@ def test_perplexity_is_that_of_the_codes(tmp_path):
         want = model(input_ids=text).logits
     session = exported(model, tmp_path / "m")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qcompile.codegen.onnx.session.PIECE", 20)
+        patch.setattr(onnx_session, "PIECE", 20)
         fine = session(input_ids=text)
         for pair in model.qcompile_scales.all:
             for part in pair:

@@ -15,14 +15,15 @@ from torch import nn
 from zoo import ZOO, build, example
 
 import qcompile
-from qcompile.capture import from_exported
-from qcompile.codegen.onnx import plain, plain_attention
-from qcompile.codegen.onnx.attention_operators import multi_head_attention
-from qcompile.codegen.onnx.calls import Plain
-from qcompile.codegen.onnx.plain_attention import PlainAttention, find_plain_attentions
-from qcompile.codegen.onnx.proof import ExportMismatch
-from qcompile.codegen.onnx.rewrite import rewrite
-from qcompile.verify import relative_error
+from qcompile.codegen.onnx.fuse_all import rewrite
+from qcompile.codegen.onnx.fusions.attention import match_mha as plain_attention
+from qcompile.codegen.onnx.fusions.attention import mha as plain
+from qcompile.codegen.onnx.fusions.attention.match_mha import PlainAttention, find_plain_attentions
+from qcompile.codegen.onnx.ops.attention_ops import multi_head_attention
+from qcompile.codegen.onnx.tracing.signature import Plain
+from qcompile.codegen.onnx.verify_outputs import ExportMismatch
+from qcompile.ir.capture import from_exported
+from qcompile.recipe.certificate import relative_error
 
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
 MORE = {

@@ -15,14 +15,14 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
-from qcompile.capture import capture
-from qcompile.codegen.onnx.experts import split_experts
-from qcompile.codegen.onnx.linear import NoOnnxForm
-from qcompile.codegen.onnx.operators import blocks_to_numbers
-from qcompile.codegen.onnx.session import Session
-from qcompile.presets import find_recipe
-from qcompile.recipe import Rule
-from qcompile.sites import grouped_operands, through_turns
+from qcompile.analysis.sites import grouped_operands, through_turns
+from qcompile.codegen.onnx.fusions.moe import split_experts
+from qcompile.codegen.onnx.ops.matmul_ops import blocks_to_numbers
+from qcompile.codegen.onnx.tracing.onnx_linear import NoOnnxForm
+from qcompile.generation.onnx_session import Session
+from qcompile.ir.capture import capture
+from qcompile.pipeline.presets import find_recipe
+from qcompile.recipe.recipe import Rule
 
 ops = torch.ops.qcompile_onnx
 

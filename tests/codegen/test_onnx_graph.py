@@ -12,21 +12,21 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
-from qcompile.capture import from_exported
-from qcompile.codegen.onnx import attention as attentions
-from qcompile.codegen.onnx import rotary
-from qcompile.codegen.onnx.attention import CachedAttention, find_attentions
-from qcompile.codegen.onnx.attention_operators import causal, rotate
-from qcompile.codegen.onnx.calls import WithCache
-from qcompile.codegen.onnx.proof import ExportMismatch
-from qcompile.codegen.onnx.rewrite import rewrite
-from qcompile.codegen.onnx.tables import _turned, behind_matrix, nearest_turn
-from qcompile.formats import Format
+from qcompile.analysis.obstacle import Obstacle
+from qcompile.codegen.onnx.fuse_all import rewrite
+from qcompile.codegen.onnx.fusions.attention import match_gqa as attentions
+from qcompile.codegen.onnx.fusions.attention import rotary_embedding as rotary
+from qcompile.codegen.onnx.fusions.attention.match_gqa import CachedAttention, find_attentions
+from qcompile.codegen.onnx.fusions.tied_embedding import _turned, behind_matrix, nearest_turn
+from qcompile.codegen.onnx.ops.attention_ops import causal, rotate
+from qcompile.codegen.onnx.tracing.signature import WithCache
+from qcompile.codegen.onnx.verify_outputs import ExportMismatch
+from qcompile.ir.capture import from_exported
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, Untie
-from qcompile.recipe import Recipe
-from qcompile.rotation_flow import Obstacle
-from qcompile.rounding import quantize_tensor
-from qcompile.verify import relative_error
+from qcompile.recipe.certificate import relative_error
+from qcompile.recipe.recipe import Recipe
 
 LENGTH = 64  # of the zoo's rotary tables
 DECODERS = [

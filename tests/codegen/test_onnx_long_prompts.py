@@ -13,13 +13,13 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from zoo import SIZES
 
 import qcompile
-import qcompile.codegen.onnx.lower_attention as lower_attention
-from qcompile.codegen.onnx.lower_attention import LONG
-from qcompile.codegen.onnx.proof import ExportMismatch
-from qcompile.codegen.onnx.steps import every_node
-from qcompile.formats import Format
+import qcompile.codegen.onnx.lowering.int8_kv_attention as lower_attention
+from qcompile.codegen.onnx.lowering.int8_kv_attention import LONG
+from qcompile.codegen.onnx.lowering.node_builder import every_node
+from qcompile.codegen.onnx.verify_outputs import ExportMismatch
+from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, Quantize, QuantizeKV
-from qcompile.recipe import Recipe
+from qcompile.recipe.recipe import Recipe
 
 RECIPE = Recipe("kv", (QuantizeKV(8, fixed=True), Quantize(Format.parse("int4/group32/zero"), None), Fuse()))
 SOME = SIZES | dict(max_position_embeddings=512)

@@ -9,9 +9,9 @@ import onnxruntime
 import pytest
 import torch
 
-import qcompile.codegen.onnx.operators  # noqa: F401  registers torch.ops.qcompile_onnx
-from qcompile.codegen.onnx.lower import by_tokens, one_way
-from qcompile.integer_product import processor
+import qcompile.codegen.onnx.ops.matmul_ops  # noqa: F401  registers torch.ops.qcompile_onnx
+from qcompile.codegen.onnx.lowering.matmul_nbits import by_tokens, one_way
+from qcompile.numerics.int8_matmul import processor
 
 
 def test_equal_codes_with_other_scales_are_two_int8_weights():

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from onnx_nodes import operators
 
-from qcompile.codegen.onnx.lower import by_tokens, one_way
+from qcompile.codegen.onnx.lowering.matmul_nbits import by_tokens, one_way
 
 K, N, BLOCK = 80, 24, 32  # three blocks, the last one ragged, and zero points for four
 BY_CHANNEL = "first, second = Split <axis = -1> (whole, uneven)"

@@ -11,11 +11,11 @@ import torch
 from zoo import build, example
 
 import qcompile
-from qcompile.chat import stream
-from qcompile.codegen.onnx import session as sessions
-from qcompile.codegen.onnx.session import Session
-from qcompile.codegen.onnx.steps import every_node
-from qcompile.recipe import RecipeError
+from qcompile.codegen.onnx.lowering.node_builder import every_node
+from qcompile.generation import onnx_session as sessions
+from qcompile.generation.onnx_session import Session
+from qcompile.generation.sampling import stream
+from qcompile.recipe.recipe import RecipeError
 
 PROMPT = np.random.default_rng(0).integers(3, 128, (1, 45))
 

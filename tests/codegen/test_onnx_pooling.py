@@ -12,10 +12,11 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
-from qcompile.codegen.onnx.pooling import WAYS, Pooled, Pooling, PoolingError
-from qcompile.pretrained import load_encoder
-from qcompile.recipe import RecipeError
-from qcompile.text import sentence_batches, sentences
+from qcompile.api import export_onnx
+from qcompile.calibration.text import sentence_batches, sentences
+from qcompile.codegen.onnx.sentence_embedding import WAYS, Pooled, Pooling, PoolingError
+from qcompile.generation.pretrained import load_encoder
+from qcompile.recipe.recipe import RecipeError
 
 
 def padded():
@@ -79,7 +80,7 @@ class Flat(nn.Module):
 
 
 def test_what_cannot_be_pooled_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("qcompile.export.quantize", None)
+    monkeypatch.setattr(export_onnx, "quantize", None)
     model = build("bert")
     for options, error, words in (
         (dict(pooling="max"), PoolingError, "'max' is unknown: use one of mean, cls, last"),
@@ -98,7 +99,7 @@ def test_sentences_for_an_encoder():
     chosen = sentences(count=5)
     assert len(chosen) == 5 and all(40 < len(s) < 200 for s in chosen)
     with pytest.raises(ValueError, match="no sentence of 40 to 200"):
-        from qcompile import text
+        from qcompile.calibration import text
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(text, "embedded_text", lambda: "short. words.")

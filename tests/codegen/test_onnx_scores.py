@@ -14,14 +14,14 @@ from torch import nn
 from zoo import ZOO, build
 
 import qcompile
-from qcompile.capture import from_exported
-from qcompile.codegen.onnx import attention as attentions
-from qcompile.codegen.onnx.attention import CachedAttention, find_attentions
-from qcompile.codegen.onnx.attention_operators import group_attention
-from qcompile.codegen.onnx.calls import WithCache
-from qcompile.codegen.onnx.proof import ExportMismatch
-from qcompile.codegen.onnx.session import Session
-from qcompile.rotation_flow import Obstacle
+from qcompile.analysis.obstacle import Obstacle
+from qcompile.codegen.onnx.fusions.attention import match_gqa as attentions
+from qcompile.codegen.onnx.fusions.attention.match_gqa import CachedAttention, find_attentions
+from qcompile.codegen.onnx.ops.attention_ops import group_attention
+from qcompile.codegen.onnx.tracing.signature import WithCache
+from qcompile.codegen.onnx.verify_outputs import ExportMismatch
+from qcompile.generation.onnx_session import Session
+from qcompile.ir.capture import from_exported
 
 LENGTH = 64
 ALIBI = {

@@ -13,10 +13,10 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
-from qcompile.capture import capture
-from qcompile.codegen.onnx.export import as_module
-from qcompile.codegen.onnx.session import Session
-from qcompile.codegen.onnx.spelled_out import spell_out
+from qcompile.codegen.onnx.export_module import as_module
+from qcompile.codegen.onnx.fusions.attention.decompose_sdpa import spell_out
+from qcompile.generation.onnx_session import Session
+from qcompile.ir.capture import capture
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 

@@ -10,12 +10,12 @@ import torch
 from zoo import build, example
 
 import qcompile
-import qcompile.codegen.onnx.round_tables as round_tables
-from qcompile.codegen.onnx.proof import ExportMismatch
-from qcompile.formats import Format
+import qcompile.codegen.onnx.fusions.int8_embedding as round_tables
+from qcompile.codegen.onnx.verify_outputs import ExportMismatch
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import Fuse, Quantize
-from qcompile.recipe import Recipe
-from qcompile.rounding import quantize_tensor
+from qcompile.recipe.recipe import Recipe
 
 WEIGHTS = Recipe("w8", (Quantize(Format("int8"), None), Fuse()))
 NO_LOGITS = Recipe("layers", (Quantize(Format("int8"), None, output=None), Fuse()))

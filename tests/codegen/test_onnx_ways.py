@@ -18,18 +18,19 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
-import qcompile.codegen.onnx.finish as finish
-from qcompile.codegen.onnx import lower_int8
-from qcompile.codegen.onnx.last_logits import last_tokens
-from qcompile.codegen.onnx.linear import NoOnnxForm
-from qcompile.codegen.onnx.lower import FEW, by_tokens
-from qcompile.codegen.onnx.proof import ExportMismatch
-from qcompile.codegen.onnx.session import FolderError, Session
-from qcompile.formats import Format
-from qcompile.integer_product import processor
-from qcompile.module import QuantLinear
-from qcompile.presets import find_recipe
-from qcompile.recipe import RecipeError, Rule
+import qcompile.codegen.onnx.variants as finish
+from qcompile.api import export_onnx
+from qcompile.codegen.onnx.fusions.last_token_logits import last_tokens
+from qcompile.codegen.onnx.lowering import matmul_integer as lower_int8
+from qcompile.codegen.onnx.lowering.matmul_nbits import FEW, by_tokens
+from qcompile.codegen.onnx.tracing.onnx_linear import NoOnnxForm
+from qcompile.codegen.onnx.verify_outputs import ExportMismatch
+from qcompile.generation.onnx_session import FolderError, Session
+from qcompile.modules.quant_linear import QuantLinear
+from qcompile.numerics.format import Format
+from qcompile.numerics.int8_matmul import processor
+from qcompile.pipeline.presets import find_recipe
+from qcompile.recipe.recipe import RecipeError, Rule
 
 DUAL = "int4-cpu"
 
@@ -266,7 +267,7 @@ def test_last_tokens_of_padded_texts():
     ],
 )
 def test_options_that_cannot_be_kept_are_refused_before_any_work(options, words, tmp_path, monkeypatch):
-    monkeypatch.setattr("qcompile.export.quantize", None)
+    monkeypatch.setattr(export_onnx, "quantize", None)
     with pytest.raises(RecipeError, match=words):
         qcompile.export_onnx(nn.Sequential(nn.Linear(8, 8)), tmp_path / "m", "int8", progress=False, **options)
 

@@ -8,17 +8,19 @@ import itertools
 import pytest
 import torch
 
-from qcompile.codegen.triton import ops as _register  # noqa: F401
-from qcompile.codegen.triton import prepare as preparing
-from qcompile.codegen.triton import products, rows
-from qcompile.codegen.triton.launch import Launch
-from qcompile.codegen.triton.packing import layout_of, pack_weight, unpack_weight
-from qcompile.codegen.triton.prepare import pack_plain, pack_stored, prepare
-from qcompile.codegen.triton.products import Epilogue, Weight, linear_a8, linear_w
-from qcompile.codegen.triton.spec import RowQuant
-from qcompile.formats import Format, store_codes
-from qcompile.hadamard import apply_hadamard, random_signs
-from qcompile.rounding import quantize_tensor
+from qcompile.codegen.triton import triton_ops as _register  # noqa: F401
+from qcompile.codegen.triton.kernels.spec import RowQuant
+from qcompile.codegen.triton.kernels.weight_layout import layout_of, pack_weight, unpack_weight
+from qcompile.codegen.triton.launch.gemm import Epilogue, Weight, linear_a8, linear_w
+from qcompile.codegen.triton.launch.pack_weights import pack_plain, pack_stored, prepare
+from qcompile.codegen.triton.launch.tiles import Launch
+from qcompile.codegen.triton.launch.tiles import gemm as products
+from qcompile.codegen.triton.launch.tiles import pack_weights as preparing
+from qcompile.codegen.triton.launch.tiles import row_quant as rows
+from qcompile.numerics.format import Format
+from qcompile.numerics.hadamard import apply_hadamard, random_signs
+from qcompile.numerics.qtensor import store_codes
+from qcompile.numerics.rounding import quantize_tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import qcompile.codegen.triton.budget as budget
-import qcompile.codegen.triton.tuned as tuned
+import qcompile.codegen.triton.aot.budget as budget
+import qcompile.codegen.triton.launch.tuning_cache as tuned
 from qcompile.cli import app, main
-from qcompile.codegen.triton.build import source_file
-from qcompile.codegen.triton.check import Built, complaints
-from qcompile.codegen.triton.launch import Launch, launch_of, parts_of, regime
-from qcompile.codegen.triton.render import render
-from qcompile.codegen.triton.rows import warps
-from qcompile.codegen.triton.shipped import shipped
-from qcompile.codegen.triton.spec import Dequant, Gemm8, GemmW, GemvW, Pack, RowQuant, SumK, parse
+from qcompile.codegen.triton.aot.compile_kernels import Built, complaints
+from qcompile.codegen.triton.aot.shipped_kernels import shipped
+from qcompile.codegen.triton.kernels.jit import source_file
+from qcompile.codegen.triton.kernels.render import render
+from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, GemvW, Pack, RowQuant, SumK, parse
+from qcompile.codegen.triton.launch.row_quant import warps
+from qcompile.codegen.triton.launch.tiles import Launch, launch_of, parts_of, regime
 
 GOLDEN = Path(__file__).parent / "golden"
 READ = [

@@ -12,21 +12,25 @@ from test_triton import DEVICE  # also gives the interpreter a bfloat16
 from typer.testing import CliRunner
 from zoo import build, example
 
-from qcompile.capture import capture
+from qcompile.api.example_inputs import widen_batch
+from qcompile.backend.float_fallback import slower_sites
 from qcompile.cli import app
-from qcompile.cli import kernels as commands
-from qcompile.codegen.triton import contenders as field_of
-from qcompile.codegen.triton import search, timing, tuned, ways
-from qcompile.codegen.triton.choose import Choice, choose
-from qcompile.codegen.triton.launch import Launch
-from qcompile.codegen.triton.lower import lower
-from qcompile.codegen.triton.tuned import Gpu
-from qcompile.formats import Format
+from qcompile.cli import triton_kernels as commands
+from qcompile.codegen.triton.gpu_kernel_choice import Choice, choose
+from qcompile.codegen.triton.gpu_lowering import lower
+from qcompile.codegen.triton.kernels.gpu import Gpu
+from qcompile.codegen.triton.launch import gemm
+from qcompile.codegen.triton.launch.tiles import Launch
+from qcompile.codegen.triton.launch.tiles import measured_times as ways
+from qcompile.codegen.triton.launch.tiles import tuning_cache as tuned
+from qcompile.codegen.triton.tuning import autotune as search
+from qcompile.codegen.triton.tuning import baselines as field_of
+from qcompile.codegen.triton.tuning import gemm_benchmark as timing
+from qcompile.ir.capture import capture
+from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, Quantize
-from qcompile.pipeline import run
-from qcompile.quantize import widen_batch
-from qcompile.recipe import Recipe
-from qcompile.slower import slower_sites
+from qcompile.pipeline.run import run
+from qcompile.recipe.recipe import Recipe
 
 pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="a stand-in for a GPU that is there"),
@@ -82,7 +86,7 @@ def test_ways_are_measured_and_decide(monkeypatch):
 
 
 def test_measured_ways_are_taken_at_run_time(monkeypatch):
-    from qcompile.codegen.triton import products
+    from qcompile.codegen.triton.launch.tiles import gemm as products
 
     weight = field_of.random_weight(INT4, 128, 64, torch.device("cpu"))
     x, taken = torch.randn(9, 128).bfloat16(), []
@@ -115,7 +119,7 @@ def test_formats_without_a_kernel_are_refused_before_work():
 
 
 def test_sites_that_were_measured_slower_stay_float(monkeypatch):
-    monkeypatch.setattr("qcompile.codegen.triton.products.gpu", lambda device: HERE)
+    monkeypatch.setattr(gemm, "gpu", lambda device: HERE)
     model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.ReLU(), torch.nn.Linear(64, 128), torch.nn.ReLU(),
                                 torch.nn.Linear(128, 64)).bfloat16()  # fmt: skip
     program = capture(model, (torch.randn(20, 128).bfloat16(),))
@@ -135,7 +139,7 @@ def test_sites_that_were_measured_slower_stay_float(monkeypatch):
 
 
 def test_stacks_of_experts_stay_float_on_a_gpu_too(monkeypatch):
-    monkeypatch.setattr("qcompile.codegen.triton.products.gpu", lambda device: HERE)
+    monkeypatch.setattr(gemm, "gpu", lambda device: HERE)
     program = capture(build("mixtral").bfloat16(), *widen_batch((), example("mixtral")))
     found = slower_sites(program, Recipe("all", (Quantize(INT8, INT8), Fuse())), torch.device("cuda"), None)
     assert found and all("experts" in name and "no fast kernel" in why for name, why in found.items())

@@ -10,18 +10,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo import ZOO, build, example
 
 import qcompile
-from qcompile.capture import capture
-from qcompile.codegen.triton.lower import lower
-from qcompile.codegen.triton.prepare import prepare
-from qcompile.codegen.triton.spec import parse
-from qcompile.codegen.triton.tuned import Gpu
-from qcompile.formats import Format
+from qcompile.api.example_inputs import widen_batch
+from qcompile.codegen.triton.gpu_lowering import lower
+from qcompile.codegen.triton.kernels.gpu import Gpu
+from qcompile.codegen.triton.kernels.spec import parse
+from qcompile.codegen.triton.launch.pack_weights import prepare
+from qcompile.ir.capture import capture
+from qcompile.ir.program import WEIGHT
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import Fuse, LoRC, Quantize
-from qcompile.program import WEIGHT
-from qcompile.quantize import widen_batch
-from qcompile.recipe import Recipe
-from qcompile.rounding import quantize_tensor
-from qcompile.verify import widen
+from qcompile.recipe.certificate import widen
+from qcompile.recipe.recipe import Recipe
 
 kernels = torch.ops.qcompile_triton
 

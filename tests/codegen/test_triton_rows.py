@@ -10,13 +10,13 @@ from test_triton_graph import counts, fake_outputs, kernels, lowered
 from zoo import build, example
 
 import qcompile
-from qcompile.capture import capture
-from qcompile.codegen.triton.lower import lower
-from qcompile.codegen.triton.spec import parse
-from qcompile.formats import Format
+from qcompile.codegen.triton.gpu_lowering import lower
+from qcompile.codegen.triton.kernels.spec import parse
+from qcompile.ir.capture import capture
+from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, Quantize, RotateOnline
-from qcompile.presets import find_recipe
-from qcompile.recipe import Recipe, Rule
+from qcompile.pipeline.presets import find_recipe
+from qcompile.recipe.recipe import Recipe, Rule
 
 INT8 = Format("int8")
 ALL = (Quantize(INT8, INT8, output=INT8, output_act=INT8), Fuse())

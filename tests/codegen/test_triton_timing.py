@@ -12,12 +12,20 @@ import torch
 from stand_in import StandIn
 from test_triton import DEVICE  # also gives the interpreter a bfloat16
 
-import qcompile.codegen.triton.machine as machine_of
-from qcompile.codegen.triton import contenders as field_of
-from qcompile.codegen.triton import timing
-from qcompile.codegen.triton.machine import Machine, clocks, graph_timer
-from qcompile.codegen.triton.timing import Comparison, Row, Timed, compare, copies_of, interleaved, ratio
-from qcompile.codegen.triton.tuned import Gpu
+import qcompile.codegen.triton.tuning.gpu_timer as machine_of
+from qcompile.codegen.triton.kernels.gpu import Gpu
+from qcompile.codegen.triton.tuning import baselines as field_of
+from qcompile.codegen.triton.tuning import gemm_benchmark as timing
+from qcompile.codegen.triton.tuning.gemm_benchmark import (
+    Comparison,
+    Row,
+    Timed,
+    compare,
+    copies_of,
+    interleaved,
+    ratio,
+)
+from qcompile.codegen.triton.tuning.gpu_timer import Machine, clocks, graph_timer
 
 pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="a stand-in for a GPU that is there"),

@@ -1,0 +1,1 @@
+"""Subgraphs that become one operator of ONNX Runtime, one fusion a file."""

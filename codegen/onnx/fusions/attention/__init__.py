@@ -1,0 +1,1 @@
+"""Attentions that become one operator, recognized by what they compute."""

@@ -1,0 +1,1 @@
+"""Quantized products and attentions written as ONNX nodes."""

@@ -1,0 +1,1 @@
+"""Operators of ONNX Runtime as torch operators, and their translation."""

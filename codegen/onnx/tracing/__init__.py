@@ -1,0 +1,1 @@
+"""What is traced for an export: modules made of ONNX Runtime's operators, and the signature of the file."""

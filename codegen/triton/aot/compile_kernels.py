@@ -1,0 +1,151 @@
+"""Compile kernels for a GPU that is not there, and look at what came out.
+
+ptxas and the disassembler come with triton. "It compiled" is not enough: a kernel may spill registers to memory, take
+slow instructions, or lose its body (triton 3.6 once compiled a kernel for sm_100 to a bare trap, without an error).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcompile.codegen.triton.kernels.jit import kernel
+from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, KernelSpec, Pack, RowQuant, SumK
+from qcompile.codegen.triton.launch.tiles import Launch
+
+ARCHITECTURES = (80, 89, 90, 100)
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have
+
+# Tensor core instructions by family, as the disassembler writes them.
+FAMILIES = {
+    "wgmma": r"\b[HIQ]GMMA\.",  # sm_90: of a warp group
+    "tcgen05": r"\bUTC[A-Z]*MMA",  # sm_100
+    "mma": r"\b[HIQ]MMA\.",  # of a warp
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a kernel costs.
+
+    Attributes:
+        registers: of a thread. spilled: bytes of a thread that did not fit. shared: bytes of a program.
+        instructions: in the whole kernel. mma: tensor core instructions by family.
+        from_registers: products whose left side comes from registers (sm_90).
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    instructions: int
+    mma: dict[str, int]
+    from_registers: int
+
+
+def types_of(spec: KernelSpec) -> dict[str, str]:
+    """Triton's type of every argument that a kernel of this spec may have."""
+    codes = {"int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
+    numbers, of = f"*{spec.dtype}", getattr(spec, "codes", "")
+    found = dict.fromkeys(("x", "residual", "total", "value", "gate", "bias", "low", "up", "out"), numbers)
+    found |= dict.fromkeys(("scale", "x_scale", "gain", "shift", "smooth", "signs"), "*fp32")
+    found |= dict.fromkeys(("left", "right"), "*bf16")
+    found |= dict.fromkeys(("M", "N", "K", "blocks", "each", "parts", "width"), "i32")
+    found |= dict(w="*u8", zero="*fp32" if getattr(spec, "zero", "") == "float" else "*u8", eps="fp32")
+    if isinstance(spec, Gemm8):
+        found |= dict(x=codes[of], w=codes[of])
+    if isinstance(spec, RowQuant):
+        found |= dict(codes=codes[of])
+    if isinstance(spec, Pack):
+        found |= dict(out="*u8", stored="*u8")
+    if isinstance(spec, (Gemm8, GemmW)) and spec.parts:
+        found |= dict(out="*i32" if of == "int8" else "*fp32")
+    if isinstance(spec, SumK):
+        found |= dict(sums="*i32" if of == "int8" else "*fp32")
+    return found
+
+
+def build(spec: KernelSpec, how: Launch, architecture: int, **constants: int) -> Built:
+    """Compile for sm_`architecture`, with the hints that Triton's own launcher gives (sizes divisible by 16).
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET, where there is nothing to compile, and whatever the compiler raises.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_source
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 interprets kernels: unset it to compile them")
+    function = kernel(spec)
+    names, types = list(function.arg_names), types_of(spec)
+    fixed = how.constants(names) | {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in fixed else types[name] for name in names}
+    aligned = [["tt.divisibility", 16]]
+    hints = {
+        (place,): aligned
+        for place, name in enumerate(names)
+        if signature[name].startswith("*") or name in ("N", "K") and not getattr(spec, "ragged", False)
+    }
+    places = {(names.index(name),): value for name, value in fixed.items()}
+    source = ASTSource(fn=function, signature=signature, constexprs=places, attrs=hints)
+    options = dict(num_warps=how.warps, num_stages=how.stages)
+    with contextlib.redirect_stdout(io.StringIO()):  # a failing ptxas prints all of its input
+        compiled = compile_source(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return _inspect(compiled)
+
+
+def _inspect(compiled: Any) -> Built:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        listing = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
+    text = listing.stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    assert found is not None, usage.stdout
+    spilled = int(found[2]) if re.search(r"\b(LDL|STL)\b", text) else 0
+    counts = collections.Counter({family: len(re.findall(rule, text)) for family, rule in FAMILIES.items()})
+    # wgmma names its left side by a descriptor when it lies in shared memory, else by a list of registers
+    registers = len(re.findall(r"wgmma\.mma_async[^;]*?\},\s*\{[^}]*\}", compiled.asm["ptx"]))
+    return Built(
+        registers=int(found[1]),
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+        instructions=len(re.findall(r"/\*[0-9a-f]{4,5}\*/", text)),
+        mma={family: count for family, count in counts.items() if count},
+        from_registers=registers,
+    )
+
+
+def complaints(spec: KernelSpec, how: Launch, architecture: int, built: Built) -> list[str]:
+    """What must not be: spills, a lost body, slow instructions, more shared memory than there is."""
+    found = []
+    if built.spilled:
+        found.append(f"{built.spilled} bytes of a thread are spilled")
+    room = SHARED.get(architecture, min(SHARED.values()))
+    if built.shared > room:
+        found.append(f"{built.shared} bytes of shared memory; sm_{architecture} has {room}")
+    if isinstance(spec, (Gemm8, GemmW)):
+        wanted = {90: "wgmma"}.get(architecture)
+        if not sum(built.mma.values()):
+            found.append("no tensor core instruction: the body is lost")
+        elif wanted and not built.mma.get(wanted):
+            found.append(f"tensor cores by {', '.join(built.mma)}, not by {wanted}")
+        if architecture == 90 and isinstance(spec, GemmW) and not built.from_registers:
+            found.append("the weights go through shared memory, not from registers to the tensor cores")
+    elif built.instructions < 40:
+        found.append(f"{built.instructions} instructions: the body is lost")
+    return found

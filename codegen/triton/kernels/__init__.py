@@ -1,0 +1,1 @@
+"""Triton kernels: specs, the templates that render them, the JIT."""

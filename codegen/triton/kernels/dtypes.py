@@ -1,0 +1,9 @@
+"""Names of dtypes in kernel specs."""
+
+from __future__ import annotations
+
+import torch
+
+from qcompile.codegen.triton.kernels.spec import Dtype
+
+NAMES: dict[torch.dtype, Dtype] = {torch.bfloat16: "bf16", torch.float16: "fp16"}

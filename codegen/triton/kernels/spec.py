@@ -1,0 +1,263 @@
+"""What a kernel computes: frozen, typed, and written as one word that reads back.
+
+    gemm_w     x [M, K] float  @  W [N, K] integer codes      weight-only, many rows
+    gemv_w     the same for one to four rows, without tensor cores
+    gemm_a8    x [M, K] int8 or fp8  @  W [N, K] the same     one scale a row on both sides
+    row_quant  [residual +] norm or gate or nothing, [/ smoothing], [Hadamard]  ->  codes and scales of each row
+    sum_k      the parts of a product that was split along K, in order, with its epilogue
+    dequant    W [N, K] codes -> numbers, for a product by cuBLAS
+    pack       W [N, K] codes as a checkpoint holds them -> as the kernels read them
+
+A spec says what is computed, not how large the tiles are: that is a Launch (tiles.py). Everything a kernel
+does not need is absent from its source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_type_hints
+
+from qcompile.numerics.hadamard import factor
+
+Dtype = Literal["bf16", "fp16"]
+Zero = Literal["none", "int", "float"]
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """What all kernels have.
+
+    Attributes:
+        dtype: of numbers that come in and go out.
+    """
+
+    template: ClassVar[str]
+    dtype: Dtype = "bf16"
+
+    def __str__(self) -> str:
+        parts = [self.template, self.dtype]
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                parts.append(field.name if value is True else f"{field.name}={value}")
+        return "/".join(parts)
+
+
+@dataclass(frozen=True)
+class _Weight(KernelSpec):
+    """Integer codes of a weight [N, K], as weight_layout.py lays them out.
+
+    Attributes:
+        bits: 2, 3, 4 or 8. group: columns that share a scale; 0 is a whole row.
+        zero: none (the middle code is zero), int, or float (HQQ, QA-LoRA).
+        chunk: columns that one shift of the packed bytes gives.
+        ragged: whether K is no multiple of a block of packed columns.
+    """
+
+    bits: int = 4
+    group: int = 128
+    zero: Zero = "none"
+    chunk: int = 64
+    ragged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise ValueError(f"{self}: bits {self.bits}; there are kernels for 2, 3, 4 and 8")
+        if self.chunk < 16 or self.chunk & (self.chunk - 1):
+            raise ValueError(f"{self}: chunk {self.chunk}; a power of two of at least 16")
+        if self.group % self.chunk:
+            raise ValueError(f"{self}: a chunk of {self.chunk} columns crosses groups of {self.group}")
+
+    @property
+    def chunks(self) -> int:
+        """Chunks in a block: codes in a byte (for three bits, in a byte of its plane of single bits)."""
+        return 8 if self.bits == 3 else 8 // self.bits
+
+    @property
+    def block(self) -> int:
+        """Columns that are packed together."""
+        return self.chunk * self.chunks
+
+    @property
+    def scales(self) -> int:
+        """Scales in a block: one if its chunks share it."""
+        return self.block // self.group if 0 < self.group < self.block else 1
+
+
+@dataclass(frozen=True)
+class GemmW(_Weight):
+    """out = x W^T [+ low up^T] [+ bias] [+ residual].
+
+    Attributes:
+        scaled: "weights" multiplies each number by its scale before the product, "sums" the float32 sums of a
+            block after it: one multiplication for an output instead of one for a weight, and no rounding.
+        parts: the product is split along K, and the parts are summed by sum_k in order: always the same bits.
+        low_rank: adds low [M, R] @ up [N, R]^T (ZeroQuant-V2's LoRC), R this number; 0 without. In parts, the first
+            part has it; a bias and a residual are sum_k's.
+    """
+
+    template: ClassVar[str] = "gemm_w"
+    scaled: Literal["weights", "sums"] = "sums"
+    parts: bool = False
+    bias: bool = False
+    residual: bool = False
+    low_rank: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parts and (self.bias or self.residual):
+            raise ValueError(f"{self}: of a product in parts, sum_k adds the bias and the residual")
+
+
+@dataclass(frozen=True)
+class GemvW(_Weight):
+    """As GemmW for `rows` rows, products and sums in float32."""
+
+    template: ClassVar[str] = "gemv_w"
+    rows: int = 1
+    bias: bool = False
+    residual: bool = False
+    low_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Gemm8(KernelSpec):
+    """out = (x W^T) x_scale w_scale [+ low up^T] [+ bias] [+ residual]; sums in int32, or float32 for fp8.
+
+    Attributes:
+        codes: int8 or fp8 (e4m3) of both sides. act: one scale for a row ("row") or for all of x ("tensor").
+        ragged: whether K is no multiple of 128.
+    """
+
+    template: ClassVar[str] = "gemm_a8"
+    codes: Literal["int8", "fp8"] = "int8"
+    act: Literal["row", "tensor"] = "row"
+    ragged: bool = False
+    parts: bool = False
+    bias: bool = False
+    residual: bool = False
+    low_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.parts and (self.bias or self.residual or self.low_rank):
+            raise ValueError(
+                f"{self}: parts are integers: sum_k adds the bias and the residual, low_rank needs a whole"
+            )
+
+
+@dataclass(frozen=True)
+class SumK(KernelSpec):
+    """out = sum over parts, in order, [times the scales of gemm_a8] [+ bias] [+ residual].
+
+    Attributes:
+        codes: what was multiplied: "" numbers, int8 (the parts are int32) or fp8.
+    """
+
+    template: ClassVar[str] = "sum_k"
+    codes: Literal["", "int8", "fp8"] = ""
+    act: Literal["row", "tensor"] = "row"
+    bias: bool = False
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class RowQuant(KernelSpec):
+    """Codes and scales of the rows of x [M, K], read once and written once.
+
+    Attributes:
+        residual: x + residual is what is normed, and is written too.
+        first: rms, layer (with a shift), gate (silu(x) * gate), or none.
+        value: what norm or gate gives is written too, for readers that want numbers; the codes are the same without.
+        smooth: divide by smooth [K]. hadamard: K of an online Hadamard transform, 0 without.
+        codes: int8, fp8 (e4m3) or int4 (two in a byte, even column low, stored plus 8, as weight_layout.py).
+        group: columns that share a scale, a power of two; 0: the row.
+    """
+
+    template: ClassVar[str] = "row_quant"
+    first: Literal["none", "rms", "layer", "gate"] = "none"
+    residual: bool = False
+    value: bool = False
+    smooth: bool = False
+    hadamard: int = 0
+    codes: Literal["int8", "fp8", "int4"] = "int8"
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if self.hadamard and (self.group or factor(self.hadamard) is None or self.right < 16):
+            raise ValueError(f"{self}: a Hadamard transform of a size k 2^m with m of at least 4, and one scale a row")
+        if self.group & (self.group - 1):
+            raise ValueError(f"{self}: groups of {self.group}; a power of two")
+        if self.value and self.first == "none":
+            raise ValueError(f"{self}: without a norm or a gate the value is x, which is there")
+
+    @property
+    def right(self) -> int:
+        """Of n = left right: the transform is H_left X H_right with X [left, right], as small products."""
+        k, m = factor(self.hadamard) or (1, 0)
+        return int(2 ** max(min(m, 4), min(m, (m + k.bit_length()) // 2)))
+
+    @property
+    def left(self) -> int:
+        """The other factor; products take it padded to a power of two of at least 16."""
+        return self.hadamard // self.right
+
+    @property
+    def flat(self) -> bool:
+        """Whether a row is one vector; else it is [groups, group] or [left, right]."""
+        return not self.group and not self.hadamard
+
+
+@dataclass(frozen=True)
+class Dequant(_Weight):
+    """The numbers of W, [N, K]."""
+
+    template: ClassVar[str] = "dequant"
+
+
+@dataclass(frozen=True)
+class Pack(_Weight):
+    """Stored codes of W [N, K] as weight_layout.py lays them out; scales and zero points are none of its business.
+
+    Attributes:
+        signed: 8-bit codes are signed, and get 128 more. Below 8 bits they are stored unsigned, as a stream of bits.
+    """
+
+    template: ClassVar[str] = "pack"
+    signed: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.signed and self.bits != 8:
+            raise ValueError(f"{self}: codes of {self.bits} bits are stored unsigned")
+
+
+KINDS: dict[str, type[KernelSpec]] = {k.template: k for k in (GemmW, GemvW, Gemm8, SumK, RowQuant, Dequant, Pack)}
+
+
+def parse(text: str) -> KernelSpec:
+    """Read what `str(spec)` wrote, as gemm_w/bf16/group=64/zero=int/bias.
+
+    Raises:
+        ValueError: an unknown template, field or value, with the known ones.
+    """
+    template, *parts = text.split("/")
+    if template not in KINDS:
+        raise ValueError(f"kernel {text!r}: no template {template!r}; there are {', '.join(KINDS)}")
+    kind, found = KINDS[template], {}
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    types = get_type_hints(kind)
+    for index, part in enumerate(parts):
+        name, equal, value = part.partition("=")
+        if index == 0 and not equal and name in ("bf16", "fp16"):
+            name, value = "dtype", name
+        if name not in known:
+            raise ValueError(f"kernel {text!r}: {template} has no {name!r}; it has {', '.join(known)}")
+        hint = types[name]
+        choices = getattr(hint, "__args__", None)
+        if choices is not None and value not in choices:
+            raise ValueError(f"kernel {text!r}: {name} is one of {', '.join(choices)}, not {value!r}")
+        if hint is int and not value.isdigit():
+            raise ValueError(f"kernel {text!r}: {name} is a number, not {value!r}")
+        found[name] = True if hint is bool else int(value) if hint is int else value
+    return kind(**found)

@@ -1,0 +1,1 @@
+"""Kernels launched on tensors: grids, tiles, packed weights, measured choices."""

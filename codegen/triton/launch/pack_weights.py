@@ -1,0 +1,70 @@
+"""A stored weight as the kernels read it, made where it lies.
+
+On a GPU the kernel `pack` reads the stored bits and writes packed bytes: once through memory, where plain torch would
+unpack them to a byte, or for three bits to three, for each. On a CPU plain torch is the definition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.codegen.triton.kernels.spec import Pack
+from qcompile.codegen.triton.kernels.weight_layout import Layout, layout_of, pack_weight
+from qcompile.codegen.triton.launch.gemm import run
+from qcompile.codegen.triton.launch.tiles import launch_of
+from qcompile.numerics.format import Format
+from qcompile.numerics.qtensor import load_codes
+
+
+def prepare(
+    stored: Tensor, scale: Tensor, zero: Tensor | None, group_scale: Tensor | None, form: Format, k: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A stored weight -> bytes, scales [groups, N] float32 and zero points [groups, N], on its device.
+
+    The scales of a dual format are multiplied out.
+
+    Args:
+        stored: codes [N, ..] as formats.store_codes leaves them. scale: [N, groups] or [N, 1].
+        zero, group_scale: [N, groups], as the format has them. k: columns.
+
+    Raises:
+        ValueError: no kernel reads the format.
+    """
+    layout = layout_of(form)
+    if layout is None:
+        raise ValueError(f"{form}: no kernel reads this format")
+    scales = scale.float() if group_scale is None else scale.float() * group_scale.float()
+    columns = -(-k // layout.block) * layout.block
+    wanted = -(-columns // layout.group) if layout.group else 1
+
+    def turned(of: Tensor) -> Tensor:
+        return torch.nn.functional.pad(of.t(), (0, 0, 0, max(0, wanted - of.shape[1]))).contiguous()
+
+    points = None if zero is None else turned(zero if form.zero == "int" else zero.float())
+    packed = pack_stored(stored, form, layout, k) if _on_gpu(stored) else pack_plain(stored, form, layout, k)
+    return packed, turned(scales), points
+
+
+def pack_plain(stored: Tensor, form: Format, layout: Layout, k: int) -> Tensor:
+    """Stored codes -> bytes [N, blocks x bytes of a block], in torch on any device."""
+    codes = load_codes(stored, form, k)
+    return pack_weight(codes if form.qmin == 0 else (codes.to(torch.int16) - form.qmin).to(torch.uint8), layout)
+
+
+def pack_stored(stored: Tensor, form: Format, layout: Layout, k: int) -> Tensor:
+    """The same by the kernel."""
+    signed = form.bits == 8 and form.qmin < 0
+    spec = Pack(bits=layout.bits, group=0, chunk=layout.chunk, signed=signed)
+    data, n, blocks = stored.contiguous().view(torch.uint8), len(stored), -(-k // layout.block)
+    out = torch.empty(n, blocks * layout.block * layout.bits // 8, dtype=torch.uint8, device=stored.device)
+    if not n:
+        return out
+    how = launch_of(spec)
+    grid = (min(8, blocks), -(-n // how.channels))
+    run(spec, grid, how, stored=data, out=out, N=n, K=k, width=data.shape[1], blocks=blocks)
+    return out
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda

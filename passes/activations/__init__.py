@@ -1,0 +1,1 @@
+"""Algorithms that choose how activations are quantized."""

@@ -1,0 +1,151 @@
+"""AWQ: scale up the weight columns that large activations meet, by a searched exponent.
+
+Source: Lin et al. 2023, arXiv:2306.00978 sec. 3.2, and the authors' code (mean |X|, normalisation,
+        grid of 20).
+Law:    s = mean|X|^r / sqrt(max min) for each input channel; (X / s)(s W) = X W. r is the one of
+        0, 1/20 .. 19/20 with the least sum over the readers of tr(E H E^T), E = Q(W s) / s - W and
+        H = sum x x^T: the exact squared error of the products. Exponents are ranked on some rows; the
+        best is then held against r = 0, no scaling, on all rows: never worse than none on its
+        calibration data.
+        Folding is that of smoothquant.py; where one producer row feeds several channels they share s.
+Keeps:  the output.   Needs: the sites' inputs, one group of readers at a time (qcompile/calibration/layerwise_run.py).
+Leaves: what Smooth leaves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from qcompile.analysis.norms import find_norms
+from qcompile.analysis.obstacle import Obstacle
+from qcompile.analysis.scale_folding import Readers, Source, groups_of_readers, scale_source
+from qcompile.analysis.sites import Site, find_sites
+from qcompile.calibration.hessian import hessian_of
+from qcompile.calibration.layerwise_run import Walk
+from qcompile.calibration.statistics import CalibrationError, Statistics
+from qcompile.ir.program import Program
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
+from qcompile.passes.equivalent.smoothquant import changed_by, fold_scale, shared_scale
+from qcompile.passes.qdq.site_plan import Quantize, SitePlan
+from qcompile.passes.weights.gptq import GPTQ
+from qcompile.recipe.recipe import RecipeError
+from qcompile.recipe.registry import rewrites
+from qcompile.recipe.report import PassReport
+
+ROWS = 64  # of each weight, that every exponent is tried on
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """The format to protect, and the search."""
+
+    weight: Format = Format("int4", "group", 128, "int")  # what the Quantize pass behind it rounds to
+    clip: bool = False  # whether that pass searches clips: the search must see the same rounding
+    steps: int = 20  # exponents tried, from 0
+    norms: bool = True  # scale inputs made by a norm, by way of its gain
+    rows: bool = True  # scale also inputs made by linear rows (after a gate, after attention)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, str):
+            object.__setattr__(self, "weight", Format.parse(self.weight))
+        if self.steps < 2:
+            raise RecipeError(f"AWQ: at least 2 steps are needed, got {self.steps}")
+
+
+def awq_scale(mean: Tensor, exponent: float) -> Tensor:
+    """mean|X| [K] -> s [K], float64, of geometric middle 1; exponent 0 gives ones."""
+    scale = mean.double().pow(exponent).clamp_min(1e-4)
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+def scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format, clip: bool = False) -> float:
+    """tr(E H E^T) of one weight [N, K] rounded after scaling its columns by `scale` [K]."""
+    scale = scale.float().to(weight.device)
+    error = quantize_tensor(weight.float() * scale, form, clip=clip).dequantize() / scale - weight.float()
+    return float(((error @ hessian.float()) * error).sum(dtype=torch.float64))
+
+
+def rounds_otherwise(how: Any, passes: tuple[object, ...]) -> list[str]:
+    """Faults where the pass behind a search rounds in another way than the search has in mind."""
+    return [
+        f"{type(how).__name__} searches for weight={how.weight}, clip={how.clip}, and {type(p).__name__} rounds with "
+        f"weight={p.weight}, clip={p.clip}: give both the same"
+        for p in passes
+        if type(p) in (Quantize, GPTQ) and (p.weight, p.clip) != (how.weight, how.clip)
+    ]
+
+
+@rewrites(AWQ, exact=True, sitewise=True, needs=("inputs",), after=("Untie", "FoldNorm"), conflicts=rounds_otherwise)
+def awq(program: Program, how: AWQ, seen: Statistics, plan: SitePlan) -> PassReport:
+    """Search and fold a scale for every group of readers that has a place for one, in place."""
+    report = PassReport("AWQ")
+    norms, sites = find_norms(program), find_sites(program)
+    assert plan.batches is not None
+    walk = Walk(program, plan.batches())
+    if not walk.values:
+        raise CalibrationError("the calibration iterator is empty: give at least one batch")
+    found: list[tuple[Readers, Source, Tensor]] = []
+    exponents: list[float] = []
+    for readers in track(groups_of_readers(sites), "AWQ", disable=not plan.progress, transient=True):
+        label = readers.sites[0].name if readers.sites else readers.root.name
+        shared = [site for site in readers.sites if site.shared_with]
+        source = scale_source(program, readers, norms, sites)
+        if shared:
+            report.leave(label, f"the weight {shared[0].name} is shared: untie it")
+        elif isinstance(source, Obstacle):
+            report.leave(label, source.reason, source.node)
+        elif not (how.rows if source.norm is None else how.norms):
+            kind = "linear rows, and rows" if source.norm is None else "a norm, and norms"
+            report.leave(label, f"made by {kind}=False")
+        else:
+            walk.advance(readers.sites[0].node)
+            hessian, mean = hessian_of(walk, readers.sites[0]), _mean_size(walk, readers.sites[0])
+            exponent, scale = _search(program, readers.sites, source, hessian, mean, how)
+            exponents.append(exponent)
+            found.append((readers, source, scale))
+    for readers, source, scale in found:  # after the walk, which must see the model as it was
+        fold_scale(program, source, list(readers.sites), scale)
+        report.done.append(readers.sites[0].name)
+        report.changed |= changed_by(source, readers)
+    if exponents:
+        report.notes.append(f"exponents {min(exponents):.2f} to {max(exponents):.2f}")
+    return report
+
+
+def _mean_size(walk: Walk, site: Site) -> Tensor:
+    """mean |x| of a site's input over all batches, float64 [K]."""
+    sums, rows = torch.zeros(site.K, dtype=torch.float64), 0
+    for value in walk.see(site.input):
+        x = value.flatten(0, -2).float()
+        sums += x.abs().sum(0).cpu()
+        rows += len(x)
+    return sums / rows
+
+
+def _search(
+    program: Program, sites: tuple[Site, ...], source: Source, hessian: Tensor, mean: Tensor, how: AWQ
+) -> tuple[float, Tensor]:
+    """Try every exponent on some rows of each weight, then the best of them and none on all rows."""
+
+    def scale_of(step: int) -> Tensor:
+        scale = awq_scale(mean, step / how.steps)
+        return scale if source.site is None else shared_scale(scale, source.channels, source.site.N)[0]
+
+    def error(step: int, rows: int | None) -> float:
+        total = 0.0
+        for site in sites:
+            weight = program.weights[site.name]
+            part = weight if rows is None else weight[:: max(1, len(weight) // rows)]
+            total += scaled_error(part, hessian, scale_of(step), how.weight, how.clip) * len(weight) / len(part)
+        return total
+
+    best = min(range(how.steps), key=lambda step: error(step, ROWS))
+    if best and error(best, None) > error(0, None):
+        best = 0
+    return best / how.steps, scale_of(best)

@@ -1,0 +1,155 @@
+"""Fold norms: move gains, shifts and means of norms into the linears around them.
+
+Source: the weight fusion that every rotation needs (SliceGPT arXiv:2401.15024 sec. 3.2, QuaRot
+        arXiv:2404.00456 sec. 4, stage 1a).
+Law:    gain    W diag(g) (x/r)  =  W (g * x/r)                 W[:, j] *= g_j, g := 1
+        shift   W (y + b) + c    =  W y + (c + W b)             c += W b, b := 0
+        mean    LayerNorm(x) = RMSNorm(x - mean x): when every writer of the stream writes values of
+                mean zero (W -= mean over rows, c -= mean c, tables -= row mean) the mean is zero
+                and the LayerNorm *is* an RMSNorm.
+Keeps:  the output.   Needs: nothing.   Computed in float64, cast once.
+Leaves: norms whose output is read by something else than linears (post-norm residuals, routers of
+        expert stacks), norms whose gain is shared, sites whose weight is shared (untie them first).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.analysis.norms import Norm, find_norms
+from qcompile.analysis.residual_stream import RotationFlow, rotation_flows
+from qcompile.analysis.scale_folding import find_readers
+from qcompile.analysis.sites import Site, find_sites
+from qcompile.calibration.statistics import Statistics
+from qcompile.ir.program import Program
+from qcompile.recipe.registry import rewrites
+from qcompile.recipe.report import PassReport
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FoldNorm:
+    """Fold gains and shifts into the readers and, where a stream allows it, means into the writers."""
+
+    centre: bool = True  # turn LayerNorms into RMSNorms by centring what is written to the stream
+
+
+def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
+    """W [N, K], scale [K] -> W diag(scale), in float64, cast back."""
+    return (weight.double() * scale.double().to(weight.device)).to(weight.dtype)
+
+
+def centre_rows(weight: Tensor) -> Tensor:
+    """W [N, K] -> W minus the mean over its N outputs: what it writes has mean zero. Also [N]."""
+    wide = weight.double()
+    return (wide - wide.mean(0, keepdim=True)).to(weight.dtype)
+
+
+def centre_table(table: Tensor) -> Tensor:
+    """[.., n] -> each row minus its own mean."""
+    wide = table.double()
+    return (wide - wide.mean(-1, keepdim=True)).to(table.dtype)
+
+
+@rewrites(FoldNorm, exact=True, after=("Untie",))
+def fold_norm(program: Program, how: FoldNorm, seen: Statistics) -> PassReport:
+    """Fold every norm that can be folded, in place."""
+    report = PassReport("FoldNorm")
+    sites = find_sites(program)
+    for norm in find_norms(program):
+        reason = _fold(program, norm, sites)
+        if reason is None:
+            report.done.append(norm.output.name)
+            report.changed |= {n.name for n in norm.inner}
+        elif reason:
+            report.leave(norm.output.name, *reason)
+    if how.centre:
+        for flow in rotation_flows(program):
+            if any(norm.kind == "layer" for norm in flow.norms):
+                _centre(program, flow, report)
+    return report
+
+
+def _fold(program: Program, norm: Norm, sites: list[Site]) -> tuple[str, str] | None | tuple[()]:
+    """None when folded, () when there is nothing to fold, else (reason, node)."""
+    if norm.gain is None or norm.has_unit_gain(program):
+        return ()
+    readers = find_readers(norm.output, sites)
+    if readers.strangers:
+        return ("its output is read by something that is not a linear", readers.strangers[0].name)
+    if not readers.sites:
+        return ("nothing reads its output", norm.output.name)
+    for weight in (norm.gain, norm.bias):
+        if weight is not None and sum(u in norm.inner for u in weight.users) < len(weight.users):
+            return ("its gain is used elsewhere too", weight.name)
+    for site in readers.sites:
+        if site.shared_with:
+            return (f"the weight {site.name} is shared with {site.shared_with[0]}: untie it", "")
+    gain = norm.gain_value(program)
+    shift_name = program.weight_name(norm.bias)
+    for site in readers.sites:
+        if shift_name is not None and bool(program.weights[shift_name].any()):
+            shift = program.weights[site.name].double() @ program.weights[shift_name].double()
+            add_to_bias(program, site, shift)
+        program.weights[site.name] = scale_columns(program.weights[site.name], gain)
+    norm.set_gain(program, torch.ones_like(gain))
+    if shift_name is not None:
+        program.weights[shift_name] = torch.zeros_like(program.weights[shift_name])
+    return None
+
+
+def add_to_bias(program: Program, site: Site, shift: Tensor) -> None:
+    """Add [N] to the bias of a site, giving it one if it has none."""
+    name = program.weight_name(site.node.args[2]) if len(site.node.args) > 2 else None
+    if name is None:
+        weight = program.weights[site.name]
+        bias_name = site.name.removesuffix("weight") + "bias"
+        bias = program.add_weight(bias_name, shift.to(weight.dtype))
+        site.node.args = (site.node.args[0], site.node.args[1], bias)
+    else:
+        program.weights[name] = (program.weights[name].double() + shift).to(program.weights[name].dtype)
+
+
+def _centre(program: Program, flow: RotationFlow, report: PassReport) -> None:
+    layers = [norm for norm in flow.norms if norm.kind == "layer"]
+    if not flow.closed:
+        place = flow.obstacles[0] if flow.obstacles else None
+        report.leave(
+            f"mean of {layers[0].output.name}",
+            f"its stream cannot be centred: {place.reason if place else 'nobody reads it'}",
+            place.node if place else "",
+        )
+        return
+    if len(layers) < len(flow.norms):
+        report.leave(layers[0].output.name, "the stream holds RMSNorms too: its mean matters to them")
+        return
+    shared = [s.name for s in flow.writers if s.shared_with]
+    if shared:
+        report.leave(shared[0], "a writer of the stream shares its weight: untie it")
+        return
+    for table in flow.tables:
+        if any(u in {s.node for s in find_sites(program)} for u in table.users):
+            report.leave(program.weight_name(table) or "", "a table is a linear's weight too: untie it")
+            return
+    for site in flow.writers:
+        program.weights[site.name] = centre_rows(program.weights[site.name])
+        bias = program.weight_name(site.node.args[2]) if len(site.node.args) > 2 else None
+        if bias is not None:
+            program.weights[bias] = centre_table(program.weights[bias])
+    for table in flow.tables:
+        name = program.weight_name(table)
+        assert name is not None
+        program.weights[name] = centre_table(program.weights[name])
+    for norm in layers:
+        node = norm.output
+        eps = node.args[4] if len(node.args) > 4 else 1e-5
+        rms = program.insert(aten.rms_norm.default, (node.args[0], node.args[1], None, eps), before=node)
+        rms.meta["replaces_layer_norm"] = program.weight_name(norm.gain)
+        program.replace(node, rms)
+        program.graph.erase_node(node)
+        report.done.append(f"{norm.output.name} -> RMSNorm")
+    report.changed |= {value.name for value in flow.values}

@@ -1,0 +1,146 @@
+"""Reorder: input channels sorted by the size of their activations, so that a group holds its like.
+
+Source: QServe, arXiv:2405.04532 sec. 4.3.3 (activation-aware channel reordering); Rotated Runtime Smooth,
+        arXiv:2409.20361 sec. 3.2 (the order that its groups need), made static by calibration.
+Law:    x W^T = (x P)(W P)^T for a permutation P. It folds into the rows that make x: through an
+        elementwise function of several linears (a gate) into all of them; through attention within
+        each head, the same for heads that share their values; for a residual stream into everyone
+        who writes and reads it, like a rotation.
+Keeps:  the output.   Needs: absmax of the input, [K].
+Leaves: inputs that are not made by rows alone, or whose rows feed channels in no common order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.analysis.channel_origin import ATTENTION, MATMULS, FlowStops, RowFlow, one_position
+from qcompile.analysis.norms import find_norms
+from qcompile.analysis.scale_folding import Readers, groups_of_readers
+from qcompile.analysis.sites import Site, find_sites
+from qcompile.calibration.statistics import Statistics
+from qcompile.ir.program import Program
+from qcompile.passes.equivalent.rotate import streams_to_turn, turn_stream
+from qcompile.recipe.registry import rewrites
+from qcompile.recipe.report import PassReport
+
+
+@dataclass(frozen=True)
+class Reorder:
+    """What to reorder: the residual stream, and inputs made by linear rows."""
+
+    stream: bool = False
+    rows: bool = True
+
+
+@rewrites(
+    Reorder,
+    exact=True,
+    needs=("absmax",),
+    after=("Untie", "FoldNorm", "Smooth", "SmoothAttention", "SmoothQuantPlus", "AWQ", "Rotate"),
+    requires=lambda how: ("FoldNorm",) if how.stream else (),
+)
+def reorder(program: Program, how: Reorder, seen: Statistics) -> PassReport:
+    """Sort every input whose order can be folded, in place."""
+    report = PassReport("Reorder")
+    groups = groups_of_readers(find_sites(program))
+    if how.stream:
+        _streams(program, groups, seen, report)
+    norm_outputs = {norm.output for norm in find_norms(program)}
+    for readers in groups if how.rows else []:
+        if readers.root not in norm_outputs and readers.sites:
+            _rows(program, readers, seen.absmax[readers.root.name], report)
+    return report
+
+
+def _streams(program: Program, groups: list[Readers], seen: Statistics, report: PassReport) -> None:
+    for label, flow in streams_to_turn(program, report):
+        names = {site.name for site in flow.readers}
+        peaks = [seen.absmax[g.root.name] for g in groups if any(s.name in names for s in g.sites)]
+        order = torch.stack(peaks).amax(0).argsort(descending=True)
+        turn_stream(program, flow, torch.eye(flow.size, dtype=torch.float64)[:, order], label, report)
+
+
+def _rows(program: Program, readers: Readers, absmax: Tensor, report: PassReport) -> None:
+    label = readers.sites[0].name
+    if readers.strangers:
+        report.leave(label, "the input is read by something that is not a site too", readers.strangers[0].name)
+        return
+    walk = RowFlow(program, find_sites(program), elementwise=True)
+    try:
+        terms = one_position(walk.terms(readers.root))
+        order = common_order(terms, absmax, _head(walk))
+        walk.check_readers(terms, _ends(readers, walk))
+        shared = [s.name for s in (*readers.sites, *(m for m, _ in walk.makers)) if s.shared_with]
+        if shared:
+            raise FlowStops(readers.root.name, f"the weight {shared[0]} is shared: untie it")
+    except FlowStops as stop:
+        report.leave(label, str(stop.args[1]), str(stop.args[0]))
+        return
+    source = torch.arange(walk.rows)  # for each row, the row that takes its place
+    for term in terms:
+        source[term] = term[order]
+    for maker, start in walk.makers:
+        _permute(program, maker, source[start : start + maker.N] - start)
+    for site in readers.sites:
+        program.weights[site.name] = program.weights[site.name][:, order].contiguous()
+    report.done.append(label)
+    report.changed |= {n.name for n, found in walk.memo.items() if found} | {readers.root.name}
+
+
+def _head(walk: RowFlow) -> int:
+    """Channels of a head where the values of an attention were passed, else 0."""
+    for node, terms in walk.memo.items():
+        if terms and (node.target is ATTENTION or node.target in MATMULS):
+            return int(node.meta["val"].shape[-1])
+    return 0
+
+
+def _ends(readers: Readers, walk: RowFlow) -> set[torch.fx.Node]:
+    """Who may read a value on the way: the sites, and what carries the root to them."""
+    ends = {site.node for site in readers.sites}
+    for site in readers.sites:
+        node = site.input
+        while node is not readers.root:
+            ends.add(node)
+            node = node.args[0]
+    return ends
+
+
+def common_order(terms: list[Tensor], absmax: Tensor, head: int) -> Tensor:
+    """The order of channels [K] by falling absmax that all terms allow.
+
+    Args:
+        terms: [K] the row behind each channel, one tensor for each linear that makes the value.
+        absmax: [K]. head: channels of a head, within which the order stays; 0: no heads.
+
+    Raises:
+        FlowStops: rows feed channels in no common order.
+    """
+    width = head or len(absmax)
+    blocks = [term.reshape(-1, width) for term in terms]
+    offsets = [b - b[:, :1] for b in blocks]
+    for block, offset in zip(blocks, offsets, strict=True):
+        if not bool((offset == offset[0]).all()) or len(offset[0].unique()) != width or int(block.min()) < 0:
+            raise FlowStops("value", "its rows feed channels in no common order")
+    # Heads that share rows in any term must share their order: with grouped values, one set of rows.
+    owner = blocks[0][:, 0]
+    peaks = absmax.reshape(-1, width)
+    order = torch.empty_like(blocks[0])
+    for rows in owner.unique():
+        mine = owner == rows
+        order[mine] = peaks[mine].amax(0).argsort(descending=True)
+    for block in blocks[1:]:
+        for rows in block[:, 0].unique():
+            if len(order[block[:, 0] == rows].unique(dim=0)) != 1:
+                raise FlowStops("value", "its rows feed channels in no common order")
+    return (order + torch.arange(len(order))[:, None] * width).flatten()
+
+
+def _permute(program: Program, maker: Site, source: Tensor) -> None:
+    for name in [maker.name, program.weight_name(maker.bias)]:
+        if name is not None:
+            program.weights[name] = program.weights[name][source].contiguous()

@@ -1,0 +1,203 @@
+"""Rotate: turn hidden bases by orthogonal matrices folded into the weights.
+
+Source: QuaRot, arXiv:2404.00456 sec. 4; SpinQuant, arXiv:2405.16406 sec. 3 (R1, R2).
+Law:    R R^T = 1.  R1, for a closed stream: readers W := W R, writers W := R^T W, b := R^T b, tables
+        E := E R; norms of unit gain commute with R.  R2, for attention values: each head of the
+        writer's rows W := R^T W, b := R^T b, the matching columns of the reader W := W R.
+Keeps:  the output.   Needs: nothing.   Computed in float64, cast once.
+        R is a randomised Hadamard matrix where its size has one, else a random orthogonal matrix;
+        the choice is in the report.
+Leaves: open streams (the obstacle is named), LayerNorms whose mean is not folded, tied weights,
+        values that leave the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.analysis.norms import find_norms
+from qcompile.analysis.obstacle import Obstacle
+from qcompile.analysis.residual_stream import RotationFlow, rotation_flows
+from qcompile.analysis.scale_folding import Readers, Source, groups_of_readers, scale_source
+from qcompile.analysis.sites import Site, find_sites
+from qcompile.calibration.statistics import Statistics
+from qcompile.ir.program import Program
+from qcompile.numerics.hadamard import rotation
+from qcompile.passes.equivalent.awq import AWQ
+from qcompile.passes.equivalent.smoothquant import Smooth
+from qcompile.passes.equivalent.smoothquant_plus import SmoothQuantPlus
+from qcompile.recipe.registry import rewrites
+from qcompile.recipe.report import PassReport
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """Which bases are turned, and from which seed."""
+
+    stream: bool = True  # R1: the residual stream
+    heads: bool = True  # R2: the values of attention, one matrix for all heads of a site
+    seed: int = 0
+
+
+def rotate_columns(weight: Tensor, matrix: Tensor) -> Tensor:
+    """W [.., n] -> W R for each block of columns, R [b, b] with b dividing n; float64, cast back."""
+    turned, matrix = torch.empty_like(weight), matrix.to(weight.device)
+    for rows, out in zip(weight.split(4096), turned.split(4096), strict=True):  # a whole table in float64 is large
+        out.copy_((rows.double().unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2))
+    return turned
+
+
+def rotate_rows(weight: Tensor, matrix: Tensor) -> Tensor:
+    """W [n, K] or b [n] -> R^T W for each block of rows."""
+    wide = weight.double()
+    blocks = wide.unflatten(0, (-1, matrix.shape[0]))
+    return torch.einsum("rs,br...->bs...", matrix.to(blocks.device), blocks).flatten(0, 1).to(weight.dtype)
+
+
+def conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:
+    """Passes that cannot stand in one recipe with a rotation of streams, as text."""
+    faults = []
+    for other in passes if how.stream else ():
+        name = type(other).__name__
+        if isinstance(other, SmoothQuantPlus):
+            faults.append(f"{name} puts scales into the norm gains that Rotate(stream=True) needs to be one: drop one")
+        elif isinstance(other, (AWQ, Smooth)) and other.norms:
+            faults.append(
+                f"{name}(norms=True) puts scales into the norm gains that Rotate(stream=True) needs to be one: "
+                f"use {name}(norms=False) or Rotate(stream=False)"
+            )
+    return faults
+
+
+# Where a rotation stands in a recipe, whatever chooses its matrices.
+PLACE: dict[str, Any] = dict(
+    after=("Untie", "FoldNorm", "Smooth", "SmoothQuantPlus", "AWQ"),
+    requires=lambda how: ("FoldNorm",) if how.stream else (),
+    conflicts=conflicts,
+)
+
+
+@rewrites(Rotate, exact=True, **PLACE)
+def rotate(program: Program, how: Rotate, seen: Statistics) -> PassReport:
+    """Rotate every closed stream and every head basis, in place."""
+    report = PassReport("Rotate")
+    for index, (label, flow) in enumerate(streams_to_turn(program, report) if how.stream else []):
+        matrix, kind = rotation(flow.size, how.seed + index)
+        turn_stream(program, flow, matrix, label, report)
+        report.notes.append(f"R1 of {flow.size} channels: {kind}, {len(flow.readers)} readers")
+    if how.heads:
+        _rotate_heads(program, how.seed + 1000, report)
+    return report
+
+
+def streams_to_turn(program: Program, report: PassReport) -> list[tuple[str, RotationFlow]]:
+    """The streams that can take another basis, with what a report calls them; the others are left there."""
+    found = []
+    for flow in rotation_flows(program):
+        label, problem = f"stream of {flow.size} at {flow.norms[0].input.name}", stream_obstacle(program, flow)
+        if problem is None:
+            found.append((label, flow))
+        else:
+            report.leave(label, problem.reason, problem.node)
+    return found
+
+
+def turn_stream(program: Program, flow: RotationFlow, matrix: Tensor, label: str, report: PassReport) -> None:
+    """Give a closed stream another orthogonal basis [n, n]: its writers, tables and readers."""
+    for site in flow.readers:
+        program.weights[site.name] = rotate_columns(program.weights[site.name], matrix)
+    for site in flow.writers:
+        _rows(program, site, lambda w: rotate_rows(w, matrix))
+    for table in flow.tables:
+        name = program.weight_name(table)
+        assert name is not None
+        program.weights[name] = rotate_columns(program.weights[name], matrix)
+    report.done.append(label)
+    report.changed |= {value.name for value in flow.values}
+    report.changed |= {node.name for norm in flow.norms for node in norm.inner}
+
+
+def stream_obstacle(program: Program, flow: RotationFlow) -> Obstacle | None:
+    """Why a stream cannot take another basis, or None."""
+    if flow.obstacles:
+        return flow.obstacles[0]
+    if not flow.closed:
+        return Obstacle(flow.norms[0].input.name, "nobody writes or reads this stream")
+    for norm in flow.norms:
+        if norm.kind == "layer":
+            return Obstacle(norm.output.name, "a LayerNorm subtracts a mean that is not folded")
+    users = {site.node for site in find_sites(program)}
+    for site in (*flow.readers, *flow.writers):
+        if site.shared_with:
+            return Obstacle(site.node.name, f"{site.name} is shared with {site.shared_with[0]}: untie it")
+    for table in flow.tables:
+        if any(user in users for user in table.users):
+            return Obstacle(table.name, f"{program.weight_name(table)} is also a linear's weight: untie it")
+    return None
+
+
+def _rotate_heads(program: Program, seed: int, report: PassReport) -> None:
+    for readers, source in head_bases(program, report):
+        matrix, kind = rotation(source.head, seed)
+        turn_heads(program, readers, source, matrix, report)
+        note = f"R2 of {source.head} channels: {kind}"
+        if note not in report.notes:
+            report.notes.append(note)
+
+
+def head_bases(program: Program, report: PassReport) -> list[tuple[Readers, Source]]:
+    """The sites that read whole heads of an attention, and where these are made; others are left."""
+    found = []
+    norms, sites = find_norms(program), find_sites(program)
+    for readers in groups_of_readers(sites):
+        if len(readers.sites) != 1 or readers.sites[0].shared_with:
+            continue
+        source = scale_source(program, readers, norms, sites)
+        if isinstance(source, Obstacle) or not source.attention or source.site is None:
+            continue
+        if source.pure and _whole_heads(source):
+            found.append((readers, source))
+        else:
+            report.leave(readers.sites[0].name, "its heads are not whole blocks of the value's rows", readers.root.name)
+    return found
+
+
+def turn_heads(program: Program, readers: Readers, source: Source, matrix: Tensor, report: PassReport) -> None:
+    """Give the heads of an attention's values another orthogonal basis [D, D]."""
+    reader = readers.sites[0]
+    program.weights[reader.name] = rotate_columns(program.weights[reader.name], matrix)
+    rows = source.channels.unique()
+
+    def turn(weight: Tensor) -> Tensor:
+        turned = weight.clone()
+        turned[rows] = rotate_rows(weight[rows], matrix)
+        return turned
+
+    assert source.site is not None
+    _rows(program, source.site, turn)
+    report.done.append(f"heads of {source.head} in {reader.name}")
+    report.changed |= {source.site.node.name} | {node.name for node in source.path}
+
+
+def _whole_heads(source: Source) -> bool:
+    """Every head of the reader is one aligned run of the writer's rows, all runs the same grid."""
+    if not source.head or source.channels.numel() % source.head:
+        return False
+    heads = source.channels.reshape(-1, source.head)
+    runs = bool((heads == heads[:, :1] + torch.arange(source.head)).all())
+    rows = source.channels.unique()
+    starts = rows.reshape(-1, source.head)[:, 0] if rows.numel() % source.head == 0 else None
+    return runs and starts is not None and set(heads[:, 0].tolist()) == set(starts.tolist())
+
+
+def _rows(program: Program, site: Site, turn: object) -> None:
+    """Apply `turn` to a site's weight rows and to its bias."""
+    names = [site.name]
+    if len(site.node.args) > 2 and site.node.args[2] is not None:
+        names.append(program.weight_name(site.node.args[2]) or "")
+    for name in names:
+        program.weights[name] = turn(program.weights[name])

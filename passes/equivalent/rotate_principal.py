@@ -1,0 +1,99 @@
+"""RotatePrincipal: turn hidden bases to their principal axes, where formats with an exponent round best.
+
+Source: ours; the folding is Rotate's (QuaRot, arXiv:2404.00456), principal axes of a stream as in
+        SliceGPT (arXiv:2401.15024 sec. 3.3), there to delete channels.
+Law:    the output stays for every orthogonal R, as in Rotate. Which R: a float format rounds every
+        number by a share eps of itself, so a product carries noise
+            E |sum_k w_k x_k e_k|^2 = eps^2 sum_k w_k^2 E x_k^2.
+        On the eigenvectors of E x x^T channels are uncorrelated, and that is eps^2 E (w x)^2: eps of
+        the signal for every row w. On other axes it is more wherever rows cancel what many channels
+        have in common, as the massive activations of a stream: a Hadamard matrix, right for integers,
+        spreads these over all channels, and the noise with them.
+Needs:  whole batches.   Leaves: what Rotate leaves.   Turned in float64, cast once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, fx
+
+from qcompile.analysis.scale_folding import groups_of_readers
+from qcompile.analysis.sites import find_sites
+from qcompile.calibration.statistics import CalibrationError, Statistics
+from qcompile.ir.program import Program
+from qcompile.passes.equivalent.rotate import PLACE, Rotate, head_bases, streams_to_turn, turn_heads, turn_stream
+from qcompile.passes.qdq.site_plan import SitePlan
+from qcompile.recipe.registry import rewrites
+from qcompile.recipe.report import PassReport
+
+
+@dataclass(frozen=True)
+class RotatePrincipal(Rotate):
+    """Rotate to the principal axes of what calibration saw: no chance is in it, and the seed is not used."""
+
+
+def principal_axes(moment: Tensor) -> Tensor:
+    """Eigenvectors of a second moment [n, n], largest first, as columns: x R is uncorrelated; float64."""
+    return torch.linalg.eigh(moment.double()).eigenvectors.flip(1).contiguous()
+
+
+@rewrites(RotatePrincipal, exact=True, sitewise=True, needs=("batches",), **PLACE)
+def rotate_principal(program: Program, how: RotatePrincipal, seen: Statistics, plan: SitePlan) -> PassReport:
+    """Turn every closed stream and every head basis to its principal axes, in place."""
+    report = PassReport("RotatePrincipal")
+    streams = streams_to_turn(program, report) if how.stream else []
+    heads = head_bases(program, report) if how.heads else []
+
+    # One basis serves all readers of a stream: behind their norms every one of them weighs the same.
+    watched: dict[fx.Node, tuple[str, int]] = {}
+    groups = groups_of_readers(find_sites(program))
+    for label, flow in streams:
+        names = {site.name for site in flow.readers}
+        for group in groups:
+            if any(site.name in names for site in group.sites):
+                watched[group.root] = (label, flow.size)
+    for group, source in heads:
+        watched[group.root] = (group.sites[0].name, source.head)
+    moments = _second_moments(program, plan, watched)
+    axes = {label: principal_axes(moment) for label, moment in moments.items()}
+
+    for label, flow in streams:
+        if label not in axes:
+            report.leave(label, "no linear reads it")
+            continue
+        turn_stream(program, flow, axes[label], label, report)
+        first, whole = axes[label][:, 0], moments[label].trace().clamp_min(1e-300)
+        report.notes.append(f"{label}: {float(first @ moments[label] @ first / whole):.0%} of its energy on one axis")
+    for group, source in heads:
+        turn_heads(program, group, source, axes[group.sites[0].name], report)
+    return report
+
+
+def _second_moments(program: Program, plan: SitePlan, watched: dict[fx.Node, tuple[str, int]]) -> dict[str, Tensor]:
+    """Sum of x^T x of each label over its nodes, whose last dimension holds blocks of `size` channels.
+
+    A batch's products are of the values' own precision, float32 at least; their sum is float64.
+    """
+    assert plan.batches is not None
+    moments = {label: torch.zeros(size, size, dtype=torch.float64) for label, size in watched.values()}
+
+    def see(node: fx.Node, value: Any) -> None:
+        label, size = watched[node]
+        x = value.detach().reshape(-1, size)
+        x = x if x.dtype == torch.float64 else x.float()
+        moment = (x.t() @ x).double().cpu()
+        if not bool(torch.isfinite(moment).all()):
+            raise CalibrationError(f"RotatePrincipal: a batch brings NaN or Inf to {label} (node {node.name}): drop it")
+        moments[label] += moment
+
+    count = 0
+    for batch in track(plan.batches() if watched else [], "RotatePrincipal", disable=not plan.progress, transient=True):
+        program.watch(watched, batch, see)
+        count += 1
+    if watched and not count:
+        raise CalibrationError("the calibration iterator is empty: give at least one batch")
+    return moments

@@ -1,0 +1,144 @@
+"""SmoothQuant: move activation outliers into the weights.
+
+Source: Xiao et al. 2022, arXiv:2211.10438, eq. 4.
+        DGQ's percentile clip: arXiv:2310.04836 sec. 3.3 (baseline's rank from the authors' code).
+Law:    s = max|X|^a / max|W|^(1-a) for each input channel;  (X / s)(s W) = X W.
+        With `percentile` p instead s = max(1, max|X| / a) with a the largest |X| of all but the
+        top share p of the channels: only outlier channels are touched.
+        1/s folds into the gain of a norm, or into the rows of the linear whose output reaches the
+        site through operations that carry a positive factor (see qcompile/analysis/scale_folding.py). Where one
+        producer channel feeds several (grouped-query attention), they share the largest s.
+Keeps:  the output.   Needs: absmax of the input, [K].   Computed in float64, cast once.
+Leaves: sites whose input does not come from a norm gain or from linear rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.analysis.norms import find_norms
+from qcompile.analysis.obstacle import Obstacle
+from qcompile.analysis.scale_folding import Readers, Source, groups_of_readers, scale_source
+from qcompile.analysis.sites import Site, find_sites
+from qcompile.calibration.statistics import Statistics
+from qcompile.ir.program import Program
+from qcompile.recipe.recipe import RecipeError
+from qcompile.recipe.registry import rewrites
+from qcompile.recipe.report import PassReport
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """How much of the difficulty moves from the activations into the weights."""
+
+    alpha: float = 0.5  # 0: all stays in X, 1: all moves to W
+    norms: bool = True  # smooth inputs made by a norm, by way of its gain
+    rows: bool = True  # smooth also inputs made by linear rows (after a gate, after attention)
+    percentile: float | None = None  # share of channels to bring down to the others, as 0.005
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"Smooth: alpha must be between 0 and 1, got {self.alpha}")
+        if self.percentile is not None and not 0 < self.percentile < 1:
+            raise RecipeError(f"Smooth: percentile is a share between 0 and 1, got {self.percentile}")
+
+
+def smoothing_scale(act: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """max|X| [K] and max|W| [K] -> s [K], float64 and positive; dead channels get 1."""
+    act, weight = act.double(), weight.double()
+    scale = act.clamp_min(1e-5) ** alpha / weight.clamp_min(1e-5) ** (1 - alpha)
+    return torch.where((act > 0) & (weight > 0), scale, torch.ones_like(scale)).clamp_min(1e-5)
+
+
+def clip_scale(act: Tensor, share: float) -> Tensor:
+    """max|X| [K] -> s [K], float64: one but for the top share of channels."""
+    ranked = act.double().sort(descending=True).values
+    baseline = ranked[min(int(share * len(act) + 1.5), len(act) - 1)]
+    return (act.double() / baseline).clamp_min(1) if baseline > 0 else torch.ones_like(ranked)
+
+
+def shared_scale(scale: Tensor, channels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Make s equal where one producer row feeds several channels.
+
+    Args:
+        scale: [K]. channels: [K] producer row of each channel. rows: number of producer rows.
+
+    Returns:
+        s for each channel, [K], and s for each producer row, [rows] (1 where none is fed).
+    """
+    by_row = torch.zeros(rows, dtype=scale.dtype).scatter_reduce(0, channels, scale, "amax")
+    by_row[by_row == 0] = 1
+    return by_row[channels], by_row
+
+
+@rewrites(Smooth, exact=True, needs=("absmax",), after=("Untie", "FoldNorm"))
+def smooth(program: Program, how: Smooth, seen: Statistics) -> PassReport:
+    """Smooth every group of sites whose input has a place for the scale, in place."""
+    report = PassReport("Smooth")
+    norms, sites = find_norms(program), find_sites(program)
+    for readers in groups_of_readers(sites):
+        label = readers.sites[0].name if readers.sites else readers.root.name
+        shared = [site for site in readers.sites if site.shared_with]
+        if shared:
+            report.leave(label, f"the weight {shared[0].name} is shared: untie it")
+            continue
+        source = scale_source(program, readers, norms, sites)
+        if isinstance(source, Obstacle):
+            report.leave(label, source.reason, source.node)
+        elif source.norm is None and not how.rows:
+            report.leave(label, "made by linear rows, and rows=False")
+        elif source.norm is not None and not how.norms:
+            report.leave(label, "made by a norm, and norms=False")
+        else:
+            act = seen.absmax[readers.root.name]
+            if how.percentile is not None:
+                scale = clip_scale(act, how.percentile)
+            else:
+                weight = torch.stack([_columns_absmax(program, s) for s in readers.sites]).amax(0)
+                scale = smoothing_scale(act, weight, how.alpha)
+            fold_scale(program, source, list(readers.sites), scale)
+            report.done.append(label)
+            report.changed |= changed_by(source, readers)
+    return report
+
+
+def changed_by(source: Source, readers: Readers) -> set[str]:
+    """The nodes whose values a fold changes on purpose: from the source to the readers."""
+    nodes = {n.name for n in source.path} | {readers.root.name}
+    if source.norm is not None:
+        return nodes | {n.name for n in source.norm.inner}
+    assert source.site is not None
+    return nodes | {source.site.node.name}
+
+
+def fold_scale(program: Program, source: Source, sites: list[Site], scale: Tensor) -> None:
+    """Divide the channels of a value by `scale` [K] at its source, multiply the readers' columns."""
+    if source.norm is not None:
+        gain = source.norm.gain_value(program)
+        source.norm.set_gain(program, gain / scale)
+        bias = program.weight_name(source.norm.bias)
+        if bias is not None:
+            old = program.weights[bias]
+            program.weights[bias] = (old.double() / scale.to(old.device)).to(old.dtype)
+    else:
+        producer = source.site
+        assert producer is not None
+        scale, by_row = shared_scale(scale, source.channels, producer.N)
+        names = [producer.name]
+        if len(producer.node.args) > 2:
+            names.append(program.weight_name(producer.node.args[2]) or "")
+        for name in names:
+            old = program.weights[name].double()
+            factor = by_row[:, None] if old.ndim == 2 else by_row
+            program.weights[name] = (old / factor.to(old.device)).to(program.weights[name].dtype)
+    for site in sites:
+        old = program.weights[site.name]
+        program.weights[site.name] = (old.double() * scale.to(old.device)).to(old.dtype)
+
+
+def _columns_absmax(program: Program, site: Site) -> Tensor:
+    weight = program.weights[site.name]
+    return torch.maximum(weight.amax(0), -weight.amin(0)).double().cpu()

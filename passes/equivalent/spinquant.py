@@ -1,0 +1,168 @@
+"""LearnRotation: rotations of the stream and of the heads, trained so that rounded activations hurt least.
+
+Source: Liu et al. 2024, SpinQuant, arXiv:2405.16406 sec. 3 (R1 and R2 by Cayley descent on the Stiefel
+        manifold; weights stay float while it learns, since GPTQ follows).
+Law:    as Rotate: the output stays for every orthogonal R. What is learned is which R: the least
+        KL(float || activations rounded in the rotated bases), by
+        R <- (I + a/2 S)^-1 (I - a/2 S) R with S = G R^T - R G^T, which is orthogonal for any step a.
+        The weights are never rotated while learning: x R is rounded and turned back, which is the
+        same function and costs a product with R instead of one with every weight.
+Needs:  whole batches.   Leaves: what Rotate leaves; starts from its randomised Hadamard matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, fx
+
+from qcompile.analysis.norms import find_norms
+from qcompile.analysis.scale_folding import groups_of_readers
+from qcompile.analysis.sites import find_sites
+from qcompile.calibration.statistics import CalibrationError, Statistics
+from qcompile.ir.program import Program
+from qcompile.numerics.divergence import divergence
+from qcompile.numerics.fake_quantize import round_through
+from qcompile.numerics.format import Format
+from qcompile.numerics.hadamard import apply_hadamard, factor, random_signs, rotation
+from qcompile.passes.equivalent.online_hadamard import ACTIVATIONS
+from qcompile.passes.equivalent.rotate import PLACE, Rotate, head_bases, streams_to_turn, turn_heads, turn_stream
+from qcompile.passes.qdq.site_plan import SitePlan
+from qcompile.recipe.recipe import RecipeError
+from qcompile.recipe.registry import rewrites
+from qcompile.recipe.report import PassReport
+
+
+@dataclass(frozen=True)
+class LearnRotation(Rotate):
+    """Rotate with learned matrices."""
+
+    act: Format = Format("int4")  # what activations are rounded to while learning
+    steps: int = 100
+    rate: float = 1.5  # of the first step; falls to zero along a cosine
+    tokens: int = 512  # of a batch that a step looks at
+
+    def __post_init__(self) -> None:
+        if isinstance(self.act, str):
+            object.__setattr__(self, "act", Format.parse(self.act))
+        if self.steps < 1 or self.rate <= 0 or self.tokens < 1:
+            raise RecipeError(f"LearnRotation: steps, rate and tokens must be positive, got {self}")
+
+
+def cayley_step(matrix: Tensor, gradient: Tensor, rate: float) -> Tensor:
+    """One step down the gradient along the orthogonal matrices, [n, n] -> [n, n] float64.
+
+    The step is at most 1 / |S|, beyond which the direction says nothing.
+    """
+    r, g = matrix.double(), gradient.double()
+    skew = g @ r.t() - r @ g.t()
+    rate = min(rate, 1.0 / float(skew.norm().clamp_min(1e-12)))
+    eye = torch.eye(len(r), dtype=torch.float64, device=r.device)
+    return torch.linalg.solve(eye + rate / 2 * skew, (eye - rate / 2 * skew) @ r)
+
+
+@dataclass
+class _Basis:
+    """A matrix to learn, and how a value enters and leaves its basis."""
+
+    matrix: Tensor
+
+    def round(self, x: Tensor, form: Format) -> Tensor:
+        """Round x [.., k b] in the basis, b = len(matrix), and turn it back."""
+        blocks = x.unflatten(-1, (-1, len(self.matrix)))
+        matrix = self.matrix.to(x)
+        turned = (blocks @ matrix).flatten(-2)
+        return (round_through(turned, form).unflatten(-1, (-1, len(matrix))) @ matrix.t()).flatten(-2)
+
+
+@rewrites(LearnRotation, exact=True, sitewise=True, needs=("batches",), **PLACE)
+def learn_rotation(program: Program, how: LearnRotation, seen: Statistics, plan: SitePlan) -> PassReport:
+    """Learn the bases of every closed stream and of every head, and turn the program into them."""
+    report = PassReport("LearnRotation")
+    rounders: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
+    learned: list[_Basis] = []
+    groups = groups_of_readers(find_sites(program))
+    norm_outputs = {norm.output for norm in find_norms(program)}
+
+    def learn(matrix: Tensor) -> _Basis:
+        learned.append(_Basis(matrix.clone().requires_grad_()))
+        return learned[-1]
+
+    streams, heads = [], []
+    for index, (label, flow) in enumerate(streams_to_turn(program, report) if how.stream else []):
+        basis = learn(rotation(flow.size, how.seed + index)[0])
+        streams.append((flow, basis, label))
+        names = {site.name for site in flow.readers}
+        for group in groups:
+            if not group.strangers and any(site.name in names for site in group.sites):
+                rounders[group.root] = lambda x, b=basis: b.round(x, how.act)
+    for group, source in head_bases(program, report) if how.heads else []:
+        basis = learn(rotation(source.head, how.seed + 1000)[0])
+        heads.append((group, source, basis))
+        rounders[group.root] = lambda x, b=basis: b.round(x, how.act)
+    for group in groups:  # what RotateOnline will turn
+        k = group.sites[0].K if group.sites else 0
+        free = group.root not in norm_outputs and group.root not in rounders and not group.strangers
+        if free and group.root.target in ACTIVATIONS and factor(k) is not None:
+            signs = random_signs(k, how.seed)
+            rounders[group.root] = lambda x, s=signs: _in_hadamard(x, s, how.act)
+    if learned:
+        first, last = _descend(program, how, plan, learned, rounders)
+        report.notes.append(f"{how.steps} steps: divergence {first:.4f} -> {last:.4f} nats a token")
+    for flow, basis, label in streams:
+        turn_stream(program, flow, basis.matrix.detach(), label, report)
+    for group, source, basis in heads:
+        turn_heads(program, group, source, basis.matrix.detach(), report)
+    return report
+
+
+def _in_hadamard(x: Tensor, signs: Tensor, form: Format) -> Tensor:
+    n = x.shape[-1]
+    turned = apply_hadamard(x, signs.to(x))
+    back = torch.eye(n, dtype=x.dtype, device=x.device)
+    return round_through(turned, form) @ apply_hadamard(back, signs.to(x)).t()
+
+
+def _descend(
+    program: Program,
+    how: LearnRotation,
+    plan: SitePlan,
+    learned: list[_Basis],
+    rounders: dict[fx.Node, Callable[[Tensor], Tensor]],
+) -> tuple[float, float]:
+    """Cayley descent on all bases; returns the mean divergence of the first and of the last steps."""
+    assert plan.batches is not None
+    batches = [_cut(batch, how.tokens) for batch in plan.batches()]
+    if not batches:
+        raise CalibrationError("the calibration iterator is empty: give at least one batch")
+
+    class Rounded(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            return rounders[n](value) if n in rounders else value
+
+    history = []
+    for step in track(range(how.steps), "LearnRotation", disable=not plan.progress, transient=True):
+        batch = batches[step % len(batches)]
+        with torch.no_grad():
+            want = program(*batch)[0]
+        with torch.enable_grad():
+            out = Rounded(program.graph_module).run(*program.bind(batch))
+            loss = divergence(want, out[0] if isinstance(out, (tuple, list)) else out)
+            gradients = torch.autograd.grad(loss, [b.matrix for b in learned])
+        rate = how.rate * (1 + math.cos(math.pi * step / how.steps)) / 2
+        for basis, gradient in zip(learned, gradients, strict=True):
+            basis.matrix = cayley_step(basis.matrix.detach(), gradient, rate).requires_grad_()
+        history.append(float(loss.detach()))
+    few = max(1, min(len(batches), how.steps // 4))
+    return sum(history[:few]) / few, sum(history[-few:]) / few
+
+
+def _cut(batch: Any, tokens: int) -> list[Any]:
+    """The first tokens of every [B, T] integer input."""
+    return [x[:, :tokens] if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point() else x for x in batch]

@@ -1,0 +1,41 @@
+"""Untie: give a site that shares its weight with another reader a weight of its own.
+
+Source: the pitfall of rotating tied embeddings (QuaRot code issues); no paper.
+Law:    a copy of W is W.
+Keeps:  the output, exactly.   Needs: nothing.
+Leaves: weights that several sites share (a true layer reuse must stay one matrix).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qcompile.analysis.sites import find_sites
+from qcompile.calibration.statistics import Statistics
+from qcompile.ir.program import Program
+from qcompile.recipe.registry import rewrites
+from qcompile.recipe.report import PassReport
+
+
+@dataclass(frozen=True)
+class Untie:
+    """Copy the weight of every site that reads a table someone else reads too."""
+
+
+@rewrites(Untie, exact=True)
+def untie(program: Program, how: Untie, seen: Statistics) -> PassReport:
+    """Give each such site its own copy, named by the weight's other attribute path if it has one."""
+    report = PassReport("Untie")
+    sites = find_sites(program)
+    for site in sites:
+        if not site.shared_with or site.kind != "linear":
+            continue
+        if any(other.weight is site.weight and other is not site for other in sites):
+            report.leave(site.name, "several sites share this weight: one matrix must serve them all")
+            continue
+        others = program.aliases.get(site.name, [])
+        name = others.pop(0) if others else f"{site.name}.untied"
+        own = program.add_weight(name, program.weights[site.name])
+        site.node.replace_input_with(site.weight, own)
+        report.done.append(f"{name} from {site.name}")
+    return report

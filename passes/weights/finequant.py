@@ -1,0 +1,129 @@
+"""FineQuant: a group size for each matrix, found from the weights alone, under a bits budget.
+
+Source: Kim et al. 2023, arXiv:2308.09723 (adaptive granularity: finer groups only where coarse ones
+        collapse). The paper's threshold on shrinking ranges is replaced by what it stands for, the
+        measured rounding error, and its free parameter by a budget.
+Law:    each matrix starts at the coarsest size; the step to a finer one that takes off the most
+        relative error ||W - W^||^2 / ||W||^2 for each added byte is taken while the budget allows.
+        The average never exceeds the budget, and the total relative error is not worse than that
+        of any single size within it.
+Needs:  nothing.   Leaves: what Quantize leaves. Sites with a format from a rule keep it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from rich.progress import track
+from torch import Tensor
+
+from qcompile.calibration.statistics import Statistics
+from qcompile.ir.program import Program
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
+from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
+from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan, wanted_sites
+from qcompile.recipe.recipe import RecipeError
+from qcompile.recipe.registry import rewrites
+from qcompile.recipe.report import PassReport
+
+
+@dataclass(frozen=True)
+class FineQuant(Quantize):
+    """Group sizes to choose from and bits a weight to spend, scales and zeros included."""
+
+    weight: Format = Format("int4", "group", 128, "int")  # all but its group size, which `sizes` replace
+    act: Format | None = None
+    sizes: tuple[int, ...] = (256, 128, 64, 32)
+    bits: float = 4.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight.per != "group":
+            raise RecipeError(f"FineQuant chooses group sizes, the format {self.weight} has no groups")
+        if not self.sizes or min(self.sizes) < 1:
+            raise RecipeError(f"FineQuant: sizes must be positive, got {self.sizes}")
+        if self.bits <= self.weight.bits:
+            raise RecipeError(
+                f"FineQuant: {self.bits} bits leave nothing for scales beside {self.weight.bits}-bit codes"
+            )
+
+
+def spend(errors: list[list[float]], costs: list[list[int]], budget: float) -> list[int]:
+    """Choose one option for each matrix so that the costs stay within the budget.
+
+    Args:
+        errors, costs: for each matrix, of each option. budget: of the sum of costs.
+
+    Returns:
+        The index of the option of each matrix. The cheapest ones where even they exceed the budget.
+    """
+    cheapest = [min(range(len(c)), key=c.__getitem__) for c in costs]
+    chosen, spent = list(cheapest), sum(c[i] for c, i in zip(costs, cheapest, strict=True))
+    while True:
+        best: tuple[float, int, int] | None = None
+        for which, (error, cost) in enumerate(zip(errors, costs, strict=True)):
+            now = chosen[which]
+            for option in range(len(cost)):
+                gain, price = error[now] - error[option], cost[option] - cost[now]
+                if gain > 0 and price > 0 and spent + price <= budget:
+                    rate = gain / price
+                    if best is None or rate > best[0]:
+                        best = (rate, which, option)
+        if best is None:
+            break
+        _, which, option = best
+        spent += costs[which][option] - costs[which][chosen[which]]
+        chosen[which] = option
+    uniform = [[option] * len(costs) for option in range(min(map(len, costs)))]
+
+    def total(choice: list[int]) -> float:
+        return sum(e[i] for e, i in zip(errors, choice, strict=True))
+
+    within = [u for u in uniform if sum(c[i] for c, i in zip(costs, u, strict=True)) <= budget]
+    return min([chosen, *within], key=total)
+
+
+def relative_error(weight: Tensor, form: Format, clip: bool) -> tuple[float, int]:
+    """||W - W^||^2 / ||W||^2 of one matrix in one format, and its stored bytes."""
+    q = quantize_tensor(weight, form, clip=clip)
+    wide = weight.float()
+    return float((q.dequantize() - wide).square().sum() / wide.square().sum().clamp_min(1e-30)), q.nbytes
+
+
+@rewrites(FineQuant, exact=False, sitewise=True, after=BEFORE)
+def finequant(program: Program, how: FineQuant, seen: Statistics, plan: SitePlan) -> PassReport:
+    """Choose sizes for all wanted sites together, then round to nearest, in place."""
+    report = PassReport("FineQuant")
+    wanted = wanted_sites(program, how, plan, report)
+    free = [index for index, w in enumerate(wanted) if w.weight == how.weight]
+    errors, costs, numbers = [], [], 0
+    for index in track(free, "FineQuant", disable=not plan.progress, transient=True):
+        weight = matrix_of(program, wanted[index].site)
+        options = [relative_error(weight, _sized(how.weight, size), how.clip) for size in how.sizes]
+        errors.append([error for error, _ in options])
+        costs.append([cost for _, cost in options])
+        numbers += weight.numel()
+    if free:
+        least = 8 * sum(map(min, costs)) / numbers
+        if least > how.bits:
+            raise RecipeError(
+                f"FineQuant: the coarsest groups of {how.sizes} already take {least:.3f} bits a weight, "
+                f"the budget is {how.bits}: allow more bits or a larger size"
+            )
+        chosen = spend(errors, costs, how.bits * numbers / 8)
+        for index, option in zip(free, chosen, strict=True):
+            wanted[index] = dataclasses.replace(wanted[index], weight=_sized(how.weight, how.sizes[option]))
+        spent = 8 * sum(c[i] for c, i in zip(costs, chosen, strict=True)) / numbers
+        shares = {size: sum(how.sizes[i] == size for i in chosen) for size in how.sizes}
+        report.notes.append(f"{spent:.3f} bits a weight; " + ", ".join(f"group {s}: {n}" for s, n in shares.items()))
+    for site in wanted:
+        q = quantize_tensor(matrix_of(program, site.site), site.weight, clip=how.clip)
+        put_codes(program, site, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+        report.done.append(site.site.name)
+    return report
+
+
+def _sized(form: Format, size: int) -> Format:
+    return dataclasses.replace(form, group=size)

@@ -1,0 +1,159 @@
+"""GPTQ: round column by column, and let the columns to come make up for each error.
+
+Source: Frantar et al. 2022, arXiv:2210.17323 (algorithm 1, eq. 3); order by the Hessian's diagonal
+        with static groups as in the authors' code (act_order, static_groups).
+Law:    among codes on the same grid of scales and zeros, tr(E H E^T) with E = W - W^ and
+        H = sum x x^T is not worse than round-to-nearest's: where it would be, nearest is kept. With
+        H a multiple of the identity the result is round-to-nearest exactly. Blocks of columns change
+        only the order of summation.
+Needs:  the site's inputs, sequentially: upstream is already quantized (see qcompile/calibration/layerwise_run.py).
+Leaves: what Quantize leaves. A Hessian that stays singular at a hundred times the damping falls
+        back to round-to-nearest, and the report says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.calibration.statistics import Statistics
+from qcompile.ir.program import Program
+from qcompile.numerics.format import Format
+from qcompile.numerics.qtensor import QTensor
+from qcompile.numerics.rounding import encode, level_grid, on_grid, quantize_tensor
+from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan
+from qcompile.passes.weights.sequential import quantize_sequentially
+from qcompile.recipe.recipe import RecipeError
+from qcompile.recipe.registry import rewrites
+from qcompile.recipe.report import PassReport
+
+_ROWS = 16384  # of a weight at once: each is solved by itself, and the logits have as many as there are words
+
+
+@dataclass(frozen=True)
+class GPTQ(Quantize):
+    """Quantize with GPTQ; formats, output and clip as for Quantize."""
+
+    damping: float = 0.01  # of the mean diagonal, added to the diagonal
+    order: bool = True  # columns by falling Hessian diagonal; groups stay where they are
+    block: int = 64  # columns whose updates are done at once
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.damping <= 0 or self.block < 1:
+            raise RecipeError(f"GPTQ: damping and block must be positive, got {self.damping} and {self.block}")
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
+    """Upper Cholesky factor of (H + damping mean(diag H) I)^-1, float64 [K, K]; None if singular."""
+    h = hessian.double()
+    h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    # Turned round, H = R R^T with R upper triangular: R^-1 is the factor, and no inverse is factored again.
+    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    if int(failed):
+        return None
+    upper = inverse_triangle(lower).flip(0, 1)
+    return upper if bool(torch.isfinite(upper).all()) else None
+
+
+def inverse_triangle(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangle [K, K], by halves: a third of the arithmetic of solving for it."""
+    size = len(lower)
+    if size <= 128:
+        one = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, one, upper=False)
+    half, inverse = size // 2, torch.zeros_like(lower)
+    inverse[:half, :half] = inverse_triangle(lower[:half, :half])
+    inverse[half:, half:] = inverse_triangle(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    return inverse
+
+
+def loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
+    """e H e^T for each row of E = W - W^, [N]."""
+    error = (weight - rounded).double()
+    return ((error @ hessian.double()) * error).sum(-1)
+
+
+def gain(weight: Tensor, old: Tensor, new: Tensor, hessian: Tensor) -> Tensor:
+    """loss(weight, old) - loss(weight, new) for each row, [N]: a H a - b H b = (a - b) H (a + b), one product."""
+    both = (weight - old).double() + (weight - new).double()
+    return (((new - old).double() @ hessian.double()) * both).sum(-1)
+
+
+def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: Tensor, block: int = 128) -> QTensor:
+    """Codes on the scales and zeros of `grid` by GPTQ.
+
+    Args:
+        weight: [N, K]. hessian: [K, K]. grid: `weight` rounded to nearest.
+        upper: inverse_factor of the Hessian with rows and columns in `order`.
+        order: [K] the columns, first to round first. block: columns at a time.
+
+    Returns:
+        New codes, row by row not worse than the grid's own under the Hessian.
+    """
+    form = grid.format
+    # Turned, so that a column's numbers lie side by side.
+    scale, zero, low, high = (None if t is None else t.t()[order].contiguous() for t in level_grid(grid))
+    assert scale is not None
+
+    def at(t: Tensor | None, where: int | slice) -> Tensor | None:
+        return None if t is None else t[where]
+
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    w, u = wide.t()[order].contiguous(), upper.to(wide.dtype)
+    found = torch.empty(w.shape, dtype=grid.codes.dtype, device=w.device)
+    columns = len(w)
+    for first in range(0, columns, block):
+        last = min(first + block, columns)
+        part, factor = w[first:last], u[first:last, first:last]
+        rounded, errors = torch.empty_like(part), torch.empty_like(part)
+        for k, pivot in enumerate(factor.diagonal().tolist()):
+            c = first + k
+            rounded[k] = on_grid(part[k], scale[c], at(zero, c), form, at(low, c), at(high, c))
+            torch.sub(part[k], rounded[k], out=errors[k]).div_(pivot)
+            part[k + 1 :].addr_(factor[k, k + 1 :], errors[k], alpha=-1)
+        found[first:last] = encode(rounded, scale[first:last], at(zero, slice(first, last)), form)
+        w[last:].addmm_(u[first:last, last:].t(), errors, alpha=-1)
+    codes = torch.empty_like(grid.codes)
+    codes[:, order] = found.t()
+    result = QTensor(codes, grid.scale, grid.zero, grid.group_scale, form)
+    worse = gain(wide, grid.dequantize(), result.dequantize(), hessian) < 0
+    codes[worse] = grid.codes[worse]
+    return result
+
+
+@rewrites(GPTQ, exact=False, needs=("hessian",), sitewise=True, after=BEFORE)
+def gptq_sites(program: Program, how: GPTQ, seen: Statistics, plan: SitePlan) -> PassReport:
+    """Quantize every wanted site, in the order of the graph, each on quantized upstream inputs."""
+    nearest: list[str] = []
+
+    def choose(weight: Tensor, hessian: Tensor, form: Format, names: list[str]) -> QTensor:
+        return compensate(weight, hessian, quantize_tensor(weight, form, clip=how.clip), how, names, nearest)
+
+    report = quantize_sequentially(program, how, plan, PassReport("GPTQ"), choose)
+    if nearest:
+        report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(nearest)}")
+    return report
+
+
+def compensate(
+    weight: Tensor, hessian: Tensor, grid: QTensor, how: GPTQ, names: list[str], nearest: list[str]
+) -> QTensor:
+    """GPTQ on the scales of `grid`, with more damping where needed; adds `names` to `nearest` if none helps."""
+    hessian = hessian.clone()
+    dead = hessian.diagonal() == 0  # never seen: such a column is rounded to nearest by itself
+    hessian[dead, dead] = hessian.diagonal().max().clamp_min(1)
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True) if how.order else torch.arange(len(diagonal), device=diagonal.device)
+    for harder in (1, 10, 100):
+        upper = inverse_factor(hessian[order][:, order], how.damping * harder)
+        if upper is not None:
+            sizes = [len(rows) for rows in weight.split(_ROWS)]
+            parts = zip(weight.split(sizes), grid.split(sizes), strict=True)
+            found = [gptq(rows, hessian, of_rows, upper, order, how.block).codes for rows, of_rows in parts]
+            return QTensor(torch.cat(found), grid.scale, grid.zero, grid.group_scale, grid.format)
+    nearest += names
+    return grid

@@ -1,0 +1,118 @@
+"""HQQ: data-free zero points that shrink a robust error, found in closed form.
+
+Source: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models" (blog),
+        and the authors' code for its constants.
+Law:    with scales fixed, alternate E = shrink(W - W^) (the proximal step of |e|^p, p < 1) and
+        z = mean over the group of q - (W - E) / s. The zeros with the least sum |W - W^| met on
+        the way are kept for each group, so no group is worse than round-to-nearest.
+Needs:  nothing.   Leaves: what Quantize leaves. Zeros are real numbers: the format is "floatzero".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.calibration.statistics import Statistics
+from qcompile.ir.program import Program
+from qcompile.numerics.format import Format
+from qcompile.numerics.qtensor import QTensor, group_columns, ungroup_columns
+from qcompile.numerics.rounding import quantize_tensor
+from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
+from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan, wanted_sites
+from qcompile.recipe.recipe import RecipeError
+from qcompile.recipe.registry import rewrites
+from qcompile.recipe.report import PassReport
+
+
+@dataclass(frozen=True)
+class HQQ(Quantize):
+    """Quantize with HQQ's zero points."""
+
+    weight: Format = Format("int4", "group", 64, "float")
+    act: Format | None = None
+    norm: float = 0.7  # p of |e|^p
+    beta: float = 10.0  # weight of the splitting; the code's first value, kept constant
+    steps: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight.zero != "float" or self.weight.per != "group":
+            raise RecipeError(
+                f"HQQ finds real zeros for groups, the format is {self.weight}: use int4/group64/floatzero"
+            )
+        if not 0 < self.norm < 1 or self.beta <= 0 or self.steps < 1:
+            raise RecipeError("HQQ: 0 < norm < 1, beta > 0 and steps >= 1 are needed")
+
+
+def shrink(error: Tensor, norm: float, beta: float) -> Tensor:
+    """The proximal step of |e|^p: sign(e) max(0, |e| - |e|^(p - 1) / beta)."""
+    size = error.abs()
+    return error.sign() * (size - size.clamp_min(1e-8).pow(norm - 1) / beta).clamp_min(0)
+
+
+def best_zero(target: Tensor, codes: Tensor, scale: Tensor, inside: Tensor) -> Tensor:
+    """The z of each group that minimises sum (target - s (q - z))^2: the mean of q - target / s.
+
+    Args:
+        target, codes: [N, groups, G]. scale: [N, groups, 1]. inside: 1 where a column exists, else 0.
+
+    Returns:
+        [N, groups, 1].
+    """
+    return ((codes - target / scale) * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True)
+
+
+def hqq(weight: Tensor, grid: QTensor, *, norm: float = 0.7, beta: float = 10.0, steps: int = 20) -> QTensor:
+    """Better zeros, and the codes that go with them.
+
+    Args:
+        weight: [N, K]. grid: `weight` rounded to nearest, with real zeros.
+    """
+    form, columns = grid.format, weight.shape[1]
+    assert grid.zero is not None
+    w = group_columns(weight.float(), form)  # [N, groups, G]
+    inside = group_columns(torch.ones_like(weight, dtype=torch.float32), form)  # a ragged end does not count
+    s, z = grid.scale[..., None], grid.zero[..., None].clone()
+
+    def rounded(zero: Tensor) -> Tensor:
+        return (w / s + zero).round_().clamp_(form.qmin, form.qmax)
+
+    def size(error: Tensor) -> Tensor:
+        return (error.abs() * inside).sum(-1, keepdim=True)
+
+    codes = rounded(z)
+    kept_zero, kept_codes, best = z.clone(), codes, size(w - (codes - z) * s)
+    for _ in range(steps):
+        error = shrink(w - (codes - z) * s, norm, beta)
+        z = best_zero(w - error, codes, s, inside)
+        codes = rounded(z)
+        now = size(w - (codes - z) * s)
+        better = now < best
+        if not bool(better.any()):
+            break
+        kept_zero, best = torch.where(better, z, kept_zero), torch.where(better, now, best)
+        kept_codes = torch.where(better, codes, kept_codes)
+    codes = ungroup_columns(kept_codes, columns).to(torch.uint8).contiguous()
+    return QTensor(codes, grid.scale, kept_zero.squeeze(-1), None, form)
+
+
+@rewrites(HQQ, exact=False, sitewise=True, after=BEFORE)
+def hqq_sites(program: Program, how: HQQ, seen: Statistics, plan: SitePlan) -> PassReport:
+    """Quantize every wanted site, in place; sites in another format are rounded to nearest."""
+    report = PassReport("HQQ")
+    plain: list[str] = []
+    for wanted in wanted_sites(program, how, plan, report):
+        weight = matrix_of(program, wanted.site)
+        q = quantize_tensor(weight, wanted.weight, clip=how.clip)
+        if wanted.weight.zero == "float" and wanted.weight.per == "group":
+            q = hqq(weight, q, norm=how.norm, beta=how.beta, steps=how.steps)
+        else:
+            plain.append(wanted.site.name)
+        put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+        report.done.append(wanted.site.name)
+    if plain:
+        report.notes.append(f"rounded to nearest, their format has no real zeros in groups: {', '.join(plain)}")
+    return report

@@ -1,0 +1,145 @@
+"""Quantizing site after site, each on the inputs that the quantized part of the model gives it.
+
+What GPTQ, DGQ and every algorithm share that chooses codes by the second moments of a site's input:
+a walk in graph order (qcompile/calibration/layerwise_run.py), one Hessian for all sites that read the same value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from qcompile.calibration.hessian import Gram, hessian_of, refuse_infinite
+from qcompile.calibration.layerwise_run import Walk
+from qcompile.calibration.statistics import CalibrationError
+from qcompile.ir.program import Program
+from qcompile.memory.process import give_back
+from qcompile.numerics.format import Format
+from qcompile.numerics.qtensor import QTensor
+from qcompile.numerics.rounding import quantize_tensor
+from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
+from qcompile.passes.qdq.site_plan import Quantize, SitePlan, Wanted, wanted_sites
+from qcompile.recipe.report import PassReport
+
+Choose = Callable[[Tensor, Tensor, Format, list[str]], QTensor]
+"""weight [N, K] float32 (sites on one input, stacked), Hessian [K, K], format, names -> codes."""
+
+Aim = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""weight [N, K], Hessian X X^T, and X~ X^T with the float model's inputs X~ -> the weight to aim at."""
+
+
+def quantize_sequentially(
+    program: Program, how: Quantize, plan: SitePlan, report: PassReport, choose: Choose, aim: Aim | None = None
+) -> PassReport:
+    """Quantize every wanted site in place, in the order of the graph.
+
+    With `aim`, the program as it is now is walked beside it, and inputs are rounded as activations are.
+
+    The logits, where the recipe gives them eight bits of their own, are rounded to nearest, and the
+    report says so: the largest matrix of a small model, and eight bits lose nothing that a search could
+    win back.
+    """
+    beside = Beside(program.copy(), plan) if aim is not None else None
+    groups: dict[tuple[torch.fx.Node, Format], list[Wanted]] = {}
+    for wanted in wanted_sites(program, how, plan, report):
+        if wanted.last and wanted.weight.bits >= 8:
+            q = quantize_tensor(matrix_of(program, wanted.site), wanted.weight)
+            put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+            report.done.append(wanted.site.name)
+            report.notes.append(f"{wanted.site.name}: the logits in {wanted.weight} are rounded to nearest, unclipped")
+        else:
+            groups.setdefault((wanted.site.input, wanted.weight), []).append(wanted)
+    assert plan.batches is not None
+    walk = Walk(program, plan.batches())
+    if not walk.values:
+        raise CalibrationError("the calibration iterator is empty: give at least one batch")
+    for (_, form), members in track(groups.items(), report.name, disable=not plan.progress, transient=True):
+        walk.advance(members[0].site.node)
+        give_back()
+        if members[0].site.kind == "experts":
+            for wanted in members:
+                q = _experts(program, walk, wanted, choose)
+                put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+                report.done.append(wanted.site.name)
+                if aim is not None:
+                    report.notes.append(f"{wanted.site.name}: experts see other rows once routing differs; GPTQ")
+            continue
+        weights = torch.cat([program.weights[w.site.name].float() for w in members])
+        if aim is None or beside is None:
+            hessian = hessian_of(walk, members[0].site)
+        else:
+            hessian, cross = beside.moments(walk, members[0])
+            weights = aim(weights, hessian, cross)
+        results = choose(weights, hessian, form, [w.site.name for w in members])
+        for wanted, q in zip(members, results.split([w.site.N for w in members]), strict=True):
+            put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+            report.done.append(wanted.site.name)
+    return report
+
+
+class Beside:
+    """The float program, walked beside the one that is being quantized."""
+
+    def __init__(self, program: Program, plan: SitePlan) -> None:
+        assert plan.batches is not None
+        self.nodes = {node.name: node for node in program.graph.nodes}
+        self.walk = Walk(program, plan.batches())
+
+    def moments(self, walk: Walk, wanted: Wanted) -> tuple[Tensor, Tensor]:
+        """X X^T and X~ X^T, float64 [K, K]: X the site's rounded inputs, X~ those of the float program.
+
+        Every token counts alike, by the norm of its float input: else the few tokens with massive
+        activations would decide where the weight moves to.
+        """
+        site, act = wanted.site, wanted.act
+        self.walk.advance(self.nodes[site.node.name])
+        device = walk.program.weights[site.name].device
+        sums, cross = Gram(site.K, device), torch.zeros(site.K, site.K, dtype=torch.float64, device=device)
+        pairs = zip(walk.see(site.input), self.walk.see(self.nodes[site.input.name]), strict=True)
+        for batch, (x, exact) in enumerate(pairs, 1):
+            aim = exact.flatten(0, -2).float()
+            size = aim.square().mean(-1, keepdim=True)
+            if not bool(torch.isfinite(size).all()):
+                raise CalibrationError(
+                    f"batch {batch} brings NaN or Inf to {site.name} in the float model: "
+                    "drop it, or calibrate in float32"
+                )
+            even = torch.where(size > 0, size.rsqrt(), 0)  # a token whose aim is nothing asks for nothing
+            rows = (x if act is None else as_rounded(x, act)).flatten(0, -2).float() * even
+            sums.add(rows)
+            cross += (aim * even).t() @ rows
+        refuse_infinite(walk, site, sums.sums)
+        return sums.whole(), cross
+
+
+def as_rounded(x: Tensor, act: Format) -> Tensor:
+    """What a site reads once its input is quantized to `act`."""
+    return quantize_tensor(x, act).dequantize().to(x.dtype)
+
+
+def _experts(program: Program, walk: Walk, wanted: Wanted, choose: Choose) -> QTensor:
+    """Codes of a stack [E N, K], each expert by the rows that meet it.
+
+    An expert that no row reached has a Hessian of zeros: every algorithm then rounds to nearest.
+    """
+    site, found = wanted.site, []
+    ends = [value.tolist() for value in walk.see(site.node.args[2])] if site.grouped else []
+
+    def rows_of(expert: int) -> Iterator[Tensor]:
+        if site.batched:
+            yield from (x[expert] for x in walk.see(site.input))
+            return
+        for x, last in zip(walk.see(site.input), ends, strict=True):
+            yield x[int(last[expert - 1]) if expert else 0 : int(last[expert])]
+
+    for expert, weight in enumerate(matrix_of(program, site).float().split(site.N)):
+        sums = Gram(site.K, weight.device)
+        for rows in rows_of(expert):
+            sums.add(rows.float())
+        found.append(choose(weight, sums.whole(), wanted.weight, [f"{site.name}[{expert}]"]))
+    parts = [[getattr(q, part) for q in found] for part in ("codes", "scale", "zero", "group_scale")]
+    whole = [None if p[0] is None else torch.cat([t.reshape(-1, 1) if not t.ndim else t for t in p]) for p in parts]
+    return QTensor(whole[0], whole[1], whole[2], whole[3], wanted.weight)

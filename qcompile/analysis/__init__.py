@@ -1,0 +1,1 @@
+"""Questions answered by dataflow: which products are sites, where a scale folds, what can be rotated."""

@@ -1,0 +1,205 @@
+"""Attention flow: which rows of which linears meet in the scores of an attention.
+
+Between the linears that make queries and keys and the product q k^T lie only operations that are
+linear in each channel (a rotary embedding, layouts, repeated heads). Sending row numbers through
+them shows, for each head and channel of the product, the rows that contribute. Rows that meet,
+directly or through others, form a class: a rotary embedding mixes a channel with its partner, and
+grouped heads share a key. Keys of a class may be divided by a factor if its queries are multiplied
+by it, and the scores stay. What is not linear (a norm of queries) stops the flow and is named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.analysis.channel_origin import ATTENTION, MATMULS, FlowStops, RowFlow, Terms
+from qcompile.analysis.obstacle import Obstacle
+from qcompile.analysis.sites import Site, find_sites
+from qcompile.ir.program import Program, hint
+
+aten = torch.ops.aten
+
+_BETWEEN = {  # what stands between scores and the product with the values
+    aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.tanh.default, aten.to.dtype, aten._to_copy.default,
+    aten.masked_fill.Scalar, aten.where.self, aten.softmax.int, aten._softmax.default, aten.dropout.default,
+    aten.view.default, aten.expand.default, aten.clone.default, aten.detach.default,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The product q k^T of one attention.
+
+    Attributes:
+        node: the attention, or the product. keys: the node of the keys, [.., T, D] or turned.
+        makers: sites whose rows the classes count, with the number of each one's first row.
+        classes: [rows of all makers] the class of each row, -1 for rows that do not take part.
+        query: [rows] whether a row makes a query (else a key).
+        of_key: [heads, D] the class of each channel of the keys.
+        between: names of the nodes from the makers to the product.
+    """
+
+    node: fx.Node
+    keys: fx.Node
+    makers: tuple[tuple[Site, int], ...]
+    classes: Tensor
+    query: Tensor
+    of_key: Tensor
+    between: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Product:
+    """Where an attention multiplies: queries [.., T, D], keys [.., T, D] or turned [.., D, T], values."""
+
+    node: fx.Node
+    queries: fx.Node
+    keys: fx.Node
+    turned: bool
+    reader: fx.Node  # who reads the values, as argument `values_at`
+    values_at: int
+
+    @property
+    def values(self) -> fx.Node:
+        """The values, [.., T, D]."""
+        found: fx.Node = self.reader.args[self.values_at]
+        return found
+
+
+def products(program: Program) -> list[Product]:
+    """Every attention of a program, fused or spelled out as two products around a softmax."""
+    found = []
+    for node in program.graph.nodes:
+        if node.target is ATTENTION:
+            found.append(Product(node, node.args[0], node.args[1], False, node, 2))
+        elif node.target in MATMULS:
+            reader = _beyond_softmax(node)
+            if reader is not None:
+                found.append(Product(node, node.args[0], node.args[1], True, reader, 1))
+    return found
+
+
+def _beyond_softmax(node: fx.Node) -> fx.Node | None:
+    """The product with the values, if `node` makes scores."""
+    passed = False
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        passed |= node.target in (aten.softmax.int, aten._softmax.default)
+        if passed and node.target in MATMULS:
+            return node
+        if node.target not in _BETWEEN:
+            return None
+    return None
+
+
+def scores(program: Program, sites: list[Site]) -> list[Scores | Obstacle]:
+    """The classes of every attention, or what stops the flow."""
+    return [_classes(program, sites, p.node, p.queries, p.keys, p.turned) for p in products(program)]
+
+
+def _classes(
+    program: Program, sites: list[Site], node: fx.Node, q: fx.Node, k: fx.Node, turned: bool
+) -> Scores | Obstacle:
+    walk = RowFlow(program, sites)
+    try:
+        queries = _heads(walk.terms(q), False)
+        keys = _heads(walk.terms(k), turned)
+        walk.check_readers([*queries, *keys], {node})
+    except FlowStops as stop:
+        return Obstacle(*stop.args)
+    heads, of_keys = queries[0].shape[0], keys[0].shape[0]
+    shared_heads = of_keys == 1 or bool(node.kwargs.get("enable_gqa"))
+    repeats = heads // of_keys if shared_heads else 1
+    count = walk.rows
+    shared = [m.name for m, _ in walk.makers if m.shared_with]
+    if shared:
+        return Obstacle(node.name, f"the weight {shared[0]} is shared")
+    parent = list(range(count))
+
+    def find(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    is_query = torch.zeros(count, dtype=torch.bool)
+    is_key = torch.zeros(count, dtype=torch.bool)
+    for marks, terms in ((is_query, queries), (is_key, keys)):
+        for term in terms:
+            marks[term[term >= 0]] = True
+    if bool((is_query & is_key).any()):
+        return Obstacle(node.name, "one row makes both queries and keys")
+    wide_keys = [term.repeat_interleave(repeats, 0) for term in keys]
+    if wide_keys[0].shape != queries[0].shape:
+        return Obstacle(node.name, "queries and keys have different heads")
+    for column in torch.stack([*queries, *wide_keys]).flatten(1).t().tolist():
+        members = [row for row in column if row >= 0]
+        for row in members[1:]:
+            parent[find(row)] = find(members[0])
+    classes = torch.tensor([find(row) for row in range(count)])
+    classes[~(is_query | is_key)] = -1
+    between = frozenset(n.name for n, terms in walk.memo.items() if terms)
+    return Scores(node, k, tuple(walk.makers), classes, is_query, classes[keys[0]], between)
+
+
+def _heads(terms: Terms, turned: bool) -> Terms:
+    """[.., heads, T, D] -> [heads, D] of each term; the rows must not depend on batch or position."""
+    found = []
+    for term in terms:
+        term = term.transpose(-1, -2) if turned else term
+        flat = term.reshape(-1, *term.shape[-3:]) if term.ndim > 3 else term[:, None]
+        first = flat[0, :, 0]
+        if not bool((flat == first[:, None]).all()):
+            raise FlowStops("attention", "the channels differ from position to position")
+        found.append(first)
+    return found
+
+
+def mixed_channels(program: Program, product: Product) -> Tensor | Obstacle:
+    """Which channels of the keys a rotary embedding turns into one another.
+
+    Returns:
+        [heads, D] a number for each channel, one for all that are mixed; or what cannot be followed. What mixes them
+        is taken to be a rotation, so the norm of a class is the same at every position.
+    """
+    try:
+        terms = _heads(_Mixing(program, find_sites(program)).terms(product.keys), product.turned)
+    except FlowStops as stop:
+        return Obstacle(*stop.args)
+    number = {int(row): int(row) for term in terms for row in term.unique()}
+
+    def first(row: int) -> int:
+        while number[row] != row:
+            row = number[row]
+        return row
+
+    for column in torch.stack(terms).flatten(1).t().tolist():
+        members = [row for row in column if row >= 0]
+        for row in members[1:]:
+            number[first(row)] = first(members[0])
+    return torch.tensor([[first(row) for row in head] for head in terms[0].tolist()])
+
+
+class _Lost(FlowStops):
+    """A node behind a rotation that the flow cannot pass."""
+
+
+class _Mixing(RowFlow):
+    """Channels instead of rows: what the flow cannot pass, as a norm of keys, is where other channels begin."""
+
+    def _compute(self, node: fx.Node) -> Terms | list[Terms] | None:
+        try:
+            return super()._compute(node)
+        except _Lost:
+            raise
+        except FlowStops as stop:
+            upstream = [a for a in node.all_input_nodes if a.op == "call_function"]
+            mixed = any(len(self.memo.get(a) or ()) > 1 and not isinstance(self.memo[a][0], list) for a in upstream)
+            if mixed or any(a.meta["val"].is_complex() for a in upstream if isinstance(a.meta.get("val"), Tensor)):
+                raise _Lost(*stop.args) from None  # behind a rotation nobody could tell what it mixed
+            shape = [hint(size) for size in node.meta["val"].shape]
+            start, self.rows = self.rows, self.rows + shape[-1]
+            return [torch.arange(start, self.rows).expand(shape)]

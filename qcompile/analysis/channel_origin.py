@@ -1,0 +1,192 @@
+"""Row flow: which rows of which linears the channels of a value are made of.
+
+Row numbers are sent through the very operations of the graph, so no layout is assumed: heads, fused
+projections, interleaved pairs all come out. Two readings of what may stand between:
+
+    linear        every channel is a sum of rows times factors that do not depend on the model's
+                  linears: casts, layouts, products with constants, sums (a rotary embedding)
+    elementwise   every channel is some function of its rows, the same for all channels: also
+                  activations, products of two values (a gate), the values of an attention
+
+Whatever else is met stops the flow and is named.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.analysis.norms import CASTS
+from qcompile.analysis.sites import Site
+from qcompile.ir.program import Program, hint
+
+aten = torch.ops.aten
+
+ATTENTION = aten.scaled_dot_product_attention.default
+MATMULS = {aten.matmul.default, aten.bmm.default}
+_MOVES = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.permute.default,
+    aten.clone.default, aten.contiguous.default, aten.repeat_interleave.self_int, aten.flatten.using_ints,
+}  # fmt: skip
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
+_JOINS = {aten.cat.default, aten.stack.default}
+_SIZES = {aten.sym_size.int, aten.sym_size.default}
+_ACTIVATIONS = {
+    aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default,
+    aten.pow.Tensor_Scalar,
+}  # fmt: skip
+
+Terms = list[Tensor]
+"""Row numbers, one tensor of the value's shape for each summand; -1 where there is none."""
+
+
+class FlowStops(Exception):
+    """A node that the flow cannot pass, and why: args are (node name, reason)."""
+
+
+class RowFlow:
+    """The terms of values, back to the linear sites.
+
+    Attributes:
+        makers: the sites met, with the number that each one's first row got. rows: how many in all.
+        memo: every node passed -> its terms; None where no site is upstream.
+    """
+
+    def __init__(self, program: Program, sites: list[Site], *, elementwise: bool = False) -> None:
+        """`elementwise` chooses the reading (see above)."""
+        self.program, self.elementwise = program, elementwise
+        self.sites = {site.node: site for site in sites if site.kind == "linear"}
+        self.makers: list[tuple[Site, int]] = []
+        self.rows = 0
+        self.memo: dict[fx.Node, Terms | list[Terms] | None] = {}
+
+    def terms(self, node: fx.Node) -> Terms:
+        """The rows behind each element of a value. Raises FlowStops."""
+        found = self._visit(node)
+        if not found or isinstance(found[0], list):
+            raise FlowStops(node.name, "it does not come from a linear")
+        return found
+
+    def _visit(self, node: fx.Node) -> Terms | list[Terms] | None:
+        """The terms of a node; None where no site is upstream."""
+        if node not in self.memo:
+            self.memo[node] = self._compute(node)
+        return self.memo[node]
+
+    def _compute(self, node: fx.Node) -> Terms | list[Terms] | None:
+        if node.op != "call_function":
+            return None
+        if node in self.sites:
+            return [self._rows_of(self.sites[node])]
+        if self.elementwise and (node.target is ATTENTION or node.target in MATMULS):
+            return self._attend(node)
+        upstream = {a: self._visit(a) for a in node.all_input_nodes if a.target not in _SIZES}
+        derived = [a for a, terms in upstream.items() if terms]
+        if not derived:
+            return None
+        first = upstream[derived[0]]
+        if node.target in CASTS or node.target is aten.neg.default:
+            return first
+        if node.target in _MOVES or (node.target is aten.index.Tensor and len(derived) == 1):
+            return [self._move(node, term) for term in first]
+        if node.target in _SPLITS:
+            parts = [self._move(node, term) for term in first]
+            return [list(part) for part in zip(*parts, strict=True)]
+        if node.target is operator.getitem:
+            return first[node.args[1]]
+        if node.target in (aten.mul.Tensor, aten.div.Tensor) and len(derived) == 1:
+            if self.elementwise:
+                self._refuse_factors(node, derived[0])
+            shape = _hints(node)
+            return [term.expand(shape) for term in first]
+        if self.elementwise:
+            if node.target in _ACTIVATIONS:
+                return first
+            if node.target is aten.mul.Tensor:
+                shape = _hints(node)
+                return [term.expand(shape) for a in derived for term in upstream[a]]
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and len(derived) == len(node.all_input_nodes) == 2:
+            return [*upstream[derived[0]], *upstream[derived[1]]]
+        if node.target in _JOINS and all(upstream[a] for a in node.args[0]):
+            return self._join(node, [upstream[a] for a in node.args[0]])
+        what = "elementwise" if self.elementwise else "linear in each channel"
+        raise FlowStops(node.name, f"{node.target} is not {what}")
+
+    def _attend(self, node: fx.Node) -> Terms:
+        """An attention passes on the channels of its values, to every position."""
+        values = node.args[2] if node.target is ATTENTION else node.args[1]
+        shape, found = _hints(node), []
+        for term in self.terms(values):
+            first = term[..., :1, :]
+            if not bool((term == first).all()):
+                raise FlowStops(node.name, "the channels differ from position to position")
+            if node.target is ATTENTION and node.kwargs.get("enable_gqa"):
+                first = first.repeat_interleave(shape[1] // first.shape[1], 1)
+            found.append(first.expand(shape))
+        return found
+
+    def _refuse_factors(self, node: fx.Node, derived: fx.Node) -> None:
+        for other in node.all_input_nodes:
+            value = other.meta.get("val")
+            if other is not derived and isinstance(value, Tensor) and value.ndim and value.shape[-1] != 1:
+                raise FlowStops(node.name, f"{other.name} holds a factor for each channel")
+
+    def _constant(self, node: fx.Node) -> Tensor:
+        name = self.program.weight_name(node)
+        if name is not None:
+            return self.program.weights[name]
+        if node.op != "get_attr":
+            raise FlowStops(node.name, "channels are picked by a computed index")
+        found: Tensor = getattr(self.program.graph_module, str(node.target))
+        return found
+
+    def _rows_of(self, site: Site) -> Tensor:
+        start = next((start for maker, start in self.makers if maker is site), None)
+        if start is None:
+            start, self.rows = self.rows, self.rows + site.N
+            self.makers.append((site, start))
+        return torch.arange(start, start + site.N).expand(_hints(site.node))
+
+    def _move(self, node: fx.Node, term: Tensor) -> object:
+        if node.target is aten.index.Tensor:
+            return node.target(term.contiguous(), [None if i is None else self._constant(i) for i in node.args[1]])
+        args = fx.node.map_arg(node.args[1:], lambda n: hint(n.meta["val"]))
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
+        return node.target(term.contiguous(), *args, **kwargs)
+
+    def _join(self, node: fx.Node, parts: list[Terms]) -> Terms:
+        longest = max(len(p) for p in parts)
+        padded = [[*p, *[torch.full_like(p[0], -1)] * (longest - len(p))] for p in parts]
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        return [node.target(list(column), dim) for column in zip(*padded, strict=True)]
+
+    def check_readers(self, of: list[Tensor], ends: set[fx.Node]) -> None:
+        """Refuse rows `of` some values that are read on the way by something else than `ends`."""
+        used = {int(row) for term in of for row in term.unique() if row >= 0}
+        for node, terms in list(self.memo.items()):
+            if not terms or isinstance(terms[0], list):
+                continue
+            for user in node.users:
+                if user in ends or user in self.memo or user.target in _SIZES or user.target in _SPLITS:
+                    continue
+                seen = [self._move(user, t) for t in terms] if user.target in _MOVES | {aten.index.Tensor} else terms
+                if used & {int(row) for term in seen for row in term.unique()}:
+                    raise FlowStops(user.name, f"{node.name} is read on another path too")
+
+
+def _hints(node: fx.Node) -> list[int]:
+    return [hint(s) for s in node.meta["val"].shape]
+
+
+def one_position(terms: Terms) -> list[Tensor]:
+    """Terms [.., K] -> the rows of each channel, [K]. Raises FlowStops where positions differ."""
+    found = []
+    for term in terms:
+        flat = term.reshape(-1, term.shape[-1])
+        if not bool((flat == flat[0]).all()):
+            raise FlowStops("value", "the channels differ from position to position")
+        found.append(flat[0])
+    return found

@@ -1,0 +1,190 @@
+"""Norms, found by the arithmetic and not by a module class.
+
+    RMSNorm    y = x / sqrt(mean(x^2) + eps) * g          as one op, or pow, mean, rsqrt, mul
+    (1+w)      y = x / sqrt(mean(x^2) + eps) * (1 + w)    the stored weight is the gain minus one
+    LayerNorm  y = (x - mean x) / sqrt(var x + eps) * g + b
+
+Only norms over the last dimension are norms here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.ir.program import Program
+
+aten = torch.ops.aten
+
+CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default, aten.to.other})
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether a node only changes the dtype."""
+    return node.op == "call_function" and node.target in CASTS
+
+
+def through_casts(node: fx.Node) -> fx.Node:
+    """The value before any casts."""
+    while is_cast(node):
+        node = node.args[0]
+    return node
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One norm: `input` is what it reads, `output` what it hands on, `inner` all nodes between."""
+
+    kind: Literal["rms", "layer"]
+    input: fx.Node
+    output: fx.Node
+    gain: fx.Node | None  # weight placeholder, [n]
+    bias: fx.Node | None  # weight placeholder, [n]
+    one_plus: bool  # the gain is 1 + weight
+    eps: float
+    inner: frozenset[fx.Node]
+
+    def gain_value(self, program: Program) -> Tensor:
+        """The gain as multiplied, [n] float64 on the CPU, as all vectors of channels; ones when the norm has none."""
+        n = self.input.meta["val"].shape[-1]
+        if self.gain is None:
+            return torch.ones(n, dtype=torch.float64)
+        stored = program.weights[program.weight_name(self.gain) or ""].cpu().double()
+        return stored + 1 if self.one_plus else stored
+
+    def set_gain(self, program: Program, gain: Tensor) -> None:
+        """Store a new gain, in the form and the dtype that the model keeps it in."""
+        name = program.weight_name(self.gain)
+        if name is None:
+            raise ValueError(f"the norm at {self.output.name} has no gain to set")
+        old = program.weights[name]
+        program.weights[name] = (gain - 1 if self.one_plus else gain).to(old)
+
+    def has_unit_gain(self, program: Program) -> bool:
+        """Whether gain is exactly one and bias exactly zero."""
+        if not bool((self.gain_value(program) == 1).all()):
+            return False
+        name = program.weight_name(self.bias)
+        return name is None or not bool(program.weights[name].any())
+
+
+def find_norms(program: Program) -> list[Norm]:
+    """All norms of a program in graph order."""
+    found: list[Norm] = []
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in (aten.layer_norm.default, aten.rms_norm.default):
+            norm = _single_op(program, node)
+        elif node.target is aten.rsqrt.default:
+            norm = _decomposed_rms(program, node)
+        else:
+            continue
+        if norm is not None:
+            found.append(norm)
+    return found
+
+
+def _single_op(program: Program, node: fx.Node) -> Norm | None:
+    args = list(node.args) + [None] * 4
+    if len(args[1]) != 1:
+        return None
+    layer = node.target is aten.layer_norm.default
+    gain, bias = args[2], args[3] if layer else None
+    for weight in (gain, bias):
+        if weight is not None and program.weight_name(weight) is None:
+            return None
+    source: fx.Node = args[0]
+    kind: Literal["rms", "layer"] = "layer" if layer else "rms"
+    eps = args[4] if layer else args[3]
+    if eps is None:  # LayerNorm's default, or the dtype's as torch has it for RMSNorm
+        eps = 1e-5 if layer else torch.finfo(source.meta["val"].dtype).eps
+    return Norm(kind, source, node, gain, bias, False, eps, frozenset({node}))
+
+
+def _decomposed_rms(program: Program, rsqrt: fx.Node) -> Norm | None:
+    """pow/mul -> mean(-1) -> + eps -> rsqrt -> * x -> [casts] -> [* gain]."""
+    add = rsqrt.args[0]
+    if not isinstance(add, fx.Node) or add.target is not aten.add.Tensor:
+        return None
+    mean, eps = add.args
+    if not isinstance(eps, (int, float)) or not isinstance(mean, fx.Node) or mean.target is not aten.mean.dim:
+        return None
+    dims = list(mean.args[1])
+    square = mean.args[0]
+    if not isinstance(square, fx.Node) or dims not in ([-1], [square.meta["val"].ndim - 1]):
+        return None
+    if square.target is aten.pow.Tensor_Scalar and square.args[1] == 2:
+        wide = square.args[0]
+    elif square.target is aten.mul.Tensor and square.args[0] is square.args[1]:
+        wide = square.args[0]
+    else:
+        return None
+    assert isinstance(wide, fx.Node)
+    source = through_casts(wide)
+    for product in rsqrt.users:
+        if product.target is not aten.mul.Tensor:
+            continue
+        other = product.args[1] if product.args[0] is rsqrt else product.args[0]
+        if isinstance(other, fx.Node) and through_casts(other) is source:
+            break
+    else:
+        return None
+    inner = {add, mean, square, rsqrt, product}
+    for cast in (wide, other):
+        while cast is not source:
+            inner.add(cast)
+            cast = cast.args[0]
+    # A model in low precision casts up before the norm and adds the residual in the cast-up value:
+    # the cast is then not the norm's own, and the norm reads the cast.
+    for cast in [n for n in inner if is_cast(n)]:
+        if any(user not in inner for user in cast.users):
+            source, inner = cast, inner - {cast}
+            break
+    return _with_gain(program, source, product, float(eps), inner)
+
+
+def _with_gain(program: Program, source: fx.Node, product: fx.Node, eps: float, inner: set[fx.Node]) -> Norm:
+    output, node = product, product
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if is_cast(user):
+            node = user
+            inner.add(user)
+            output = user
+            continue
+        if user.target is not aten.mul.Tensor:
+            break
+        other = user.args[1] if user.args[0] is node else user.args[0]
+        gain, one_plus, nodes = _gain_expression(program, other)
+        if gain is None:
+            break
+        inner |= nodes | {user}
+        output = user
+        while len(output.users) == 1 and is_cast(next(iter(output.users))):
+            output = next(iter(output.users))
+            inner.add(output)
+        return Norm("rms", source, output, gain, None, one_plus, eps, frozenset(inner))
+    return Norm("rms", source, output, None, None, False, eps, frozenset(inner))
+
+
+def _gain_expression(program: Program, value: object) -> tuple[fx.Node | None, bool, set[fx.Node]]:
+    """A weight, or 1 + weight, through casts."""
+    nodes: set[fx.Node] = set()
+    one_plus = False
+    while isinstance(value, fx.Node) and program.weight_name(value) is None:
+        if is_cast(value):
+            nodes.add(value)
+            value = value.args[0]
+        elif value.target is aten.add.Tensor and not one_plus and 1 in value.args[:2]:
+            nodes.add(value)
+            one_plus = True
+            value = value.args[0] if isinstance(value.args[0], fx.Node) else value.args[1]
+        else:
+            return None, False, set()
+    if not isinstance(value, fx.Node) or value.meta["val"].ndim != 1:
+        return None, False, set()
+    return value, one_plus, nodes

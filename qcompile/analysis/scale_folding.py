@@ -1,0 +1,262 @@
+"""Scale flow: where a positive factor for each channel of a value can be folded.
+
+Walking back from the input of a site, a factor per channel travels through casts, layout changes,
+ReLU (positive homogeneous), one operand of a product (a gate), and the values of an attention,
+until it meets rows of a linear site or the gain of a norm. Anything else stops it, and the stop is
+named. Where attention shares a value head between query heads, or a fused projection is sliced, the
+*channel map* says which producer row each channel came from: it is computed by sending channel
+numbers through the very layout operations of the graph, so no head arithmetic is assumed.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.analysis.norms import CASTS, Norm
+from qcompile.analysis.obstacle import Obstacle
+from qcompile.analysis.residual_stream import LAYOUT, keeps_last
+from qcompile.analysis.sites import Site
+from qcompile.ir.program import Program, hint
+
+aten = torch.ops.aten
+
+_SHAPES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.clone.default,
+    aten.repeat_interleave.self_int,
+}
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
+_ATTENTION = aten.scaled_dot_product_attention.default
+_SIZES = {aten.sym_size.int, aten.sym_size.default}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a scale of `value` folds.
+
+    Attributes:
+        norm: the norm whose gain takes it, or None.
+        site: the linear site whose rows take it, or None.
+        channels: [K] row of the producer behind each channel of the value.
+        path: the nodes between, from the producer to the value.
+        attention: whether the path runs through an attention's values.
+        pure: whether the path only moves channels (no product, no ReLU): a rotation may pass too.
+        head: channels of one head where the path passes an attention, else 0.
+    """
+
+    norm: Norm | None
+    site: Site | None
+    channels: Tensor
+    path: tuple[fx.Node, ...]
+    attention: bool
+    pure: bool
+    head: int
+
+
+def channel_root(value: fx.Node) -> fx.Node:
+    """The earliest value with the same channels: back through casts and layouts of other dims."""
+    while value.op == "call_function" and (
+        value.target in CASTS or (value.target in LAYOUT and keeps_last(value, int(value.meta["val"].shape[-1])))
+    ):
+        source = value.args[0]
+        if not isinstance(source, fx.Node) or source.op == "placeholder":
+            break
+        value = source
+    return value
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Everything that reads the channels of one value."""
+
+    root: fx.Node
+    sites: tuple[Site, ...]
+    strangers: tuple[fx.Node, ...]  # readers that are not linear sites: they absorb nothing
+
+
+def find_readers(root: fx.Node, sites: list[Site]) -> Readers:
+    """The sites, and the strangers, that read a value through casts and layouts of other dims."""
+    width = root.meta["val"].shape[-1]
+    by_node = {site.node: site for site in sites}
+    found: list[Site] = []
+    strangers: list[fx.Node] = []
+    work = [root]
+    for value in work:
+        for user in value.users:
+            site = by_node.get(user)
+            if user.target in _SIZES:
+                continue
+            if site is not None and site.input is value and site.kind == "linear":
+                found.append(site)
+            elif user.target in CASTS or (user.target in LAYOUT and keeps_last(user, width)):
+                if user not in work:
+                    work.append(user)
+            else:
+                strangers.append(user)
+    return Readers(root, tuple(found), tuple(strangers))
+
+
+def groups_of_readers(sites: list[Site]) -> list[Readers]:
+    """Sites grouped by the value whose channels they read, in graph order."""
+    roots = dict.fromkeys(channel_root(site.input) for site in sites if site.kind == "linear")
+    return [find_readers(root, sites) for root in roots]
+
+
+def scale_source(program: Program, readers: Readers, norms: list[Norm], sites: list[Site]) -> Source | Obstacle:
+    """Find where a scale for the channels of a value folds, or say what stops it.
+
+    Args:
+        program: the program.
+        readers: who reads the value; all of them must be sites, which absorb the inverse.
+        norms: all norms (see find_norms).
+        sites: all sites (see find_sites).
+    """
+    value = readers.root
+    if readers.strangers:
+        return Obstacle(readers.strangers[0].name, "the input is read by something that is not a site too")
+    walk = _Walk(program, {n.output: n for n in norms}, {s.node: s for s in sites})
+    return walk.back(value, (), value)
+
+
+class _Walk:
+    def __init__(self, program: Program, norms: dict[fx.Node, Norm], sites: dict[fx.Node, Site]) -> None:
+        self.program, self.norms, self.sites = program, norms, sites
+
+    def back(self, node: fx.Node, path: tuple[fx.Node, ...], value: fx.Node) -> Source | Obstacle:
+        if node in self.norms:
+            return self._at_norm(node, path, value)
+        site = self.sites.get(node)
+        if site is not None and site.kind == "linear":
+            return self._at_rows(site, path, value)
+        inside = (node, *path)
+        first = node.args[0] if node.args else None
+        if node.target in CASTS or node.target in _SHAPES or node.target in _SPLITS:
+            return self.back(first, inside, value)
+        if node.target in (aten.relu.default, operator.getitem):
+            return self.back(first, inside, value)
+        if node.target is _ATTENTION:
+            return self.back(node.args[2], inside, value)
+        if node.target in (aten.matmul.default, aten.bmm.default) and len(node.args) == 2:
+            return self.back(node.args[1], inside, value)
+        if node.target is aten.mul.Tensor:
+            return self._through_product(node, inside, value)
+        return Obstacle(node.name, f"{node.target} does not carry a scale")
+
+    def _through_product(self, node: fx.Node, path: tuple[fx.Node, ...], value: fx.Node) -> Source | Obstacle:
+        answers: list[Source | Obstacle] = []
+        width = node.meta["val"].shape[-1]
+        for operand in node.args[:2]:
+            if isinstance(operand, fx.Node) and operand.meta["val"].ndim:
+                if operand.meta["val"].shape[-1] == width:
+                    answers.append(self.back(operand, path, value))
+        for answer in answers:
+            if isinstance(answer, Source) and answer.site is not None:
+                return answer
+        return answers[0] if answers else Obstacle(node.name, "a product with no wide operand")
+
+    def _at_norm(self, node: fx.Node, path: tuple[fx.Node, ...], value: fx.Node) -> Source | Obstacle:
+        norm = self.norms[node]
+        if path:
+            return Obstacle(node.name, "a norm whose output is reshaped before the site")
+        if norm.gain is None:
+            return Obstacle(node.name, "a norm without a gain")
+        if len(norm.gain.users) > 1:
+            return Obstacle(node.name, "a norm gain that another norm uses too")
+        width = int(value.meta["val"].shape[-1])
+        return Source(norm, None, torch.arange(width), (), False, False, 0)
+
+    def _at_rows(self, site: Site, path: tuple[fx.Node, ...], value: fx.Node) -> Source | Obstacle:
+        if site.shared_with:
+            return Obstacle(site.node.name, f"the weight {site.name} is shared with {site.shared_with}")
+        nodes = (site.node, *path)
+        for node, following in zip(nodes, path, strict=False):
+            others = [u for u in node.users if u is not following and u.target not in _SIZES]
+            if others and not all(
+                u.target in {aten.slice.Tensor} | _SPLITS | _SHAPES or u.target is operator.getitem for u in others
+            ):
+                return Obstacle(others[0].name, f"{node.name} is read on another path too")
+        try:
+            channels = self._send(site, path, value)
+        except _Overlap as overlap:
+            return Obstacle(str(overlap), f"channels of {site.name} are read on another path too")
+        except (RuntimeError, TypeError, ValueError) as error:
+            return Obstacle(value.name, f"the channels of {site.name} cannot be followed ({error})")
+        if channels is None:
+            return Obstacle(value.name, f"the channels of {site.name} differ from row to row")
+        attention = [n for n in path if n.target in (_ATTENTION, aten.matmul.default, aten.bmm.default)]
+        pure = not any(n.target in (aten.mul.Tensor, aten.relu.default) for n in path)
+        head = int(attention[-1].meta["val"].shape[-1]) if attention else 0
+        return Source(None, site, channels, path, bool(attention), pure, head)
+
+    def _send(self, site: Site, path: tuple[fx.Node, ...], value: fx.Node) -> Tensor | None:
+        """Send channel numbers from the site's rows to the value; None if rows disagree."""
+        shape = [hint(s) for s in site.node.meta["val"].shape]
+        ids: object = torch.arange(site.N).expand(*shape).contiguous()
+        previous = site.node
+        claims: list[tuple[fx.Node, object]] = []
+        for node in path:
+            for user in previous.users:
+                if user is not node and user.target not in _SIZES:
+                    claims.append((user, self._step(user, previous, ids)))
+            ids = self._step(node, previous, ids)
+            previous = node
+        if not isinstance(ids, Tensor):
+            return None
+        mine = ids.reshape(-1, ids.shape[-1])
+        if not bool((mine == mine[0]).all()):
+            return None
+        used = set(mine[0].tolist())
+        for user, seen in claims:
+            parts = seen if isinstance(seen, (list, tuple)) else [seen]
+            if user.target in _SPLITS:
+                continue  # its pieces are getitem users of the same list, checked one by one
+            if any(used & set(p.unique().tolist()) for p in parts if isinstance(p, Tensor)):
+                raise _Overlap(user.name)
+        return mine[0]
+
+    def _step(self, node: fx.Node, previous: fx.Node, ids: object) -> object:
+        if node.target in CASTS or node.target in (aten.mul.Tensor, aten.relu.default):
+            return ids
+        if node.target in (aten.matmul.default, aten.bmm.default):
+            return self._attend(node, ids, 1)
+        if node.target is _ATTENTION:
+            repeats = 1
+            if node.kwargs.get("enable_gqa"):
+                repeats = node.args[0].meta["val"].shape[1] // node.args[2].meta["val"].shape[1]
+            return self._attend(node, ids, repeats)
+        if node.target is operator.getitem:
+            return ids[node.args[1]]
+
+        def real(arg: fx.Node) -> object:
+            return ids if arg is previous else hint(arg.meta["val"])
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), real)
+        return node.target(*args, **kwargs)
+
+    @staticmethod
+    def _attend(node: fx.Node, ids: object, repeats: int) -> Tensor:
+        """Attention mixes tokens, not channels: take any token's numbers for all queries."""
+        assert isinstance(ids, Tensor)
+        if repeats > 1:
+            ids = ids.repeat_interleave(repeats, dim=1)
+        tokens = hint(node.meta["val"].shape[-2])
+        if not bool((ids == ids[..., :1, :]).all()):
+            raise ValueError("the values of the attention differ from token to token")
+        return ids[..., :1, :].expand(*ids.shape[:-2], tokens, ids.shape[-1]).contiguous()
+
+
+class _Overlap(Exception):
+    """Another reader sees the same channels; the text is its name."""

@@ -1,0 +1,61 @@
+"""Example inputs: the arguments that a batch stands for, and those that a module is traced with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.calibration.statistics import CalibrationError
+from qcompile.ir.program import Program
+from qcompile.recipe.recipe import RecipeError
+
+ops = torch.ops.qcompile
+aten = torch.ops.aten
+
+
+def _own_example(model: nn.Module) -> Any:
+    example = getattr(model, "dummy_inputs", None)
+    if not isinstance(example, dict):
+        raise RecipeError(
+            f"{type(model).__name__} brings no example input to trace with. Mend: "
+            "qcompile.quantize(model, recipe, example=<a tensor, tuple or dict of inputs>)"
+        )
+    return example
+
+
+def traceable_example(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments to trace a model with that brings its own example. Raises RecipeError."""
+    return widen_batch(*call_of(_own_example(model)))
+
+
+def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments and keyword arguments that a calibration batch stands for."""
+    if isinstance(batch, Mapping):
+        return (), {k: v for k, v in batch.items() if v is not None}
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def widen_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One row would be specialised by the tracer: trace with two."""
+
+    def twice(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1 else value
+
+    return tuple(twice(a) for a in args), {k: twice(v) for k, v in kwargs.items()}
+
+
+def flat_inputs(program: Program, batch: Any, first: dict[str, Any]) -> Sequence[Any]:
+    """A batch as the flat inputs of a program; `first` gives the order of keywords."""
+    args, kwargs = call_of(batch)
+    missing = [name for name in first if name not in kwargs]
+    if missing:
+        raise CalibrationError(f"a batch lacks {missing}, which the first batch has")
+    flat = [*args, *[kwargs[name] for name in first]]
+    if len(flat) != len(program.inputs):
+        raise CalibrationError(f"a batch has {len(flat)} tensors, the model's graph takes {len(program.inputs)}")
+    return flat

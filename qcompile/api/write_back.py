@@ -1,0 +1,170 @@
+"""Where the results of a Program go in the module that it was captured from, checked before anything is written."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qcompile.analysis.sites import find_sites
+from qcompile.ir.program import WEIGHT, Program
+from qcompile.modules.quant_experts import QuantStack, hold_stack
+from qcompile.modules.quant_linear import PARTS, QuantLinear, RotatedLinear
+from qcompile.numerics.format import Format
+from qcompile.recipe.recipe import RecipeError
+
+ops = torch.ops.qcompile
+aten = torch.ops.aten
+
+
+# Weights that passes add and that no module of the model holds.
+_OF_GRAPH = {*PARTS, "turn", "center", "key_scale", "value_scale"} - {"bias"}
+
+
+@dataclass
+class _Plan:
+    """Where the results of a Program go in the module that it was captured from."""
+
+    model: nn.Module
+    owners: dict[str, str]  # site name -> path of the plain linear that holds its weight
+    not_plain: dict[str, str]  # site name -> why it cannot be replaced in place
+
+    @staticmethod
+    def of(model: nn.Module, program: Program) -> _Plan:
+        owners: dict[str, str] = {}
+        not_plain: dict[str, str] = {}
+        for site in find_sites(program):
+            if site.kind != "linear":
+                continue
+            bias = program.weight_name(site.bias)
+            for name in (site.name, *program.aliases.get(site.name, [])):
+                path = name.rpartition(".")[0]
+                if _is_plain_linear(model.get_submodule(path), program, site.name, bias):
+                    owners[site.name] = path
+                    break
+            else:
+                not_plain[site.name] = (
+                    "no module computes just this product, so nothing can take its place; "
+                    "torch.compile(model, backend='qcompile') quantizes it"
+                )
+        return _Plan(model, owners, not_plain)
+
+    def check(self, before: Program, after: Program) -> None:
+        """Refuse what cannot be written back, before anything is written."""
+        homeless = [
+            n.name
+            for n in after.graph.find_nodes(op="call_function", target=ops.hadamard.default)
+            for user in n.users
+            if self._linear_behind(user) is None
+        ]
+        if homeless:
+            raise RecipeError(f"the online transforms {homeless} have no linear module to live in: drop RotateOnline")
+        for node in after.graph.find_nodes(op="call_function", target=aten.rms_norm.default):
+            gain = node.meta.get("replaces_layer_norm")
+            if gain is not None and not isinstance(self.model.get_submodule(gain.rpartition(".")[0]), nn.LayerNorm):
+                raise RecipeError(
+                    f"the LayerNorm with gain {gain} is no nn.LayerNorm module: use FoldNorm(centre=False)"
+                )
+
+    def apply(self, before: Program, after: Program) -> None:
+        """Write weights, norms and linears into the model."""
+        for name, tensor in after.weights.items():
+            parent, _, leaf = name.rpartition(".")
+            if before.weights.get(name) is tensor or leaf in _OF_GRAPH:
+                continue
+            stored = tensor.t().contiguous() if name in after.transposed else tensor
+            module = self.model.get_submodule(parent)
+            old = getattr(module, leaf, None)
+            if isinstance(old, nn.Parameter) or name not in before.weights:
+                setattr(module, leaf, nn.Parameter(stored, requires_grad=False))
+            else:
+                setattr(module, leaf, stored)
+        untied = any(n in after.weights for others in before.aliases.values() for n in others)
+        config = getattr(self.model, "config", None)
+        if untied and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # or saving would tie them again
+        for node in after.graph.find_nodes(op="call_function", target=aten.rms_norm.default):
+            if node.meta.get("replaces_layer_norm"):
+                path = node.meta["replaces_layer_norm"].rpartition(".")[0]
+                old = self.model.get_submodule(path)
+                norm = nn.RMSNorm(node.args[1], eps=node.args[3], dtype=old.weight.dtype)
+                self.model.set_submodule(path, norm.requires_grad_(False).eval())
+        for node in after.graph.find_nodes(op="call_function", target=ops.qlinear.default):
+            self.model.set_submodule(self._path(node.meta["site"]), _quant_linear(after, node))
+        for node in after.graph.find_nodes(op="call_function", target=ops.qexperts.default):
+            hold_stack(self.model, node.meta["site"], QuantStack.of(after, node, before))
+        for node in after.graph.find_nodes(op="call_function", target=aten.linear.default):
+            signs = _signs(after, node.args[0])
+            if signs is not None:
+                path = self._path(after.weight_name(node.args[1]) or "")
+                self.model.set_submodule(path, RotatedLinear(self.model.get_submodule(path), signs))
+
+    def _path(self, site: str) -> str:
+        return self.owners.get(site, site.rpartition(".")[0])
+
+    def _linear_behind(self, node: fx.Node) -> fx.Node | None:
+        while node.target not in (ops.qlinear.default, aten.linear.default):
+            if not _only_carries(node) or not node.users:
+                return None
+            node = next(iter(node.users))
+        return node
+
+
+_CARRIERS = (
+    ops.quantize.default,
+    operator.getitem,
+    aten.view.default,
+    aten.reshape.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+)
+
+
+def _only_carries(node: fx.Node) -> bool:
+    """Whether a node between a transform and its linear is one that QuantLinear redoes by itself."""
+    return node.target in _CARRIERS
+
+
+def _is_plain_linear(module: nn.Module, program: Program, weight: str, bias: str | None) -> bool:
+    """Whether calling the module is x W^T + b and nothing else, found by calling it."""
+    if list(module.children()):
+        return False
+    matrix = program.weights[weight]
+    x = torch.randn(2, matrix.shape[1], device=matrix.device).to(matrix.dtype)
+    shift = program.weights[bias] if bias else None
+    try:
+        with torch.no_grad():
+            got = module(x)
+    except Exception:  # any failure means that it is something else: the site is then left, with a reason
+        return False
+    want = torch.nn.functional.linear(x, matrix, shift)
+    return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-2, atol=1e-2)
+
+
+def _signs(program: Program, x: Any) -> Tensor | None:
+    while isinstance(x, fx.Node):
+        if x.target is ops.hadamard.default:
+            return program.weights[x.args[1].meta[WEIGHT]]
+        if not _only_carries(x):
+            return None
+        x = x.args[0]
+    return None
+
+
+def _quant_linear(program: Program, node: fx.Node) -> QuantLinear:
+    x, _, _, codes, scale, zero, group_scale, bias, form, act, columns, _ = node.args
+    parts = {"codes": codes, "scale": scale, "zero": zero, "group_scale": group_scale, "bias": bias}
+    tensors = {k: None if v is None else program.weights[v.meta[WEIGHT]] for k, v in parts.items()}
+    tensors["signs"] = _signs(program, x)
+    tensors |= {part: program.weights[weight] for part, weight in (node.meta.get("low_rank") or {}).items()}
+    rows = tensors["codes"].shape[0]
+    return QuantLinear(
+        int(columns),
+        rows,
+        Format.parse(str(form)),
+        Format.parse(str(act)) if act else None,
+        tensors,
+    )

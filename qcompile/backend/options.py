@@ -1,0 +1,63 @@
+"""Options of the torch.compile backend, checked before anything is compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcompile.backend.inductor import patches_of
+from qcompile.pipeline.presets import find_recipe
+from qcompile.recipe.recipe import Recipe, RecipeError, Rule
+
+OPTIONS = {
+    "recipe": "preset name, JSON path, dict or Recipe; default int8 (W8A8, dynamic per token)",
+    "rules": "list of Rule or dicts, before the recipe's own",
+    "verify": "certify exact passes on the first inputs; default True",
+    "slower": "'float' (default) leaves sites float where no kernel reaches float speed, 'keep' quantizes them",
+    "rows": "rows of x that slower='float' judges every graph at (in decoding the batch); default its first call's",
+    "mode": "'reduce-overhead' runs every graph as a CUDA graph, which needs a GPU; also as torch.compile(mode=...)",
+    "inductor": "options passed on to Inductor",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options of the backend."""
+
+    recipe: Recipe
+    rules: tuple[Rule, ...] = ()
+    verify: bool = True
+    slower: str = "float"
+    rows: int | None = None
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def read(options: dict[str, Any] | None) -> Options:
+        """Raises RecipeError for an unknown option, and lists the known ones."""
+        given = dict(options or {})
+        unknown = sorted(set(given) - set(OPTIONS))
+        if unknown:
+            known = "\n".join(f"  {name}: {text}" for name, text in OPTIONS.items())
+            raise RecipeError(
+                f"unknown option {', '.join(map(repr, unknown))} of the qcompile backend; known:\n{known}"
+            )
+        slower = given.get("slower", "float")
+        if slower not in ("float", "keep"):
+            raise RecipeError(f"option slower={slower!r}: use 'float' or 'keep'")
+        rows = given.get("rows")
+        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+            raise RecipeError(f"option rows={rows!r}: a whole number of at least 1, as 8 for a batch of 8 in decoding")
+        try:
+            inductor = patches_of(given.get("mode", "default"), given.get("inductor", {}))
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+        rules = tuple(r if isinstance(r, Rule) else Rule(**r) for r in given.get("rules", ()))
+        recipe = find_recipe(given.get("recipe", "int8"))
+        if recipe.needs:
+            who = ", ".join(recipe.needs)
+            raise RecipeError(
+                f"recipe {recipe.name!r} needs calibration data for {who}; torch.compile has none. Mend:\n"
+                f"  qcompile.quantize(model, {recipe.name!r}, batches)\n"
+                f"  torch.compile(model, backend='qcompile')"
+            )
+        return Options(recipe, rules, bool(given.get("verify", True)), slower, rows, inductor)

@@ -1,0 +1,1 @@
+"""Calibration data through a graph: statistics, layer by layer runs, Hessians, texts."""

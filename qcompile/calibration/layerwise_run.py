@@ -1,0 +1,100 @@
+"""A walk: all calibration batches through a program together, stopping before chosen nodes.
+
+Sequential algorithms quantize a site with the inputs that the already quantized part of the model
+gives it. A walk computes every batch up to a node, lets the caller rewrite what comes next (insert
+nodes, replace weights), and goes on. Each node runs once for each batch. Between stops only the
+values that are still to be read are held: at a site of a decoder that is the residual stream and
+the site's input, never a whole model's activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.ir.program import WEIGHT, Program
+
+
+class Walk:
+    """Values of every batch, up to where the walk has come."""
+
+    def __init__(self, program: Program, batches: Iterable[Sequence[Any]]) -> None:
+        """Start before the first node. Raises ValueError for a batch with the wrong number of inputs."""
+        self.program = program
+        self.done: set[fx.Node] = set(program.placeholders)
+        self.fixed: dict[fx.Node, Any] = {}  # what no input reaches, computed once
+        self.values: list[dict[fx.Node, Any]] = []
+        for batch in batches:
+            bound = program.bind(batch)
+            inputs = zip(program.placeholders, bound, strict=True)
+            self.values.append({n: v for n, v in inputs if WEIGHT not in n.meta})
+
+    def advance(self, stop: fx.Node) -> None:
+        """Compute what stands before `stop` in the graph, for every batch."""
+        ahead: list[fx.Node] = []
+        for node in self.program.graph.nodes:
+            if node is stop:
+                break
+            if node not in self.done and node.op != "placeholder":
+                ahead.append(node)
+        self.done.update(ahead)
+        fixed = [n for n in ahead if all(self._is_fixed(a) for a in n.all_input_nodes)]
+        moving = [n for n in ahead if n not in set(fixed)]
+        with torch.no_grad():
+            for node in fixed:
+                self.fixed[node] = self._compute(node, {})
+            for values in self.values:
+                for node in moving:
+                    values[node] = self._compute(node, values)
+                    for used in node.all_input_nodes:
+                        if used in values and not self._is_read(used, node):
+                            del values[used]
+        for node in [n for n in self.fixed if all(u in self.done for u in n.users)]:
+            del self.fixed[node]
+
+    def finish(self, index: int, changed: fx.Node, value: Any) -> Any:
+        """What one batch gives if `changed`, the node where the walk stopped, had another value.
+
+        Returns the program's outputs; the walk stays where it is.
+        """
+        values = {**self.fixed, **self.values[index], changed: value}
+        last: dict[fx.Node, fx.Node] = {}
+        ahead = [n for n in self.program.graph.nodes if n not in self.done and n is not changed]
+        for node in ahead:
+            last.update(dict.fromkeys(node.all_input_nodes, node))
+        with torch.no_grad():
+            for node in ahead:
+                if node.op == "output":
+                    return fx.node.map_arg(node.args[0], lambda n: values[n])
+                if node.op != "placeholder":
+                    values[node] = self._compute(node, values)
+                    for used in [n for n in node.all_input_nodes if last[n] is node]:
+                        values.pop(used, None)
+        raise AssertionError("a graph ends in its output")
+
+    def see(self, node: fx.Node) -> Iterator[Tensor]:
+        """The value of a computed node, batch by batch."""
+        for values in self.values:
+            yield self.fixed[node] if node in self.fixed else values[node]
+
+    def _is_fixed(self, node: fx.Node) -> bool:
+        return WEIGHT in node.meta or node in self.fixed or node.op == "get_attr"
+
+    def _is_read(self, node: fx.Node, now: fx.Node) -> bool:
+        """Whether a value is needed after the node that is being computed."""
+        return any(user is not now and (user not in self.done or now < user) for user in node.users)
+
+    def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return getattr(self.program.graph_module, str(node.target))
+
+        def value(of: fx.Node) -> Any:
+            if WEIGHT in of.meta:
+                return self.program.weights[of.meta[WEIGHT]]
+            return values[of] if of in values else self.fixed[of]
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        return node.target(*args, **kwargs)

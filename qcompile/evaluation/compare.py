@@ -1,0 +1,174 @@
+"""Recipes side by side on one model and one text: what each costs and what it keeps.
+
+Each recipe's row is written to disk as soon as it is measured, so an interrupted comparison goes on
+where it stopped. The float model is run beside each candidate and not remembered: memory does not
+grow with the text.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from qcompile.api.quantize import quantize
+from qcompile.evaluation.perplexity import agreement, perplexity
+from qcompile.memory.environment import versions
+from qcompile.memory.process import watch_peak
+from qcompile.pipeline.presets import find_recipe
+from qcompile.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe on one model and text.
+
+    Attributes:
+        perplexity: over the windows. kl: mean KL(float || quantized), nats for each token.
+        agreement: share of tokens whose most likely successor is the float model's.
+        site_bytes: bytes of all site weights. seconds: to quantize, calibration included.
+        peak_bytes: the most memory that quantizing took above what was held before; 0 if unknown.
+    """
+
+    recipe: str
+    perplexity: float
+    kl: float
+    agreement: float
+    site_bytes: int
+    seconds: float
+    peak_bytes: int = 0
+
+
+@dataclass
+class Comparison:
+    """Rows of recipes on one model and text, measured once and remembered in a file.
+
+    Attributes:
+        model: float, of transformers; left as it is. token_windows: int64 [1, T] each.
+        calibration: gives the batches for recipes that need data.
+        out: a JSON file to write to and to continue from. label: what is measured (model, text);
+            an `out` with another label is refused.
+    """
+
+    model: nn.Module
+    token_windows: Sequence[Tensor]
+    calibration: Callable[[], Sequence[Any]]
+    out: Path | None = None
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        self.rows = self._read()
+
+    def measure(self, name: str) -> Row:
+        """The row of one recipe (a preset name or a JSON path), from the file or by quantizing a copy."""
+        recipe = find_recipe(name)
+        if recipe.name not in self.rows:
+            self.rows[recipe.name] = self._measure(recipe.name, recipe)
+            self._write()
+        return self.rows[recipe.name]
+
+    def _measure(self, name: str, recipe: Recipe) -> Row:
+        if not recipe.passes:
+            return Row(name, perplexity(self.model, self.token_windows, progress=False), 0.0, 1.0, 0, 0.0)
+        batches = self.calibration() if recipe.needs else None
+        start = time.perf_counter()
+        with watch_peak() as peak:
+            candidate = copy.deepcopy(self.model)
+            report = quantize(candidate, recipe, batches, progress=False)
+        seconds = time.perf_counter() - start
+        found = agreement(candidate, self.model, self.token_windows)
+        return Row(name, found.perplexity, found.kl, found.top1, report.bytes_after, seconds, peak.bytes)
+
+    @property
+    def _key(self) -> dict[str, Any]:
+        first = self.token_windows[0]
+        return {"label": self.label, "windows": len(self.token_windows), "length": int(first.shape[1])}
+
+    def _read(self) -> dict[str, Row]:
+        if self.out is None or not self.out.is_file():
+            return {}
+        data = json.loads(self.out.read_text())
+        if data.get("of") != self._key:
+            raise ValueError(
+                f"{self.out} is of another comparison ({data.get('of')}): choose another file or remove it"
+            )
+        return {row["recipe"]: Row(**row) for row in data["rows"]}
+
+    def _write(self) -> None:
+        if self.out is None:
+            return
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        data = {"versions": versions(), "of": self._key, "rows": [asdict(r) for r in self.rows.values()]}
+        work = self.out.with_suffix(".partial")
+        work.write_text(json.dumps(data, indent=1) + "\n")
+        work.replace(self.out)
+
+
+def compare(comparison: Comparison, recipes: Sequence[str], *, progress: bool = True) -> list[Row]:
+    """Measure the float model, then recipes (preset names or JSON paths).
+
+    Raises:
+        RecipeError: an unknown or impossible recipe, before any work.
+    """
+    names = ["float", *[r for r in recipes if r != "float"]]
+    for name in names:
+        find_recipe(name).check()
+    return [comparison.measure(n) for n in track(names, "comparing", disable=not progress, transient=True)]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """A rich table."""
+    found = Table("recipe", "perplexity", "KL to float", "same top-1", "site weights MB", "quantize s", "peak MB")
+    for r in rows:
+        cost = (f"{r.site_bytes / 1e6:.0f}", f"{r.seconds:.1f}", f"{r.peak_bytes / 1e6:.0f}") if r.site_bytes else ()
+        found.add_row(r.recipe, f"{r.perplexity:.2f}", f"{r.kl:.4f}", f"{r.agreement:.1%}", *cost)
+    return found
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Perplexity against megabytes of site weights. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    for r in rows:
+        if r.site_bytes:
+            axis.scatter(r.site_bytes / 1e6, r.perplexity, s=40, color="C0")
+            axis.annotate(r.recipe, (r.site_bytes / 1e6, r.perplexity), (5, 4), textcoords="offset points", fontsize=8)
+        else:
+            axis.axhline(r.perplexity, color="0.5", linestyle="--", linewidth=1)
+            axis.annotate("float", (1, r.perplexity), (-4, 3), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+    axis.set_yscale("log")
+    axis.set_xlabel("site weights, MB (less is better)")
+    axis.set_ylabel("perplexity (less is better)")
+    axis.grid(alpha=0.3, which="both")
+    axis.margins(x=0.15)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def rotated_twin(model: nn.Module) -> nn.Module:
+    """A copy that computes the same in randomly rotated bases.
+
+    Weights that come from a quantized file lie on that file's grid, where rounding is nearly free;
+    the twin's do not, so it is what weight formats should be judged on.
+    """
+    from qcompile.passes import FoldNorm, Rotate, Untie
+
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        quantize(twin, Recipe("twin", (Untie(), FoldNorm(), Rotate())), progress=False)
+    return twin

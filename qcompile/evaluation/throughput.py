@@ -1,0 +1,187 @@
+"""Timing whole models: prefill and decode of a causal LM, candidates interleaved in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from qcompile.memory.environment import versions
+
+
+@dataclass
+class Speed:
+    """Medians over interleaved rounds, in seconds; tokens per second as properties."""
+
+    name: str
+    prompt: int
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)  # seconds for one token
+    first: float = 0.0  # seconds of the prompt and two tokens of the round that is not counted: all graphs compile
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt / statistics.median(self.prefill)
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second."""
+        return 1 / statistics.median(self.decode)
+
+
+def time_models(
+    models: dict[str, Callable[..., Any]], ids: torch.Tensor, *, new: int = 16, rounds: int = 5, progress: bool = True
+) -> dict[str, Speed]:
+    """Prefill `ids` [1, T] and decode `new` tokens greedily with each model, in turn.
+
+    Args:
+        models: name -> module or compiled module with the `(input_ids, past_key_values)` interface
+            of a causal LM. The first call of each compiles and is not counted.
+        ids: the prompt. new: tokens. rounds: counted rounds. progress: show a bar.
+    """
+    speeds = {name: Speed(name, ids.shape[1]) for name in models}
+    for run in track(range(rounds + 1), "compiling and timing", disable=not progress, transient=True):
+        for name, model in models.items():
+            prefill, decode = time_text(model, ids, new)
+            if run:
+                speeds[name].prefill.append(prefill)
+                speeds[name].decode += decode
+            else:
+                speeds[name].first = prefill + sum(decode[:2])
+    return speeds
+
+
+def time_text(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[float, list[float]]:
+    """Seconds that one causal LM takes to read `ids` [1, T], and for each of `new` tokens that it goes on with."""
+    with torch.no_grad():
+        start = time.perf_counter()
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        prefill = time.perf_counter() - start
+        for layer in getattr(out.past_key_values, "layers", ()):
+            # Inductor's own prompts leave a transposed view, later steps dense caches: without this it would
+            # compile decoding twice.
+            layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+        decode = []
+        for _ in range(new):
+            token = out.logits[:, -1:].argmax(-1)
+            start = time.perf_counter()
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            decode.append(time.perf_counter() - start)
+    return prefill, decode
+
+
+@dataclass
+class Comparison:
+    """Speeds of several candidates in one run; the float ones are the peers."""
+
+    speeds: dict[str, Speed]
+    weight_bytes: dict[str, int]
+
+    def table(self) -> Any:
+        """A rich table; ratios are against the best float peer in that column."""
+        from rich.table import Table
+
+        peers = [s for name, s in self.speeds.items() if name.startswith("inductor")]
+        best_prefill = max(s.prefill_rate for s in peers)
+        best_decode = max(s.decode_rate for s in peers)
+        columns = (
+            "candidate",
+            "weights MB",
+            "prefill tok/s",
+            "x best float",
+            "decode tok/s",
+            "x best float ",
+            "cold start s",
+        )
+        table = Table(*columns)
+        for name, s in self.speeds.items():
+            table.add_row(
+                name,
+                f"{self.weight_bytes[name] / 1e6:.0f}",
+                f"{s.prefill_rate:.0f}",
+                f"{s.prefill_rate / best_prefill:.2f}",
+                f"{s.decode_rate:.1f}",
+                f"{s.decode_rate / best_decode:.2f}",
+                f"{s.first:.0f}",
+            )
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data with versions."""
+        return {
+            "versions": versions(),
+            "rows": [
+                {
+                    "candidate": name,
+                    "prompt": s.prompt,
+                    "weight_bytes": self.weight_bytes[name],
+                    "prefill_tokens_per_second": s.prefill_rate,
+                    "decode_tokens_per_second": s.decode_rate,
+                    "first_seconds": s.first,
+                }
+                for name, s in self.speeds.items()
+            ],
+        }
+
+    def write(self, path: Any) -> None:
+        """Write `to_json()`."""
+        import json
+        from pathlib import Path
+
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def compare_with_inductor(
+    model: Any,
+    recipes: list[str],
+    *,
+    also: torch.dtype | None = None,
+    prompt: int = 512,
+    new: int = 16,
+    rounds: int = 5,
+    progress: bool = True,
+) -> Comparison:
+    """Time a causal LM under Inductor in its own dtype (and in `also`) and under qcompile recipes.
+
+    Site weights are counted: what the products read, float or quantized; tables are not.
+    """
+    import copy
+
+    import torch._dynamo
+
+    from qcompile.backend import dynamo as backend
+
+    torch._dynamo.config.recompile_limit = 256  # every candidate compiles the same code anew
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (1, prompt), generator=generator)
+    own = str(next(model.parameters()).dtype).removeprefix("torch.")
+    candidates = {f"inductor {own}": torch.compile(model, backend="inductor", dynamic=True)}
+    if also is not None:
+        other = copy.deepcopy(model).to(also)
+        candidates[f"inductor {str(also).removeprefix('torch.')}"] = torch.compile(
+            other, backend="inductor", dynamic=True
+        )
+    for recipe in recipes:
+        candidates[f"qcompile {recipe} {own}"] = torch.compile(
+            model, backend="qcompile", dynamic=True, options={"recipe": recipe}
+        )
+    backend.reports.clear()
+    speeds = time_models(candidates, ids, new=new, rounds=rounds, progress=progress)
+    size: dict[str, int] = {}
+    for name in candidates:
+        found = [r for r in backend.reports if name.startswith(f"qcompile {r.recipe} ")]
+        width = 2 if name.endswith("bfloat16") else 4
+        if found:  # the decode graph, which was compiled last, reads every site
+            size[name] = found[-1].bytes_after
+        else:
+            some = next(iter(backend.reports)) if backend.reports else None
+            size[name] = sum(s.N * s.K * width for s in some.sites) if some else 0
+    return Comparison(speeds, size)

@@ -1,0 +1,96 @@
+"""The cheapest recipe that keeps a model good enough.
+
+Source: "Efficient LLM Inference on CPUs", arXiv:2311.00502 sec. 2.1: recipes are tried in an order
+        until one meets the accuracy goal. Here the order is by bytes of weights, then by the time
+        that quantizing takes, and the goal is a share of the float model's perplexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qcompile.evaluation.compare import Comparison, Row
+from qcompile.pipeline.presets import find_recipe
+
+# Bytes first: four bits round to nearest, then with more work, then with eight bits.
+LADDER = (
+    "w4a8", "w4a16", "w4a16-hqq", "w4a16-awq", "w4a16-gptq", "w4a16-rotated-gptq",
+    "int8", "int8-rotated", "int8-gptq", "w8a16",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found.
+
+    Attributes:
+        chosen: the first recipe within the goal, or None. nearest: the best of those tried.
+        rows: what was tried, the float model first.
+    """
+
+    chosen: Row | None
+    nearest: Row
+    rows: list[Row]
+
+
+def tune(
+    comparison: Comparison,
+    *,
+    max_loss: float = 0.01,
+    recipes: Sequence[str] = LADDER,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Tuned:
+    """Try recipes in order until one's perplexity is within `max_loss` of the float model's.
+
+    Args:
+        comparison: the model and the text; its file lets an interrupted search go on.
+        max_loss: relative, 0.01 for one percent. recipes: in the order to try. tell: gets one line
+            for each recipe as it is measured.
+
+    Raises:
+        ValueError: a goal or a recipe that cannot be, before any work.
+    """
+    if not 0 < max_loss < 10:
+        raise ValueError(f"max_loss is a share of the perplexity, as 0.01 for 1%; got {max_loss}")
+    if not recipes:
+        raise ValueError("no recipe to try: give at least one name")
+    for name in recipes:
+        find_recipe(name).check()
+    rows = [comparison.measure("float")]
+    goal = rows[0].perplexity * (1 + max_loss)
+    tell(f"float: perplexity {rows[0].perplexity:.3f}, goal {goal:.3f}")
+    for name in recipes:
+        row = comparison.measure(name)
+        rows.append(row)
+        worse = row.perplexity / rows[0].perplexity - 1
+        tell(f"{name}: {row.perplexity:.3f} ({worse:+.2%}), {row.site_bytes / 1e6:.0f} MB, {row.seconds:.0f} s")
+        if row.perplexity <= goal:
+            return Tuned(row, row, rows)
+    return Tuned(None, min(rows[1:], key=lambda r: r.perplexity), rows)
+
+
+def plot_frontier(rows: Sequence[Row], max_loss: float, path: Path) -> None:
+    """Loss of perplexity against megabytes, with the goal and the frontier. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    base, tried = rows[0].perplexity, rows[1:]
+    points = [(r.site_bytes / 1e6, max(r.perplexity / base - 1, 1e-4), r.recipe) for r in tried]
+    best = [p for p in points if not any(o[0] <= p[0] and o[1] < p[1] for o in points)]
+    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    axis.plot(*zip(*[p[:2] for p in sorted(best)], strict=True), color="C0", linewidth=1, label="frontier")
+    for x, y, name in points:
+        axis.scatter(x, y, s=40, color="C2" if y <= max_loss else "C3")
+        axis.annotate(name, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+    axis.axhline(max_loss, color="0.5", linestyle="--", linewidth=1, label=f"goal {max_loss:.1%}")
+    axis.set(yscale="log", xlabel="site weights, MB (less is better)", ylabel="loss of perplexity (less is better)")
+    axis.grid(alpha=0.3, which="both")
+    axis.margins(x=0.15)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

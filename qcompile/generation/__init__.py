@@ -1,0 +1,1 @@
+"""Running a model: loading it, sampling from it, sessions of ONNX Runtime."""

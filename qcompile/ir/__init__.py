@@ -1,0 +1,1 @@
+"""The graph: `Program`, its two frontends, its normal form and the operators that quantization adds."""

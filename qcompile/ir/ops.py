@@ -1,0 +1,200 @@
+"""The dialect: `torch.ops.qcompile.*`, functional ops with a plain-torch reference each.
+
+The reference is the meaning, the oracle of every test and what runs where no target has lowered the
+graph. Formats travel as text (see format.py), so that a graph can be read, exported and saved.
+
+    quantize(x, act)                          -> codes, scale, zero      an activation, dynamically
+    dequantize(codes, scale, zero, ...)       -> float
+    hadamard(x, signs)                        -> x diag(signs) H / sqrt(n)
+    qlinear(x, x_scale, x_zero, weight, ...)  -> dq(x) @ dq(weight).T + bias
+    qexperts(x, ends, weight, ...)            -> rows of each expert @ dq(its weight).T
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.numerics.bit_packing import packed_columns
+from qcompile.numerics.format import Format
+from qcompile.numerics.hadamard import apply_hadamard
+from qcompile.numerics.int8_matmul import int8_sums
+from qcompile.numerics.qtensor import dequantize_codes, int8_codes, load_codes
+from qcompile.numerics.rounding import quantize_tensor
+
+
+@torch.library.custom_op("qcompile::quantize", mutates_args=())
+def quantize(x: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize an activation [.., K] to codes of the same shape, scale and zero (empty if none)."""
+    result = quantize_tensor(x, Format.parse(format))
+    zero = torch.empty(0) if result.zero is None else result.zero.float()
+    return result.codes, result.scale, zero
+
+
+@quantize.register_fake
+def _(x: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
+    form = Format.parse(format)
+    shape = () if form.per == "tensor" else (*x.shape[:-1], form.groups(x.shape[-1]))
+    scale = x.new_empty(shape, dtype=torch.float32)
+    zero = x.new_empty(shape if form.zero != "none" else (0,), dtype=torch.float32)
+    return torch.empty_like(x, dtype=form.code_dtype).contiguous(), scale, zero
+
+
+@torch.library.custom_op("qcompile::dequantize", mutates_args=())
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_scale: Tensor | None,
+    format: str,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Codes -> numbers; `columns` > 0 says that the codes are stored packed with K = columns."""
+    form = Format.parse(format)
+    unpacked = load_codes(codes, form, columns) if columns else codes
+    return dequantize_codes(unpacked, scale, zero, group_scale, form).to(dtype).clone()
+
+
+@dequantize.register_fake
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_scale: Tensor | None,
+    format: str,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    shape = (*codes.shape[:-1], columns) if columns else codes.shape
+    return codes.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("qcompile::hadamard", mutates_args=())
+def hadamard(x: Tensor, signs: Tensor) -> Tensor:
+    """x [.., n] -> x diag(signs) H_n / sqrt(n), computed in at least float32."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return apply_hadamard(wide, signs.to(wide.dtype)).to(x.dtype).contiguous().clone()
+
+
+@hadamard.register_fake
+def _(x: Tensor, signs: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("qcompile::qlinear", mutates_args=())
+def qlinear(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    act: str,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """dq(x) @ dq(weight).T + bias, accumulated in float32 (or exactly in int32), cast once.
+
+    Args:
+        x: [.., K]; numbers when `act` is "", else codes in the format `act`.
+        x_scale: scale of the codes. x_zero: their zero point or None.
+        weight: stored codes of [N, K] (see bit_packing.py). scale, zero, group_scale: as in QTensor.
+        bias: [N] or None. format: the weight's format. columns: K. dtype: of the result.
+    """
+    form = Format.parse(format)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = load_codes(weight, form, columns)
+    if act and Format.parse(act).is_int8_rows and _integer_rows(form):
+        assert x_scale is not None
+        if form.dual:
+            codes = int8_codes(codes, zero, group_scale, form)
+        sums = int8_sums(x.reshape(-1, columns), codes).reshape(*x.shape[:-1], len(codes))
+        out = sums.to(wide) * x_scale.to(wide) * scale.squeeze(-1).to(wide)
+    else:
+        if act:
+            assert x_scale is not None
+            x = dequantize_codes(x, x_scale, x_zero, None, Format.parse(act))
+        numbers = dequantize_codes(codes, scale, zero, group_scale, form)
+        out = torch.nn.functional.linear(x.to(wide), numbers.to(wide))
+    if bias is not None:
+        out = out + bias.to(wide)
+    return out.to(dtype)
+
+
+@qlinear.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    act: str,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    torch._check(weight.shape[-1] == packed_columns(columns, Format.parse(format).bits))
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("qcompile::qexperts", mutates_args=())
+def qexperts(
+    x: Tensor,
+    ends: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_scale: Tensor | None,
+    format: str,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows sorted by expert times each one's weight; only experts that have rows are dequantized.
+
+    Args:
+        x: [S, K]. ends: [E] one past the last row of each expert, rising.
+        weight: stored codes of [E, N, K]; scale, zero, group_scale with a leading E, or one scale for all.
+        format: the weight's format. columns: K. dtype: of the result.
+
+    Returns:
+        [S, N]; rows beyond the last end are zero.
+    """
+    form = Format.parse(format)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.zeros(x.shape[0], weight.shape[1], dtype=dtype, device=x.device)
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            s, z, g = (t if t is None or not t.ndim else t[expert] for t in (scale, zero, group_scale))
+            assert s is not None
+            numbers = dequantize_codes(load_codes(weight[expert], form, columns), s, z, g, form)
+            out[start:end] = (x[start:end].to(wide) @ numbers.to(wide).t()).to(dtype)
+            start = end
+    return out
+
+
+@qexperts.register_fake
+def _(
+    x: Tensor,
+    ends: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_scale: Tensor | None,
+    format: str,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
+
+
+def _integer_rows(form: Format) -> bool:
+    """Whether sum over K of code products is the whole integer part: one scale for a row."""
+    return form.dual or (form.dtype in ("int2", "int3", "int4", "int8") and form.per == "row" and form.zero == "none")

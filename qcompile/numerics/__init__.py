@@ -1,0 +1,1 @@
+"""What a number becomes: formats, rounding, packing. Tensors only, no graph and no model."""

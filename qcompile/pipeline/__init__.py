@@ -1,0 +1,1 @@
+"""Which recipes there are, which one to take, and how one runs."""

@@ -1,0 +1,300 @@
+"""Recipes by name, each with its source; `qcompile recipes` lists them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from qcompile.numerics.format import Format
+from qcompile.passes import (
+    AWQ,
+    DGQ,
+    GPTAQ,
+    GPTQ,
+    HQQ,
+    FineQuant,
+    FoldNorm,
+    Fuse,
+    LearnRotation,
+    LoRC,
+    PerTensor,
+    Quantize,
+    QuantizeKV,
+    Reorder,
+    Rotate,
+    RotateOnline,
+    RotatePrincipal,
+    Smooth,
+    SmoothAttention,
+    SmoothQuantPlus,
+    Untie,
+)
+from qcompile.pipeline.advise import Device, advise, parameters
+from qcompile.recipe.recipe import Recipe, RecipeError
+
+_FOLDED = (Untie(), FoldNorm(), Rotate())
+_ROTATIONS = (*_FOLDED, RotateOnline())
+_PRINCIPAL = (Untie(), FoldNorm(), RotatePrincipal())
+_FP8 = Format("fp8")
+
+
+def _recipe(name: str, source: str, *passes: object) -> Recipe:
+    """A recipe that fuses in the end what it quantized."""
+    fuse = (Fuse(),) if any(isinstance(config, Quantize) for config in passes) else ()
+    return Recipe(name, (*passes, *fuse), (), source)
+
+
+_INT4 = Format.parse("int4/group128/zero")
+_DUAL = Format.parse("int4/group128/zero/dual")
+_SMALL = Format.parse("int4/group32/zero/dual")
+_EVEN = Format.parse("int4/group64/zero/dual")  # of logits: divides more hidden sizes than 128
+_CODED = QuantizeKV(8, fixed=True, optional=True)  # what ONNX Runtime's attention reads
+
+PRESETS: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _recipe("float", "no rewriting: what the quantized recipes are compared with"),
+        _recipe(
+            "int8",
+            "W8A8, dynamic per token, data-free (arXiv:2411.02355 without its calibrated passes)",
+            Quantize(Format("int8"), Format("int8")),
+        ),
+        _recipe(
+            "int8-zero",
+            "W8A8 with zero points for activations: for values of one sign, as after GELU; integers in ONNX files only",
+            Quantize(Format("int8"), Format.parse("int8/row/zero")),
+        ),
+        _recipe(
+            "int8-smooth",
+            "SmoothQuant W8A8 (arXiv:2211.10438), alpha 0.5; needs calibration",
+            Untie(),
+            Smooth(),
+            Quantize(Format("int8"), Format("int8")),
+        ),
+        _recipe(
+            "int8-rotated",
+            "W8A8 on rotated bases (QuaRot arXiv:2404.00456, W8A8 row), data-free",
+            *_ROTATIONS,
+            Quantize(Format("int8"), Format("int8")),
+        ),
+        _recipe(
+            "int8-gptq",
+            "the INT8 of arXiv:2411.02355: SmoothQuant, GPTQ, activations dynamic per token; needs calibration",
+            Untie(),
+            Smooth(),
+            GPTQ(Format("int8"), Format("int8")),
+        ),
+        _recipe("w8a16", "weight-only int8 for each output channel", Quantize(Format("int8"), None)),
+        _recipe(
+            "fp8",
+            "FP8 dynamic (arXiv:2411.02355): e4m3 weights for each channel, activations for each token",
+            Quantize(_FP8, _FP8),
+        ),
+        _recipe(
+            "fp8-gptq", "fp8 with its codes chosen by GPTQ (arXiv:2210.17323); needs calibration", GPTQ(_FP8, _FP8)
+        ),
+        _recipe(
+            "fp8-principal",
+            "fp8 on principal axes, where formats with an exponent round best; needs calibration",
+            *_PRINCIPAL,
+            Quantize(_FP8, _FP8),
+        ),
+        _recipe("fp8-principal-gptq", "the same with its codes chosen by GPTQ", *_PRINCIPAL, GPTQ(_FP8, _FP8)),
+        _recipe(
+            "w4a16",
+            "weight-only int4, groups of 128, zero points, MSE clip; round to nearest",
+            Quantize(_INT4, None, clip=True),
+        ),
+        _recipe(
+            "int4-cpu",
+            "smoothed, dual-grained W4A8 everywhere, the logits too, and an int8 cache: for an ONNX folder on a CPU",
+            Smooth(alpha=0.6),  # no Untie: a tied table stays one table in the file
+            _CODED,
+            Quantize(_SMALL, Format("int8"), output=_SMALL, output_act=Format("int8"), clip=True),
+        ),
+        _recipe(
+            "int4-cpu-gptq",
+            "the best for an ONNX folder on a CPU: W4A8 on rotated bases by GPTQ, groups of 128; an int8 cache",
+            *_FOLDED,
+            _CODED,
+            PerTensor(output=True),
+            GPTQ(_DUAL, Format("int8"), output=_EVEN, output_act=Format("int8"), clip=True),
+        ),
+        _recipe(
+            "w4a16-gptq",
+            "GPTQ int4, groups of 128, zero points, MSE clip (arXiv:2210.17323; the W4A16 of arXiv:2411.02355)",
+            GPTQ(_INT4, None, clip=True),
+        ),
+        _recipe(
+            "w4a16-gptaq",
+            "w4a16-gptq towards what the float model computes (GPTAQ, arXiv:2504.02692); slower",
+            GPTAQ(_INT4, None, clip=True),
+        ),
+        _recipe(
+            "w4a16-awq",
+            "AWQ scales (arXiv:2306.00978), then w4a16; needs calibration",
+            Untie(),
+            AWQ(clip=True),
+            Quantize(_INT4, None, clip=True),
+        ),
+        _recipe(
+            "w4a16-smooth",
+            "SmoothQuant+ (arXiv:2312.03788): one searched alpha, then w4a16; needs calibration",
+            Untie(),
+            SmoothQuantPlus(clip=True),
+            Quantize(_INT4, None, clip=True),
+        ),
+        _recipe(
+            "w4a16-finequant",
+            "FineQuant (arXiv:2308.09723): a group size for each matrix under 4.4 bits a weight, data-free",
+            FineQuant(clip=True),
+        ),
+        _recipe(
+            "w4a16-lorc",
+            "w4a16 with a correction of rank 8 (ZeroQuant-V2, arXiv:2303.08302), data-free",
+            Quantize(_INT4, None, clip=True),
+            LoRC(),
+        ),
+        _recipe("w4a16-hqq", "HQQ int4, groups of 64, real zeros (mobiusml 2023), data-free", HQQ()),
+        _recipe("w4a16-rotated", "w4a16 on rotated bases", *_FOLDED, Quantize(_INT4, None, clip=True)),
+        _recipe("w4a16-rotated-gptq", "w4a16-gptq on rotated bases", *_FOLDED, GPTQ(_INT4, None, clip=True)),
+        _recipe(
+            "w4a8-gptq",
+            "w4a8 with its codes chosen by GPTQ; needs calibration",
+            GPTQ(_DUAL, Format("int8"), clip=True),
+        ),
+        _recipe(
+            "w4a8",
+            "dual-grained int4 in int8, int8 activations (DGQ arXiv:2310.04836, QoQ arXiv:2405.04532)",
+            Quantize(_DUAL, Format("int8")),
+        ),
+        _recipe(
+            "w4a4",
+            "round to nearest everywhere; shows what rotation is for",
+            Quantize(Format.parse("int4/group128"), Format("int4")),
+        ),
+        _recipe(
+            "w4a4-rotated",
+            "QuaRot without GPTQ (arXiv:2404.00456): R1, R2 folded, a Hadamard before gated products",
+            *_ROTATIONS,
+            Quantize(Format.parse("int4/group128"), Format("int4")),
+        ),
+        _recipe(
+            "w4a8-dgq",
+            "DGQ (arXiv:2310.04836): outlier channels clipped down, scales of both levels searched; codes by GPTQ",
+            Untie(),
+            Smooth(percentile=0.005),
+            DGQ(_DUAL, Format("int8"), codes="gptq"),
+        ),
+        _recipe(
+            "w4a8kv4-qoq",
+            "QServe (QoQ, arXiv:2405.04532): W4A8 by GPTQ, rotated and reordered; 4-bit cache of smoothed keys",
+            Untie(),
+            FoldNorm(),
+            SmoothAttention(),
+            Smooth(alpha=0.2, norms=False),
+            Rotate(),
+            Reorder(),
+            QuantizeKV(4),
+            GPTQ(_DUAL, Format("int8"), clip=True),
+        ),
+        _recipe(
+            "w4a8kv4",
+            "W4A8 by GPTQ and the cache of kv4-centered",
+            QuantizeKV(4, hadamard=True, intact=4, center=True),
+            GPTQ(_DUAL, Format("int8"), clip=True),
+        ),
+        _recipe(
+            "w4a8-lorc",
+            "INT4 weights, INT8 activations and LoRC (ZeroQuant-V2, arXiv:2303.08302), data-free",
+            Quantize(Format.parse("int4/group128"), Format("int8"), clip=True),
+            LoRC(),
+        ),
+        _recipe(
+            "fp4-fp8",
+            "ZeroQuant-FP (arXiv:2307.09782): e2m1 weights, scales a power of two apart, e4m3 activations, LoRC",
+            Quantize(Format.parse("fp4/group128/m2"), _FP8, clip=True),
+            LoRC(),
+        ),
+        _recipe(
+            "w4a4-rotated-gptq",
+            "QuaRot (arXiv:2404.00456): rotations, GPTQ, one scale for each token",
+            *_ROTATIONS,
+            GPTQ(_INT4, Format("int4"), clip=True),
+        ),
+        _recipe(
+            "w4a4-rrs",
+            "Rotated Runtime Smooth (arXiv:2409.20361) made causal: scales for each token and group of sorted channels",
+            *_FOLDED,
+            Reorder(stream=True),
+            RotateOnline(),
+            GPTQ(_INT4, Format.parse("int4/group128"), clip=True),
+        ),
+        _recipe(
+            "w4a4-rrs-sequence",
+            "the same with the paper's statistic, which looks at the whole sequence: for comparison, not for decoding",
+            *_FOLDED,
+            Reorder(stream=True),
+            RotateOnline(),
+            GPTQ(_INT4, Format.parse("int4/group128/smooth"), clip=True),
+        ),
+        _recipe(
+            "w4a4-groups",
+            "the best W4A4 here: rotations, GPTQ, a scale and zero point for each token and group",
+            *_ROTATIONS,
+            GPTQ(_INT4, _INT4, clip=True),
+        ),
+        _recipe(
+            "w4a4-spinquant",
+            "SpinQuant (arXiv:2405.16406): learned rotations, GPTQ, one scale for each token",
+            Untie(),
+            FoldNorm(),
+            LearnRotation(),
+            RotateOnline(),
+            GPTQ(_INT4, Format("int4"), clip=True),
+        ),
+        _recipe("kv8", "an 8-bit key/value cache, weights float", QuantizeKV(8)),
+        _recipe("kv8-fixed", "the cache of int4-cpu: one scale for a channel of a head", QuantizeKV(8, fixed=True)),
+        _recipe("kv4", "a 4-bit key/value cache, weights float", QuantizeKV(4)),
+        _recipe(
+            "kv4-smooth",
+            "a 4-bit cache of smoothed keys (QServe's SmoothAttention, arXiv:2405.04532), weights float",
+            SmoothAttention(),
+            QuantizeKV(4),
+        ),
+        _recipe(
+            "kv4-hadamard",
+            "a 4-bit cache of keys turned by a Hadamard matrix (QuaRot, arXiv:2404.00456), weights float",
+            QuantizeKV(4, hadamard=True),
+        ),
+        _recipe(
+            "kv4-centered",
+            "a 4-bit cache of keys without their mean (arXiv:2410.02367), turned; the first four tokens float",
+            QuantizeKV(4, hadamard=True, intact=4, center=True),
+        ),
+        _recipe("exact", "every exact rewriting and no quantization: what `qcompile verify` runs", *_ROTATIONS),
+    )
+}
+
+
+def find_recipe(
+    recipe: str | Recipe | dict[str, object], model: nn.Module | None = None, *, data: bool = False
+) -> Recipe:
+    """A recipe by preset name, JSON path, plain data or as it is; "auto" asks advise.py for a model.
+
+    Args:
+        recipe: as above. model: what "auto" chooses for. data: whether it may choose one that needs calibration.
+
+    Raises:
+        RecipeError: an unknown name; the text lists the known ones.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, dict):
+        return Recipe.from_json(recipe)
+    if recipe in PRESETS:
+        return PRESETS[recipe]
+    if recipe == "auto" and model is not None:
+        return PRESETS[advise(parameters(model), Device.here(), data=data).recipe]
+    if recipe.endswith(".json"):
+        return Recipe.read(recipe)
+    raise RecipeError(f"unknown recipe {recipe!r}; known: auto, {', '.join(PRESETS)}, or a path to a .json file")

@@ -1,0 +1,1 @@
+"""What a pass is: recipes and rules as data, the registry of passes, reports and certificates."""

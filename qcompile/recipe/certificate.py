@@ -1,0 +1,117 @@
+"""Certificates: an exact pass must not change what the model computes, and is asked to prove it.
+
+Before and after run on the same inputs. Where the weights are float64 (as `qcompile verify` makes
+them) the law must hold to 1e-9; in a narrower storage the folded weights were rounded once, and the
+tolerance is that rounding's, which still catches a wrong law: it errs by percents. If they differ,
+the first node that differs outside of what the pass changed on purpose is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.ir.program import Program
+from qcompile.recipe.report import Certificate
+
+# Storage dtype of the weights -> relative difference of the outputs that rounding can explain.
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+
+_PIECE = 1 << 22  # numbers compared at once: logits in float64 take more than the weights of a small model
+
+
+def storage_dtype(program: Program) -> torch.dtype:
+    """The narrowest floating dtype among the weights that matter (matrices)."""
+    found = {t.dtype for t in program.weights.values() if t.ndim >= 2 and t.dtype in TOLERANCE}
+    return max(found, key=lambda d: TOLERANCE[d], default=torch.float32)
+
+
+def widen(inputs: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """Floating inputs in `dtype`, others as they are."""
+    return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+
+
+def relative_error(after: Sequence[Any], before: Sequence[Any]) -> float:
+    """The largest max|a - b| / max|b| over paired floating outputs; NaN counts as infinite."""
+    worst = 0.0
+    for a, b in zip(after, before, strict=True):
+        if not isinstance(b, Tensor) or not b.is_floating_point() or b.numel() == 0:
+            continue
+        scale = max(float(b.abs().max()), 1e-30)
+        pieces = zip(a.flatten().split(_PIECE), b.flatten().split(_PIECE), strict=True)
+        error = torch.stack([(x.double() - y.double()).abs().max() for x, y in pieces]).max()  # NaN stays NaN
+        worst = max(worst, float(error.nan_to_num(nan=torch.inf)) / scale)
+    return worst
+
+
+def certify(
+    name: str,
+    before: Program,
+    after: Program,
+    inputs: Sequence[Any],
+    *,
+    changed: set[str] = frozenset(),
+    before_outputs: Sequence[Any] | None = None,
+) -> tuple[Certificate, tuple[Any, ...]]:
+    """Compare two programs on one batch.
+
+    Args:
+        name: of the pass. before, after: the programs. inputs: flat inputs.
+        changed: node names whose values the pass changes on purpose.
+        before_outputs: of an earlier call, to save a run.
+
+    Returns:
+        The certificate and the outputs of `after`, for the next pass.
+    """
+    storage = storage_dtype(before)
+    dtype = torch.float64 if storage == torch.float64 else torch.float32
+    wide_inputs = widen(inputs, dtype)
+    if before_outputs is None:
+        before_outputs = before.widened(dtype)(*wide_inputs)
+    outputs = after.widened(dtype)(*wide_inputs)
+    error = relative_error(outputs, before_outputs)
+    tolerance = TOLERANCE[storage]
+    blame = "" if error <= tolerance else first_difference(before, after, wide_inputs, changed, dtype, tolerance)
+    label = str(storage).removeprefix("torch.")
+    return Certificate(name, error, tolerance, label, blame), outputs
+
+
+def first_difference(
+    before: Program,
+    after: Program,
+    inputs: Sequence[Any],
+    changed: set[str],
+    dtype: torch.dtype = torch.float64,
+    tolerance: float = 1e-9,
+) -> str:
+    """The name of the first node, in graph order, whose value differs and was not meant to."""
+    first, second = before.widened(dtype), after.widened(dtype)
+    common = {n.name for n in first.graph.nodes} & {n.name for n in second.graph.nodes} - changed
+    reference: dict[str, Tensor] = {}
+
+    def remember(node: Any, value: Any) -> None:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            reference[node.name] = value
+
+    different: list[str] = []
+
+    def compare(node: Any, value: Any) -> None:
+        if not different and node.name in reference:
+            old = reference[node.name]
+            if old.shape != value.shape or relative_error([value], [old]) > tolerance:
+                different.append(node.name)
+
+    def calls(program: Program) -> list[Any]:
+        return [n for n in program.graph.nodes if n.op == "call_function" and n.name in common]
+
+    first.watch(calls(first), inputs, remember)
+    second.watch(calls(second), inputs, compare)
+    return different[0] if different else "the output"

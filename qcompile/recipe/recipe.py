@@ -1,0 +1,182 @@
+"""Recipes: what to do, as frozen data.
+
+A `Recipe` is a tuple of pass configs in order and a tuple of `Rule`s, first match wins. It reads
+from and writes to JSON with a schema number. Passes register themselves here by their config type;
+this file knows none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qcompile.numerics.format import Format
+from qcompile.recipe.registry import Registered, kinds, registered
+
+SCHEMA = 1
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run; the text lists every fault with its mend."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What to do with the sites whose weight's attribute path matches a glob.
+
+    Attributes:
+        match: a glob over weight names ("*.experts.*"); `*` crosses dots.
+        keep: leave the site float.
+        weight, act: formats in place of the recipe's; None keeps the recipe's own.
+    """
+
+    match: str
+    keep: bool = False
+    weight: Format | None = None
+    act: Format | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "act"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, Format.parse(value))
+        if self.keep and (self.weight or self.act):
+            raise RecipeError(f"rule {self.match!r} keeps the site float and gives it a format too")
+        if not (self.keep or self.weight or self.act):
+            raise RecipeError(f"rule {self.match!r} does nothing: give keep=True, weight= or act=")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Passes in order, rules, and where the recipe comes from."""
+
+    name: str
+    passes: tuple[Any, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        known = registered()
+        for config in self.passes:
+            if type(config) not in known:
+                raise RecipeError(f"{config!r} is not a registered pass config; known: {_names(known)}")
+
+    def with_rules(self, rules: Iterable[Rule]) -> Recipe:
+        """The same recipe with more rules, which come first."""
+        return dataclasses.replace(self, rules=(*rules, *self.rules))
+
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """Pass name -> the statistics it must be given; empty when the recipe is data-free."""
+        entries = [(type(c).__name__, registered()[type(c)].needs(c)) for c in self.passes]
+        return {name: needs for name, needs in entries if needs}
+
+    def check(self) -> None:
+        """Refuse conflicts between passes, all at once.
+
+        Raises:
+            RecipeError: the order or the combination is illegal.
+        """
+        faults: list[str] = []
+        place: dict[str, int] = {}
+        for index, config in enumerate(self.passes):
+            for name in kinds(config):
+                if name in place:
+                    faults.append(f"{name} stands twice (places {place[name] + 1} and {index + 1}): drop one")
+                place[name] = index
+        for config in self.passes:
+            entry, name = registered()[type(config)], type(config).__name__
+            for before in entry.after:
+                if before in place and place[before] > place[name]:
+                    faults.append(f"{name} must come after {before}: move it behind")
+            for other in entry.requires(config):
+                if other not in place:
+                    faults.append(f"{name} needs {other} before it: add {other}()")
+            faults += entry.conflicts(config, self.passes)
+        if faults:
+            raise RecipeError(f"recipe {self.name!r} cannot run:\n  " + "\n  ".join(faults))
+
+    def resolve(self, names: Iterable[str], aliases: dict[str, list[str]] | None = None) -> dict[str, Rule | None]:
+        """The first matching rule of every site name; `aliases` are a name's other spellings.
+
+        Raises:
+            RecipeError: a rule that matches no site, with the three nearest names.
+        """
+        names = list(names)
+
+        def hits(rule: Rule, name: str) -> bool:
+            spellings = (name, *(aliases or {}).get(name, ()))
+            return any(fnmatch.fnmatchcase(spelling, rule.match) for spelling in spellings)
+
+        idle = [r for r in self.rules if not any(hits(r, n) for n in names)]
+        if idle:
+            lines = []
+            for rule in idle:
+                plain = rule.match.strip("*")
+                near = difflib.get_close_matches(plain, names, n=3, cutoff=0.0)
+                lines.append(f"rule {rule.match!r} matches no site; nearest names: {', '.join(near)}")
+            raise RecipeError("\n".join(lines))
+        return {n: next((r for r in self.rules if hits(r, n)), None) for n in names}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back."""
+        return {
+            "schema": SCHEMA,
+            "name": self.name,
+            "passes": [{"pass": type(c).__name__, **_plain(c)} for c in self.passes],
+            "rules": [_plain(r) for r in self.rules],
+            "source": self.source,
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Recipe:
+        """Read a recipe; unknown keys, passes and schema numbers are errors."""
+        extra = set(data) - {"schema", "name", "passes", "rules", "source"}
+        if extra:
+            raise RecipeError(f"unknown recipe keys {sorted(extra)}; known: schema, name, passes, rules, source")
+        if data.get("schema") != SCHEMA:
+            raise RecipeError(f"recipe schema {data.get('schema')!r} is not {SCHEMA}, which this version reads")
+        by_name = {config.__name__: config for config in registered()}
+        passes = []
+        for entry in data.get("passes", []):
+            fields = dict(entry)
+            name = fields.pop("pass", None)
+            if name not in by_name:
+                raise RecipeError(f"unknown pass {name!r}; known: {', '.join(sorted(by_name))}")
+            passes.append(_build(by_name[name], fields))
+        rules = tuple(_build(Rule, r) for r in data.get("rules", []))
+        return Recipe(data["name"], tuple(passes), rules, data.get("source", ""))
+
+    @staticmethod
+    def read(path: str | Path) -> Recipe:
+        """Read a recipe file."""
+        try:
+            return Recipe.from_json(json.loads(Path(path).read_text()))
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"{path} is not a recipe: {error}") from error
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        out[item.name] = str(value) if isinstance(value, Format) else value
+    return out
+
+
+def _build(kind: type, fields: dict[str, Any]) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = set(fields) - known
+    if unknown:
+        raise RecipeError(f"{kind.__name__} has no field {sorted(unknown)}; known: {sorted(known)}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def _names(known: dict[type, Registered]) -> str:
+    return ", ".join(sorted(config.__name__ for config in known))
