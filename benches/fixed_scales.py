@@ -6,7 +6,7 @@ The float embedded LLM, its keys and values rounded to b bits as they are append
 Calibrated on 16 texts of 512 tokens, read in 4 windows of 2048. The peak of a channel is
 
     channel     its own max |a|
-    pair        sqrt(max a^2 + max b^2) of the two channels that the rotary embedding turns (QuantizeKV(8, fixed=True))
+    pair        sqrt(max a^2 + max b^2) of the two channels that the rotary embedding turns (QuantizeKV(8, static=True))
     tensor      the largest of all channels and heads
 """
 

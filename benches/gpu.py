@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qcompile.codegen.triton.tuning.gemm_benchmark import Comparison, Timed, compare, interleaved, ratio
+from qcompile.codegen.triton.tuning.gemm_benchmark import GemmComparison, Timed, compare, interleaved, ratio
 from qcompile.codegen.triton.tuning.gpu_timer import Machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -197,7 +197,7 @@ def write(path: Path, found: dict[str, Any]) -> None:
 def run_products(console: Console, machine: Machine, folder: Path) -> None:
     """All contenders on all shapes."""
 
-    def keep(found: Comparison) -> None:
+    def keep(found: GemmComparison) -> None:
         found.write(folder / "gpu_products.json")
 
     found = compare(SHAPES, ROWS, machine=machine, keep=keep, seconds=SECONDS["products"])

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from qcompile.codegen.triton.tuning.baselines import FIRST
-from qcompile.codegen.triton.tuning.gemm_benchmark import Comparison, Row
+from qcompile.codegen.triton.tuning.gemm_benchmark import GemmComparison, GemmTiming
 
 SQUARE, WIDE = [(4096, 4096)], [(4096, 14336), (14336, 4096)]
 FOUR, EIGHT = ["qcompile w4a16"], ["qcompile int8", "qcompile fp8"]
@@ -40,7 +40,7 @@ def cell(value: float | None, asked: float, measured: bool = True) -> str:
     return f"[{'green' if value >= asked else 'red'}]{value:.2f}[/] (asked {asked})"
 
 
-def products(found: Comparison) -> Table:
+def products(found: GemmComparison) -> Table:
     """Every row that is asked of single products."""
 
     def of(low: int, high: int, shapes: list[tuple[int, int]], names: list[str], asked: float, to: str = FIRST) -> str:
@@ -59,7 +59,7 @@ def products(found: Comparison) -> Table:
     return table
 
 
-def _share(found: Comparison, rows: list[Row]) -> str:
+def _share(found: GemmComparison, rows: list[GemmTiming]) -> str:
     pairs = [row.times[name] for row in rows for name in FOUR if name in row.times]
     return cell(lowest(timed.bandwidth / found.copy.bandwidth for timed in pairs), SHARE, bool(pairs))
 

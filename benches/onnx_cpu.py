@@ -53,7 +53,7 @@ OURS = {  # name -> recipe, options of the export
     "int4-g32": (str(SAME_BLOCKS / "int4-g32.json"), {}),
     "int4-g128": (str(SAME_BLOCKS / "int4-g128.json"), {}),
     "int4-cpu": ("int4-cpu", {}),
-    "int4-gptq-per-token": (str(SAME_BLOCKS / "int4-gptq-per-token.json"), {}),  # BEST without PerTensor
+    "int4-gptq-per-token": (str(SAME_BLOCKS / "int4-gptq-per-token.json"), {}),  # BEST without PerTensorActivations
     BEST: (BEST, {}),
     f"{BEST}, low memory": (BEST, {"low_memory": True}),
     f"{BEST}, last logits": (BEST, {"last_logits": True}),
@@ -83,7 +83,7 @@ def serve(folder: str) -> None:
     """
     import onnxruntime_genai as genai
 
-    from qcompile.memory.process import give_back, held
+    from qcompile.memory.process import held, release_freed_memory
 
     before, start, config = held(), time.perf_counter(), genai.Config(folder)
     # By itself it may take fewer threads than there are cores: one of two on some virtual machines.
@@ -91,7 +91,7 @@ def serve(folder: str) -> None:
     config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
     model = genai.Model(config)
     opened, peak = time.perf_counter() - start, held("VmHWM") - before
-    give_back()  # what opening needed for a moment
+    release_freed_memory()  # what opening needed for a moment
     print(json.dumps([opened, peak]), flush=True)
     for line in sys.stdin:
         length, new = map(int, line.split())

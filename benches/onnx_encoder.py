@@ -38,7 +38,7 @@ from qcompile.recipe.recipe import Recipe
 RESULTS = Path(__file__).parent / "results" / f"onnx_encoder-{processor()}.json"
 ROUNDS = 7
 G32 = Format.parse("int4/group32/zero")
-GPTQ_G32 = Recipe("int4-g32-gptq", (GPTQ(G32, None, output=None, clip=True), Fuse()))
+GPTQ_G32 = Recipe("int4-g32-gptq", (GPTQ(G32, None, lm_head=None, clip=True), Fuse()))
 INT8 = Format("int8")
 RECIPES: dict[str, tuple[str | Recipe | None, dict[str, int]]] = {  # recipe, further options of the export
     "float": (None, {}),
@@ -48,7 +48,7 @@ RECIPES: dict[str, tuple[str | Recipe | None, dict[str, int]]] = {  # recipe, fu
         Recipe("int8-tensor", (Quantize(INT8, Format.parse("int8/tensor/zero")), Fuse())), {},
     ),
     "w8a16": ("w8a16", {}),
-    "int4 g32": (Recipe("int4-g32", (Quantize(G32, None, output=None, clip=True), Fuse())), {}),
+    "int4 g32": (Recipe("int4-g32", (Quantize(G32, None, lm_head=None, clip=True), Fuse())), {}),
     "int4 g32, GPTQ": (GPTQ_G32, {}),
     "int4 g32, GPTQ, accuracy level 1": (GPTQ_G32, {"accuracy_level": 1}),
 }  # fmt: skip

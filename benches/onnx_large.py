@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qcompile
 from qcompile.generation.onnx_session import Session
 from qcompile.memory.environment import versions
-from qcompile.memory.process import watch_peak
+from qcompile.memory.process import measure_peak
 
 RESULTS = Path(__file__).parent / "results" / "onnx_large.json"
 LIMIT = 2**31
@@ -37,7 +37,7 @@ def main() -> None:
     weights = sum(p.nbytes for p in model.parameters())
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as place:
         folder = Path(place) / "m"
-        with watch_peak() as peak:
+        with measure_peak() as peak:
             report = qcompile.export_onnx(model, folder, progress=False)
         data = (folder / "model.onnx.data").stat().st_size
         ids = torch.arange(16)[None] * 8191

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qcompile
 from qcompile.generation.pretrained import load_pretrained
 from qcompile.memory.environment import versions
-from qcompile.memory.process import watch_peak
+from qcompile.memory.process import measure_peak
 from qcompile.numerics.int8_matmul import processor
 from qcompile.passes import GPTQ, Quantize
 from qcompile.pipeline.presets import PRESETS
@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / f"onnx_shapes-{processor()}.json"
 
 def nearest(recipe: Recipe) -> Recipe:
     """A recipe that rounds to nearest in place of GPTQ: random weights have nothing to search for."""
-    passes = (Quantize(p.weight, p.act, p.output, p.output_act) if isinstance(p, GPTQ) else p for p in recipe.passes)
+    passes = (Quantize(p.weight, p.act, p.lm_head, p.lm_head_act) if isinstance(p, GPTQ) else p for p in recipe.passes)
     return Recipe(recipe.name, tuple(passes))
 
 
@@ -58,10 +58,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         folders = onnx_cpu.build_peers(work, model, tokenizer, console)
-        some = [{"input_ids": torch.randint(3, 40000, (1, 256))} for _ in range(4)]  # scales of caches, PerTensor
+        some = [
+            {"input_ids": torch.randint(3, 40000, (1, 256))} for _ in range(4)
+        ]  # scales of caches, PerTensorActivations
         qcompile.quantize(model, nearest(PRESETS[onnx_cpu.BEST]), some)
         start = time.perf_counter()
-        with watch_peak() as peak:
+        with measure_peak() as peak:
             qcompile.export_onnx(model, work / "ours", tokenizer=tokenizer)
         export = dict(seconds=time.perf_counter() - start, peak_over_float=peak.bytes / weights)
         qcompile.export_onnx(model, work / "last", tokenizer=tokenizer, last_logits=True)

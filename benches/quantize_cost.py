@@ -34,7 +34,7 @@ def one(recipe: str) -> dict[str, object]:
     import qcompile
     from qcompile.calibration.text import batches
     from qcompile.generation.pretrained import load_pretrained
-    from qcompile.memory.process import watch_peak
+    from qcompile.memory.process import measure_peak
     from qcompile.pipeline.presets import find_recipe
 
     model, tokenizer = load_pretrained()
@@ -42,7 +42,7 @@ def one(recipe: str) -> dict[str, object]:
     calibrated = recipe == PLAIN or find_recipe(recipe).needs
     data = batches(tokenizer, count=WINDOWS.get(recipe, 16)) if calibrated else None
     start = time.perf_counter()
-    with watch_peak() as peak:
+    with measure_peak() as peak:
         if recipe == PLAIN:
             plain_gptq(model, data)
         else:

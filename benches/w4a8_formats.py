@@ -28,11 +28,11 @@ from qcompile.generation.pretrained import load_pretrained
 from qcompile.memory.environment import versions
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.format import Format
-from qcompile.passes import GPTQ, FoldNorm, Fuse, QuantizeKV, Rotate, Smooth, Untie
+from qcompile.passes import GPTQ, FoldNorm, Fuse, QuantizeKV, Rotate, SmoothQuant, Untie
 from qcompile.recipe.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "w4a8_formats.json"
-BASES = {"smoothed": (Smooth(alpha=0.6),), "rotated": (Untie(), FoldNorm(), Rotate())}
+BASES = {"smoothed": (SmoothQuant(alpha=0.6),), "rotated": (Untie(), FoldNorm(), Rotate())}
 FORMS = {"32": "int4/group32/dual", "64": "int4/group64/zero/dual", "128": "int4/group128/zero/dual"}
 ROWS = [("smoothed", "32", "32"), ("rotated", "32", "32"), ("rotated", "64", "64"), ("rotated", "128", "128")]
 ROWS += [("rotated", "128", "64")]
@@ -41,8 +41,8 @@ ROWS += [("rotated", "128", "64")]
 def recipe(basis: str, layers: str, logits: str) -> Recipe:
     """W4A8 everywhere and an int8 cache."""
     weight, output, act = Format.parse(FORMS[layers]), Format.parse(FORMS[logits]), Format("int8")
-    gptq = GPTQ(weight, act, output=output, output_act=act, clip=True)
-    return Recipe(f"{basis} {layers} {logits}", (*BASES[basis], QuantizeKV(8, fixed=True), gptq, Fuse()))
+    gptq = GPTQ(weight, act, lm_head=output, lm_head_act=act, clip=True)
+    return Recipe(f"{basis} {layers} {logits}", (*BASES[basis], QuantizeKV(8, static=True), gptq, Fuse()))
 
 
 def share_table(model: nn.Module, form: Format) -> float:

@@ -6,17 +6,17 @@ Importing this package registers every pass by its config type (see qcompile/rec
 if __name__ == "passes":  # a second copy with a registry of its own would break isinstance checks
     raise ImportError("import qcompile.passes, not passes")
 
-from qcompile.passes.activations.per_tensor_activations import PerTensor
+from qcompile.passes.activations.per_tensor_activations import PerTensorActivations
 from qcompile.passes.equivalent.awq import AWQ
 from qcompile.passes.equivalent.fold_norm import FoldNorm
-from qcompile.passes.equivalent.online_hadamard import RotateOnline
-from qcompile.passes.equivalent.reorder_channels import Reorder
+from qcompile.passes.equivalent.online_hadamard import OnlineHadamard
+from qcompile.passes.equivalent.reorder_channels import ReorderChannels
 from qcompile.passes.equivalent.rotate import Rotate
 from qcompile.passes.equivalent.rotate_principal import RotatePrincipal
 from qcompile.passes.equivalent.smooth_attention import SmoothAttention
-from qcompile.passes.equivalent.smoothquant import Smooth
+from qcompile.passes.equivalent.smoothquant import SmoothQuant
 from qcompile.passes.equivalent.smoothquant_plus import SmoothQuantPlus
-from qcompile.passes.equivalent.spinquant import LearnRotation
+from qcompile.passes.equivalent.spinquant import SpinQuant
 from qcompile.passes.equivalent.untie import Untie
 from qcompile.passes.kv_cache.calibrate_prefix import CalibratePrefix
 from qcompile.passes.kv_cache.intact_kv import IntactKV
@@ -35,24 +35,24 @@ __all__ = [
     "AWQ",
     "CalibratePrefix",
     "DGQ",
+    "FineQuant",
+    "FoldNorm",
+    "Fuse",
     "GPTAQ",
     "GPTQ",
     "HQQ",
     "IntactKV",
-    "LearnRotation",
     "LoRC",
-    "PerTensor",
-    "FineQuant",
-    "FoldNorm",
-    "Fuse",
+    "OnlineHadamard",
+    "PerTensorActivations",
     "Quantize",
     "QuantizeKV",
-    "Reorder",
+    "ReorderChannels",
     "Rotate",
-    "RotateOnline",
     "RotatePrincipal",
-    "Smooth",
     "SmoothAttention",
+    "SmoothQuant",
     "SmoothQuantPlus",
+    "SpinQuant",
     "Untie",
 ]

@@ -20,8 +20,9 @@ from qcompile.pipeline.presets import PRESETS, find_recipe
 from qcompile.pipeline.run import NothingToQuantize
 from qcompile.recipe.recipe import Recipe, RecipeError, Rule
 from qcompile.recipe.report import Report
+from qcompile.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "PRESETS",

@@ -61,4 +61,4 @@ def test_nonsense_is_refused(call):
 
 def test_auto_quantizes_with_the_advised_preset():
     report = qcompile.quantize(build("llama"), "auto", progress=False)
-    assert report.recipe in PRESETS and not report.left
+    assert report.recipe in PRESETS and not report.skipped

@@ -57,7 +57,7 @@ def test_the_search_protects_outliers_and_leaves_what_it_would_worsen():
     x = torch.randn(200, 64)
     errors = {}
     for passes in ((), (AWQ(FORM, norms=False),)):
-        program, how = capture(model, (x,), {}), Quantize(FORM, None, output=None)
+        program, how = capture(model, (x,), {}), Quantize(FORM, None, lm_head=None)
         only = Recipe("q", (*passes, how, Fuse()), (Rule("0.weight", keep=True),))
         quantized, report = run(program, only, batches=lambda: [[x]], example=[x])
         errors[bool(passes)] = float((quantized(x)[0] - model(x)).norm())

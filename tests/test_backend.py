@@ -28,7 +28,7 @@ def mlp():
 
 
 def compiled(model, **options):
-    options.setdefault("slower", "keep")
+    options.setdefault("on_slow_kernel", "quantize")
     return torch.compile(model, backend="qcompile", options=options)
 
 
@@ -62,7 +62,7 @@ def test_generate_through_compile():
     qcompile.quantize(reference, "int8", progress=False)
     ids = torch.tensor([[5, 6, 7, 8]])
     arguments = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
-    model.compile(backend="qcompile", options={"slower": "keep"})
+    model.compile(backend="qcompile", options={"on_slow_kernel": "quantize"})
     assert model.generate(ids, **arguments).tolist() == reference.generate(ids, **arguments).tolist()
 
 
@@ -82,7 +82,11 @@ def test_generate_needs_a_graph_for_prompts_and_one_for_tokens(name):
 def test_dynamic_rows_compile_once():
     model = mlp()
     run = torch.compile(
-        model, backend="qcompile", dynamic=True, fullgraph=True, options={"recipe": "w4a8", "slower": "keep"}
+        model,
+        backend="qcompile",
+        dynamic=True,
+        fullgraph=True,
+        options={"recipe": "w4a8", "on_slow_kernel": "quantize"},
     )
     reference = copy.deepcopy(model)
     qcompile.quantize(reference, "w4a8", example=torch.randn(2, 128), progress=False)
@@ -192,8 +196,8 @@ def test_every_graph_is_judged_at_the_rows_of_the_option():
     [
         ({"recipie": "int8"}, "unknown option 'recipie'.*recipe: preset"),
         ({"recipe": "int9"}, "unknown recipe 'int9'; known"),
-        ({"recipe": "int8-smooth"}, "needs calibration data for Smooth"),
-        ({"slower": "maybe"}, "use 'float' or 'keep'"),
+        ({"recipe": "int8-smooth"}, "needs calibration data for SmoothQuant"),
+        ({"on_slow_kernel": "maybe"}, "use 'keep_float' or 'quantize'"),
         ({"rows": 0}, "at least 1"),
         ({"rules": [{"match": "nothing.*", "keep": True}]}, "matches no site; nearest"),
     ],

@@ -113,10 +113,10 @@ def test_compare_tune_sensitivity_advise(folder, tmp_path, monkeypatch):
 
 
 def test_tune_without_a_good_recipe_is_code_one(folder, tmp_path, monkeypatch):
-    from qcompile.evaluation.compare import Comparison, Row
+    from qcompile.evaluation.compare import Comparison, RecipeResult
 
     def measure(self, name, recipe):
-        return Row(name, 10.0 if name == "float" else 20.0, 0.0, 1.0, 5, 1.0)
+        return RecipeResult(name, 10.0 if name == "float" else 20.0, 0.0, 1.0, 5, 1.0)
 
     monkeypatch.setattr(Comparison, "_measure", measure)
     few = ["--windows", "1", "--length", "32", "--recipes", "w4a8", "--out", str(tmp_path / "t.json")]

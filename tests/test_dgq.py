@@ -10,7 +10,7 @@ from zoo import build, example
 
 import qcompile
 from qcompile.numerics.format import Format
-from qcompile.numerics.qtensor import spread
+from qcompile.numerics.qtensor import expand_groups
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import DGQ, GPTQ, Fuse, Quantize
 from qcompile.passes.equivalent.smoothquant import clip_scale
@@ -45,7 +45,7 @@ def test_codes_of_every_range_stay_int8():
         rows = torch.zeros(128 * 128, 32)
         rows[:, 0], rows[:, 16], rows[:, 17] = sign, low.flatten(), high.flatten()
         q = quantize_tensor(rows, DUAL)
-        inner = (q.codes.int() - spread(q.zero, DUAL, 32).int()) * spread(q.group_scale, DUAL, 32).int()
+        inner = (q.codes.int() - expand_groups(q.zero, DUAL, 32).int()) * expand_groups(q.group_scale, DUAL, 32).int()
         assert int(inner.max()) <= 127 and int(inner.min()) >= -128
 
 
@@ -59,7 +59,7 @@ def problem(seed, rows=6, columns=40):
 def test_the_search_keeps_int8_and_is_never_worse(seed):
     w, hessian = problem(seed)
     q = search_rows(w, hessian, *search_groups(w, hessian, DUAL), DUAL)
-    inner = (q.codes.int() - spread(q.zero, DUAL, 40).int()) * spread(q.group_scale, DUAL, 40).int()
+    inner = (q.codes.int() - expand_groups(q.zero, DUAL, 40).int()) * expand_groups(q.group_scale, DUAL, 40).int()
     assert int(inner.abs().max()) <= 127 and int(q.codes.max()) <= 15
     for clip in (False, True):
         plain = quantize_tensor(w, DUAL, clip=clip)
@@ -109,13 +109,13 @@ def test_on_a_model():
     errors = {}
     form = Format.parse("int4/group32/zero/dual")
     for name, how in (
-        ("plain", Quantize(form, Format("int8"), output=form)),
-        ("dgq", DGQ(form, Format("int8"), output=form)),
-        ("gptq", DGQ(form, Format("int8"), output=form, codes="gptq")),
+        ("plain", Quantize(form, Format("int8"), lm_head=form)),
+        ("dgq", DGQ(form, Format("int8"), lm_head=form)),
+        ("gptq", DGQ(form, Format("int8"), lm_head=form, codes="gptq")),
     ):
         again = build("llama")
         report = qcompile.quantize(again, Recipe(name, (how, Fuse())), [inputs], progress=False)
-        assert not report.left and {s.weight for s in report.sites} == {str(form)}
+        assert not report.skipped and {s.weight for s in report.sites} == {str(form)}
         with torch.no_grad():
             errors[name] = float((again(**inputs).logits - want).norm())
     assert errors["gptq"] < errors["dgq"] < errors["plain"], errors

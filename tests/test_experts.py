@@ -66,7 +66,7 @@ def test_the_graph_rounds_each_expert_by_itself(name):
     program = capture(model, (), inputs)
     sites = [s for s in find_sites(program) if s.kind == "experts"]
     assert len(sites) == 4 and all(s.grouped and s.rows_first for s in sites)
-    recipe = Recipe("q", (Quantize(INT4, None, output=INT4), Fuse()))
+    recipe = Recipe("q", (Quantize(INT4, None, lm_head=INT4), Fuse()))
     quantized, report = run(program, recipe, example=list(inputs.values()))
     assert not [s for s in report.sites if not s.quantized and "chooses experts" not in s.reason], report
     for full, tensor in experts(model).items():
@@ -80,7 +80,9 @@ def test_the_graph_rounds_each_expert_by_itself(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("how", [Quantize(INT4, None), GPTQ(INT4, None), HQQ(), FineQuant(sizes=(64, 32), bits=5.2)])
+@pytest.mark.parametrize(
+    "how", [Quantize(INT4, None), GPTQ(INT4, None), HQQ(), FineQuant(group_sizes=(64, 32), bits=5.2)]
+)
 def test_modules_checkpoints_and_compiled_models(name, how, tmp_path):
     model, inputs = build(name), example(name)
     float_model, before = copy.deepcopy(model), sum(p.numel() * 4 for p in experts(model).values())
@@ -113,9 +115,11 @@ def test_the_backend_leaves_experts_float_unless_asked():
     model, inputs = build("mixtral"), example("mixtral")
     with torch.no_grad():
         want = model(**inputs).logits
-        for slower in ("float", "keep"):
+        for on_slow_kernel in ("keep_float", "quantize"):
             torch._dynamo.reset()
-            fast = torch.compile(model, backend="qcompile", options={"recipe": "int8", "slower": slower})
+            fast = torch.compile(
+                model, backend="qcompile", options={"recipe": "int8", "on_slow_kernel": on_slow_kernel}
+            )
             assert relative_error([fast(**inputs).logits], [want]) < 0.05
 
 
@@ -163,7 +167,7 @@ def test_a_cast_model_keeps_its_scales():
     assert all(torch.equal(s(), w) for s, w in zip(stacks, want, strict=True))
 
 
-@pytest.mark.parametrize("how", [Quantize(INT4, None, output=None), GPTQ(INT4, None, output=None), HQQ(output=None)])
+@pytest.mark.parametrize("how", [Quantize(INT4, None, lm_head=None), GPTQ(INT4, None, lm_head=None), HQQ(lm_head=None)])
 def test_batched_products(how, tmp_path):
     torch.manual_seed(0)
     model, x = Batched().requires_grad_(False).eval(), torch.randn(2, 40, 64)
@@ -199,7 +203,7 @@ def test_rows_of_an_expert_begin_where_the_last_ones_end(monkeypatch):
     seen = []
     monkeypatch.setattr(Gram, "add", lambda self, x, real=Gram.add: (seen.append(len(x)), real(self, x))[1])
     model = build("mixtral")
-    passes = (Untie(), GPTQ(INT4, None, output=None), Fuse())
+    passes = (Untie(), GPTQ(INT4, None, lm_head=None), Fuse())
     qcompile.quantize(model, Recipe("q", passes), [example("mixtral")], progress=False)
     tokens = example("mixtral")["input_ids"].numel()
     stacks = [seen[i : i + 4] for i in range(len(seen) - 3) if sum(seen[i : i + 4]) == 2 * tokens]
@@ -211,7 +215,7 @@ def test_gptq_sees_the_rows_of_each_expert():
     torch.manual_seed(0)
     model, x = Batched().requires_grad_(False).eval(), torch.randn(4, 40, 64) @ torch.randn(64, 64) / 8
     program, errors = capture(model, (x,), {}), {}
-    for how in (Quantize(INT4, None, output=None), GPTQ(INT4, None, output=None)):
+    for how in (Quantize(INT4, None, lm_head=None), GPTQ(INT4, None, lm_head=None)):
         only = Recipe("q", (how, Fuse()), (Rule("up", keep=True), Rule("mix*", keep=True)))
         quantized, _ = run(program, only, batches=lambda: [[x]], example=[x])
         assert any(n.target is torch.ops.qcompile.qexperts.default for n in quantized.graph.nodes)

@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from qcompile.numerics.bit_packing import pack, unpack
 from qcompile.numerics.format import Format
 from qcompile.numerics.fp4 import constrain, decode_e2m1, encode_e2m1
-from qcompile.numerics.qtensor import int8_codes, load_codes, spread
-from qcompile.numerics.rounding import decode, encode, level_grid, on_grid, quantize_tensor
+from qcompile.numerics.qtensor import expand_groups, int8_codes, load_codes
+from qcompile.numerics.rounding import (
+    dequantize_with_qparams,
+    expand_qparams,
+    fake_quantize,
+    quantize_tensor,
+    quantize_with_qparams,
+)
 from qcompile.testing import weights
 
 FORMATS = [
@@ -34,19 +40,19 @@ def test_rounding_error_is_at_most_half_a_step(w, text):
     q = quantize_tensor(w, form)
     error = (q.dequantize() - w).abs()
     if form.dtype == "fp8":
-        assert bool((error <= w.abs() * 2**-4 + spread(q.scale, form, w.shape[1]) * 2**-10 + 1e-12).all())
+        assert bool((error <= w.abs() * 2**-4 + expand_groups(q.scale, form, w.shape[1]) * 2**-10 + 1e-12).all())
         return
     if form.dtype == "fp4":
-        scale, _, _, _ = level_grid(q)
+        scale, _, _, _ = expand_qparams(q)
         inside = w.abs() <= 6 * scale
         assert bool((error <= w.abs() / 4 + scale / 4 + 1e-12)[inside].all())
         assert (
             "m2" in text or text == "fp4/group16/m1" or bool((w.abs() <= 6.001 * scale).all())
         )  # these never saturate
         return
-    step = spread(q.scale, form, w.shape[1])
+    step = expand_groups(q.scale, form, w.shape[1])
     if form.dual:
-        step = (q.scale * spread(q.group_scale.float(), form, w.shape[1])).abs()
+        step = (q.scale * expand_groups(q.group_scale.float(), form, w.shape[1])).abs()
         # an integer group scale is up to half a level-1 unit short for each of 15 codes: 7.5 units
         assert bool((error <= 1.01 * step + 8 * q.scale + 1e-7).all())
         return
@@ -76,8 +82,8 @@ def test_rounding_twice_is_rounding_once(w, text):
 def test_dual_fits_int8(w, zero, clip):
     form = Format.parse("int4/group16/zero/dual" if zero else "int4/group16/dual")
     q = quantize_tensor(w, form, clip=clip)
-    steps = spread(q.group_scale, form, w.shape[1]).int()
-    inner = (q.codes.int() - (spread(q.zero, form, w.shape[1]).int() if zero else 0)) * steps
+    steps = expand_groups(q.group_scale, form, w.shape[1]).int()
+    inner = (q.codes.int() - (expand_groups(q.zero, form, w.shape[1]).int() if zero else 0)) * steps
     assert int(inner.abs().max()) <= 127
     assert torch.equal(int8_codes(q.codes, q.zero, q.group_scale, form).int(), inner)
     assert torch.allclose(inner * q.scale, q.dequantize(), rtol=1e-5)
@@ -126,8 +132,8 @@ def test_clip_is_the_best_of_its_ranges(w, text):
     form = Format.parse(text)
     found = (quantize_tensor(w, form, clip=True).dequantize() - w).abs().pow(2.4).sum(1)
     for shrink in range(21):
-        reach = 1 - shrink / 100
-        low, high = w.amin(1, keepdim=True).clamp_max(0) * reach, w.amax(1, keepdim=True).clamp_min(0) * reach
+        max_value = 1 - shrink / 100
+        low, high = w.amin(1, keepdim=True).clamp_max(0) * max_value, w.amax(1, keepdim=True).clamp_min(0) * max_value
         if form.zero == "none":
             high = torch.maximum(-low, high)
             low = -high
@@ -142,21 +148,21 @@ def test_clip_tries_the_extreme_on_the_code_that_only_one_side_has(w, text):
     extreme = w.gather(1, w.abs().argmax(1, keepdim=True))
     for shrink in range(21):
         scale = extreme * (1 - shrink / 100) / form.qmin
-        one = (on_grid(w, torch.where(scale == 0, 1, scale), None, form) - w).abs().pow(2.4).sum(1)
+        one = (fake_quantize(w, torch.where(scale == 0, 1, scale), None, form) - w).abs().pow(2.4).sum(1)
         assert bool((found <= one * (1 + 1e-3) + 1e-12).all()), shrink
 
 
 @given(weights(), st.sampled_from(FORMATS))
 def test_a_number_on_the_grid_is_its_code_decoded(w, text):
     q = quantize_tensor(w, Format.parse(text))
-    scale, zero, low, high = level_grid(q)
+    scale, zero, low, high = expand_qparams(q)
     x = 1.5 * w.flip(0)  # other numbers, some beyond the range
-    codes = encode(x, scale, zero, q.format)
+    codes = quantize_with_qparams(x, scale, zero, q.format)
     if low is not None:
         codes = torch.minimum(torch.maximum(codes, low), high)
-    found = on_grid(x, scale, zero, q.format, low, high)
-    assert torch.equal(found, decode(codes, scale, zero, q.format))
-    assert torch.equal(encode(found, scale, zero, q.format).float(), codes.float())
+    found = fake_quantize(x, scale, zero, q.format, low, high)
+    assert torch.equal(found, dequantize_with_qparams(codes, scale, zero, q.format))
+    assert torch.equal(quantize_with_qparams(found, scale, zero, q.format).float(), codes.float())
 
 
 def test_ragged_last_group():
@@ -215,7 +221,9 @@ def test_smooth_scales_have_rank_one_and_pivots_do_not_matter(seed):
     plain = quantize_tensor(x, form)
     assert plain.scale.shape == (2, 7, 3)
     assert bool((torch.linalg.svdvals(plain.scale.double())[:, 1:] < 1e-6).all())
-    assert bool(((plain.dequantize() - x).abs() <= 0.5001 * spread(plain.scale, form, 40)).all())  # nothing saturates
+    assert bool(
+        ((plain.dequantize() - x).abs() <= 0.5001 * expand_groups(plain.scale, form, 40)).all()
+    )  # nothing saturates
     x[0, 3] *= 0.1  # so that this token gives no maximum
     calm, (spiked, others) = quantize_tensor(x, form), (x.clone(), [0, 1, 2, 4, 5, 6])
     spiked[0, 3, 5] = 1000.0

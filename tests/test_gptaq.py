@@ -83,8 +83,8 @@ def programs(name, how, rewrite):
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_without_strength_the_grids_are_gptqs(name):
-    _, ours, _, _ = programs(name, GPTAQ(W3, None, output=None, strength=0.0), gptaq)
-    _, theirs, _, _ = programs(name, GPTQ(W3, None, output=None), gptq_sites)
+    _, ours, _, _ = programs(name, GPTAQ(W3, None, lm_head=None, strength=0.0), gptaq)
+    _, theirs, _, _ = programs(name, GPTQ(W3, None, lm_head=None), gptq_sites)
     grids = [n for n in theirs.weights if n.endswith((".scale", ".zero"))]
     assert grids and all(torch.equal(ours.weights[n], theirs.weights[n]) for n in grids)
 
@@ -92,7 +92,7 @@ def test_without_strength_the_grids_are_gptqs(name):
 def test_a_site_aims_at_what_the_float_model_gives_it():
     """The last site, solved by hand: inputs of the quantized program, rounded, against the float ones."""
     act = Format("int4")
-    how = GPTAQ(W3, act, output=None)
+    how = GPTAQ(W3, act, lm_head=None)
     program, after, batches, _ = programs("llama", how, gptaq)
     last = find_sites(program)[-1]
 
@@ -108,7 +108,7 @@ def test_a_site_aims_at_what_the_float_model_gives_it():
     even = exact.square().mean(-1, keepdim=True).rsqrt()  # every token counts alike
     exact, read = exact * even, read * even
     weight = program.weights[last.name]
-    aim = towards_float(weight, read.t() @ read, exact.t() @ read, how.damping)
+    aim = towards_float(weight, read.t() @ read, exact.t() @ read, how.damp_percent)
     grid = quantize_tensor(aim, W3)
     assert not torch.allclose(quantize_tensor(weight, W3).scale, grid.scale, rtol=1e-3)
     assert torch.allclose(after.weights[f"{last.name}.scale"].float(), grid.scale.float(), rtol=1e-4)
@@ -151,7 +151,7 @@ def test_a_token_whose_float_input_is_nothing_decides_nothing():
 
     def scales(data):
         after = program.copy()
-        gptaq(after, GPTAQ(W3, None, output=None), Statistics(), SitePlan(batches=lambda: [(data,)]))
+        gptaq(after, GPTAQ(W3, None, lm_head=None), Statistics(), SitePlan(batches=lambda: [(data,)]))
         return [after.weights[n] for n in after.weights if n.endswith("b.weight.scale")]
 
     with_it = torch.cat([x, off.detach().expand(1, 1, 32)], 1)

@@ -12,11 +12,11 @@ import qcompile
 from qcompile.analysis.sites import find_sites
 from qcompile.api.example_inputs import flat_inputs
 from qcompile.calibration.hessian import Gram
-from qcompile.calibration.layerwise_run import Walk
+from qcompile.calibration.layerwise_run import LayerwiseRun
 from qcompile.calibration.statistics import CalibrationError, Statistics
 from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
-from qcompile.numerics.rounding import decode, level_grid, quantize_tensor
+from qcompile.numerics.rounding import dequantize_with_qparams, expand_qparams, quantize_tensor
 from qcompile.passes.qdq.site_plan import SitePlan
 from qcompile.passes.weights.gptq import GPTQ, gptq, gptq_sites, inverse_factor, loss
 from qcompile.recipe.recipe import Recipe
@@ -52,8 +52,8 @@ def solve(weight, hessian, form, *, block=128, order=True):
 @pytest.mark.parametrize("form", FORMATS)
 def test_grids_reproduce_the_numbers(form):
     q = quantize_tensor(torch.randn(6, 80), Format.parse(form))
-    scale, zero, low, high = level_grid(q)
-    assert torch.allclose(decode(q.codes, scale, zero, q.format), q.dequantize(), rtol=1e-5, atol=1e-6)
+    scale, zero, low, high = expand_qparams(q)
+    assert torch.allclose(dequantize_with_qparams(q.codes, scale, zero, q.format), q.dequantize(), rtol=1e-5, atol=1e-6)
     if low is not None:
         assert bool((q.codes >= low).all() and (q.codes <= high).all())
 
@@ -72,7 +72,7 @@ def test_it_is_never_worse_and_usually_much_better(form, seed, order):
     ours, nearest = (loss(weight, q.dequantize(), hessian) for q in (found, grid))
     assert bool((ours <= nearest * (1 + 1e-9)).all())
     assert ours.sum() < 0.6 * nearest.sum()
-    scale, zero, low, high = level_grid(found)
+    scale, zero, low, high = expand_qparams(found)
     if low is not None:  # int8 stays int8
         assert bool((found.codes >= low).all() and (found.codes <= high).all())
 
@@ -127,7 +127,7 @@ def test_a_walk_computes_what_a_run_computes(name):
     model = build(name)
     program = capture(model, (), example(name))
     batches = [flat_inputs(program, example(name), example(name)) for _ in range(2)]
-    walk = Walk(program, batches)
+    walk = LayerwiseRun(program, batches)
     for site in find_sites(program):
         walk.advance(site.node)
         seen = {}
@@ -144,7 +144,7 @@ def test_later_sites_see_quantized_inputs(output):
     program = capture(model, (), example("llama"))
     batch = flat_inputs(program, example("llama"), example("llama"))
     form = Format.parse("int3/group32/zero")
-    how = GPTQ(form, None, output=output and Format.parse(output))
+    how = GPTQ(form, None, lm_head=output and Format.parse(output))
     after = program.copy()
     gptq_sites(after, how, Statistics(), SitePlan(batches=lambda: [batch]))
     after.cleanup()
@@ -156,7 +156,7 @@ def test_later_sites_see_quantized_inputs(output):
     rows = seen["x"].flatten(0, -2)
     hessian = (rows.t() @ rows).double()
     order = hessian.diagonal().argsort(descending=True)
-    grid = quantize_tensor(program.weights[last.name], how.output or how.weight)
+    grid = quantize_tensor(program.weights[last.name], how.lm_head or how.weight)
     want = gptq(program.weights[last.name], hessian, grid, inverse_factor(hessian[order][:, order], 0.01), order)
     assert torch.equal(after.weights[f"{last.name}.codes"], want.stored())
 
@@ -164,7 +164,7 @@ def test_later_sites_see_quantized_inputs(output):
 def test_logits_in_eight_bits_are_rounded_to_nearest_and_the_report_says_so():
     model = build("llama")
     form = Format.parse("int3/group32/zero")
-    recipe = Recipe("small", (GPTQ(form, None, output=Format("int8"), clip=True), qcompile.passes.Fuse()))
+    recipe = Recipe("small", (GPTQ(form, None, lm_head=Format("int8"), clip=True), qcompile.passes.Fuse()))
     report = qcompile.quantize(model, recipe, [example("llama")], progress=False)
     assert torch.equal(model.lm_head.codes, quantize_tensor(build("llama").lm_head.weight, Format("int8")).stored())
     assert [note.partition(": ")[2] for note in report.passes[0].notes] == [
@@ -193,7 +193,7 @@ def test_bad_input():
     with pytest.raises(CalibrationError, match="empty"):
         qcompile.quantize(model, "w4a16-gptq", [], progress=False)
     with pytest.raises(ValueError, match="damping and block must be positive"):
-        GPTQ(damping=0)
+        GPTQ(damp_percent=0)
     with pytest.raises(ValueError, match="stands twice"):
         Recipe("two", (GPTQ(), qcompile.passes.Quantize())).check()
     again = Recipe.from_json(qcompile.find_recipe("w4a16-gptq").to_json())

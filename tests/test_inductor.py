@@ -131,13 +131,15 @@ def test_formats_without_a_kernel_stay_float_on_a_gpu(as_on_gpu, monkeypatch):
     model = mlp().bfloat16()
     with torch.no_grad():
         x = torch.randn(3, 128).bfloat16()
-        for slower, wanted in (("float", {False}), ("keep", {True})):
+        for on_slow_kernel, wanted in (("keep_float", {False}), ("quantize", {True})):
             torch._dynamo.reset()
-            recipe = Recipe("fp8", (Quantize(FP8, FP8, output=FP8, output_act=FP8), Fuse()))
-            got = torch.compile(model, backend="qcompile", options={"recipe": recipe, "slower": slower})(x)
+            recipe = Recipe("fp8", (Quantize(FP8, FP8, lm_head=FP8, lm_head_act=FP8), Fuse()))
+            got = torch.compile(
+                model, backend="qcompile", options={"recipe": recipe, "on_slow_kernel": on_slow_kernel}
+            )(x)
             sites = backend.reports[-1].sites
             assert {site.quantized for site in sites} == wanted
-            assert torch.allclose(got, model(x), atol=2e-2 if slower == "float" else 2e-1)
+            assert torch.allclose(got, model(x), atol=2e-2 if on_slow_kernel == "keep_float" else 2e-1)
             told = {site.reason or next(iter(site.kernel.values())) for site in sites}
             assert all("dequantize, then cuBLAS" in word for word in told)
 
@@ -152,7 +154,9 @@ def test_one_graph_serves_every_number_of_rows(recipe, as_on_gpu, seen):
     reference = build("llama").half()
     reference.load_state_dict(model.state_dict())
     qcompile.quantize(reference, recipe, progress=False)
-    compiled = torch.compile(model, backend="qcompile", dynamic=True, options={"recipe": recipe, "slower": "keep"})
+    compiled = torch.compile(
+        model, backend="qcompile", dynamic=True, options={"recipe": recipe, "on_slow_kernel": "quantize"}
+    )
     with torch.no_grad():
         for shape in ((2, 3), (3, 5), (4, 9), (2, 40)):
             ids = torch.randint(3, 128, shape)

@@ -28,8 +28,8 @@ from qcompile.recipe.recipe import Recipe, RecipeError
 PREFIX = (1, 7, 9)
 IDS = torch.tensor([[*PREFIX, 20, 33, 41, 8], [*PREFIX, 99, 5, 61, 27]])
 DECODERS = ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "bloom", "mixtral"]
-INT4 = Quantize(Format.parse("int4/group32/zero"), None, output=None)
-INT3 = Quantize(Format.parse("int3/group32/zero"), None, output=None)
+INT4 = Quantize(Format.parse("int4/group32/zero"), None, lm_head=None)
+INT3 = Quantize(Format.parse("int3/group32/zero"), None, lm_head=None)
 
 
 def logits(model, ids=IDS, **more):
@@ -134,7 +134,7 @@ def test_a_trained_prefix_is_better_on_texts_it_was_not_trained_on(name):
     """Grouped queries: the heads that share a key still do. The cache and the weights are quantized."""
     losses = {}
     for trained in (False, True):
-        how = (CalibratePrefix(steps=60, rate=2e-2),) if trained else ()
+        how = (CalibratePrefix(steps=60, lr=2e-2),) if trained else ()
         model = build(name)
         recipe = Recipe("q", (IntactKV(PREFIX), QuantizeKV(4), INT3, *how, Fuse()))
         report = qcompile.quantize(model, recipe, texts(), progress=False)
@@ -152,7 +152,7 @@ def test_training_keeps_the_lossless_prefix_where_nothing_is_lost():
     kept, model = build("llama"), build("llama")
     int8 = Quantize(Format("int8"), None)
     qcompile.quantize(kept, Recipe("q", (IntactKV(PREFIX), int8, Fuse())), progress=False)
-    how = CalibratePrefix(steps=4, rate=10.0)  # every step of this size harms
+    how = CalibratePrefix(steps=4, lr=10.0)  # every step of this size harms
     qcompile.quantize(model, Recipe("q", (IntactKV(PREFIX), int8, how, Fuse())), texts(), progress=False)
     assert torch.equal(model.qcompile_prefix.keys1, kept.qcompile_prefix.keys1)
 

@@ -40,7 +40,7 @@ def test_vectors_are_rounded_head_by_head_and_token_by_token():
 
 def test_appending_in_pieces_is_appending_at_once():
     k, v = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
-    whole, pieces = KVCache(4, hadamard=True, intact=3), KVCache(4, hadamard=True, intact=3)
+    whole, pieces = KVCache(4, hadamard=True, sink_tokens=3), KVCache(4, hadamard=True, sink_tokens=3)
     want = whole.update(k, v, 0)
     for start in range(0, 40, 7):
         got = pieces.update(k[:, :, start : start + 7], v[:, :, start : start + 7], 0)
@@ -97,7 +97,7 @@ def test_fixed_scales_hold_at_every_position(model):
         same = torch.full((1, 40), 3)
         short, long = (observe(program, [[same[:, :length]]]) for length in (2, 40))
         attentions = products(program)
-        report = quantize_kv(program.copy(), QuantizeKV(8, fixed=True), short)
+        report = quantize_kv(program.copy(), QuantizeKV(8, static=True), short)
         for index, product in enumerate(attentions):
             keys, values = (report.tensors[f"{index}.{part}_scale"] for part in ("key", "value"))
             peak = long.cached[product.keys.name] / 127
@@ -136,7 +136,7 @@ def test_channels_are_rounded_with_their_fixed_scales():
 
 def test_fixed_scales_survive_saving(tmp_path):
     model, ids = build("qwen2"), torch.randint(3, 128, (4, 20))
-    recipe = Recipe("kv", (QuantizeKV(8, fixed=True), Quantize(Format("int8"), None), Fuse()))
+    recipe = Recipe("kv", (QuantizeKV(8, static=True), Quantize(Format("int8"), None), Fuse()))
     qcompile.quantize(model, recipe, [{"input_ids": ids}], progress=False)
     assert [tuple(part.shape) for pair in model.qcompile_scales.all for part in pair] == [(2, 16)] * 4
     done = model.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
@@ -182,9 +182,9 @@ def test_prefill_and_decoding_agree(name):
 
 
 CACHES = {
-    "tokens": QuantizeKV(4, hadamard=True, intact=1),
-    "centered": QuantizeKV(4, hadamard=True, intact=1, center=True),
-    "channels": QuantizeKV(8, fixed=True),
+    "tokens": QuantizeKV(4, hadamard=True, sink_tokens=1),
+    "centered": QuantizeKV(4, hadamard=True, sink_tokens=1, center=True),
+    "channels": QuantizeKV(8, static=True),
 }
 
 
@@ -231,10 +231,10 @@ def test_a_model_without_a_cache_is_refused_unchanged():
 @pytest.mark.parametrize("name", ["vit", "bert"])  # takes no cache; fills one that nobody asks for again
 def test_an_optional_one_is_left_out_of_a_model_without_a_cache(name):
     model, inputs = build(name), example(name)
-    recipe = Recipe("kv", (QuantizeKV(8, fixed=True, optional=True), Quantize(), Fuse()))
+    recipe = Recipe("kv", (QuantizeKV(8, static=True, optional=True), Quantize(), Fuse()))
     report = qcompile.quantize(model, recipe, [inputs], progress=False)
     assert [entry.name for entry in report.passes] == ["Quantize", "Fuse", "QuantizeKV"]
-    assert "stays float" in report.passes[-1].left[0].reason and not hasattr(model, "qcompile_calls")
+    assert "stays float" in report.passes[-1].skipped[0].reason and not hasattr(model, "qcompile_calls")
     assert Recipe.from_json(model.qcompile_recipe).passes == recipe.passes[1:]
 
 
@@ -262,10 +262,10 @@ def test_layers_that_are_not_the_caches(config, why):
     data = [{"input_ids": torch.randint(3, 128, (2, 8))}]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RecipeError, match=f"QuantizeKV: .*{why}"):
         patch.setattr(quantize_module, "run", None)
-        qcompile.quantize(model, Recipe("kv", (QuantizeKV(8, fixed=True), Quantize(), Fuse())), data, progress=False)
-    optional = Recipe("kv", (QuantizeKV(8, fixed=True, optional=True), Quantize(), Fuse()))
+        qcompile.quantize(model, Recipe("kv", (QuantizeKV(8, static=True), Quantize(), Fuse())), data, progress=False)
+    optional = Recipe("kv", (QuantizeKV(8, static=True, optional=True), Quantize(), Fuse()))
     report = qcompile.quantize(model, optional, data, progress=False)
-    assert why in report.passes[-1].left[0].reason and not hasattr(model, "qcompile_calls")
+    assert why in report.passes[-1].skipped[0].reason and not hasattr(model, "qcompile_calls")
 
 
 @pytest.mark.parametrize(
@@ -307,18 +307,18 @@ class _NormBehind(torch.nn.Module):
 def test_what_stands_behind_a_rotation_is_named():
     ids = torch.randint(0, 31, (2, 5))
     program = capture(_NormBehind().eval(), (ids,))
-    report = quantize_kv(program, QuantizeKV(8, fixed=True), observe(program, [[ids]]))
+    report = quantize_kv(program, QuantizeKV(8, static=True), observe(program, [[ids]]))
     assert "scales hold for the positions of the calibration" in report.notes[0]
 
 
 def test_fixed_scales_do_not_go_with_a_float_prefix():
     model = build("llama")
-    recipe = Recipe("kv", (IntactKV((1,)), QuantizeKV(8, fixed=True), Quantize(), Fuse()))
+    recipe = Recipe("kv", (IntactKV((1,)), QuantizeKV(8, static=True), Quantize(), Fuse()))
     with pytest.raises(RecipeError, match="IntactKV keeps its tokens float"):
         qcompile.quantize(model, recipe, [example("llama")], progress=False)
 
 
-@pytest.mark.parametrize("bad", [dict(bits=3), dict(intact=-1)])
+@pytest.mark.parametrize("bad", [dict(bits=3), dict(sink_tokens=-1)])
 def test_nonsense_is_refused(bad):
     with pytest.raises(ValueError):
         KVCache(**bad)
@@ -326,11 +326,11 @@ def test_nonsense_is_refused(bad):
         QuantizeKV(**bad)
 
 
-@pytest.mark.parametrize("bad", [dict(bits=4), dict(hadamard=True), dict(center=True), dict(intact=1)])
+@pytest.mark.parametrize("bad", [dict(bits=4), dict(hadamard=True), dict(center=True), dict(sink_tokens=1)])
 def test_fixed_scales_stand_alone(bad):
     how = {"bits": 8, **bad}
     with pytest.raises(RecipeError, match="fixed scales are of 8 bits"):
-        QuantizeKV(**how, fixed=True)
+        QuantizeKV(**how, static=True)
     how.pop("center", None)
     if how != {"bits": 8}:
         with pytest.raises(ValueError, match="fixed scales are of 8 bits"):

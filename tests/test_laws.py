@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from qcompile.analysis.scale_folding import groups_of_readers
+from qcompile.analysis.scale_folding import groups_of_consumers
 from qcompile.analysis.sites import find_sites
 from qcompile.calibration.statistics import Statistics, observe
 from qcompile.ir.capture import capture
-from qcompile.passes import FoldNorm, Reorder, Rotate, RotateOnline, Smooth, SmoothAttention, Untie
+from qcompile.passes import FoldNorm, OnlineHadamard, ReorderChannels, Rotate, SmoothAttention, SmoothQuant, Untie
 from qcompile.passes.equivalent.fold_norm import fold_norm
-from qcompile.passes.equivalent.online_hadamard import rotate_online
+from qcompile.passes.equivalent.online_hadamard import online_hadamard
 from qcompile.passes.equivalent.reorder_channels import reorder
 from qcompile.passes.equivalent.rotate import rotate
 from qcompile.passes.equivalent.smooth_attention import smooth_attention
@@ -47,7 +47,7 @@ def test_fold_norm(model):
 @given(decoders())
 @FEW
 def test_smooth(model):
-    before, after, ids, (_, report) = before_and_after(model, (untie, Untie()), (smooth, Smooth()), data=True)
+    before, after, ids, (_, report) = before_and_after(model, (untie, Untie()), (smooth, SmoothQuant()), data=True)
     assert report.done
     assert_equivalent(before, after, [ids])
 
@@ -83,14 +83,16 @@ def test_smooth_attention_evens_the_keys():
 def test_smooth_attention_refuses_a_norm_of_queries():
     model = Decoder(shape(rotary="half", qk_norm=True))
     before, after, ids, (report,) = before_and_after(model, (smooth_attention, SmoothAttention()), data=True)
-    assert not report.done and all("not linear in each channel" in left.reason and left.node for left in report.left)
-    assert len(report.left) == model.shape.layers
+    assert not report.done and all(
+        "not linear in each channel" in place.reason and place.node for place in report.skipped
+    )
+    assert len(report.skipped) == model.shape.layers
 
 
 @given(decoders())
 @FEW
 def test_reorder(model):
-    steps = (untie, Untie()), (fold_norm, FoldNorm()), (reorder, Reorder(stream=True))
+    steps = (untie, Untie()), (fold_norm, FoldNorm()), (reorder, ReorderChannels(stream=True))
     before, after, ids, (_, _, report) = before_and_after(model, *steps, data=True)
     assert_equivalent(before, after, [ids])
     assert_equivalent(before, after, [model.example(3, 9)])
@@ -98,7 +100,7 @@ def test_reorder(model):
     assert len(rows) == 2 * model.shape.layers, report  # after attention and after the gate or the ReLU
     assert any("stream" in d for d in report.done) == (not model.shape.post_norm), report
     head, peaks = model.shape.head, observe(after, [[ids]]).absmax
-    by_site = {g.sites[0].name: peaks[g.root.name] for g in groups_of_readers(find_sites(after)) if g.sites}
+    by_site = {g.sites[0].name: peaks[g.root.name] for g in groups_of_consumers(find_sites(after)) if g.sites}
     falls = by_site["blocks.0.fall.weight"]
     assert bool((falls[:-1] >= falls[1:] - 1e-9).all())
     shared = by_site["blocks.0.mix.weight"].view(model.shape.kv_heads, -1, head).amax(1)
@@ -108,7 +110,7 @@ def test_reorder(model):
 @given(decoders())
 @FEW
 def test_rotate(model):
-    steps = (untie, Untie()), (fold_norm, FoldNorm()), (rotate, Rotate(seed=3)), (rotate_online, RotateOnline())
+    steps = (untie, Untie()), (fold_norm, FoldNorm()), (rotate, Rotate(seed=3)), (online_hadamard, OnlineHadamard())
     before, after, ids, reports = before_and_after(model, *steps)
     assert_equivalent(before, after, [ids])
     turned = [d for d in reports[2].done if "stream" in d]
@@ -122,8 +124,8 @@ def test_mlp(model):
     x = torch.randn(5, model[0].in_features, dtype=torch.float64)
     before = capture(model.double(), (x,))
     after = before.copy()
-    smooth(after, Smooth(), observe(after, [[x]]))
-    rotate_online(after, RotateOnline(), Statistics())
+    smooth(after, SmoothQuant(), observe(after, [[x]]))
+    online_hadamard(after, OnlineHadamard(), Statistics())
     after.cleanup()
     assert_equivalent(before, after, [x])
 
@@ -133,7 +135,7 @@ def test_smoothing_moves_the_outlier():
     ids = model.example()
     program = capture(model, (ids,)).widened()
     first = next(n for n in observe(program, [[ids]]).absmax.values())
-    smooth(program, Smooth(alpha=0.5), observe(program, [[ids]]))
+    smooth(program, SmoothQuant(alpha=0.5), observe(program, [[ids]]))
     after = next(n for n in observe(program, [[ids]]).absmax.values())
     assert after.max() / after.median() < first.max() / first.median() / 3
 
@@ -165,13 +167,13 @@ def shape(**changes):
 def test_post_norm_is_refused_with_its_node(norm):
     model = Decoder(shape(norm=norm, post_norm=True))
     *_, reports = before_and_after(model, (fold_norm, FoldNorm()), (rotate, Rotate()))
-    assert any("read by something that is not a linear" in left.reason and left.node for left in reports[0].left)
-    assert any("gain" in left.reason and left.node for left in reports[1].left if "stream" in left.site)
+    assert any("read by something that is not a linear" in place.reason and place.node for place in reports[0].skipped)
+    assert any("gain" in place.reason and place.node for place in reports[1].skipped if "stream" in place.site)
 
 
 def test_tied_weights_are_refused_until_untied():
     model = Decoder(shape(tied=True))
     *_, reports = before_and_after(model, (fold_norm, FoldNorm()), (rotate, Rotate()))
-    assert any("untie" in left.reason for left in reports[0].left)
+    assert any("untie" in place.reason for place in reports[0].skipped)
     *_, reports = before_and_after(model, (untie, Untie()), (fold_norm, FoldNorm()), (rotate, Rotate()))
-    assert not reports[1].left and any("stream" in d for d in reports[2].done)
+    assert not reports[1].skipped and any("stream" in d for d in reports[2].done)

@@ -13,9 +13,9 @@ from qcompile.calibration.statistics import Statistics
 from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import random_orthogonal
-from qcompile.passes import FoldNorm, Fuse, LearnRotation, Quantize, Rotate, Untie
+from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, SpinQuant, Untie
 from qcompile.passes.equivalent.fold_norm import fold_norm
-from qcompile.passes.equivalent.spinquant import cayley_step, learn_rotation
+from qcompile.passes.equivalent.spinquant import cayley_step, spinquant
 from qcompile.passes.equivalent.untie import untie
 from qcompile.passes.qdq.site_plan import SitePlan
 from qcompile.recipe.recipe import Recipe, RecipeError
@@ -52,7 +52,7 @@ def test_the_output_stays(model):
     fold_norm(after, FoldNorm(), Statistics())
     after.cleanup()
     plan = SitePlan(batches=lambda: [[ids], [model.example(1, 4)]])
-    report = learn_rotation(after, LearnRotation(steps=3), Statistics(), plan)
+    report = spinquant(after, SpinQuant(steps=3), Statistics(), plan)
     after.cleanup()
     assert_equivalent(before, after, [ids])
     assert any("stream" in d for d in report.done) == (not model.shape.post_norm)
@@ -74,11 +74,11 @@ def test_it_learns_what_it_is_asked():
     batches = [{"input_ids": torch.randint(3, 128, (1, 48))} for _ in range(2)]
     want = [uneven()(**b).logits for b in batches]
     errors = {}
-    for name, how in (("random", Rotate()), ("learned", LearnRotation(act=Format("int4"), steps=40))):
+    for name, how in (("random", Rotate()), ("learned", SpinQuant(act=Format("int4"), steps=40))):
         model = uneven()
-        passes = (Untie(), FoldNorm(), how, Quantize(Format("int8"), Format("int4"), output=None), Fuse())
+        passes = (Untie(), FoldNorm(), how, Quantize(Format("int8"), Format("int4"), lm_head=None), Fuse())
         report = qcompile.quantize(model, Recipe(name, passes), batches, progress=False)
-        assert all(c.holds for c in report.certificates) and not report.left
+        assert all(c.holds for c in report.certificates) and not report.skipped
         errors[name] = sum(float((model(**b).logits - w).norm()) for b, w in zip(batches, want, strict=True))
     assert errors["learned"] < 0.9 * errors["random"], errors
     first, last = map(float, report.passes[2].notes[0].split("divergence ")[1].split(" nats")[0].split(" -> "))
@@ -87,8 +87,8 @@ def test_it_learns_what_it_is_asked():
 
 def test_nonsense_is_refused():
     with pytest.raises(RecipeError, match="positive"):
-        LearnRotation(steps=0)
+        SpinQuant(steps=0)
     with pytest.raises(RecipeError, match="Rotate stands twice"):
-        Recipe("two", (FoldNorm(), LearnRotation(), Rotate())).check()
+        Recipe("two", (FoldNorm(), SpinQuant(), Rotate())).check()
     with pytest.raises(RecipeError, match="needs calibration data"):
-        qcompile.quantize(build("llama"), Recipe("no data", (FoldNorm(), LearnRotation())), progress=False)
+        qcompile.quantize(build("llama"), Recipe("no data", (FoldNorm(), SpinQuant())), progress=False)

@@ -1,4 +1,4 @@
-"""PerTensor: one step for all tokens only where that is about as good as a step for each."""
+"""PerTensorActivations: one step for all tokens only where that is about as good as a step for each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qcompile.calibration.statistics import CalibrationError
 from qcompile.ir.capture import capture
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.format import Format
-from qcompile.passes import Fuse, PerTensor, Quantize
+from qcompile.passes import Fuse, PerTensorActivations, Quantize
 from qcompile.passes.activations.per_tensor_activations import farther
 from qcompile.pipeline.run import run
 from qcompile.recipe.recipe import Recipe, RecipeError, Rule
@@ -82,8 +82,8 @@ def acts(model):
 
 def quantized(most, rules=(), weight="int8"):
     model, data = Chain(), [torch.randn(2, 8, 16)]
-    small = Quantize(Format.parse(weight), Format("int8"), output=None)
-    recipe = Recipe("coarse", (PerTensor(most=most, output=True), small, Fuse()), tuple(rules))
+    small = Quantize(Format.parse(weight), Format("int8"), lm_head=None)
+    recipe = Recipe("coarse", (PerTensorActivations(most=most, lm_head=True), small, Fuse()), tuple(rules))
     return model, qcompile.quantize(model, recipe, data, progress=False)
 
 
@@ -92,7 +92,7 @@ def test_sites_are_chosen_by_what_they_read():
     assert acts(model) == {"first": TENSOR, "twin": TENSOR, "second": Format("int8")}
     (note,) = report.passes[0].notes
     assert note.startswith("2 of 3 sites in one step for all tokens (these 1.") and ", others " in note
-    assert "times as far as a step for each" in report.passes[0].left[0].reason
+    assert "times as far as a step for each" in report.passes[0].skipped[0].reason
     model, _ = quantized(1e6)
     assert set(acts(model).values()) == {TENSOR}
     model, _ = quantized(1.0)
@@ -110,7 +110,9 @@ def test_rules_come_first():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_an_onnx_file_rounds_as_the_module_does(name, tmp_path):
-    recipe = Recipe("coarse", (PerTensor(most=2), Quantize(Format("int8"), Format("int8"), clip=True), Fuse()))
+    recipe = Recipe(
+        "coarse", (PerTensorActivations(most=2), Quantize(Format("int8"), Format("int8"), clip=True), Fuse())
+    )
     model = build(name)
     extra = dict(example=example(name)) if name == "bert" else {}
     report = qcompile.export_onnx(model, tmp_path / "m", recipe, [example(name)], progress=False, **extra)
@@ -136,18 +138,18 @@ def test_it_compiles_to_integer_products(weight):
 def test_what_chooses_experts_stays_float():
     program = capture(build("mixtral"), (), example("mixtral"))
     flat = flat_inputs(program, example("mixtral"), example("mixtral"))
-    small = Quantize(Format("int8"), Format("int8"), output=None)
-    recipe = Recipe("coarse", (PerTensor(most=1e6), small, Fuse()))
+    small = Quantize(Format("int8"), Format("int8"), lm_head=None)
+    recipe = Recipe("coarse", (PerTensorActivations(most=1e6), small, Fuse()))
     _, report = run(program, recipe, batches=lambda: [flat])
-    routers = {left.site for left in report.passes[0].left if "chooses experts" in left.reason}
+    routers = {place.site for place in report.passes[0].skipped if "chooses experts" in place.reason}
     assert routers and routers == {site.name for site in report.sites if not site.quantized}
 
 
 def test_the_logits_are_left_out_unless_asked_for():
-    small = Quantize(Format("int8"), Format("int8"), output_act=Format("int8"))
+    small = Quantize(Format("int8"), Format("int8"), lm_head_act=Format("int8"))
     for output in (False, True):
         model = build("llama")
-        recipe = Recipe("coarse", (PerTensor(most=1e6, output=output), small, Fuse()))
+        recipe = Recipe("coarse", (PerTensorActivations(most=1e6, lm_head=output), small, Fuse()))
         qcompile.quantize(model, recipe, [example("llama")], progress=False)
         assert model.lm_head.act == (TENSOR if output else Format("int8"))
 
@@ -164,32 +166,32 @@ def test_a_weight_at_several_places_must_do_at_all_of_them():
 
     torch.manual_seed(0)
     model = Again()
-    coarse = PerTensor(most=2, output=True)
-    recipe = Recipe("coarse", (coarse, Quantize(Format("int8"), Format("int8"), output=None), Fuse()))
+    coarse = PerTensorActivations(most=2, lm_head=True)
+    recipe = Recipe("coarse", (coarse, Quantize(Format("int8"), Format("int8"), lm_head=None), Fuse()))
     qcompile.quantize(model, recipe, [torch.randn(2, 8, 16)], progress=False)
     assert model.layer.act == Format("int8")
 
 
 def test_bad_input():
     with pytest.raises(RecipeError, match="most must be at least 1"):
-        PerTensor(most=0.5)
+        PerTensorActivations(most=0.5)
     with pytest.raises(RecipeError, match="one step for a tensor, got int8/row"):
-        PerTensor(act=Format("int8"))
+        PerTensorActivations(act=Format("int8"))
     with pytest.raises(RecipeError, match="quantizing pass behind it"):
-        Recipe("none", (Quantize(), PerTensor(), Fuse())).check()
+        Recipe("none", (Quantize(), PerTensorActivations(), Fuse())).check()
     for quantizer, words in (
         (Quantize(act=None), "needs act=int8/row in Quantize, which has None"),
         (Quantize(act=Format("int8", zero="int")), "which has int8/row/zero"),
     ):
         with pytest.raises(RecipeError, match=words):
-            Recipe("other", (PerTensor(), quantizer, Fuse())).check()
+            Recipe("other", (PerTensorActivations(), quantizer, Fuse())).check()
     with pytest.raises(RecipeError, match="leave the logits out"):
-        Recipe("logits", (PerTensor(output=True), Quantize(), Fuse())).check()
+        Recipe("logits", (PerTensorActivations(lm_head=True), Quantize(), Fuse())).check()
     model = Chain()
-    recipe = Recipe("coarse", (PerTensor(), Quantize(output=None), Fuse()))
+    recipe = Recipe("coarse", (PerTensorActivations(), Quantize(lm_head=None), Fuse()))
     with pytest.raises(CalibrationError, match=r"batches \[2\] bring NaN or Inf to"):
         qcompile.quantize(model, recipe, [torch.randn(2, 8, 16), torch.full((2, 8, 16), torch.nan)], progress=False)
-    recipe = Recipe("coarse", (PerTensor(), Quantize(output=None), Fuse()))
-    with pytest.raises(RecipeError, match="needs calibration data for PerTensor"):
+    recipe = Recipe("coarse", (PerTensorActivations(), Quantize(lm_head=None), Fuse()))
+    with pytest.raises(RecipeError, match="needs calibration data for PerTensorActivations"):
         qcompile.quantize(model, recipe, example=torch.randn(2, 8, 16), progress=False)
     assert isinstance(model.first, nn.Linear)

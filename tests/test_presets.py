@@ -49,7 +49,7 @@ def test_presets(name):
             assert recipe.name == "w4a16-finequant" and "already take" in str(refused)
             continue
         assert all(c.holds for c in report.certificates), (recipe.name, report)
-        assert all(left.reason for p in report.passes for left in p.left), recipe.name
+        assert all(place.reason for p in report.passes for place in p.skipped), recipe.name
         if any(isinstance(c, Quantize) for c in recipe.passes):
             assert all("expert" in s.reason for s in report.sites if not s.quantized), (recipe.name, report)
         bound = next((b for start_, b in BOUNDS.items() if recipe.name.startswith(start_)), 1e-3)

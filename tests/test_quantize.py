@@ -15,7 +15,7 @@ import qcompile
 from qcompile import CalibrationError, CheckpointError, NothingToQuantize, QuantLinear, RecipeError, Rule
 from qcompile.checkpoint import save_load
 from qcompile.ir.program import Program
-from qcompile.passes import Fuse, Quantize, Smooth, Untie
+from qcompile.passes import Fuse, Quantize, SmoothQuant, Untie
 from qcompile.passes.equivalent import smoothquant
 from qcompile.recipe.certificate import relative_error
 from qcompile.recipe.recipe import Recipe
@@ -54,7 +54,7 @@ def test_exact_recipe_changes_nothing(name):
     model, report = quantized(name, "exact")
     with torch.no_grad():
         assert relative_error([model(**example(name))[0]], [reference(**example(name))[0]]) < 1e-5
-    assert {p.name for p in report.passes} == {"Untie", "FoldNorm", "Rotate", "RotateOnline"}
+    assert {p.name for p in report.passes} == {"Untie", "FoldNorm", "Rotate", "OnlineHadamard"}
 
 
 def test_model_keeps_its_manners():
@@ -225,8 +225,8 @@ def test_a_broken_law_is_undone_and_named(monkeypatch):
 
     monkeypatch.setattr(smoothquant, "fold_scale", wrong)
     model, reference = build("llama"), build("llama")
-    recipe = Recipe("broken", (Untie(), Smooth(), Quantize(), Fuse()))
-    with pytest.warns(UserWarning, match="Smooth: BROKEN, undone; first at"):
+    recipe = Recipe("broken", (Untie(), SmoothQuant(), Quantize(), Fuse()))
+    with pytest.warns(UserWarning, match="SmoothQuant: BROKEN, undone; first at"):
         report = qcompile.quantize(model, recipe, [example("llama")], progress=False)
     assert not report.certificates[-1].holds
     with torch.no_grad():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qcompile.numerics.format import Format
-from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, Smooth, Untie
+from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, SmoothQuant, Untie
 from qcompile.pipeline.presets import PRESETS, find_recipe
 from qcompile.recipe.recipe import Recipe, RecipeError, Rule
 
@@ -20,7 +20,7 @@ def test_json_round_trip(name):
 @pytest.mark.parametrize(
     "passes,words",
     [
-        ((Untie(), FoldNorm(), Smooth(), Rotate()), "Smooth.norms=False."),
+        ((Untie(), FoldNorm(), SmoothQuant(), Rotate()), "Smooth.norms=False."),
         ((Rotate(),), "needs FoldNorm"),
         ((Fuse(), Quantize()), "must come after Quantize"),
         ((Untie(), Untie()), "stands twice"),
@@ -33,7 +33,7 @@ def test_conflicts_name_the_mend(passes, words):
 
 def test_all_conflicts_at_once():
     with pytest.raises(RecipeError) as caught:
-        Recipe("x", (Fuse(), Rotate(), Smooth())).check()
+        Recipe("x", (Fuse(), Rotate(), SmoothQuant())).check()
     assert str(caught.value).count("\n") >= 3
 
 
@@ -43,8 +43,8 @@ def test_all_conflicts_at_once():
         ({"schema": 99}, "schema"),
         ({"colour": 1}, "unknown recipe keys"),
         ({"passes": [{"pass": "Quantise"}]}, "unknown pass 'Quantise'; known"),
-        ({"passes": [{"pass": "Smooth", "alfa": 1}]}, "no field .*alfa.*known.*alpha"),
-        ({"passes": [{"pass": "Smooth", "alpha": 2}]}, "between 0 and 1"),
+        ({"passes": [{"pass": "SmoothQuant", "alfa": 1}]}, "no field .*alfa.*known.*alpha"),
+        ({"passes": [{"pass": "SmoothQuant", "alpha": 2}]}, "between 0 and 1"),
     ],
 )
 def test_bad_json(change, words):

@@ -32,7 +32,7 @@ def test_one_site_at_a_time(name, tmp_path):
     sites = [s.name for s in find_sites(program) if s.kind == "linear"]
     assert [d.site for d in found] == [s for s in sites for _ in KINDS]
     for damage in (found[0], found[3], found[-1]):
-        how = Quantize(damage.kind.weight, damage.kind.act, output=None, clip=damage.kind.weight.bits < 8)
+        how = Quantize(damage.kind.weight, damage.kind.act, lm_head=None, clip=damage.kind.weight.bits < 8)
         others = {s.name: "another" for s in find_sites(program) if s.name != damage.site}
         one, _ = run(program, Recipe("one", (how, Fuse())), example=flat, keep=others)
         assert damage.kl == pytest.approx(float(measure(program(*flat)[0], one(*flat)[0])), rel=0.1, abs=3e-8)

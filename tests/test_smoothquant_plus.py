@@ -14,7 +14,7 @@ from qcompile.api.example_inputs import flat_inputs
 from qcompile.calibration.statistics import observe
 from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
-from qcompile.passes import Fuse, Quantize, Smooth, SmoothQuantPlus, Untie
+from qcompile.passes import Fuse, Quantize, SmoothQuant, SmoothQuantPlus, Untie
 from qcompile.passes.equivalent.smoothquant_plus import candidates, describe, first_output, loss_of, smoothquant_plus
 from qcompile.passes.equivalent.untie import untie
 from qcompile.passes.qdq.site_plan import SitePlan
@@ -28,12 +28,12 @@ def outliers(model):
     with torch.no_grad():
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            for norm, readers in (
+            for norm, consumers in (
                 (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
                 (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
             ):
                 norm.weight[:3] *= 100
-                for linear in readers:
+                for linear in consumers:
                     linear.weight[:, :3] /= 100
     return model
 
@@ -73,7 +73,7 @@ def test_every_strength_is_tried_everywhere_and_in_either_kind_of_place():
 
 
 def test_a_winner_behind_linear_rows_leaves_the_norms(monkeypatch):
-    winner, module = Smooth(0.5, norms=False), sys.modules[loss_of.__module__]
+    winner, module = SmoothQuant(0.5, norms=False), sys.modules[loss_of.__module__]
     monkeypatch.setattr(module, "loss_of", lambda *given: float(given[4] != winner))
     program = capture(build("llama"), (), example("llama"))
     untie(program, Untie(), None)
@@ -94,9 +94,9 @@ def test_the_loss_is_the_divergence_of_the_rounded_models_logits():
     seen, plan = observe(program, data), SitePlan(batches=lambda: data)
     for clip in (False, True):
         how = dataclasses.replace(HOW, clip=clip)
-        got = loss_of(program, how, seen, plan, Smooth(0.5), data, [first_output(program, data[0])])
+        got = loss_of(program, how, seen, plan, SmoothQuant(0.5), data, [first_output(program, data[0])])
         rounded = outliers(build("llama"))
-        passes = (Untie(), Smooth(0.5), Quantize(HOW.weight, None, clip=clip), Fuse())
+        passes = (Untie(), SmoothQuant(0.5), Quantize(HOW.weight, None, clip=clip), Fuse())
         qcompile.quantize(rounded, Recipe("same", passes), [batch], progress=False)
         with torch.no_grad():
             p, q = (m(**batch).logits.flatten(0, -2).log_softmax(-1) for m in (model, rounded))
@@ -120,6 +120,6 @@ def test_bad_recipes():
     with pytest.raises(ValueError, match="0 < step"):
         SmoothQuantPlus(step=0)
     with pytest.raises(ValueError, match="the same twice"):
-        Recipe("two", (Smooth(), SmoothQuantPlus())).check()
+        Recipe("two", (SmoothQuant(), SmoothQuantPlus())).check()
     with pytest.raises(ValueError, match="needs calibration data for SmoothQuantPlus"):
         qcompile.quantize(build("llama"), "w4a16-smooth")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qcompile.evaluation.compare
-from qcompile.evaluation.compare import Comparison, Row
+from qcompile.evaluation.compare import Comparison, RecipeResult
 from qcompile.evaluation.tune import LADDER, plot_frontier, tune
 
 
@@ -16,7 +16,7 @@ def comparison(monkeypatch, tmp_path, losses):
 
     def measure(self, name, recipe):
         measured.append(name)
-        return Row(name, 10 * (1 + losses.get(name, 0)), 0.0, 1.0, 100 + len(measured), 1.0)
+        return RecipeResult(name, 10 * (1 + losses.get(name, 0)), 0.0, 1.0, 100 + len(measured), 1.0)
 
     monkeypatch.setattr(qcompile.evaluation.compare.Comparison, "_measure", measure)
     windows = [torch.zeros(1, 4, dtype=torch.int64)]

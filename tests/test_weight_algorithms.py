@@ -97,7 +97,7 @@ def test_a_correction_helps_and_a_full_one_is_the_float_model(name, act, factors
     want, errors = logits(build(name), name), []
     for rank in (0, 4, 1000):
         model = build(name)
-        how = Quantize(Format.parse("int3/row"), None if act is None else Format.parse(act), output=None)
+        how = Quantize(Format.parse("int3/row"), None if act is None else Format.parse(act), lm_head=None)
         passes = (how, *([LoRC(rank, factors)] if rank else []), qcompile.passes.Fuse())
         qcompile.quantize(model, Recipe("test", passes), [example(name)], progress=False)
         errors.append(float((logits(model, name) - want).norm() / want.norm()))
@@ -177,12 +177,12 @@ def test_matrices_with_outliers_get_finer_groups():
     model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256)).eval()
     with torch.no_grad():
         model[2].weight[torch.rand(256, 256) < 0.01] *= 30
-    how = FineQuant(output=None, bits=5.0)
+    how = FineQuant(lm_head=None, bits=5.0)
     report = qcompile.quantize(model, Recipe("f", (how, qcompile.passes.Fuse())), example=torch.randn(4, 256))
     assert model[2].format.group < model[0].format.group
     assert "bits a weight" in report.passes[0].notes[0]
     with pytest.raises(ValueError, match="already take"):
-        tight = FineQuant(output=None, bits=4.01)
+        tight = FineQuant(lm_head=None, bits=4.01)
         fresh = torch.nn.Sequential(torch.nn.Linear(256, 256))
         qcompile.quantize(fresh, Recipe("f", (tight,)), example=torch.randn(4, 256))
 

@@ -16,11 +16,11 @@ from qcompile.passes import (
     FoldNorm,
     Fuse,
     LoRC,
+    OnlineHadamard,
     Quantize,
     Rotate,
-    RotateOnline,
-    Smooth,
     SmoothAttention,
+    SmoothQuant,
     Untie,
 )
 from qcompile.pipeline.presets import find_recipe
@@ -49,12 +49,12 @@ def test_exact_passes_hold(name):
     assert len(find_sites(program)) == SITES[name]
     wide = widen(inputs, torch.float64)
     for passes in (
-        (Untie(), Smooth(), SmoothAttention()),
-        (Untie(), FoldNorm(), Smooth(norms=False), Rotate(), RotateOnline()),
+        (Untie(), SmoothQuant(), SmoothAttention()),
+        (Untie(), FoldNorm(), SmoothQuant(norms=False), Rotate(), OnlineHadamard()),
     ):
         _, report = run(program.widened(), Recipe("x", passes), batches=lambda: [wide], example=wide)
         assert all(c.holds for c in report.certificates), report
-        assert all(left.reason for p in report.passes for left in p.left)
+        assert all(place.reason for p in report.passes for place in p.skipped)
     done = [d for p in report.passes if p.name == "Rotate" for d in p.done]
     assert any("stream" in d for d in done) == (name in STREAM_TURNS), report
 
@@ -73,9 +73,9 @@ def test_everything_composes(name):
     """AWQ scales, an online rotation, GPTQ codes and a correction in one recipe, on every architecture."""
     program, inputs = program_of(name)
     form = Format.parse("int4/group32/zero")
-    passes = (Untie(), AWQ(form, steps=4), RotateOnline(), GPTQ(form, None, output=form), LoRC(4), Fuse())
+    passes = (Untie(), AWQ(form, steps=4), OnlineHadamard(), GPTQ(form, None, lm_head=form), LoRC(4), Fuse())
     errors = {}
-    for label, how in (("all", passes), ("nearest", (Quantize(form, None, output=form), Fuse()))):
+    for label, how in (("all", passes), ("nearest", (Quantize(form, None, lm_head=form), Fuse()))):
         quantized, report = run(program, Recipe(label, how), batches=lambda: [inputs], example=inputs)
         errors[label] = relative_error(quantized(*inputs)[:1], program(*inputs)[:1])
         assert all(c.holds for c in report.certificates), report

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from qcompile.passes import AWQ, LearnRotation, SmoothQuantPlus
+from qcompile.passes import AWQ, SmoothQuantPlus, SpinQuant
 
 SIZES = dict(
     vocab_size=128,
@@ -105,5 +105,5 @@ def is_dynamic(name: str) -> bool:
 
 def brief(recipe):
     """A recipe whose searches are short: what it does is tested, not how well."""
-    short = {LearnRotation: {"steps": 4}, AWQ: {"steps": 4}, SmoothQuantPlus: {"step": 0.5}}
+    short = {SpinQuant: {"steps": 4}, AWQ: {"steps": 4}, SmoothQuantPlus: {"step": 0.5}}
     return replace(recipe, passes=tuple(replace(c, **short.get(type(c), {})) for c in recipe.passes))

@@ -25,7 +25,7 @@ FLOOR = 0.95  # of float speed; below it a kernel is "slower"
 
 
 @dataclass(frozen=True)
-class Choice:
+class CpuChoice:
     """A kernel and how its time compares with the float product (above 1 is faster)."""
 
     kernel: str
@@ -33,7 +33,7 @@ class Choice:
     where: str = ""  # the processor that it was measured on, if that is another kind
 
     @property
-    def slower(self) -> bool:
+    def slower_than_float(self) -> bool:
         """Whether float would be faster."""
         return self.ratio < FLOOR
 
@@ -77,8 +77,8 @@ def kernel_of(form: Format, act: str) -> str:
     return "dequant_mm"
 
 
-def choose(form: Format, act: str, dtype: torch.dtype, rows: int, k: int, n: int) -> Choice:
+def choose(form: Format, act: str, dtype: torch.dtype, rows: int, k: int, n: int) -> CpuChoice:
     """The kernel of one site and its measured speed for one number of rows."""
     name, here = kernel_of(form, act), processor()
     of = _STANDS_FOR.get(here, here)
-    return Choice(name, ratio_to_float(name, dtype, rows, k, n, of), of if of != here else "")
+    return CpuChoice(name, ratio_to_float(name, dtype, rows, k, n, of), of if of != here else "")

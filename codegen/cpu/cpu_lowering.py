@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from qcompile.codegen import aten_fallback as aten
 from qcompile.codegen.cpu import traced_kernels as kernels
-from qcompile.codegen.cpu.cpu_kernel_choice import Choice, choose
+from qcompile.codegen.cpu.cpu_kernel_choice import CpuChoice, choose
 from qcompile.codegen.rows import regime, rows_of
 from qcompile.ir.program import Program
 from qcompile.memory.weight_cache import Remember
@@ -47,7 +47,7 @@ def _site(program: Program, node: fx.Node) -> str:
     return (program.weight_name(node.args[3]) or node.name).removesuffix(".codes")
 
 
-def _qlinear(program: Program, node: fx.Node, remember: Remember) -> Choice:
+def _qlinear(program: Program, node: fx.Node, remember: Remember) -> CpuChoice:
     x, x_scale, x_zero, stored, scale, zero, group_scale, bias, text, act, k, dtype = node.args
     form = Format.parse(text)
     n = int(stored.meta["val"].shape[0])

@@ -63,7 +63,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Layout:
+class OnnxOptions:
     """What kind of file.
 
     Attributes:
@@ -86,7 +86,7 @@ class Layout:
 
 
 def export_module(
-    model: nn.Module, folder: Path, layout: Layout = Layout(), *, example: Any = None, tokenizer: Any = None,
+    model: nn.Module, folder: Path, layout: OnnxOptions = OnnxOptions(), *, example: Any = None, tokenizer: Any = None,
     cache: CodedCache | None = None,
 ) -> Exported:  # fmt: skip
     """Write model.onnx (+ model.onnx.data) into an existing folder.
@@ -190,8 +190,8 @@ def _describe(wrapper: WithCache, program: Program, folder: Path, positions: int
     """
     groups, size = wrapper.shapes[0]
     attentions = program.graph.find_nodes(op="call_function", target=torch.ops.qcompile_onnx.group_attention.default)
-    readers = {user for cache in program.inputs[2:] for user in cache.users if user not in attentions}
-    in_place = all(user.target is torch.ops.aten.sym_size.int and user.args[1] != 2 for user in readers)
+    consumers = {user for cache in program.inputs[2:] for user in cache.users if user not in attentions}
+    in_place = all(user.target is torch.ops.aten.sym_size.int and user.args[1] != 2 for user in consumers)
     heads = {node.args[9] for node in attentions} or {groups}
     logits = program.outputs[0].meta["val"].shape[-1]
     hidden = wrapper.model.get_input_embeddings().embedding_dim

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qcompile.codegen.onnx.fusions.tied_embedding import Shared
 from qcompile.codegen.onnx.tracing.signature import Check, Plain, WithCache
-from qcompile.memory.process import give_back
+from qcompile.memory.process import release_freed_memory
 from qcompile.modules.quant_linear import QuantLinear
 
 _SUMS = 1e-3  # what another order of float sums may change an output by, of its norm
@@ -42,7 +42,7 @@ def reference(module: WithCache | Plain, exempt: Callable[[QuantLinear], bool]) 
     sqrt(2) times what rounding changes at all. That is measured, for every output: the largest of all calls, since
     a call with one token sees few roundings, and by chance hardly any.
     """
-    give_back()  # this and opening a file take the most memory of an export: what was freed before must not add to it
+    release_freed_memory()  # this and opening a file take the most memory of an export: what was freed before must not add to it
     with unrounded(module, exempt), as_numbers(module):
         checks = module.checks()
     with unrounded(module, lambda site: True), as_numbers(module), unrounded_cache(module):
@@ -76,7 +76,7 @@ def prove(path: Path, wrapper: Any, against: Reference, *, exact: bool = True) -
     options.log_severity_level = 3
     if exact:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    give_back()
+    release_freed_memory()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     worst = 0.0
     for (arguments, wants), allowed in zip(against.checks, against.allowed, strict=True):

@@ -88,9 +88,9 @@ def _insert(program: Program, node: fx.Node, before: _Before, spec: RowQuant, mo
     if not before.written:
         return program.insert(kernels.row_quant.default, args, before=node)
     found = program.insert(kernels.row_quant.default, args, after=before.written[min(before.written)][0])
-    for index, (value, readers) in before.written.items():
+    for index, (value, consumers) in before.written.items():
         moved[value] = result = program.insert(operator.getitem, (found, index), after=found)
-        value.replace_all_uses_with(result, delete_user_cb=lambda user, readers=readers: user in readers)
+        value.replace_all_uses_with(result, delete_user_cb=lambda user, consumers=consumers: user in consumers)
     return found
 
 

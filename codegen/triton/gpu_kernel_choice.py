@@ -27,7 +27,7 @@ Kind = Literal["", "numbers", "codes"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class GpuChoice:
     """What computes a site.
 
     Attributes:
@@ -40,7 +40,7 @@ class Choice:
     has_kernel: bool = True
 
     @property
-    def slower(self) -> bool:
+    def slower_than_float(self) -> bool:
         """Whether float would be faster, as far as is known."""
         return not self.has_kernel or (self.ratio is not None and self.ratio < FLOOR)
 
@@ -68,11 +68,11 @@ def kind_of(form: Format, act: str, dtype: torch.dtype, capability: tuple[int, i
     return "codes" if one and act in (f"{codes}/row", f"{codes}/tensor") else ""
 
 
-def choose(here: Gpu, form: Format, act: str, dtype: torch.dtype, rows: int, k: int, n: int) -> Choice:
+def choose(here: Gpu, form: Format, act: str, dtype: torch.dtype, rows: int, k: int, n: int) -> GpuChoice:
     """What computes a product of x [rows, K] with a weight [N, K], and how fast it was measured to be."""
     kind = kind_of(form, act, dtype, here.capability)
     if not kind:
-        return Choice(NONE, has_kernel=False)
+        return GpuChoice(NONE, has_kernel=False)
     if kind == "codes":
         product = by_codes("int8" if form.dual else form.dtype, NAMES[dtype])
         way, name = "kernel", "gemm_a8" + ", int8 of dual codes" * form.dual
@@ -81,4 +81,4 @@ def choose(here: Gpu, form: Format, act: str, dtype: torch.dtype, rows: int, k: 
         way = "dequant" if dequantizes(here, product, n, k, rows) else "kernel"
         name = "dequant, then cuBLAS" if way == "dequant" else "gemv_w" if rows <= FEW else "gemm_w"
     found = times(here, product, n, k, rows)
-    return Choice(name, found["float"] / found[way] if "float" in found and way in found else None)
+    return GpuChoice(name, found["float"] / found[way] if "float" in found and way in found else None)

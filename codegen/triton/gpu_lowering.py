@@ -22,7 +22,7 @@ from qcompile.codegen import aten_fallback as plain
 from qcompile.codegen.rows import regime, rows_of
 from qcompile.codegen.triton import triton_ops as _register  # noqa: F401  registers torch.ops.qcompile_triton
 from qcompile.codegen.triton.fuse_row_quant import alike, quantize_rows
-from qcompile.codegen.triton.gpu_kernel_choice import NONE, Choice, choose, kind_of
+from qcompile.codegen.triton.gpu_kernel_choice import NONE, GpuChoice, choose, kind_of
 from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.launch.pack_weights import prepare
 from qcompile.ir.program import Program
@@ -76,7 +76,7 @@ def _product(program: Program, node: fx.Node, remember: Remember, here: Gpu) -> 
         out = _of_codes(program, node, form, remember)
     else:
         run = functools.partial(plain.product, form=form, act=act, columns=columns, dtype=dtype)
-        out, chosen = program.inline(run, node.args[:8], before=node), Choice(NONE, has_kernel=False)
+        out, chosen = program.inline(run, node.args[:8], before=node), GpuChoice(NONE, has_kernel=False)
     node.replace_all_uses_with(out)
     program.graph.erase_node(node)
     return str(chosen)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from qcompile.codegen.triton.kernels.spec import RowQuant, parse
 from qcompile.codegen.triton.kernels.weight_layout import layout_of, unpack_weight
-from qcompile.codegen.triton.launch.gemm import Epilogue, Weight
+from qcompile.codegen.triton.launch.gemm import Epilogue, PackedWeight
 from qcompile.codegen.triton.launch.gemm import linear_a8 as run_a8
 from qcompile.codegen.triton.launch.gemm import linear_w as run_w
 from qcompile.codegen.triton.launch.row_quant import row_quant as run_rows
 from qcompile.numerics.bit_packing import pack
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard
-from qcompile.numerics.qtensor import spread
+from qcompile.numerics.qtensor import expand_groups
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -53,7 +53,7 @@ def linear_w(
     """
     layout, rows = layout_of(Format.parse(format)), _rows(x)
     assert layout is not None and rows is not None
-    out = run_w(rows, Weight(packed, scale, zero, layout, columns), _epilogue(bias, residual, low, up))
+    out = run_w(rows, PackedWeight(packed, scale, zero, layout, columns), _epilogue(bias, residual, low, up))
     return out.reshape(*x.shape[:-1], len(packed))
 
 
@@ -66,8 +66,8 @@ def _(
     layout = layout_of(form)
     assert layout is not None
     codes = unpack_weight(packed, layout, columns).float()
-    points = 2.0 ** (form.bits - 1) if zero is None else spread(zero.t().float(), form, columns)
-    weight = (codes - points) * spread(scale.t(), form, columns)
+    points = 2.0 ** (form.bits - 1) if zero is None else expand_groups(zero.t().float(), form, columns)
+    weight = (codes - points) * expand_groups(scale.t(), form, columns)
     return _added(x.float() @ weight.t(), bias, residual, low, up).to(x.dtype)
 
 
@@ -169,14 +169,14 @@ def _(
     v = v if signs is None else apply_hadamard(v, signs)
     width = how.group or k
     groups = torch.nn.functional.pad(v, (0, -k % width)).unflatten(-1, (-1, width))
-    reach = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[how.codes]
-    step = groups.abs().amax(-1, keepdim=True) / reach
+    max_value = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[how.codes]
+    step = groups.abs().amax(-1, keepdim=True) / max_value
     step = torch.where(step > 1e-30, step, torch.ones_like(step))
     units = (groups / step).flatten(-2)[..., :k]
     if how.codes == "fp8":
         codes = units.clamp(-448, 448).to(torch.float8_e4m3fn)
     else:
-        codes = units.round().clamp(-reach - 1, reach).to(torch.int8)
+        codes = units.round().clamp(-max_value - 1, max_value).to(torch.int8)
         codes = pack(codes + 8, 4) if how.codes == "int4" else codes
     return codes.clone(), step.squeeze(-1).clone(), total, value
 

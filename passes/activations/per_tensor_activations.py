@@ -1,4 +1,4 @@
-"""PerTensor: activations in one step for all tokens, at the sites where tokens are about as large as each other.
+"""PerTensorActivations: activations in one step for all tokens, at the sites where tokens are about as large as each other.
 
 A step for each token divides every row before a product and multiplies it after; one step for all is a number that the
 product takes by itself. Most inputs are norms' outputs, whose tokens are alike; massive activations of a few tokens
@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.calibration.hessian import refuse_infinite
-from qcompile.calibration.layerwise_run import Walk
+from qcompile.calibration.layerwise_run import LayerwiseRun
 from qcompile.calibration.statistics import CalibrationError, Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
@@ -36,56 +36,56 @@ from qcompile.recipe.report import PassReport
 
 
 @dataclass(frozen=True)
-class PerTensor:
+class PerTensorActivations:
     """One step for all tokens where that moves products at most `most` times as far as a step for each.
 
-    act: the format of those sites. output: the logits too, if that is what they read.
+    act: the format of those sites. lm_head: the logits too, if that is what they read.
     """
 
     act: Format = Format("int8", "tensor")
-    output: bool = False
+    lm_head: bool = False
     most: float = 1.6  # norms' outputs are below it, inputs of massive activations far above
 
     def __post_init__(self) -> None:
         if isinstance(self.act, str):
             object.__setattr__(self, "act", Format.parse(self.act))
         if self.act.per != "tensor" or self.act.is_float:
-            raise RecipeError(f"PerTensor: act must be integers in one step for a tensor, got {self.act}")
+            raise RecipeError(f"PerTensorActivations: act must be integers in one step for a tensor, got {self.act}")
         if self.most < 1:
-            raise RecipeError(f"PerTensor: most must be at least 1, got {self.most}")
+            raise RecipeError(f"PerTensorActivations: most must be at least 1, got {self.most}")
 
 
-def _behind(config: PerTensor, passes: tuple[object, ...]) -> list[str]:
+def _behind(config: PerTensorActivations, passes: tuple[object, ...]) -> list[str]:
     quantizer = next((other for other in passes[passes.index(config) :] if isinstance(other, Quantize)), None)
     if quantizer is None:
-        return ["PerTensor chooses formats for the quantizing pass behind it: add one"]
+        return ["PerTensorActivations chooses formats for the quantizing pass behind it: add one"]
     each, name = dataclasses.replace(config.act, per="row"), type(quantizer).__name__
     faults = []
     if quantizer.act != each:
-        faults.append(f"PerTensor({config.act}) needs act={each} in {name}, which has {quantizer.act}")
-    if config.output and quantizer.output is not None and quantizer.output_act != each:
+        faults.append(f"PerTensorActivations({config.act}) needs act={each} in {name}, which has {quantizer.act}")
+    if config.lm_head and quantizer.lm_head is not None and quantizer.lm_head_act != each:
         faults.append(
-            f"PerTensor(output=True) needs output_act={each} in {name}, which has {quantizer.output_act}: "
+            f"PerTensorActivations(output=True) needs output_act={each} in {name}, which has {quantizer.lm_head_act}: "
             "give it, or leave the logits out"
         )
     return faults
 
 
-@rewrites(PerTensor, exact=False, needs=("inputs",), sitewise=True, after=BEFORE, conflicts=_behind)
-def per_tensor(program: Program, how: PerTensor, seen: Statistics, plan: SitePlan) -> PassReport:
+@rewrites(PerTensorActivations, exact=False, needs=("inputs",), sitewise=True, after=BEFORE, conflicts=_behind)
+def per_tensor(program: Program, config: PerTensorActivations, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Write the formats of the chosen sites into the plan's rules."""
-    report = PassReport("PerTensor")
+    report = PassReport("PerTensorActivations")
     groups: dict[fx.Node, list[Site]] = {}
     for site in find_sites(program):
         rule = plan.rules.get(site.name)
         if site.kind != "linear" or site.name in plan.keep or (rule and (rule.keep or rule.act)):
             continue
         if rule is None and chooses_experts(site):
-            report.leave(site.name, "its output chooses experts")
-        elif how.output or not writes_output(site):
+            report.skip(site.name, "its output chooses experts")
+        elif config.lm_head or not writes_output(site):
             groups.setdefault(site.input, []).append(site)
     assert plan.batches is not None
-    walk = Walk(program, plan.batches())
+    walk = LayerwiseRun(program, plan.batches())
     if not walk.values:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
     found: dict[str, float] = {}
@@ -93,18 +93,18 @@ def per_tensor(program: Program, how: PerTensor, seen: Statistics, plan: SitePla
         walk.advance(members[0].node)
         weight = torch.cat([program.weights[site.name].float() for site in members])
         refuse_infinite(walk, members[0])
-        times = farther(list(walk.see(members[0].input)), weight, how.act)
+        times = farther(list(walk.see(members[0].input)), weight, config.act)
         for site in members:  # one that is called at several places must do at all of them
             found[site.name] = max(found.get(site.name, 0.0), times)
     for name, times in found.items():
-        if not times <= how.most:
-            report.leave(name, f"one step for all tokens is {times:.1f} times as far as a step for each")
+        if not times <= config.most:
+            report.skip(name, f"one step for all tokens is {times:.1f} times as far as a step for each")
             continue
         rule = plan.rules.get(name)
-        plan.rules[name] = dataclasses.replace(rule, act=how.act) if rule else Rule(name, act=how.act)
+        plan.rules[name] = dataclasses.replace(rule, act=config.act) if rule else Rule(name, act=config.act)
         report.done.append(name)
     chosen = f"{len(report.done)} of {len(found)} sites in one step for all tokens"
-    report.notes.append(f"{chosen} ({', '.join(_ranges(found, how.most))})")
+    report.notes.append(f"{chosen} ({', '.join(_ranges(found, config.most))})")
     return report
 
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from qcompile.analysis.norms import find_norms
 from qcompile.analysis.obstacle import Obstacle
-from qcompile.analysis.scale_folding import Readers, Source, groups_of_readers, scale_source
+from qcompile.analysis.scale_folding import Consumers, Source, groups_of_consumers, scale_source
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.calibration.hessian import hessian_of
-from qcompile.calibration.layerwise_run import Walk
+from qcompile.calibration.layerwise_run import LayerwiseRun
 from qcompile.calibration.statistics import CalibrationError, Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
@@ -71,54 +71,54 @@ def scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format, c
     return float(((error @ hessian.float()) * error).sum(dtype=torch.float64))
 
 
-def rounds_otherwise(how: Any, passes: tuple[object, ...]) -> list[str]:
+def rounds_otherwise(config: Any, passes: tuple[object, ...]) -> list[str]:
     """Faults where the pass behind a search rounds in another way than the search has in mind."""
     return [
-        f"{type(how).__name__} searches for weight={how.weight}, clip={how.clip}, and {type(p).__name__} rounds with "
+        f"{type(config).__name__} searches for weight={config.weight}, clip={config.clip}, and {type(p).__name__} rounds with "
         f"weight={p.weight}, clip={p.clip}: give both the same"
         for p in passes
-        if type(p) in (Quantize, GPTQ) and (p.weight, p.clip) != (how.weight, how.clip)
+        if type(p) in (Quantize, GPTQ) and (p.weight, p.clip) != (config.weight, config.clip)
     ]
 
 
 @rewrites(AWQ, exact=True, sitewise=True, needs=("inputs",), after=("Untie", "FoldNorm"), conflicts=rounds_otherwise)
-def awq(program: Program, how: AWQ, seen: Statistics, plan: SitePlan) -> PassReport:
+def awq(program: Program, config: AWQ, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Search and fold a scale for every group of readers that has a place for one, in place."""
     report = PassReport("AWQ")
     norms, sites = find_norms(program), find_sites(program)
     assert plan.batches is not None
-    walk = Walk(program, plan.batches())
+    walk = LayerwiseRun(program, plan.batches())
     if not walk.values:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
-    found: list[tuple[Readers, Source, Tensor]] = []
+    found: list[tuple[Consumers, Source, Tensor]] = []
     exponents: list[float] = []
-    for readers in track(groups_of_readers(sites), "AWQ", disable=not plan.progress, transient=True):
-        label = readers.sites[0].name if readers.sites else readers.root.name
-        shared = [site for site in readers.sites if site.shared_with]
-        source = scale_source(program, readers, norms, sites)
+    for consumers in track(groups_of_consumers(sites), "AWQ", disable=not plan.progress, transient=True):
+        label = consumers.sites[0].name if consumers.sites else consumers.root.name
+        shared = [site for site in consumers.sites if site.shared_with]
+        source = scale_source(program, consumers, norms, sites)
         if shared:
-            report.leave(label, f"the weight {shared[0].name} is shared: untie it")
+            report.skip(label, f"the weight {shared[0].name} is shared: untie it")
         elif isinstance(source, Obstacle):
-            report.leave(label, source.reason, source.node)
-        elif not (how.rows if source.norm is None else how.norms):
+            report.skip(label, source.reason, source.node)
+        elif not (config.rows if source.norm is None else config.norms):
             kind = "linear rows, and rows" if source.norm is None else "a norm, and norms"
-            report.leave(label, f"made by {kind}=False")
+            report.skip(label, f"made by {kind}=False")
         else:
-            walk.advance(readers.sites[0].node)
-            hessian, mean = hessian_of(walk, readers.sites[0]), _mean_size(walk, readers.sites[0])
-            exponent, scale = _search(program, readers.sites, source, hessian, mean, how)
+            walk.advance(consumers.sites[0].node)
+            hessian, mean = hessian_of(walk, consumers.sites[0]), _mean_size(walk, consumers.sites[0])
+            exponent, scale = _search(program, consumers.sites, source, hessian, mean, config)
             exponents.append(exponent)
-            found.append((readers, source, scale))
-    for readers, source, scale in found:  # after the walk, which must see the model as it was
-        fold_scale(program, source, list(readers.sites), scale)
-        report.done.append(readers.sites[0].name)
-        report.changed |= changed_by(source, readers)
+            found.append((consumers, source, scale))
+    for consumers, source, scale in found:  # after the walk, which must see the model as it was
+        fold_scale(program, source, list(consumers.sites), scale)
+        report.done.append(consumers.sites[0].name)
+        report.changed |= changed_by(source, consumers)
     if exponents:
         report.notes.append(f"exponents {min(exponents):.2f} to {max(exponents):.2f}")
     return report
 
 
-def _mean_size(walk: Walk, site: Site) -> Tensor:
+def _mean_size(walk: LayerwiseRun, site: Site) -> Tensor:
     """mean |x| of a site's input over all batches, float64 [K]."""
     sums, rows = torch.zeros(site.K, dtype=torch.float64), 0
     for value in walk.see(site.input):
@@ -129,12 +129,12 @@ def _mean_size(walk: Walk, site: Site) -> Tensor:
 
 
 def _search(
-    program: Program, sites: tuple[Site, ...], source: Source, hessian: Tensor, mean: Tensor, how: AWQ
+    program: Program, sites: tuple[Site, ...], source: Source, hessian: Tensor, mean: Tensor, config: AWQ
 ) -> tuple[float, Tensor]:
     """Try every exponent on some rows of each weight, then the best of them and none on all rows."""
 
     def scale_of(step: int) -> Tensor:
-        scale = awq_scale(mean, step / how.steps)
+        scale = awq_scale(mean, step / config.steps)
         return scale if source.site is None else shared_scale(scale, source.channels, source.site.N)[0]
 
     def error(step: int, rows: int | None) -> float:
@@ -142,10 +142,10 @@ def _search(
         for site in sites:
             weight = program.weights[site.name]
             part = weight if rows is None else weight[:: max(1, len(weight) // rows)]
-            total += scaled_error(part, hessian, scale_of(step), how.weight, how.clip) * len(weight) / len(part)
+            total += scaled_error(part, hessian, scale_of(step), config.weight, config.clip) * len(weight) / len(part)
         return total
 
-    best = min(range(how.steps), key=lambda step: error(step, ROWS))
+    best = min(range(config.steps), key=lambda step: error(step, ROWS))
     if best and error(best, None) > error(0, None):
         best = 0
-    return best / how.steps, scale_of(best)
+    return best / config.steps, scale_of(best)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qcompile.analysis.norms import Norm, find_norms
-from qcompile.analysis.residual_stream import RotationFlow, rotation_flows
+from qcompile.analysis.residual_stream import ResidualStream, residual_streams
 from qcompile.analysis.scale_folding import find_readers
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.calibration.statistics import Statistics
@@ -35,7 +35,7 @@ aten = torch.ops.aten
 class FoldNorm:
     """Fold gains and shifts into the readers and, where a stream allows it, means into the writers."""
 
-    centre: bool = True  # turn LayerNorms into RMSNorms by centring what is written to the stream
+    center: bool = True  # turn LayerNorms into RMSNorms by centering what is written to the stream
 
 
 def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
@@ -43,20 +43,20 @@ def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight.double() * scale.double().to(weight.device)).to(weight.dtype)
 
 
-def centre_rows(weight: Tensor) -> Tensor:
+def center_rows(weight: Tensor) -> Tensor:
     """W [N, K] -> W minus the mean over its N outputs: what it writes has mean zero. Also [N]."""
     wide = weight.double()
     return (wide - wide.mean(0, keepdim=True)).to(weight.dtype)
 
 
-def centre_table(table: Tensor) -> Tensor:
+def center_table(table: Tensor) -> Tensor:
     """[.., n] -> each row minus its own mean."""
     wide = table.double()
     return (wide - wide.mean(-1, keepdim=True)).to(table.dtype)
 
 
 @rewrites(FoldNorm, exact=True, after=("Untie",))
-def fold_norm(program: Program, how: FoldNorm, seen: Statistics) -> PassReport:
+def fold_norm(program: Program, config: FoldNorm, statistics: Statistics) -> PassReport:
     """Fold every norm that can be folded, in place."""
     report = PassReport("FoldNorm")
     sites = find_sites(program)
@@ -66,11 +66,11 @@ def fold_norm(program: Program, how: FoldNorm, seen: Statistics) -> PassReport:
             report.done.append(norm.output.name)
             report.changed |= {n.name for n in norm.inner}
         elif reason:
-            report.leave(norm.output.name, *reason)
-    if how.centre:
-        for flow in rotation_flows(program):
+            report.skip(norm.output.name, *reason)
+    if config.center:
+        for flow in residual_streams(program):
             if any(norm.kind == "layer" for norm in flow.norms):
-                _centre(program, flow, report)
+                _center(program, flow, report)
     return report
 
 
@@ -78,20 +78,20 @@ def _fold(program: Program, norm: Norm, sites: list[Site]) -> tuple[str, str] | 
     """None when folded, () when there is nothing to fold, else (reason, node)."""
     if norm.gain is None or norm.has_unit_gain(program):
         return ()
-    readers = find_readers(norm.output, sites)
-    if readers.strangers:
-        return ("its output is read by something that is not a linear", readers.strangers[0].name)
-    if not readers.sites:
+    consumers = find_readers(norm.output, sites)
+    if consumers.other_consumers:
+        return ("its output is read by something that is not a linear", consumers.other_consumers[0].name)
+    if not consumers.sites:
         return ("nothing reads its output", norm.output.name)
     for weight in (norm.gain, norm.bias):
         if weight is not None and sum(u in norm.inner for u in weight.users) < len(weight.users):
             return ("its gain is used elsewhere too", weight.name)
-    for site in readers.sites:
+    for site in consumers.sites:
         if site.shared_with:
             return (f"the weight {site.name} is shared with {site.shared_with[0]}: untie it", "")
     gain = norm.gain_value(program)
     shift_name = program.weight_name(norm.bias)
-    for site in readers.sites:
+    for site in consumers.sites:
         if shift_name is not None and bool(program.weights[shift_name].any()):
             shift = program.weights[site.name].double() @ program.weights[shift_name].double()
             add_to_bias(program, site, shift)
@@ -114,36 +114,36 @@ def add_to_bias(program: Program, site: Site, shift: Tensor) -> None:
         program.weights[name] = (program.weights[name].double() + shift).to(program.weights[name].dtype)
 
 
-def _centre(program: Program, flow: RotationFlow, report: PassReport) -> None:
+def _center(program: Program, flow: ResidualStream, report: PassReport) -> None:
     layers = [norm for norm in flow.norms if norm.kind == "layer"]
     if not flow.closed:
         place = flow.obstacles[0] if flow.obstacles else None
-        report.leave(
+        report.skip(
             f"mean of {layers[0].output.name}",
-            f"its stream cannot be centred: {place.reason if place else 'nobody reads it'}",
+            f"its stream cannot be centered: {place.reason if place else 'nobody reads it'}",
             place.node if place else "",
         )
         return
     if len(layers) < len(flow.norms):
-        report.leave(layers[0].output.name, "the stream holds RMSNorms too: its mean matters to them")
+        report.skip(layers[0].output.name, "the stream holds RMSNorms too: its mean matters to them")
         return
-    shared = [s.name for s in flow.writers if s.shared_with]
+    shared = [s.name for s in flow.producers if s.shared_with]
     if shared:
-        report.leave(shared[0], "a writer of the stream shares its weight: untie it")
+        report.skip(shared[0], "a writer of the stream shares its weight: untie it")
         return
     for table in flow.tables:
         if any(u in {s.node for s in find_sites(program)} for u in table.users):
-            report.leave(program.weight_name(table) or "", "a table is a linear's weight too: untie it")
+            report.skip(program.weight_name(table) or "", "a table is a linear's weight too: untie it")
             return
-    for site in flow.writers:
-        program.weights[site.name] = centre_rows(program.weights[site.name])
+    for site in flow.producers:
+        program.weights[site.name] = center_rows(program.weights[site.name])
         bias = program.weight_name(site.node.args[2]) if len(site.node.args) > 2 else None
         if bias is not None:
-            program.weights[bias] = centre_table(program.weights[bias])
+            program.weights[bias] = center_table(program.weights[bias])
     for table in flow.tables:
         name = program.weight_name(table)
         assert name is not None
-        program.weights[name] = centre_table(program.weights[name])
+        program.weights[name] = center_table(program.weights[name])
     for norm in layers:
         node = norm.output
         eps = node.args[4] if len(node.args) > 4 else 1e-5

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from qcompile.analysis.norms import find_norms
-from qcompile.analysis.scale_folding import groups_of_readers
+from qcompile.analysis.scale_folding import groups_of_consumers
 from qcompile.analysis.sites import find_sites
 from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
@@ -35,38 +35,38 @@ ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class RotateOnline:
+class OnlineHadamard:
     """Transform the inputs that come out of a gate or an activation function."""
 
     seed: int = 0
 
 
-@rewrites(RotateOnline, exact=True, after=("Untie", "FoldNorm", "Smooth", "Rotate"))
-def rotate_online(program: Program, how: RotateOnline, seen: Statistics) -> PassReport:
+@rewrites(OnlineHadamard, exact=True, after=("Untie", "FoldNorm", "SmoothQuant", "Rotate"))
+def online_hadamard(program: Program, config: OnlineHadamard, statistics: Statistics) -> PassReport:
     """Insert one transform before each such input and fold its inverse into the readers."""
-    report = PassReport("RotateOnline")
+    report = PassReport("OnlineHadamard")
     norm_outputs = {norm.output for norm in find_norms(program)}
-    for readers in groups_of_readers(find_sites(program)):
-        root: fx.Node = readers.root
-        if root in norm_outputs or root.target not in ACTIVATIONS or not readers.sites:
+    for consumers in groups_of_consumers(find_sites(program)):
+        root: fx.Node = consumers.root
+        if root in norm_outputs or root.target not in ACTIVATIONS or not consumers.sites:
             continue
-        label, n = readers.sites[0].name, readers.sites[0].K
-        shared = [site for site in readers.sites if site.shared_with]
-        if readers.strangers:
-            report.leave(label, "the value is read by something that is not a site", readers.strangers[0].name)
+        label, n = consumers.sites[0].name, consumers.sites[0].K
+        shared = [site for site in consumers.sites if site.shared_with]
+        if consumers.other_consumers:
+            report.skip(label, "the value is read by something that is not a site", consumers.other_consumers[0].name)
         elif shared:
-            report.leave(label, f"the weight {shared[0].name} is shared: untie it")
+            report.skip(label, f"the weight {shared[0].name} is shared: untie it")
         elif factor(n) is None:
-            report.leave(label, f"no Hadamard matrix of {n} is known")
+            report.skip(label, f"no Hadamard matrix of {n} is known")
         else:
-            signs = random_signs(n, how.seed)
+            signs = random_signs(n, config.seed)
             name = f"hadamard{n}.signs"
             if name not in program.weights:
                 program.add_weight(name, signs.float().to(program.weights[label].device))
             dtype = program.weights[label].dtype
             turned = program.insert(torch.ops.qcompile.hadamard.default, (root, program.node_of(name)), after=root)
             root.replace_all_uses_with(turned, delete_user_cb=lambda user, new=turned: user is not new)
-            for site in readers.sites:
+            for site in consumers.sites:
                 weight = program.weights[site.name].double()
                 program.weights[site.name] = apply_hadamard(weight, signs).to(dtype)
             k, m = factor(n) or (0, 0)
@@ -75,5 +75,5 @@ def rotate_online(program: Program, how: RotateOnline, seen: Statistics) -> Pass
             if note not in report.notes:
                 report.notes.append(note)
             # What lies between the product and the reader carries the turned value.
-            report.changed |= {site.input.name for site in readers.sites} - {root.name}
+            report.changed |= {site.input.name for site in consumers.sites} - {root.name}
     return report

@@ -1,4 +1,4 @@
-"""Reorder: input channels sorted by the size of their activations, so that a group holds its like.
+"""ReorderChannels: input channels sorted by the size of their activations, so that a group holds its like.
 
 Source: QServe, arXiv:2405.04532 sec. 4.3.3 (activation-aware channel reordering); Rotated Runtime Smooth,
         arXiv:2409.20361 sec. 3.2 (the order that its groups need), made static by calibration.
@@ -17,19 +17,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.analysis.channel_origin import ATTENTION, MATMULS, FlowStops, RowFlow, one_position
+from qcompile.analysis.channel_origin import ATTENTION, MATMULS, ChannelOrigins, FlowStops, one_position
 from qcompile.analysis.norms import find_norms
-from qcompile.analysis.scale_folding import Readers, groups_of_readers
+from qcompile.analysis.scale_folding import Consumers, groups_of_consumers
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
-from qcompile.passes.equivalent.rotate import streams_to_turn, turn_stream
+from qcompile.passes.equivalent.rotate import rotate_stream, streams_to_rotate
 from qcompile.recipe.registry import rewrites
 from qcompile.recipe.report import PassReport
 
 
 @dataclass(frozen=True)
-class Reorder:
+class ReorderChannels:
     """What to reorder: the residual stream, and inputs made by linear rows."""
 
     stream: bool = False
@@ -37,61 +37,61 @@ class Reorder:
 
 
 @rewrites(
-    Reorder,
+    ReorderChannels,
     exact=True,
     needs=("absmax",),
-    after=("Untie", "FoldNorm", "Smooth", "SmoothAttention", "SmoothQuantPlus", "AWQ", "Rotate"),
-    requires=lambda how: ("FoldNorm",) if how.stream else (),
+    after=("Untie", "FoldNorm", "SmoothQuant", "SmoothAttention", "SmoothQuantPlus", "AWQ", "Rotate"),
+    requires=lambda config: ("FoldNorm",) if config.stream else (),
 )
-def reorder(program: Program, how: Reorder, seen: Statistics) -> PassReport:
+def reorder(program: Program, config: ReorderChannels, statistics: Statistics) -> PassReport:
     """Sort every input whose order can be folded, in place."""
-    report = PassReport("Reorder")
-    groups = groups_of_readers(find_sites(program))
-    if how.stream:
-        _streams(program, groups, seen, report)
+    report = PassReport("ReorderChannels")
+    groups = groups_of_consumers(find_sites(program))
+    if config.stream:
+        _streams(program, groups, statistics, report)
     norm_outputs = {norm.output for norm in find_norms(program)}
-    for readers in groups if how.rows else []:
-        if readers.root not in norm_outputs and readers.sites:
-            _rows(program, readers, seen.absmax[readers.root.name], report)
+    for consumers in groups if config.rows else []:
+        if consumers.root not in norm_outputs and consumers.sites:
+            _rows(program, consumers, statistics.absmax[consumers.root.name], report)
     return report
 
 
-def _streams(program: Program, groups: list[Readers], seen: Statistics, report: PassReport) -> None:
-    for label, flow in streams_to_turn(program, report):
-        names = {site.name for site in flow.readers}
-        peaks = [seen.absmax[g.root.name] for g in groups if any(s.name in names for s in g.sites)]
+def _streams(program: Program, groups: list[Consumers], statistics: Statistics, report: PassReport) -> None:
+    for label, flow in streams_to_rotate(program, report):
+        names = {site.name for site in flow.consumers}
+        peaks = [statistics.absmax[g.root.name] for g in groups if any(s.name in names for s in g.sites)]
         order = torch.stack(peaks).amax(0).argsort(descending=True)
-        turn_stream(program, flow, torch.eye(flow.size, dtype=torch.float64)[:, order], label, report)
+        rotate_stream(program, flow, torch.eye(flow.size, dtype=torch.float64)[:, order], label, report)
 
 
-def _rows(program: Program, readers: Readers, absmax: Tensor, report: PassReport) -> None:
-    label = readers.sites[0].name
-    if readers.strangers:
-        report.leave(label, "the input is read by something that is not a site too", readers.strangers[0].name)
+def _rows(program: Program, consumers: Consumers, absmax: Tensor, report: PassReport) -> None:
+    label = consumers.sites[0].name
+    if consumers.other_consumers:
+        report.skip(label, "the input is read by something that is not a site too", consumers.other_consumers[0].name)
         return
-    walk = RowFlow(program, find_sites(program), elementwise=True)
+    walk = ChannelOrigins(program, find_sites(program), elementwise=True)
     try:
-        terms = one_position(walk.terms(readers.root))
+        terms = one_position(walk.terms(consumers.root))
         order = common_order(terms, absmax, _head(walk))
-        walk.check_readers(terms, _ends(readers, walk))
-        shared = [s.name for s in (*readers.sites, *(m for m, _ in walk.makers)) if s.shared_with]
+        walk.check_consumers(terms, _ends(consumers, walk))
+        shared = [s.name for s in (*consumers.sites, *(m for m, _ in walk.producers)) if s.shared_with]
         if shared:
-            raise FlowStops(readers.root.name, f"the weight {shared[0]} is shared: untie it")
+            raise FlowStops(consumers.root.name, f"the weight {shared[0]} is shared: untie it")
     except FlowStops as stop:
-        report.leave(label, str(stop.args[1]), str(stop.args[0]))
+        report.skip(label, str(stop.args[1]), str(stop.args[0]))
         return
     source = torch.arange(walk.rows)  # for each row, the row that takes its place
     for term in terms:
         source[term] = term[order]
-    for maker, start in walk.makers:
-        _permute(program, maker, source[start : start + maker.N] - start)
-    for site in readers.sites:
+    for producer, start in walk.producers:
+        _permute(program, producer, source[start : start + producer.N] - start)
+    for site in consumers.sites:
         program.weights[site.name] = program.weights[site.name][:, order].contiguous()
     report.done.append(label)
-    report.changed |= {n.name for n, found in walk.memo.items() if found} | {readers.root.name}
+    report.changed |= {n.name for n, found in walk.memo.items() if found} | {consumers.root.name}
 
 
-def _head(walk: RowFlow) -> int:
+def _head(walk: ChannelOrigins) -> int:
     """Channels of a head where the values of an attention were passed, else 0."""
     for node, terms in walk.memo.items():
         if terms and (node.target is ATTENTION or node.target in MATMULS):
@@ -99,12 +99,12 @@ def _head(walk: RowFlow) -> int:
     return 0
 
 
-def _ends(readers: Readers, walk: RowFlow) -> set[torch.fx.Node]:
+def _ends(consumers: Consumers, walk: ChannelOrigins) -> set[torch.fx.Node]:
     """Who may read a value on the way: the sites, and what carries the root to them."""
-    ends = {site.node for site in readers.sites}
-    for site in readers.sites:
+    ends = {site.node for site in consumers.sites}
+    for site in consumers.sites:
         node = site.input
-        while node is not readers.root:
+        while node is not consumers.root:
             ends.add(node)
             node = node.args[0]
     return ends
@@ -140,7 +140,7 @@ def common_order(terms: list[Tensor], absmax: Tensor, head: int) -> Tensor:
     return (order + torch.arange(len(order))[:, None] * width).flatten()
 
 
-def _permute(program: Program, maker: Site, source: Tensor) -> None:
-    for name in [maker.name, program.weight_name(maker.bias)]:
+def _permute(program: Program, producer: Site, source: Tensor) -> None:
+    for name in [producer.name, program.weight_name(producer.bias)]:
         if name is not None:
             program.weights[name] = program.weights[name][source].contiguous()

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from qcompile.analysis.norms import find_norms
 from qcompile.analysis.obstacle import Obstacle
-from qcompile.analysis.residual_stream import RotationFlow, rotation_flows
-from qcompile.analysis.scale_folding import Readers, Source, groups_of_readers, scale_source
+from qcompile.analysis.residual_stream import ResidualStream, residual_streams
+from qcompile.analysis.scale_folding import Consumers, Source, groups_of_consumers, scale_source
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.hadamard import rotation
 from qcompile.passes.equivalent.awq import AWQ
-from qcompile.passes.equivalent.smoothquant import Smooth
+from qcompile.passes.equivalent.smoothquant import SmoothQuant
 from qcompile.passes.equivalent.smoothquant_plus import SmoothQuantPlus
 from qcompile.recipe.registry import rewrites
 from qcompile.recipe.report import PassReport
@@ -58,14 +58,14 @@ def rotate_rows(weight: Tensor, matrix: Tensor) -> Tensor:
     return torch.einsum("rs,br...->bs...", matrix.to(blocks.device), blocks).flatten(0, 1).to(weight.dtype)
 
 
-def conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:
+def conflicts(config: Rotate, passes: tuple[object, ...]) -> list[str]:
     """Passes that cannot stand in one recipe with a rotation of streams, as text."""
     faults = []
-    for other in passes if how.stream else ():
+    for other in passes if config.stream else ():
         name = type(other).__name__
         if isinstance(other, SmoothQuantPlus):
             faults.append(f"{name} puts scales into the norm gains that Rotate(stream=True) needs to be one: drop one")
-        elif isinstance(other, (AWQ, Smooth)) and other.norms:
+        elif isinstance(other, (AWQ, SmoothQuant)) and other.norms:
             faults.append(
                 f"{name}(norms=True) puts scales into the norm gains that Rotate(stream=True) needs to be one: "
                 f"use {name}(norms=False) or Rotate(stream=False)"
@@ -75,42 +75,42 @@ def conflicts(how: Rotate, passes: tuple[object, ...]) -> list[str]:
 
 # Where a rotation stands in a recipe, whatever chooses its matrices.
 PLACE: dict[str, Any] = dict(
-    after=("Untie", "FoldNorm", "Smooth", "SmoothQuantPlus", "AWQ"),
-    requires=lambda how: ("FoldNorm",) if how.stream else (),
+    after=("Untie", "FoldNorm", "SmoothQuant", "SmoothQuantPlus", "AWQ"),
+    requires=lambda config: ("FoldNorm",) if config.stream else (),
     conflicts=conflicts,
 )
 
 
 @rewrites(Rotate, exact=True, **PLACE)
-def rotate(program: Program, how: Rotate, seen: Statistics) -> PassReport:
+def rotate(program: Program, config: Rotate, statistics: Statistics) -> PassReport:
     """Rotate every closed stream and every head basis, in place."""
     report = PassReport("Rotate")
-    for index, (label, flow) in enumerate(streams_to_turn(program, report) if how.stream else []):
-        matrix, kind = rotation(flow.size, how.seed + index)
-        turn_stream(program, flow, matrix, label, report)
-        report.notes.append(f"R1 of {flow.size} channels: {kind}, {len(flow.readers)} readers")
-    if how.heads:
-        _rotate_heads(program, how.seed + 1000, report)
+    for index, (label, flow) in enumerate(streams_to_rotate(program, report) if config.stream else []):
+        matrix, kind = rotation(flow.size, config.seed + index)
+        rotate_stream(program, flow, matrix, label, report)
+        report.notes.append(f"R1 of {flow.size} channels: {kind}, {len(flow.consumers)} readers")
+    if config.heads:
+        _rotate_heads(program, config.seed + 1000, report)
     return report
 
 
-def streams_to_turn(program: Program, report: PassReport) -> list[tuple[str, RotationFlow]]:
+def streams_to_rotate(program: Program, report: PassReport) -> list[tuple[str, ResidualStream]]:
     """The streams that can take another basis, with what a report calls them; the others are left there."""
     found = []
-    for flow in rotation_flows(program):
+    for flow in residual_streams(program):
         label, problem = f"stream of {flow.size} at {flow.norms[0].input.name}", stream_obstacle(program, flow)
         if problem is None:
             found.append((label, flow))
         else:
-            report.leave(label, problem.reason, problem.node)
+            report.skip(label, problem.reason, problem.node)
     return found
 
 
-def turn_stream(program: Program, flow: RotationFlow, matrix: Tensor, label: str, report: PassReport) -> None:
+def rotate_stream(program: Program, flow: ResidualStream, matrix: Tensor, label: str, report: PassReport) -> None:
     """Give a closed stream another orthogonal basis [n, n]: its writers, tables and readers."""
-    for site in flow.readers:
+    for site in flow.consumers:
         program.weights[site.name] = rotate_columns(program.weights[site.name], matrix)
-    for site in flow.writers:
+    for site in flow.producers:
         _rows(program, site, lambda w: rotate_rows(w, matrix))
     for table in flow.tables:
         name = program.weight_name(table)
@@ -121,7 +121,7 @@ def turn_stream(program: Program, flow: RotationFlow, matrix: Tensor, label: str
     report.changed |= {node.name for norm in flow.norms for node in norm.inner}
 
 
-def stream_obstacle(program: Program, flow: RotationFlow) -> Obstacle | None:
+def stream_obstacle(program: Program, flow: ResidualStream) -> Obstacle | None:
     """Why a stream cannot take another basis, or None."""
     if flow.obstacles:
         return flow.obstacles[0]
@@ -131,7 +131,7 @@ def stream_obstacle(program: Program, flow: RotationFlow) -> Obstacle | None:
         if norm.kind == "layer":
             return Obstacle(norm.output.name, "a LayerNorm subtracts a mean that is not folded")
     users = {site.node for site in find_sites(program)}
-    for site in (*flow.readers, *flow.writers):
+    for site in (*flow.consumers, *flow.producers):
         if site.shared_with:
             return Obstacle(site.node.name, f"{site.name} is shared with {site.shared_with[0]}: untie it")
     for table in flow.tables:
@@ -141,35 +141,37 @@ def stream_obstacle(program: Program, flow: RotationFlow) -> Obstacle | None:
 
 
 def _rotate_heads(program: Program, seed: int, report: PassReport) -> None:
-    for readers, source in head_bases(program, report):
+    for consumers, source in head_bases(program, report):
         matrix, kind = rotation(source.head, seed)
-        turn_heads(program, readers, source, matrix, report)
+        rotate_heads(program, consumers, source, matrix, report)
         note = f"R2 of {source.head} channels: {kind}"
         if note not in report.notes:
             report.notes.append(note)
 
 
-def head_bases(program: Program, report: PassReport) -> list[tuple[Readers, Source]]:
+def head_bases(program: Program, report: PassReport) -> list[tuple[Consumers, Source]]:
     """The sites that read whole heads of an attention, and where these are made; others are left."""
     found = []
     norms, sites = find_norms(program), find_sites(program)
-    for readers in groups_of_readers(sites):
-        if len(readers.sites) != 1 or readers.sites[0].shared_with:
+    for consumers in groups_of_consumers(sites):
+        if len(consumers.sites) != 1 or consumers.sites[0].shared_with:
             continue
-        source = scale_source(program, readers, norms, sites)
+        source = scale_source(program, consumers, norms, sites)
         if isinstance(source, Obstacle) or not source.attention or source.site is None:
             continue
         if source.pure and _whole_heads(source):
-            found.append((readers, source))
+            found.append((consumers, source))
         else:
-            report.leave(readers.sites[0].name, "its heads are not whole blocks of the value's rows", readers.root.name)
+            report.skip(
+                consumers.sites[0].name, "its heads are not whole blocks of the value's rows", consumers.root.name
+            )
     return found
 
 
-def turn_heads(program: Program, readers: Readers, source: Source, matrix: Tensor, report: PassReport) -> None:
+def rotate_heads(program: Program, consumers: Consumers, source: Source, matrix: Tensor, report: PassReport) -> None:
     """Give the heads of an attention's values another orthogonal basis [D, D]."""
-    reader = readers.sites[0]
-    program.weights[reader.name] = rotate_columns(program.weights[reader.name], matrix)
+    consumer = consumers.sites[0]
+    program.weights[consumer.name] = rotate_columns(program.weights[consumer.name], matrix)
     rows = source.channels.unique()
 
     def turn(weight: Tensor) -> Tensor:
@@ -179,7 +181,7 @@ def turn_heads(program: Program, readers: Readers, source: Source, matrix: Tenso
 
     assert source.site is not None
     _rows(program, source.site, turn)
-    report.done.append(f"heads of {source.head} in {reader.name}")
+    report.done.append(f"heads of {source.head} in {consumer.name}")
     report.changed |= {source.site.node.name} | {node.name for node in source.path}
 
 

@@ -21,11 +21,11 @@ import torch
 from rich.progress import track
 from torch import Tensor, fx
 
-from qcompile.analysis.scale_folding import groups_of_readers
+from qcompile.analysis.scale_folding import groups_of_consumers
 from qcompile.analysis.sites import find_sites
 from qcompile.calibration.statistics import CalibrationError, Statistics
 from qcompile.ir.program import Program
-from qcompile.passes.equivalent.rotate import PLACE, Rotate, head_bases, streams_to_turn, turn_heads, turn_stream
+from qcompile.passes.equivalent.rotate import PLACE, Rotate, head_bases, rotate_heads, rotate_stream, streams_to_rotate
 from qcompile.passes.qdq.site_plan import SitePlan
 from qcompile.recipe.registry import rewrites
 from qcompile.recipe.report import PassReport
@@ -42,17 +42,17 @@ def principal_axes(moment: Tensor) -> Tensor:
 
 
 @rewrites(RotatePrincipal, exact=True, sitewise=True, needs=("batches",), **PLACE)
-def rotate_principal(program: Program, how: RotatePrincipal, seen: Statistics, plan: SitePlan) -> PassReport:
+def rotate_principal(program: Program, config: RotatePrincipal, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Turn every closed stream and every head basis to its principal axes, in place."""
     report = PassReport("RotatePrincipal")
-    streams = streams_to_turn(program, report) if how.stream else []
-    heads = head_bases(program, report) if how.heads else []
+    streams = streams_to_rotate(program, report) if config.stream else []
+    heads = head_bases(program, report) if config.heads else []
 
     # One basis serves all readers of a stream: behind their norms every one of them weighs the same.
     watched: dict[fx.Node, tuple[str, int]] = {}
-    groups = groups_of_readers(find_sites(program))
+    groups = groups_of_consumers(find_sites(program))
     for label, flow in streams:
-        names = {site.name for site in flow.readers}
+        names = {site.name for site in flow.consumers}
         for group in groups:
             if any(site.name in names for site in group.sites):
                 watched[group.root] = (label, flow.size)
@@ -63,13 +63,13 @@ def rotate_principal(program: Program, how: RotatePrincipal, seen: Statistics, p
 
     for label, flow in streams:
         if label not in axes:
-            report.leave(label, "no linear reads it")
+            report.skip(label, "no linear reads it")
             continue
-        turn_stream(program, flow, axes[label], label, report)
+        rotate_stream(program, flow, axes[label], label, report)
         first, whole = axes[label][:, 0], moments[label].trace().clamp_min(1e-300)
         report.notes.append(f"{label}: {float(first @ moments[label] @ first / whole):.0%} of its energy on one axis")
     for group, source in heads:
-        turn_heads(program, group, source, axes[group.sites[0].name], report)
+        rotate_heads(program, group, source, axes[group.sites[0].name], report)
     return report
 
 

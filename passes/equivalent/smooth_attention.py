@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.analysis.attention_scores import Scores, scores
+from qcompile.analysis.attention_scores import AttentionScores, scores
 from qcompile.analysis.obstacle import Obstacle
 from qcompile.analysis.sites import find_sites
 from qcompile.calibration.statistics import Statistics
@@ -36,7 +36,7 @@ class SmoothAttention:
             raise RecipeError(f"SmoothAttention: alpha must be between 0 and 1, got {self.alpha}")
 
 
-def key_scale(absmax: Tensor, flow: Scores, alpha: float) -> Tensor:
+def key_scale(absmax: Tensor, flow: AttentionScores, alpha: float) -> Tensor:
     """max|K| [heads, D] -> lambda of each row of the makers, float64; 1 for rows that take no part."""
     count = len(flow.classes)
     peak = torch.zeros(count, dtype=torch.float64)
@@ -46,22 +46,22 @@ def key_scale(absmax: Tensor, flow: Scores, alpha: float) -> Tensor:
 
 
 @rewrites(SmoothAttention, exact=True, needs=("keys",), after=("Untie", "FoldNorm"))
-def smooth_attention(program: Program, how: SmoothAttention, seen: Statistics) -> PassReport:
+def smooth_attention(program: Program, config: SmoothAttention, statistics: Statistics) -> PassReport:
     """Smooth the keys of every attention whose rows can be followed, in place."""
     report = PassReport("SmoothAttention")
     for flow in scores(program, find_sites(program)):
         if isinstance(flow, Obstacle):
-            report.leave("attention", flow.reason, flow.node)
+            report.skip("attention", flow.reason, flow.node)
             continue
-        scale = key_scale(seen.keys[flow.keys.name], flow, how.alpha)
+        scale = key_scale(statistics.keys[flow.keys.name], flow, config.alpha)
         factor = torch.where(flow.query, scale, 1 / scale)
-        for maker, start in flow.makers:
-            by_row = factor[start : start + maker.N]
-            names = [maker.name] + [n for n in [program.weight_name(maker.bias)] if n is not None]
+        for producer, start in flow.producers:
+            by_row = factor[start : start + producer.N]
+            names = [producer.name] + [n for n in [program.weight_name(producer.bias)] if n is not None]
             for name in names:
                 old = program.weights[name]
                 turned = old.double() * (by_row[:, None] if old.ndim == 2 else by_row).to(old.device)
                 program.weights[name] = turned.to(old.dtype)
-            report.done.append(maker.name)
+            report.done.append(producer.name)
         report.changed |= flow.between
     return report

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qcompile.analysis.norms import find_norms
 from qcompile.analysis.obstacle import Obstacle
-from qcompile.analysis.scale_folding import Readers, Source, groups_of_readers, scale_source
+from qcompile.analysis.scale_folding import Consumers, Source, groups_of_consumers, scale_source
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
@@ -31,7 +31,7 @@ from qcompile.recipe.report import PassReport
 
 
 @dataclass(frozen=True)
-class Smooth:
+class SmoothQuant:
     """How much of the difficulty moves from the activations into the weights."""
 
     alpha: float = 0.5  # 0: all stays in X, 1: all moves to W
@@ -41,9 +41,9 @@ class Smooth:
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise RecipeError(f"Smooth: alpha must be between 0 and 1, got {self.alpha}")
+            raise RecipeError(f"SmoothQuant: alpha must be between 0 and 1, got {self.alpha}")
         if self.percentile is not None and not 0 < self.percentile < 1:
-            raise RecipeError(f"Smooth: percentile is a share between 0 and 1, got {self.percentile}")
+            raise RecipeError(f"SmoothQuant: percentile is a share between 0 and 1, got {self.percentile}")
 
 
 def smoothing_scale(act: Tensor, weight: Tensor, alpha: float) -> Tensor:
@@ -74,40 +74,40 @@ def shared_scale(scale: Tensor, channels: Tensor, rows: int) -> tuple[Tensor, Te
     return by_row[channels], by_row
 
 
-@rewrites(Smooth, exact=True, needs=("absmax",), after=("Untie", "FoldNorm"))
-def smooth(program: Program, how: Smooth, seen: Statistics) -> PassReport:
+@rewrites(SmoothQuant, exact=True, needs=("absmax",), after=("Untie", "FoldNorm"))
+def smooth(program: Program, config: SmoothQuant, statistics: Statistics) -> PassReport:
     """Smooth every group of sites whose input has a place for the scale, in place."""
-    report = PassReport("Smooth")
+    report = PassReport("SmoothQuant")
     norms, sites = find_norms(program), find_sites(program)
-    for readers in groups_of_readers(sites):
-        label = readers.sites[0].name if readers.sites else readers.root.name
-        shared = [site for site in readers.sites if site.shared_with]
+    for consumers in groups_of_consumers(sites):
+        label = consumers.sites[0].name if consumers.sites else consumers.root.name
+        shared = [site for site in consumers.sites if site.shared_with]
         if shared:
-            report.leave(label, f"the weight {shared[0].name} is shared: untie it")
+            report.skip(label, f"the weight {shared[0].name} is shared: untie it")
             continue
-        source = scale_source(program, readers, norms, sites)
+        source = scale_source(program, consumers, norms, sites)
         if isinstance(source, Obstacle):
-            report.leave(label, source.reason, source.node)
-        elif source.norm is None and not how.rows:
-            report.leave(label, "made by linear rows, and rows=False")
-        elif source.norm is not None and not how.norms:
-            report.leave(label, "made by a norm, and norms=False")
+            report.skip(label, source.reason, source.node)
+        elif source.norm is None and not config.rows:
+            report.skip(label, "made by linear rows, and rows=False")
+        elif source.norm is not None and not config.norms:
+            report.skip(label, "made by a norm, and norms=False")
         else:
-            act = seen.absmax[readers.root.name]
-            if how.percentile is not None:
-                scale = clip_scale(act, how.percentile)
+            act = statistics.absmax[consumers.root.name]
+            if config.percentile is not None:
+                scale = clip_scale(act, config.percentile)
             else:
-                weight = torch.stack([_columns_absmax(program, s) for s in readers.sites]).amax(0)
-                scale = smoothing_scale(act, weight, how.alpha)
-            fold_scale(program, source, list(readers.sites), scale)
+                weight = torch.stack([_columns_absmax(program, s) for s in consumers.sites]).amax(0)
+                scale = smoothing_scale(act, weight, config.alpha)
+            fold_scale(program, source, list(consumers.sites), scale)
             report.done.append(label)
-            report.changed |= changed_by(source, readers)
+            report.changed |= changed_by(source, consumers)
     return report
 
 
-def changed_by(source: Source, readers: Readers) -> set[str]:
+def changed_by(source: Source, consumers: Consumers) -> set[str]:
     """The nodes whose values a fold changes on purpose: from the source to the readers."""
-    nodes = {n.name for n in source.path} | {readers.root.name}
+    nodes = {n.name for n in source.path} | {consumers.root.name}
     if source.norm is not None:
         return nodes | {n.name for n in source.norm.inner}
     assert source.site is not None

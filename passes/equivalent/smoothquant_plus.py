@@ -29,7 +29,7 @@ from qcompile.ir.program import Program
 from qcompile.numerics.divergence import divergence, squared_error
 from qcompile.numerics.format import Format
 from qcompile.passes.equivalent.awq import rounds_otherwise
-from qcompile.passes.equivalent.smoothquant import Smooth, smooth
+from qcompile.passes.equivalent.smoothquant import SmoothQuant, smooth
 from qcompile.passes.qdq.site_plan import Quantize, SitePlan
 from qcompile.passes.weights.round_to_nearest import quantize
 from qcompile.recipe.recipe import RecipeError
@@ -62,41 +62,42 @@ class SmoothQuantPlus:
     sitewise=True,
     needs=("absmax", "inputs"),
     after=("Untie", "FoldNorm"),
-    conflicts=lambda how, passes: (
-        ["SmoothQuantPlus and Smooth do the same twice: drop Smooth"] * any(isinstance(p, Smooth) for p in passes)
-        + rounds_otherwise(how, passes)
+    conflicts=lambda config, passes: (
+        ["SmoothQuantPlus and Smooth do the same twice: drop SmoothQuant"]
+        * any(isinstance(p, SmoothQuant) for p in passes)
+        + rounds_otherwise(config, passes)
     ),
 )
-def smoothquant_plus(program: Program, how: SmoothQuantPlus, seen: Statistics, plan: SitePlan) -> PassReport:
+def smoothquant_plus(program: Program, config: SmoothQuantPlus, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Search alpha on quantized copies, then smooth the program with the winner, in place."""
     assert plan.batches is not None
-    data = [batch for _, batch in zip(range(how.batches), plan.batches(), strict=False)]
+    data = [batch for _, batch in zip(range(config.batches), plan.batches(), strict=False)]
     want = [first_output(program, batch) for batch in data]
-    coarse = dataclasses.replace(how, clip=False)
+    coarse = dataclasses.replace(config, clip=False)
     ranked = {
-        candidate: loss_of(program, coarse, seen, plan, candidate, data[:1], want[:1])
-        for candidate in track(candidates(how), "SmoothQuant+", disable=not plan.progress, transient=True)
+        candidate: loss_of(program, coarse, statistics, plan, candidate, data[:1], want[:1])
+        for candidate in track(candidates(config), "SmoothQuant+", disable=not plan.progress, transient=True)
     }
-    finalists: list[Smooth | None] = [None, *sorted(ranked, key=ranked.__getitem__)[:_FINALISTS]]
+    finalists: list[SmoothQuant | None] = [None, *sorted(ranked, key=ranked.__getitem__)[:_FINALISTS]]
     losses = {
-        candidate: loss_of(program, how, seen, plan, candidate, data, want)
+        candidate: loss_of(program, config, statistics, plan, candidate, data, want)
         for candidate in track(finalists, "SmoothQuant+, the best", disable=not plan.progress, transient=True)
     }
     best = min(losses, key=losses.__getitem__)
     report = PassReport("SmoothQuantPlus")
     if best is not None:
-        report = dataclasses.replace(smooth(program, best, seen), name="SmoothQuantPlus")
+        report = dataclasses.replace(smooth(program, best, statistics), name="SmoothQuantPlus")
     report.notes.append(f"{describe(best)}: loss {losses[best]:.4g}, without smoothing {losses[None]:.4g}")
     return report
 
 
-def candidates(how: SmoothQuantPlus) -> list[Smooth]:
+def candidates(config: SmoothQuantPlus) -> list[SmoothQuant]:
     """Every strength, everywhere and in either kind of place alone."""
-    grid = [min(1.0, i * how.step) for i in range(round(1 / how.step) + 1)]
-    return [Smooth(alpha, *where) for where in ((True, True), (True, False), (False, True)) for alpha in grid]
+    grid = [min(1.0, i * config.step) for i in range(round(1 / config.step) + 1)]
+    return [SmoothQuant(alpha, *where) for where in ((True, True), (True, False), (False, True)) for alpha in grid]
 
 
-def describe(candidate: Smooth | None) -> str:
+def describe(candidate: SmoothQuant | None) -> str:
     """A candidate as the report names it."""
     if candidate is None:
         return "no smoothing"
@@ -106,20 +107,22 @@ def describe(candidate: Smooth | None) -> str:
 
 def loss_of(
     program: Program,
-    how: SmoothQuantPlus,
-    seen: Statistics,
+    config: SmoothQuantPlus,
+    statistics: Statistics,
     plan: SitePlan,
-    candidate: Smooth | None,
+    candidate: SmoothQuant | None,
     data: list[Sequence[Any]],
     want: list[Tensor],
 ) -> float:
     """Divergence from the outputs `want` after smoothing as a candidate does (None: not) and rounding all weights."""
     tried = program.copy()
     if candidate is not None:
-        smooth(tried, candidate, seen)
-    quantize(tried, Quantize(how.weight, None, clip=how.clip), seen, dataclasses.replace(plan, corrected=False))
+        smooth(tried, candidate, statistics)
+    quantize(
+        tried, Quantize(config.weight, None, clip=config.clip), statistics, dataclasses.replace(plan, corrected=False)
+    )
     tried.cleanup()
-    measure = divergence if how.logits else squared_error
+    measure = divergence if config.logits else squared_error
     pairs = zip(data, want, strict=True)
     return sum(float(measure(value, first_output(tried, batch))) for batch, value in pairs) / len(data)
 

@@ -1,4 +1,4 @@
-"""LearnRotation: rotations of the stream and of the heads, trained so that rounded activations hurt least.
+"""SpinQuant: rotations of the stream and of the heads, trained so that rounded activations hurt least.
 
 Source: Liu et al. 2024, SpinQuant, arXiv:2405.16406 sec. 3 (R1 and R2 by Cayley descent on the Stiefel
         manifold; weights stay float while it learns, since GPTQ follows).
@@ -22,16 +22,16 @@ from rich.progress import track
 from torch import Tensor, fx
 
 from qcompile.analysis.norms import find_norms
-from qcompile.analysis.scale_folding import groups_of_readers
+from qcompile.analysis.scale_folding import groups_of_consumers
 from qcompile.analysis.sites import find_sites
 from qcompile.calibration.statistics import CalibrationError, Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.divergence import divergence
-from qcompile.numerics.fake_quantize import round_through
+from qcompile.numerics.fake_quantize import fake_quantize_ste
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard, factor, random_signs, rotation
 from qcompile.passes.equivalent.online_hadamard import ACTIVATIONS
-from qcompile.passes.equivalent.rotate import PLACE, Rotate, head_bases, streams_to_turn, turn_heads, turn_stream
+from qcompile.passes.equivalent.rotate import PLACE, Rotate, head_bases, rotate_heads, rotate_stream, streams_to_rotate
 from qcompile.passes.qdq.site_plan import SitePlan
 from qcompile.recipe.recipe import RecipeError
 from qcompile.recipe.registry import rewrites
@@ -39,19 +39,19 @@ from qcompile.recipe.report import PassReport
 
 
 @dataclass(frozen=True)
-class LearnRotation(Rotate):
+class SpinQuant(Rotate):
     """Rotate with learned matrices."""
 
     act: Format = Format("int4")  # what activations are rounded to while learning
     steps: int = 100
-    rate: float = 1.5  # of the first step; falls to zero along a cosine
+    lr: float = 1.5  # of the first step; falls to zero along a cosine
     tokens: int = 512  # of a batch that a step looks at
 
     def __post_init__(self) -> None:
         if isinstance(self.act, str):
             object.__setattr__(self, "act", Format.parse(self.act))
-        if self.steps < 1 or self.rate <= 0 or self.tokens < 1:
-            raise RecipeError(f"LearnRotation: steps, rate and tokens must be positive, got {self}")
+        if self.steps < 1 or self.lr <= 0 or self.tokens < 1:
+            raise RecipeError(f"SpinQuant: steps, rate and tokens must be positive, got {self}")
 
 
 def cayley_step(matrix: Tensor, gradient: Tensor, rate: float) -> Tensor:
@@ -77,16 +77,16 @@ class _Basis:
         blocks = x.unflatten(-1, (-1, len(self.matrix)))
         matrix = self.matrix.to(x)
         turned = (blocks @ matrix).flatten(-2)
-        return (round_through(turned, form).unflatten(-1, (-1, len(matrix))) @ matrix.t()).flatten(-2)
+        return (fake_quantize_ste(turned, form).unflatten(-1, (-1, len(matrix))) @ matrix.t()).flatten(-2)
 
 
-@rewrites(LearnRotation, exact=True, sitewise=True, needs=("batches",), **PLACE)
-def learn_rotation(program: Program, how: LearnRotation, seen: Statistics, plan: SitePlan) -> PassReport:
+@rewrites(SpinQuant, exact=True, sitewise=True, needs=("batches",), **PLACE)
+def spinquant(program: Program, config: SpinQuant, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Learn the bases of every closed stream and of every head, and turn the program into them."""
-    report = PassReport("LearnRotation")
+    report = PassReport("SpinQuant")
     rounders: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
     learned: list[_Basis] = []
-    groups = groups_of_readers(find_sites(program))
+    groups = groups_of_consumers(find_sites(program))
     norm_outputs = {norm.output for norm in find_norms(program)}
 
     def learn(matrix: Tensor) -> _Basis:
@@ -94,30 +94,30 @@ def learn_rotation(program: Program, how: LearnRotation, seen: Statistics, plan:
         return learned[-1]
 
     streams, heads = [], []
-    for index, (label, flow) in enumerate(streams_to_turn(program, report) if how.stream else []):
-        basis = learn(rotation(flow.size, how.seed + index)[0])
+    for index, (label, flow) in enumerate(streams_to_rotate(program, report) if config.stream else []):
+        basis = learn(rotation(flow.size, config.seed + index)[0])
         streams.append((flow, basis, label))
-        names = {site.name for site in flow.readers}
+        names = {site.name for site in flow.consumers}
         for group in groups:
-            if not group.strangers and any(site.name in names for site in group.sites):
-                rounders[group.root] = lambda x, b=basis: b.round(x, how.act)
-    for group, source in head_bases(program, report) if how.heads else []:
-        basis = learn(rotation(source.head, how.seed + 1000)[0])
+            if not group.other_consumers and any(site.name in names for site in group.sites):
+                rounders[group.root] = lambda x, b=basis: b.round(x, config.act)
+    for group, source in head_bases(program, report) if config.heads else []:
+        basis = learn(rotation(source.head, config.seed + 1000)[0])
         heads.append((group, source, basis))
-        rounders[group.root] = lambda x, b=basis: b.round(x, how.act)
-    for group in groups:  # what RotateOnline will turn
+        rounders[group.root] = lambda x, b=basis: b.round(x, config.act)
+    for group in groups:  # what OnlineHadamard will turn
         k = group.sites[0].K if group.sites else 0
-        free = group.root not in norm_outputs and group.root not in rounders and not group.strangers
+        free = group.root not in norm_outputs and group.root not in rounders and not group.other_consumers
         if free and group.root.target in ACTIVATIONS and factor(k) is not None:
-            signs = random_signs(k, how.seed)
-            rounders[group.root] = lambda x, s=signs: _in_hadamard(x, s, how.act)
+            signs = random_signs(k, config.seed)
+            rounders[group.root] = lambda x, s=signs: _in_hadamard(x, s, config.act)
     if learned:
-        first, last = _descend(program, how, plan, learned, rounders)
-        report.notes.append(f"{how.steps} steps: divergence {first:.4f} -> {last:.4f} nats a token")
+        first, last = _descend(program, config, plan, learned, rounders)
+        report.notes.append(f"{config.steps} steps: divergence {first:.4f} -> {last:.4f} nats a token")
     for flow, basis, label in streams:
-        turn_stream(program, flow, basis.matrix.detach(), label, report)
+        rotate_stream(program, flow, basis.matrix.detach(), label, report)
     for group, source, basis in heads:
-        turn_heads(program, group, source, basis.matrix.detach(), report)
+        rotate_heads(program, group, source, basis.matrix.detach(), report)
     return report
 
 
@@ -125,19 +125,19 @@ def _in_hadamard(x: Tensor, signs: Tensor, form: Format) -> Tensor:
     n = x.shape[-1]
     turned = apply_hadamard(x, signs.to(x))
     back = torch.eye(n, dtype=x.dtype, device=x.device)
-    return round_through(turned, form) @ apply_hadamard(back, signs.to(x)).t()
+    return fake_quantize_ste(turned, form) @ apply_hadamard(back, signs.to(x)).t()
 
 
 def _descend(
     program: Program,
-    how: LearnRotation,
+    config: SpinQuant,
     plan: SitePlan,
     learned: list[_Basis],
     rounders: dict[fx.Node, Callable[[Tensor], Tensor]],
 ) -> tuple[float, float]:
     """Cayley descent on all bases; returns the mean divergence of the first and of the last steps."""
     assert plan.batches is not None
-    batches = [_cut(batch, how.tokens) for batch in plan.batches()]
+    batches = [_cut(batch, config.tokens) for batch in plan.batches()]
     if not batches:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
 
@@ -147,7 +147,7 @@ def _descend(
             return rounders[n](value) if n in rounders else value
 
     history = []
-    for step in track(range(how.steps), "LearnRotation", disable=not plan.progress, transient=True):
+    for step in track(range(config.steps), "SpinQuant", disable=not plan.progress, transient=True):
         batch = batches[step % len(batches)]
         with torch.no_grad():
             want = program(*batch)[0]
@@ -155,11 +155,11 @@ def _descend(
             out = Rounded(program.graph_module).run(*program.bind(batch))
             loss = divergence(want, out[0] if isinstance(out, (tuple, list)) else out)
             gradients = torch.autograd.grad(loss, [b.matrix for b in learned])
-        rate = how.rate * (1 + math.cos(math.pi * step / how.steps)) / 2
+        rate = config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
         for basis, gradient in zip(learned, gradients, strict=True):
             basis.matrix = cayley_step(basis.matrix.detach(), gradient, rate).requires_grad_()
         history.append(float(loss.detach()))
-    few = max(1, min(len(batches), how.steps // 4))
+    few = max(1, min(len(batches), config.steps // 4))
     return sum(history[:few]) / few, sum(history[-few:]) / few
 
 

@@ -23,7 +23,7 @@ class Untie:
 
 
 @rewrites(Untie, exact=True)
-def untie(program: Program, how: Untie, seen: Statistics) -> PassReport:
+def untie(program: Program, config: Untie, statistics: Statistics) -> PassReport:
     """Give each such site its own copy, named by the weight's other attribute path if it has one."""
     report = PassReport("Untie")
     sites = find_sites(program)
@@ -31,7 +31,7 @@ def untie(program: Program, how: Untie, seen: Statistics) -> PassReport:
         if not site.shared_with or site.kind != "linear":
             continue
         if any(other.weight is site.weight and other is not site for other in sites):
-            report.leave(site.name, "several sites share this weight: one matrix must serve them all")
+            report.skip(site.name, "several sites share this weight: one matrix must serve them all")
             continue
         others = program.aliases.get(site.name, [])
         name = others.pop(0) if others else f"{site.name}.untied"

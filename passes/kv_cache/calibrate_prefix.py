@@ -24,7 +24,7 @@ from qcompile.analysis.attention_scores import products
 from qcompile.calibration.statistics import CalibrationError, Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.divergence import divergence
-from qcompile.numerics.fake_quantize import round_through
+from qcompile.numerics.fake_quantize import fake_quantize_ste
 from qcompile.numerics.format import Format
 from qcompile.passes.qdq.site_plan import BEFORE, SitePlan
 from qcompile.recipe.recipe import RecipeError
@@ -39,15 +39,15 @@ class CalibratePrefix:
     """The training."""
 
     steps: int = 64
-    rate: float = 2e-4
+    lr: float = 2e-4
     tokens: int = 512  # of a batch that a step looks at
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.rate <= 0 or self.tokens < 2:
+        if self.steps < 1 or self.lr <= 0 or self.tokens < 2:
             raise RecipeError(f"CalibratePrefix: steps, rate and tokens must be positive, got {self}")
 
 
-class Heads:
+class PrefixHeads:
     """Keys or values [1, H, p, D] to train; heads that repeat one another (grouped queries) stay equal."""
 
     def __init__(self, start: Tensor) -> None:
@@ -81,7 +81,7 @@ class Trainable(fx.Interpreter):
             value = self.env[n.args[0]].to(n.args[6])
         elif n.target is ops.quantize.default:
             x, form = n.args
-            return round_through(self.env[x], Format.parse(str(form))), None, None
+            return fake_quantize_ste(self.env[x], Format.parse(str(form))), None, None
         else:
             value = super().run_node(n)
         return self.prefix[n](value) if n in self.prefix else value
@@ -95,24 +95,24 @@ class Trainable(fx.Interpreter):
     after=(*BEFORE, "Quantize", "LoRC"),
     requires=("IntactKV", "Quantize"),
 )
-def calibrate_prefix(program: Program, how: CalibratePrefix, seen: Statistics, plan: SitePlan) -> PassReport:
+def calibrate_prefix(program: Program, config: CalibratePrefix, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Train, on texts that are made to begin with the prefix."""
     assert plan.batches is not None and plan.reference is not None
     report, start, ids = PassReport("CalibratePrefix"), plan.made, plan.made["ids"]
-    texts = [torch.cat([ids.expand(len(b[0]), -1), b[0][:, : how.tokens - len(ids)]], 1) for b in plan.batches()]
+    texts = [torch.cat([ids.expand(len(b[0]), -1), b[0][:, : config.tokens - len(ids)]], 1) for b in plan.batches()]
     if len(texts) < 2:
         raise CalibrationError("CalibratePrefix: one batch to train on and one to judge by are needed: give more")
     held = texts[-max(1, len(texts) // 4) :]
     train = texts[: -len(held)]
-    heads: dict[str, Heads] = {}
+    heads: dict[str, PrefixHeads] = {}
     places: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
     for index, flow in enumerate(products(program)):
         for part, node, turned in (("keys", flow.keys, flow.turned), ("values", flow.values, False)):
-            heads[f"{index}.{part}"] = own = Heads(start[f"{index}.{part}"])
+            heads[f"{index}.{part}"] = own = PrefixHeads(start[f"{index}.{part}"])
             places[node] = lambda x, own=own, turned=turned: _begin(x, own.all, turned)
     run = Trainable(program, places)
     leaves = [own.own for own in heads.values()]
-    adam = torch.optim.AdamW(leaves, lr=how.rate, weight_decay=0.0)
+    adam = torch.optim.AdamW(leaves, lr=config.lr, weight_decay=0.0)
 
     def loss(text: Tensor) -> Tensor:
         with torch.no_grad():
@@ -126,8 +126,8 @@ def calibrate_prefix(program: Program, how: CalibratePrefix, seen: Statistics, p
 
     first = least = judge()
     best = [leaf.detach().clone() for leaf in leaves]
-    rounds = max(1, how.steps // 4)
-    for step in track(range(1, how.steps + 1), "CalibratePrefix", disable=not plan.progress, transient=True):
+    rounds = max(1, config.steps // 4)
+    for step in track(range(1, config.steps + 1), "CalibratePrefix", disable=not plan.progress, transient=True):
         adam.zero_grad()
         with torch.enable_grad():
             loss(train[step % len(train)]).backward()
@@ -139,7 +139,7 @@ def calibrate_prefix(program: Program, how: CalibratePrefix, seen: Statistics, p
         own.own = value
     report.tensors = {name: own.all for name, own in heads.items()}
     report.done = [f"{len(ids)} tokens"]
-    report.notes.append(f"{how.steps} steps: divergence {first:.4f} -> {least:.4f} nats a token on texts held back")
+    report.notes.append(f"{config.steps} steps: divergence {first:.4f} -> {least:.4f} nats a token on texts held back")
     return report
 
 

@@ -37,17 +37,17 @@ class IntactKV:
 
 
 @rewrites(IntactKV, exact=False, after=EXACT)
-def intact_kv(program: Program, how: IntactKV, seen: Statistics) -> PassReport:
+def intact_kv(program: Program, config: IntactKV, statistics: Statistics) -> PassReport:
     """Compute keys [1, H, p, D], values and logits [1, p, V] of the prefix with the float program."""
     report = PassReport("IntactKV")
     inputs = program.inputs
-    if not how.prefix:
+    if not config.prefix:
         raise RecipeError("IntactKV: give the token ids of the prefix; this model names no beginning-of-sequence token")
     if len(inputs) != 1 or inputs[0].meta["val"].dtype != torch.int64:
         raise RecipeError(f"IntactKV: the model must take token ids alone, it takes {[n.name for n in inputs]}")
     flows = products(program)
     found: dict[fx.Node, Tensor] = {}
-    ids = torch.tensor([how.prefix, how.prefix])  # two rows, as the program was traced
+    ids = torch.tensor([config.prefix, config.prefix])  # two rows, as the program was traced
     logits = program.outputs[0]
     program.watch({logits, *(f.keys for f in flows), *(f.values for f in flows)}, [ids], found.__setitem__)
     for index, flow in enumerate(flows):
@@ -56,7 +56,7 @@ def intact_kv(program: Program, how: IntactKV, seen: Statistics) -> PassReport:
         report.tensors[f"{index}.values"] = _first_row(found[flow.values])
     report.tensors["logits"] = found[logits][:1].clone()
     report.tensors["ids"] = ids[0]
-    report.notes.append(f"{len(how.prefix)} tokens of {len(flows)} attentions from the float model")
+    report.notes.append(f"{len(config.prefix)} tokens of {len(flows)} attentions from the float model")
     return report
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.analysis.attention_scores import Product, mixed_channels, products
+from qcompile.analysis.attention_scores import AttentionMatmul, mixed_channels, products
 from qcompile.analysis.obstacle import Obstacle
 from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
@@ -44,27 +44,27 @@ class QuantizeKV:
 
     Attributes:
         bits: 4 or 8. hadamard: turn keys first. center: take their mean out before that.
-        intact: first tokens that stay float. fixed: scales of channels, from calibration, instead of tokens.
+        sink_tokens: first tokens that stay float. static: scales of channels, from calibration, instead of tokens.
         optional: for a model without a cache, and in a file whose runtime cannot read such a one, leave it out
             (the report says so) instead of refusing.
     """
 
     bits: int = 4
     hadamard: bool = False
-    intact: int = 0
+    sink_tokens: int = 0
     center: bool = False
-    fixed: bool = False
+    static: bool = False
     optional: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise RecipeError(f"QuantizeKV: bits must be 4 or 8, got {self.bits}")
-        if self.intact < 0:
-            raise RecipeError(f"QuantizeKV: intact counts tokens, got {self.intact}")
-        if self.fixed and (self.bits != 8 or self.hadamard or self.center or self.intact):
+        if self.sink_tokens < 0:
+            raise RecipeError(f"QuantizeKV: sink_tokens counts tokens, got {self.sink_tokens}")
+        if self.static and (self.bits != 8 or self.hadamard or self.center or self.sink_tokens):
             raise RecipeError(
-                "QuantizeKV: fixed scales are of 8 bits, and go with none of hadamard, center, intact: "
-                "QuantizeKV(8, fixed=True)"
+                "QuantizeKV: fixed scales are of 8 bits, and go with none of hadamard, center, sink_tokens: "
+                "QuantizeKV(8, static=True)"
             )
 
     @property
@@ -76,38 +76,38 @@ class QuantizeKV:
 @rewrites(
     QuantizeKV,
     exact=False,
-    needs=lambda how: ("keys",) if how.center or how.fixed else (),
+    needs=lambda config: ("keys",) if config.center or config.static else (),
     after=(*EXACT, "IntactKV"),
 )
-def quantize_kv(program: Program, how: QuantizeKV, seen: Statistics) -> PassReport:
+def quantize_kv(program: Program, config: QuantizeKV, statistics: Statistics) -> PassReport:
     """Insert the rounding before every attention, in place."""
     report = PassReport("QuantizeKV")
     found = products(program)
-    scales = [_fixed_scales(program, p, seen, report) for p in found] if how.fixed else []
+    scales = [_fixed_scales(program, p, statistics, report) for p in found] if config.static else []
     for index, product in enumerate(found):
         keys, values = product.keys, product.values
         center = None
-        if how.center:
-            report.tensors[f"{index}.center"] = mean = seen.key_means[keys.name]
+        if config.center:
+            report.tensors[f"{index}.center"] = mean = statistics.key_means[keys.name]
             center = program.add_weight(f"keys.{index}.center", mean.to(keys.meta["val"].device))
         if product.turned:
             keys = program.insert(aten.transpose.int, (keys, -1, -2), before=product.node)
-        if how.fixed:
+        if config.static:
             turned, rounded = (
                 _round_fixed(program, x, report, f"{index}.{part}_scale", scale, before)
                 for x, part, scale, before in zip(
-                    (keys, values), ("key", "value"), scales[index], (product.node, product.reader), strict=True
+                    (keys, values), ("key", "value"), scales[index], (product.node, product.consumer), strict=True
                 )
             )
         else:
-            turned = _round(program, keys, how, product.node, turn=how.hadamard, center=center)
-            rounded = _round(program, values, how, product.reader, turn=False)
+            turned = _round(program, keys, config, product.node, turn=config.hadamard, center=center)
+            rounded = _round(program, values, config, product.consumer, turn=False)
         if product.turned:
             turned = program.insert(aten.transpose.int, (turned, -1, -2), before=product.node)
         _replace_argument(product.node, 1, turned)
-        _replace_argument(product.reader, product.values_at, rounded)
+        _replace_argument(product.consumer, product.values_at, rounded)
         report.done.append(product.node.name)
-    kind = "int8, a scale for each channel" if how.fixed else str(how.format)
+    kind = "int8, a scale for each channel" if config.static else str(config.format)
     report.notes.append(f"{len(report.done)} attentions, {kind}")
     return report
 
@@ -128,14 +128,16 @@ def fixed_scale(absmax: Tensor, mixed: Tensor | None = None) -> Tensor:
     return (torch.where(peak > 0, peak, torch.ones_like(peak)) / 127).float()
 
 
-def _fixed_scales(program: Program, product: Product, seen: Statistics, report: PassReport) -> tuple[Tensor, Tensor]:
+def _fixed_scales(
+    program: Program, product: AttentionMatmul, statistics: Statistics, report: PassReport
+) -> tuple[Tensor, Tensor]:
     """Of keys and of values; found before anything is inserted that the flow would meet."""
     mixed = mixed_channels(program, product)
     if isinstance(mixed, Obstacle):
         report.notes.append(f"{product.node.name}: scales hold for the positions of the calibration ({mixed.reason})")
         mixed = None
-    keys = fixed_scale(seen.cached[product.keys.name], mixed)
-    return keys, fixed_scale(seen.cached[product.values.name])
+    keys = fixed_scale(statistics.cached[product.keys.name], mixed)
+    return keys, fixed_scale(statistics.cached[product.values.name])
 
 
 def _round_fixed(
@@ -156,13 +158,13 @@ def _round_fixed(
 def _round(
     program: Program,
     x: torch.fx.Node,
-    how: QuantizeKV,
+    config: QuantizeKV,
     before: torch.fx.Node,
     *,
     turn: bool,
     center: torch.fx.Node | None = None,
 ) -> torch.fx.Node:
-    form, dtype, intact = how.format, x.meta["val"].dtype, how.intact
+    form, dtype, intact = config.format, x.meta["val"].dtype, config.sink_tokens
     args = [x]
     if turn:
         width = int(x.meta["val"].shape[-1])

@@ -26,7 +26,7 @@ class Fuse:
 
 
 @rewrites(Fuse, exact=False, after=("Quantize", "LoRC", "CalibratePrefix"), requires=("Quantize",))
-def fuse(program: Program, how: Fuse, seen: Statistics) -> PassReport:
+def fuse(program: Program, config: Fuse, statistics: Statistics) -> PassReport:
     """Replace Q/DQ and linear by qlinear, in place."""
     report = PassReport("Fuse")
     for node in list(program.graph.find_nodes(op="call_function", target=aten.linear.default)):

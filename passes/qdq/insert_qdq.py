@@ -8,7 +8,7 @@ from torch import Tensor
 from qcompile.analysis.sites import Site
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
-from qcompile.passes.qdq.site_plan import SitePlan, Wanted
+from qcompile.passes.qdq.site_plan import PlannedSite, SitePlan
 
 ops = torch.ops.qcompile
 aten = torch.ops.aten
@@ -43,14 +43,14 @@ def matrix_of(program: Program, site: Site) -> Tensor:
     return (weight if site.rows_first else weight.transpose(1, 2)).flatten(0, 1)
 
 
-def put_codes(program: Program, wanted: Wanted, tensors: tuple[Tensor | None, ...], plan: SitePlan) -> None:
+def put_codes(program: Program, planned: PlannedSite, tensors: tuple[Tensor | None, ...], plan: SitePlan) -> None:
     """Make a site read stored codes (with scale, zero, group scale) and a quantized input.
 
     The tensors are of `matrix_of`; those of a stack get their leading E back.
     """
-    site, act = wanted.site, wanted.act
+    site, act = planned.site, planned.act
     if site.kind == "experts":
-        _put_stack(program, wanted, tensors)
+        _put_stack(program, planned, tensors)
         return
     original = program.weights[site.name]
     dtype, weight_dtype = site.node.meta["val"].dtype, original.dtype
@@ -59,7 +59,7 @@ def put_codes(program: Program, wanted: Wanted, tensors: tuple[Tensor | None, ..
         site.node.meta["original"] = original
     nodes = add_stored(program, site.name, tensors)
     numbers = program.insert(
-        ops.dequantize.default, (*nodes, str(wanted.weight), site.K, weight_dtype), before=site.node
+        ops.dequantize.default, (*nodes, str(planned.weight), site.K, weight_dtype), before=site.node
     )
     x = site.input
     if act is not None:
@@ -72,12 +72,12 @@ def put_codes(program: Program, wanted: Wanted, tensors: tuple[Tensor | None, ..
     site.node.args = (x, numbers, *site.node.args[2:])
 
 
-def _put_stack(program: Program, wanted: Wanted, tensors: tuple[Tensor | None, ...]) -> None:
-    site = wanted.site
+def _put_stack(program: Program, planned: PlannedSite, tensors: tuple[Tensor | None, ...]) -> None:
+    site = planned.site
     dtype = program.weights[site.name].dtype
     stacked = tuple(t if t is None or not t.ndim else t.unflatten(0, (-1, site.N)) for t in tensors)
     nodes = add_stored(program, site.name, stacked)
-    numbers = program.insert(ops.dequantize.default, (*nodes, str(wanted.weight), site.K, dtype), before=site.node)
+    numbers = program.insert(ops.dequantize.default, (*nodes, str(planned.weight), site.K, dtype), before=site.node)
     if site.rows_first:
         turn = site.node.args[1]
         numbers = program.insert(turn.target, (numbers, *turn.args[1:]), before=site.node)

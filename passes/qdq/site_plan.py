@@ -30,13 +30,13 @@ _PRODUCTS = {
 EXACT = (
     "Untie",
     "FoldNorm",
-    "Smooth",
+    "SmoothQuant",
     "SmoothAttention",
     "SmoothQuantPlus",
     "AWQ",
-    "Reorder",
+    "ReorderChannels",
     "Rotate",
-    "RotateOnline",
+    "OnlineHadamard",
 )
 BEFORE = (*EXACT, "IntactKV", "QuantizeKV")
 
@@ -46,20 +46,20 @@ class Quantize:
     """Formats of weights and activations; None keeps the activation float.
 
     The last product (the logits) is the most sensitive one and in decoding as large as any: it has
-    formats of its own; `output` None treats it as every other site.
+    formats of its own; `lm_head` None treats it as every other site.
     """
 
     weight: Format = Format("int8")
     act: Format | None = Format("int8")
-    output: Format | None = Format("int8")  # of sites that write the graph's output
-    output_act: Format | None = None  # of their activations
+    lm_head: Format | None = Format("int8")  # of sites that write the graph's output
+    lm_head_act: Format | None = None  # of their activations
     clip: bool = False  # search the clip of each weight range that minimises sum |e|^2.4
 
     def __post_init__(self) -> None:
-        for name in ("weight", "act", "output", "output_act"):
+        for name in ("weight", "act", "lm_head", "lm_head_act"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Format.parse(getattr(self, name)))
-        for act in (self.act, self.output_act):
+        for act in (self.act, self.lm_head_act):
             if act is not None and act.two_level:
                 raise RecipeError(f"Quantize: an activation has no second level ({act})")
         if self.weight.smooth:
@@ -72,7 +72,7 @@ class SitePlan:
 
     Attributes:
         rules: the first matching rule of a site name, or None; a pass may write formats here for the quantizing
-            pass behind it (PerTensor). keep: sites to leave float -> reason.
+            pass behind it (PerTensorActivations). keep: sites to leave float -> reason.
         batches: a fresh iterator of the program's flat inputs, for passes that need data.
         corrected: a later pass compares the codes with the float weights: hold these.
         progress: show bars. reference: the program before all passes. made: tensors that earlier
@@ -89,7 +89,7 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PlannedSite:
     """A site to quantize, and its formats; `last`: it makes the logits, in the recipe's own format for them."""
 
     site: Site
@@ -98,30 +98,30 @@ class Wanted:
     last: bool = False
 
 
-def wanted_sites(program: Program, how: Quantize, plan: SitePlan, report: PassReport) -> list[Wanted]:
+def planned_sites(program: Program, config: Quantize, plan: SitePlan, report: PassReport) -> list[PlannedSite]:
     """The sites to quantize, in graph order; the others are left with their reasons."""
     found = []
     for site in find_sites(program):
         rule = plan.rules.get(site.name)
         if site.name in plan.keep:
-            report.leave(site.name, plan.keep[site.name])
+            report.skip(site.name, plan.keep[site.name])
         elif rule is not None and rule.keep:
-            report.leave(site.name, f"kept float by the rule {rule.match!r}")
+            report.skip(site.name, f"kept float by the rule {rule.match!r}")
         elif rule is None and chooses_experts(site):
-            report.leave(site.name, "its output chooses experts: one flipped choice costs more than its bytes")
+            report.skip(site.name, "its output chooses experts: one flipped choice costs more than its bytes")
         elif site.kind == "experts" and not (site.grouped or site.batched):
-            report.leave(site.name, "neither rows sorted by expert nor [E, T, K] by [E, K, N]", site.node.name)
+            report.skip(site.name, "neither rows sorted by expert nor [E, T, K] by [E, K, N]", site.node.name)
         else:
-            last = how.output is not None and (rule is None or rule.weight is None) and writes_output(site)
-            found.append(Wanted(site, *formats_of(site, how, rule), last))
+            last = config.lm_head is not None and (rule is None or rule.weight is None) and writes_output(site)
+            found.append(PlannedSite(site, *formats_of(site, config, rule), last))
     return found
 
 
-def formats_of(site: Site, how: Quantize, rule: Rule | None) -> tuple[Format, Format | None]:
+def formats_of(site: Site, config: Quantize, rule: Rule | None) -> tuple[Format, Format | None]:
     """Weight and activation format of one site."""
-    weight, act = how.weight, how.act
-    if how.output is not None and writes_output(site):
-        weight, act = how.output, how.output_act
+    weight, act = config.weight, config.act
+    if config.lm_head is not None and writes_output(site):
+        weight, act = config.lm_head, config.lm_head_act
     if rule is not None:
         weight, act = rule.weight or weight, rule.act or act
     return weight, None if site.kind == "experts" else act
@@ -129,13 +129,13 @@ def formats_of(site: Site, how: Quantize, rule: Rule | None) -> tuple[Format, Fo
 
 def writes_output(site: Site) -> bool:
     """Whether what a site computes reaches the graph's outputs and no further product."""
-    work, seen = list(site.node.users), set()
+    work, statistics = list(site.node.users), set()
     meets_output = False
     while work:
         node = work.pop()
-        if node in seen:
+        if node in statistics:
             continue
-        seen.add(node)
+        statistics.add(node)
         if node.op == "output":
             meets_output = True
         elif node.target in _PRODUCTS:
@@ -146,14 +146,14 @@ def writes_output(site: Site) -> bool:
 
 def chooses_experts(site: Site) -> bool:
     """Whether the output of a site reaches a top-k through elementwise operations only."""
-    work, seen = [site.node], set()
+    work, statistics = [site.node], set()
     while work:
         node = work.pop()
         if node.target is torch.ops.aten.topk.default:
             return True
         shape = node.meta["val"].shape[-1:] if hasattr(node.meta.get("val"), "shape") else None
-        if node in seen or shape != site.node.meta["val"].shape[-1:]:
+        if node in statistics or shape != site.node.meta["val"].shape[-1:]:
             continue
-        seen.add(node)
+        statistics.add(node)
         work += [u for u in node.users if u.target is not torch.ops.aten.linear.default]
     return False

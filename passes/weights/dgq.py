@@ -18,7 +18,7 @@ from torch import Tensor
 from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
-from qcompile.numerics.qtensor import QTensor, group_columns, spread, ungroup_columns
+from qcompile.numerics.qtensor import QTensor, expand_groups, group_columns, ungroup_columns
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.site_plan import BEFORE, SitePlan
 from qcompile.passes.weights.gptq import GPTQ, compensate, loss
@@ -81,11 +81,13 @@ def search_rows(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, fo
     for step in range(1, ROW_STEPS + 1):
         row = peak * (1.02 - 0.82 * step / ROW_STEPS) / 127
         group_scale = (scale / row).round().clamp(1, 127)
-        reach = (127 / group_scale).floor()
+        max_value = (127 / group_scale).floor()
         codes = group_columns(wide / row, form).div_(group_scale[..., None]).round_().add_(zero[..., None])
-        codes.clamp_((zero - reach).clamp_min(0)[..., None], (zero + reach).clamp_max(15)[..., None])
+        codes.clamp_((zero - max_value).clamp_min(0)[..., None], (zero + max_value).clamp_max(15)[..., None])
         flat = ungroup_columns(codes, wide.shape[1])
-        error = (flat - spread(zero, form, wide.shape[1])) * spread(group_scale, form, wide.shape[1]) * row - wide
+        error = (flat - expand_groups(zero, form, wide.shape[1])) * expand_groups(
+            group_scale, form, wide.shape[1]
+        ) * row - wide
         now = ((error @ h) * error).sum(-1)
         better = now < lost
         lost = torch.where(better, now, lost)
@@ -100,7 +102,7 @@ def _parts(q: QTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @rewrites(DGQ, exact=False, needs=("hessian",), sitewise=True, after=BEFORE)
-def dgq(program: Program, how: DGQ, seen: Statistics, plan: SitePlan) -> PassReport:
+def dgq(program: Program, config: DGQ, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Quantize every wanted site on searched scales, in the order of the graph."""
     nearest: list[str] = []
 
@@ -109,9 +111,9 @@ def dgq(program: Program, how: DGQ, seen: Statistics, plan: SitePlan) -> PassRep
             grid = quantize_tensor(weight, form, clip=True)
         else:
             grid = search_rows(weight, hessian, *search_groups(weight, hessian, form), form)
-        return compensate(weight, hessian, grid, how, names, nearest) if how.codes == "gptq" else grid
+        return compensate(weight, hessian, grid, config, names, nearest) if config.codes == "gptq" else grid
 
-    report = quantize_sequentially(program, how, plan, PassReport("DGQ"), choose)
+    report = quantize_sequentially(program, config, plan, PassReport("DGQ"), choose)
     if nearest:
         report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(nearest)}")
     return report

@@ -23,7 +23,7 @@ from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
-from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan, wanted_sites
+from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan, planned_sites
 from qcompile.recipe.recipe import RecipeError
 from qcompile.recipe.registry import rewrites
 from qcompile.recipe.report import PassReport
@@ -33,17 +33,17 @@ from qcompile.recipe.report import PassReport
 class FineQuant(Quantize):
     """Group sizes to choose from and bits a weight to spend, scales and zeros included."""
 
-    weight: Format = Format("int4", "group", 128, "int")  # all but its group size, which `sizes` replace
+    weight: Format = Format("int4", "group", 128, "int")  # all but its group size, which `group_sizes` replace
     act: Format | None = None
-    sizes: tuple[int, ...] = (256, 128, 64, 32)
+    group_sizes: tuple[int, ...] = (256, 128, 64, 32)
     bits: float = 4.4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weight.per != "group":
             raise RecipeError(f"FineQuant chooses group sizes, the format {self.weight} has no groups")
-        if not self.sizes or min(self.sizes) < 1:
-            raise RecipeError(f"FineQuant: sizes must be positive, got {self.sizes}")
+        if not self.group_sizes or min(self.group_sizes) < 1:
+            raise RecipeError(f"FineQuant: group_sizes must be positive, got {self.group_sizes}")
         if self.bits <= self.weight.bits:
             raise RecipeError(
                 f"FineQuant: {self.bits} bits leave nothing for scales beside {self.weight.bits}-bit codes"
@@ -93,33 +93,35 @@ def relative_error(weight: Tensor, form: Format, clip: bool) -> tuple[float, int
 
 
 @rewrites(FineQuant, exact=False, sitewise=True, after=BEFORE)
-def finequant(program: Program, how: FineQuant, seen: Statistics, plan: SitePlan) -> PassReport:
+def finequant(program: Program, config: FineQuant, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Choose sizes for all wanted sites together, then round to nearest, in place."""
     report = PassReport("FineQuant")
-    wanted = wanted_sites(program, how, plan, report)
-    free = [index for index, w in enumerate(wanted) if w.weight == how.weight]
+    planned = planned_sites(program, config, plan, report)
+    free = [index for index, w in enumerate(planned) if w.weight == config.weight]
     errors, costs, numbers = [], [], 0
     for index in track(free, "FineQuant", disable=not plan.progress, transient=True):
-        weight = matrix_of(program, wanted[index].site)
-        options = [relative_error(weight, _sized(how.weight, size), how.clip) for size in how.sizes]
+        weight = matrix_of(program, planned[index].site)
+        options = [relative_error(weight, _sized(config.weight, size), config.clip) for size in config.group_sizes]
         errors.append([error for error, _ in options])
         costs.append([cost for _, cost in options])
         numbers += weight.numel()
     if free:
         least = 8 * sum(map(min, costs)) / numbers
-        if least > how.bits:
+        if least > config.bits:
             raise RecipeError(
-                f"FineQuant: the coarsest groups of {how.sizes} already take {least:.3f} bits a weight, "
-                f"the budget is {how.bits}: allow more bits or a larger size"
+                f"FineQuant: the coarsest groups of {config.group_sizes} already take {least:.3f} bits a weight, "
+                f"the budget is {config.bits}: allow more bits or a larger size"
             )
-        chosen = spend(errors, costs, how.bits * numbers / 8)
+        chosen = spend(errors, costs, config.bits * numbers / 8)
         for index, option in zip(free, chosen, strict=True):
-            wanted[index] = dataclasses.replace(wanted[index], weight=_sized(how.weight, how.sizes[option]))
+            planned[index] = dataclasses.replace(
+                planned[index], weight=_sized(config.weight, config.group_sizes[option])
+            )
         spent = 8 * sum(c[i] for c, i in zip(costs, chosen, strict=True)) / numbers
-        shares = {size: sum(how.sizes[i] == size for i in chosen) for size in how.sizes}
+        shares = {size: sum(config.group_sizes[i] == size for i in chosen) for size in config.group_sizes}
         report.notes.append(f"{spent:.3f} bits a weight; " + ", ".join(f"group {s}: {n}" for s, n in shares.items()))
-    for site in wanted:
-        q = quantize_tensor(matrix_of(program, site.site), site.weight, clip=how.clip)
+    for site in planned:
+        q = quantize_tensor(matrix_of(program, site.site), site.weight, clip=config.clip)
         put_codes(program, site, (q.stored(), q.scale, q.zero, q.group_scale), plan)
         report.done.append(site.site.name)
     return report

@@ -60,17 +60,17 @@ def towards_float(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float
 
 
 @rewrites(GPTAQ, exact=False, needs=("hessian",), sitewise=True, after=BEFORE)
-def gptaq(program: Program, how: GPTAQ, seen: Statistics, plan: SitePlan) -> PassReport:
+def gptaq(program: Program, config: GPTAQ, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Quantize every wanted site, in the order of the graph, towards the float model's output."""
     nearest: list[str] = []
 
     def choose(weight: Tensor, hessian: Tensor, form: Format, names: list[str]) -> QTensor:
-        return compensate(weight, hessian, quantize_tensor(weight, form, clip=how.clip), how, names, nearest)
+        return compensate(weight, hessian, quantize_tensor(weight, form, clip=config.clip), config, names, nearest)
 
     def aim(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
-        return towards_float(weight, hessian, cross, how.damping, how.strength)
+        return towards_float(weight, hessian, cross, config.damp_percent, config.strength)
 
-    report = quantize_sequentially(program, how, plan, PassReport("GPTAQ"), choose, aim)
+    report = quantize_sequentially(program, config, plan, PassReport("GPTAQ"), choose, aim)
     if nearest:
         report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(nearest)}")
     return report

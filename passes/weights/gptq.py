@@ -22,7 +22,7 @@ from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import QTensor
-from qcompile.numerics.rounding import encode, level_grid, on_grid, quantize_tensor
+from qcompile.numerics.rounding import expand_qparams, fake_quantize, quantize_tensor, quantize_with_qparams
 from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan
 from qcompile.passes.weights.sequential import quantize_sequentially
 from qcompile.recipe.recipe import RecipeError
@@ -36,14 +36,16 @@ _ROWS = 16384  # of a weight at once: each is solved by itself, and the logits h
 class GPTQ(Quantize):
     """Quantize with GPTQ; formats, output and clip as for Quantize."""
 
-    damping: float = 0.01  # of the mean diagonal, added to the diagonal
-    order: bool = True  # columns by falling Hessian diagonal; groups stay where they are
-    block: int = 64  # columns whose updates are done at once
+    damp_percent: float = 0.01  # of the mean diagonal, added to the diagonal
+    act_order: bool = True  # columns by falling Hessian diagonal; groups stay where they are
+    block_size: int = 64  # columns whose updates are done at once
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.damping <= 0 or self.block < 1:
-            raise RecipeError(f"GPTQ: damping and block must be positive, got {self.damping} and {self.block}")
+        if self.damp_percent <= 0 or self.block_size < 1:
+            raise RecipeError(
+                f"GPTQ: damp_percent and block_size must be positive, got {self.damp_percent} and {self.block_size}"
+            )
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
@@ -96,7 +98,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
     """
     form = grid.format
     # Turned, so that a column's numbers lie side by side.
-    scale, zero, low, high = (None if t is None else t.t()[order].contiguous() for t in level_grid(grid))
+    scale, zero, low, high = (None if t is None else t.t()[order].contiguous() for t in expand_qparams(grid))
     assert scale is not None
 
     def at(t: Tensor | None, where: int | slice) -> Tensor | None:
@@ -112,10 +114,10 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
         rounded, errors = torch.empty_like(part), torch.empty_like(part)
         for k, pivot in enumerate(factor.diagonal().tolist()):
             c = first + k
-            rounded[k] = on_grid(part[k], scale[c], at(zero, c), form, at(low, c), at(high, c))
+            rounded[k] = fake_quantize(part[k], scale[c], at(zero, c), form, at(low, c), at(high, c))
             torch.sub(part[k], rounded[k], out=errors[k]).div_(pivot)
             part[k + 1 :].addr_(factor[k, k + 1 :], errors[k], alpha=-1)
-        found[first:last] = encode(rounded, scale[first:last], at(zero, slice(first, last)), form)
+        found[first:last] = quantize_with_qparams(rounded, scale[first:last], at(zero, slice(first, last)), form)
         w[last:].addmm_(u[first:last, last:].t(), errors, alpha=-1)
     codes = torch.empty_like(grid.codes)
     codes[:, order] = found.t()
@@ -126,34 +128,36 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
 
 
 @rewrites(GPTQ, exact=False, needs=("hessian",), sitewise=True, after=BEFORE)
-def gptq_sites(program: Program, how: GPTQ, seen: Statistics, plan: SitePlan) -> PassReport:
+def gptq_sites(program: Program, config: GPTQ, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Quantize every wanted site, in the order of the graph, each on quantized upstream inputs."""
     nearest: list[str] = []
 
     def choose(weight: Tensor, hessian: Tensor, form: Format, names: list[str]) -> QTensor:
-        return compensate(weight, hessian, quantize_tensor(weight, form, clip=how.clip), how, names, nearest)
+        return compensate(weight, hessian, quantize_tensor(weight, form, clip=config.clip), config, names, nearest)
 
-    report = quantize_sequentially(program, how, plan, PassReport("GPTQ"), choose)
+    report = quantize_sequentially(program, config, plan, PassReport("GPTQ"), choose)
     if nearest:
         report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(nearest)}")
     return report
 
 
 def compensate(
-    weight: Tensor, hessian: Tensor, grid: QTensor, how: GPTQ, names: list[str], nearest: list[str]
+    weight: Tensor, hessian: Tensor, grid: QTensor, config: GPTQ, names: list[str], nearest: list[str]
 ) -> QTensor:
     """GPTQ on the scales of `grid`, with more damping where needed; adds `names` to `nearest` if none helps."""
     hessian = hessian.clone()
     dead = hessian.diagonal() == 0  # never seen: such a column is rounded to nearest by itself
     hessian[dead, dead] = hessian.diagonal().max().clamp_min(1)
     diagonal = hessian.diagonal()
-    order = diagonal.argsort(descending=True) if how.order else torch.arange(len(diagonal), device=diagonal.device)
+    order = (
+        diagonal.argsort(descending=True) if config.act_order else torch.arange(len(diagonal), device=diagonal.device)
+    )
     for harder in (1, 10, 100):
-        upper = inverse_factor(hessian[order][:, order], how.damping * harder)
+        upper = inverse_factor(hessian[order][:, order], config.damp_percent * harder)
         if upper is not None:
             sizes = [len(rows) for rows in weight.split(_ROWS)]
             parts = zip(weight.split(sizes), grid.split(sizes), strict=True)
-            found = [gptq(rows, hessian, of_rows, upper, order, how.block).codes for rows, of_rows in parts]
+            found = [gptq(rows, hessian, of_rows, upper, order, config.block_size).codes for rows, of_rows in parts]
             return QTensor(torch.cat(found), grid.scale, grid.zero, grid.group_scale, grid.format)
     nearest += names
     return grid

@@ -21,7 +21,7 @@ from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import QTensor, group_columns, ungroup_columns
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
-from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan, wanted_sites
+from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan, planned_sites
 from qcompile.recipe.recipe import RecipeError
 from qcompile.recipe.registry import rewrites
 from qcompile.recipe.report import PassReport
@@ -100,19 +100,19 @@ def hqq(weight: Tensor, grid: QTensor, *, norm: float = 0.7, beta: float = 10.0,
 
 
 @rewrites(HQQ, exact=False, sitewise=True, after=BEFORE)
-def hqq_sites(program: Program, how: HQQ, seen: Statistics, plan: SitePlan) -> PassReport:
+def hqq_sites(program: Program, config: HQQ, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Quantize every wanted site, in place; sites in another format are rounded to nearest."""
     report = PassReport("HQQ")
     plain: list[str] = []
-    for wanted in wanted_sites(program, how, plan, report):
-        weight = matrix_of(program, wanted.site)
-        q = quantize_tensor(weight, wanted.weight, clip=how.clip)
-        if wanted.weight.zero == "float" and wanted.weight.per == "group":
-            q = hqq(weight, q, norm=how.norm, beta=how.beta, steps=how.steps)
+    for planned in planned_sites(program, config, plan, report):
+        weight = matrix_of(program, planned.site)
+        q = quantize_tensor(weight, planned.weight, clip=config.clip)
+        if planned.weight.zero == "float" and planned.weight.per == "group":
+            q = hqq(weight, q, norm=config.norm, beta=config.beta, steps=config.steps)
         else:
-            plain.append(wanted.site.name)
-        put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
-        report.done.append(wanted.site.name)
+            plain.append(planned.site.name)
+        put_codes(program, planned, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+        report.done.append(planned.site.name)
     if plain:
         report.notes.append(f"rounded to nearest, their format has no real zeros in groups: {', '.join(plain)}")
     return report

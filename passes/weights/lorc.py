@@ -67,17 +67,17 @@ def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @rewrites(LoRC, exact=False, sitewise=True, after=("Quantize",), requires=("Quantize",))
-def lorc(program: Program, how: LoRC, seen: Statistics, plan: SitePlan) -> PassReport:
+def lorc(program: Program, config: LoRC, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Add a correction beside every quantized site, in place."""
     report = PassReport("LoRC")
     bits = weights = 0
     for node, original, numbers in corrected_sites(program):
         name = node.meta["site"]
-        inner, outer = low_rank(original.float() - numbers.float(), how.rank)
+        inner, outer = low_rank(original.float() - numbers.float(), config.rank)
         x = float_input(node)
         stored: dict[str, str] = {}  # part -> weight
         for part, factor in (("low_in", inner), ("low_out", outer)):
-            weight = _add_factor(program, node, part, factor, how, stored)
+            weight = _add_factor(program, node, part, factor, config, stored)
             x = program.insert(aten.linear.default, (x, weight), before=node)
         total = program.insert(aten.add.Tensor, (node, x), after=node)
         program.replace(node, total)
@@ -85,19 +85,19 @@ def lorc(program: Program, how: LoRC, seen: Statistics, plan: SitePlan) -> PassR
         bits += 8 * sum(program.weights[weight].nbytes for weight in stored.values())
         weights += original.numel()
         report.done.append(name)
-    report.notes.append(f"rank {how.rank}: {bits / max(weights, 1):.3f} bits a weight")
+    report.notes.append(f"rank {config.rank}: {bits / max(weights, 1):.3f} bits a weight")
     return report
 
 
 def _add_factor(
-    program: Program, node: torch.fx.Node, part: str, factor: Tensor, how: LoRC, stored: dict[str, str]
+    program: Program, node: torch.fx.Node, part: str, factor: Tensor, config: LoRC, stored: dict[str, str]
 ) -> torch.fx.Node:
     """Add a factor as weight "<site>.<part>", in int8 with "<site>.<part>_scale"; notes both in `stored`."""
     name, dtype = f"{node.meta['site']}.{part}", node.meta["original"].dtype
     stored[part] = name
-    if how.factors is None:
+    if config.factors is None:
         return program.add_weight(name, factor.to(dtype))
-    q = quantize_tensor(factor, how.factors)
+    q = quantize_tensor(factor, config.factors)
     stored[f"{part}_scale"] = f"{name}_scale"
     nodes = program.add_weight(name, q.codes), program.add_weight(f"{name}_scale", q.scale)
     numbers: torch.fx.Node = program.inline(lambda codes, scale: (codes.float() * scale).to(dtype), nodes, before=node)

@@ -18,7 +18,7 @@ from qcompile.ir.program import Program
 from qcompile.memory.weight_cache import shared
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
-from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan, Wanted, wanted_sites
+from qcompile.passes.qdq.site_plan import BEFORE, PlannedSite, Quantize, SitePlan, planned_sites
 from qcompile.recipe.recipe import RecipeError
 from qcompile.recipe.registry import rewrites
 from qcompile.recipe.report import PassReport
@@ -28,22 +28,22 @@ aten = torch.ops.aten
 
 
 @rewrites(Quantize, exact=False, sitewise=True, after=BEFORE)
-def quantize(program: Program, how: Quantize, seen: Statistics, plan: SitePlan) -> PassReport:
+def quantize(program: Program, config: Quantize, statistics: Statistics, plan: SitePlan) -> PassReport:
     """Insert Q/DQ at every wanted site, rounding to nearest, in place."""
     report = PassReport("Quantize")
-    for wanted in wanted_sites(program, how, plan, report):
-        name, original = wanted.site.name, matrix_of(program, wanted.site)
+    for planned in planned_sites(program, config, plan, report):
+        name, original = planned.site.name, matrix_of(program, planned.site)
 
-        def make(original: Tensor = original, wanted: Wanted = wanted) -> tuple[Tensor | None, ...]:
+        def make(original: Tensor = original, planned: PlannedSite = planned) -> tuple[Tensor | None, ...]:
             try:
-                q = quantize_tensor(original, wanted.weight, clip=how.clip)
+                q = quantize_tensor(original, planned.weight, clip=config.clip)
             except ValueError as error:
-                name = wanted.site.name
+                name = planned.site.name
                 raise RecipeError(f"Quantize: the weight {name} cannot be quantized: {error}") from error
             return q.stored(), q.scale, q.zero, q.group_scale
 
-        made = shared(("codes", str(wanted.weight), how.clip), [original], make)
+        made = shared(("codes", str(planned.weight), config.clip), [original], make)
         program.alive.append(made)
-        put_codes(program, wanted, made.tensors, plan)
+        put_codes(program, planned, made.tensors, plan)
         report.done.append(name)
     return report

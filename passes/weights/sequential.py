@@ -13,15 +13,15 @@ from rich.progress import track
 from torch import Tensor
 
 from qcompile.calibration.hessian import Gram, hessian_of, refuse_infinite
-from qcompile.calibration.layerwise_run import Walk
+from qcompile.calibration.layerwise_run import LayerwiseRun
 from qcompile.calibration.statistics import CalibrationError
 from qcompile.ir.program import Program
-from qcompile.memory.process import give_back
+from qcompile.memory.process import release_freed_memory
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import QTensor
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
-from qcompile.passes.qdq.site_plan import Quantize, SitePlan, Wanted, wanted_sites
+from qcompile.passes.qdq.site_plan import PlannedSite, Quantize, SitePlan, planned_sites
 from qcompile.recipe.report import PassReport
 
 Choose = Callable[[Tensor, Tensor, Format, list[str]], QTensor]
@@ -32,7 +32,7 @@ Aim = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def quantize_sequentially(
-    program: Program, how: Quantize, plan: SitePlan, report: PassReport, choose: Choose, aim: Aim | None = None
+    program: Program, config: Quantize, plan: SitePlan, report: PassReport, choose: Choose, aim: Aim | None = None
 ) -> PassReport:
     """Quantize every wanted site in place, in the order of the graph.
 
@@ -42,30 +42,32 @@ def quantize_sequentially(
     report says so: the largest matrix of a small model, and eight bits lose nothing that a search could
     win back.
     """
-    beside = Beside(program.copy(), plan) if aim is not None else None
-    groups: dict[tuple[torch.fx.Node, Format], list[Wanted]] = {}
-    for wanted in wanted_sites(program, how, plan, report):
-        if wanted.last and wanted.weight.bits >= 8:
-            q = quantize_tensor(matrix_of(program, wanted.site), wanted.weight)
-            put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
-            report.done.append(wanted.site.name)
-            report.notes.append(f"{wanted.site.name}: the logits in {wanted.weight} are rounded to nearest, unclipped")
+    beside = FloatReference(program.copy(), plan) if aim is not None else None
+    groups: dict[tuple[torch.fx.Node, Format], list[PlannedSite]] = {}
+    for planned in planned_sites(program, config, plan, report):
+        if planned.last and planned.weight.bits >= 8:
+            q = quantize_tensor(matrix_of(program, planned.site), planned.weight)
+            put_codes(program, planned, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+            report.done.append(planned.site.name)
+            report.notes.append(
+                f"{planned.site.name}: the logits in {planned.weight} are rounded to nearest, unclipped"
+            )
         else:
-            groups.setdefault((wanted.site.input, wanted.weight), []).append(wanted)
+            groups.setdefault((planned.site.input, planned.weight), []).append(planned)
     assert plan.batches is not None
-    walk = Walk(program, plan.batches())
+    walk = LayerwiseRun(program, plan.batches())
     if not walk.values:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
     for (_, form), members in track(groups.items(), report.name, disable=not plan.progress, transient=True):
         walk.advance(members[0].site.node)
-        give_back()
+        release_freed_memory()
         if members[0].site.kind == "experts":
-            for wanted in members:
-                q = _experts(program, walk, wanted, choose)
-                put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
-                report.done.append(wanted.site.name)
+            for planned in members:
+                q = _experts(program, walk, planned, choose)
+                put_codes(program, planned, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+                report.done.append(planned.site.name)
                 if aim is not None:
-                    report.notes.append(f"{wanted.site.name}: experts see other rows once routing differs; GPTQ")
+                    report.notes.append(f"{planned.site.name}: experts see other rows once routing differs; GPTQ")
             continue
         weights = torch.cat([program.weights[w.site.name].float() for w in members])
         if aim is None or beside is None:
@@ -74,27 +76,27 @@ def quantize_sequentially(
             hessian, cross = beside.moments(walk, members[0])
             weights = aim(weights, hessian, cross)
         results = choose(weights, hessian, form, [w.site.name for w in members])
-        for wanted, q in zip(members, results.split([w.site.N for w in members]), strict=True):
-            put_codes(program, wanted, (q.stored(), q.scale, q.zero, q.group_scale), plan)
-            report.done.append(wanted.site.name)
+        for planned, q in zip(members, results.split([w.site.N for w in members]), strict=True):
+            put_codes(program, planned, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+            report.done.append(planned.site.name)
     return report
 
 
-class Beside:
+class FloatReference:
     """The float program, walked beside the one that is being quantized."""
 
     def __init__(self, program: Program, plan: SitePlan) -> None:
         assert plan.batches is not None
         self.nodes = {node.name: node for node in program.graph.nodes}
-        self.walk = Walk(program, plan.batches())
+        self.walk = LayerwiseRun(program, plan.batches())
 
-    def moments(self, walk: Walk, wanted: Wanted) -> tuple[Tensor, Tensor]:
+    def moments(self, walk: LayerwiseRun, planned: PlannedSite) -> tuple[Tensor, Tensor]:
         """X X^T and X~ X^T, float64 [K, K]: X the site's rounded inputs, X~ those of the float program.
 
         Every token counts alike, by the norm of its float input: else the few tokens with massive
         activations would decide where the weight moves to.
         """
-        site, act = wanted.site, wanted.act
+        site, act = planned.site, planned.act
         self.walk.advance(self.nodes[site.node.name])
         device = walk.program.weights[site.name].device
         sums, cross = Gram(site.K, device), torch.zeros(site.K, site.K, dtype=torch.float64, device=device)
@@ -120,12 +122,12 @@ def as_rounded(x: Tensor, act: Format) -> Tensor:
     return quantize_tensor(x, act).dequantize().to(x.dtype)
 
 
-def _experts(program: Program, walk: Walk, wanted: Wanted, choose: Choose) -> QTensor:
+def _experts(program: Program, walk: LayerwiseRun, planned: PlannedSite, choose: Choose) -> QTensor:
     """Codes of a stack [E N, K], each expert by the rows that meet it.
 
     An expert that no row reached has a Hessian of zeros: every algorithm then rounds to nearest.
     """
-    site, found = wanted.site, []
+    site, found = planned.site, []
     ends = [value.tolist() for value in walk.see(site.node.args[2])] if site.grouped else []
 
     def rows_of(expert: int) -> Iterator[Tensor]:
@@ -139,7 +141,7 @@ def _experts(program: Program, walk: Walk, wanted: Wanted, choose: Choose) -> QT
         sums = Gram(site.K, weight.device)
         for rows in rows_of(expert):
             sums.add(rows.float())
-        found.append(choose(weight, sums.whole(), wanted.weight, [f"{site.name}[{expert}]"]))
+        found.append(choose(weight, sums.whole(), planned.weight, [f"{site.name}[{expert}]"]))
     parts = [[getattr(q, part) for q in found] for part in ("codes", "scale", "zero", "group_scale")]
     whole = [None if p[0] is None else torch.cat([t.reshape(-1, 1) if not t.ndim else t for t in p]) for p in parts]
-    return QTensor(whole[0], whole[1], whole[2], whole[3], wanted.weight)
+    return QTensor(whole[0], whole[1], whole[2], whole[3], planned.weight)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.channel_origin import ATTENTION, MATMULS, FlowStops, RowFlow, Terms
+from qcompile.analysis.channel_origin import ATTENTION, MATMULS, ChannelOrigins, FlowStops, Terms
 from qcompile.analysis.obstacle import Obstacle
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.ir.program import Program, hint
@@ -30,7 +30,7 @@ _BETWEEN = {  # what stands between scores and the product with the values
 
 
 @dataclass(frozen=True)
-class Scores:
+class AttentionScores:
     """The product q k^T of one attention.
 
     Attributes:
@@ -44,7 +44,7 @@ class Scores:
 
     node: fx.Node
     keys: fx.Node
-    makers: tuple[tuple[Site, int], ...]
+    producers: tuple[tuple[Site, int], ...]
     classes: Tensor
     query: Tensor
     of_key: Tensor
@@ -52,33 +52,33 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Product:
+class AttentionMatmul:
     """Where an attention multiplies: queries [.., T, D], keys [.., T, D] or turned [.., D, T], values."""
 
     node: fx.Node
     queries: fx.Node
     keys: fx.Node
     turned: bool
-    reader: fx.Node  # who reads the values, as argument `values_at`
+    consumer: fx.Node  # who reads the values, as argument `values_at`
     values_at: int
 
     @property
     def values(self) -> fx.Node:
         """The values, [.., T, D]."""
-        found: fx.Node = self.reader.args[self.values_at]
+        found: fx.Node = self.consumer.args[self.values_at]
         return found
 
 
-def products(program: Program) -> list[Product]:
+def products(program: Program) -> list[AttentionMatmul]:
     """Every attention of a program, fused or spelled out as two products around a softmax."""
     found = []
     for node in program.graph.nodes:
         if node.target is ATTENTION:
-            found.append(Product(node, node.args[0], node.args[1], False, node, 2))
+            found.append(AttentionMatmul(node, node.args[0], node.args[1], False, node, 2))
         elif node.target in MATMULS:
-            reader = _beyond_softmax(node)
-            if reader is not None:
-                found.append(Product(node, node.args[0], node.args[1], True, reader, 1))
+            consumer = _beyond_softmax(node)
+            if consumer is not None:
+                found.append(AttentionMatmul(node, node.args[0], node.args[1], True, consumer, 1))
     return found
 
 
@@ -95,26 +95,26 @@ def _beyond_softmax(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def scores(program: Program, sites: list[Site]) -> list[Scores | Obstacle]:
+def scores(program: Program, sites: list[Site]) -> list[AttentionScores | Obstacle]:
     """The classes of every attention, or what stops the flow."""
     return [_classes(program, sites, p.node, p.queries, p.keys, p.turned) for p in products(program)]
 
 
 def _classes(
     program: Program, sites: list[Site], node: fx.Node, q: fx.Node, k: fx.Node, turned: bool
-) -> Scores | Obstacle:
-    walk = RowFlow(program, sites)
+) -> AttentionScores | Obstacle:
+    walk = ChannelOrigins(program, sites)
     try:
         queries = _heads(walk.terms(q), False)
         keys = _heads(walk.terms(k), turned)
-        walk.check_readers([*queries, *keys], {node})
+        walk.check_consumers([*queries, *keys], {node})
     except FlowStops as stop:
         return Obstacle(*stop.args)
     heads, of_keys = queries[0].shape[0], keys[0].shape[0]
     shared_heads = of_keys == 1 or bool(node.kwargs.get("enable_gqa"))
     repeats = heads // of_keys if shared_heads else 1
     count = walk.rows
-    shared = [m.name for m, _ in walk.makers if m.shared_with]
+    shared = [m.name for m, _ in walk.producers if m.shared_with]
     if shared:
         return Obstacle(node.name, f"the weight {shared[0]} is shared")
     parent = list(range(count))
@@ -142,7 +142,7 @@ def _classes(
     classes = torch.tensor([find(row) for row in range(count)])
     classes[~(is_query | is_key)] = -1
     between = frozenset(n.name for n, terms in walk.memo.items() if terms)
-    return Scores(node, k, tuple(walk.makers), classes, is_query, classes[keys[0]], between)
+    return AttentionScores(node, k, tuple(walk.producers), classes, is_query, classes[keys[0]], between)
 
 
 def _heads(terms: Terms, turned: bool) -> Terms:
@@ -158,7 +158,7 @@ def _heads(terms: Terms, turned: bool) -> Terms:
     return found
 
 
-def mixed_channels(program: Program, product: Product) -> Tensor | Obstacle:
+def mixed_channels(program: Program, product: AttentionMatmul) -> Tensor | Obstacle:
     """Which channels of the keys a rotary embedding turns into one another.
 
     Returns:
@@ -187,7 +187,7 @@ class _Lost(FlowStops):
     """A node behind a rotation that the flow cannot pass."""
 
 
-class _Mixing(RowFlow):
+class _Mixing(ChannelOrigins):
     """Channels instead of rows: what the flow cannot pass, as a norm of keys, is where other channels begin."""
 
     def _compute(self, node: fx.Node) -> Terms | list[Terms] | None:

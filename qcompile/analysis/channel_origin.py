@@ -47,7 +47,7 @@ class FlowStops(Exception):
     """A node that the flow cannot pass, and why: args are (node name, reason)."""
 
 
-class RowFlow:
+class ChannelOrigins:
     """The terms of values, back to the linear sites.
 
     Attributes:
@@ -59,7 +59,7 @@ class RowFlow:
         """`elementwise` chooses the reading (see above)."""
         self.program, self.elementwise = program, elementwise
         self.sites = {site.node: site for site in sites if site.kind == "linear"}
-        self.makers: list[tuple[Site, int]] = []
+        self.producers: list[tuple[Site, int]] = []
         self.rows = 0
         self.memo: dict[fx.Node, Terms | list[Terms] | None] = {}
 
@@ -144,10 +144,10 @@ class RowFlow:
         return found
 
     def _rows_of(self, site: Site) -> Tensor:
-        start = next((start for maker, start in self.makers if maker is site), None)
+        start = next((start for producer, start in self.producers if producer is site), None)
         if start is None:
             start, self.rows = self.rows, self.rows + site.N
-            self.makers.append((site, start))
+            self.producers.append((site, start))
         return torch.arange(start, start + site.N).expand(_hints(site.node))
 
     def _move(self, node: fx.Node, term: Tensor) -> object:
@@ -163,7 +163,7 @@ class RowFlow:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         return [node.target(list(column), dim) for column in zip(*padded, strict=True)]
 
-    def check_readers(self, of: list[Tensor], ends: set[fx.Node]) -> None:
+    def check_consumers(self, of: list[Tensor], ends: set[fx.Node]) -> None:
         """Refuse rows `of` some values that are read on the way by something else than `ends`."""
         used = {int(row) for term in of for row in term.unique() if row >= 0}
         for node, terms in list(self.memo.items()):

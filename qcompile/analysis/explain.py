@@ -8,8 +8,8 @@ from rich.text import Text
 
 from qcompile.analysis.norms import find_norms
 from qcompile.analysis.obstacle import Obstacle
-from qcompile.analysis.residual_stream import rotation_flows
-from qcompile.analysis.scale_folding import Source, groups_of_readers, scale_source
+from qcompile.analysis.residual_stream import residual_streams
+from qcompile.analysis.scale_folding import Source, groups_of_consumers, scale_source
 from qcompile.analysis.sites import find_sites
 from qcompile.ir.program import Program
 
@@ -21,14 +21,14 @@ def where(source: Source | Obstacle) -> str:
     if source.norm is not None:
         return f"gain of {source.norm.output.name}"
     assert source.site is not None
-    how = f", heads of {source.head}" if source.attention else ""
-    return f"rows of {source.site.name}{how}"
+    config = f", heads of {source.head}" if source.attention else ""
+    return f"rows of {source.site.name}{config}"
 
 
 def explain(program: Program) -> RenderableType:
     """Tables of sites and flows, for a terminal."""
     sites, norms = find_sites(program), find_norms(program)
-    groups = groups_of_readers(sites)
+    groups = groups_of_consumers(sites)
     scales = {s.name: where(scale_source(program, g, norms, sites)) for g in groups for s in g.sites}
     site_table = Table("site", "N x K", "kind", "siblings", "smoothing scale folds into", "shared with", title="Sites")
     for site in sites:
@@ -41,7 +41,7 @@ def explain(program: Program) -> RenderableType:
             ", ".join(site.shared_with),
         )
     flow_table = Table("basis", "channels", "writers", "tables", "readers", "norms", "state", title="Rotation flows")
-    for flow in rotation_flows(program):
+    for flow in residual_streams(program):
         gains = [o for o in flow.obstacles if "gain" in o.reason]
         others = [o for o in flow.obstacles if "gain" not in o.reason]
         state = "closed" if flow.closed else "open: " + "; ".join(map(str, others[:3]))
@@ -50,9 +50,9 @@ def explain(program: Program) -> RenderableType:
         flow_table.add_row(
             flow.norms[0].input.name,
             str(flow.size),
-            str(len(flow.writers)),
+            str(len(flow.producers)),
             str(len(flow.tables)),
-            str(len(flow.readers)),
+            str(len(flow.consumers)),
             str(len(flow.norms)),
             state,
         )

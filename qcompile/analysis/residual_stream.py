@@ -45,27 +45,27 @@ _SIZES = {aten.sym_size.int, aten.sym_size.default, aten.size.default, aten.size
 
 
 @dataclass
-class RotationFlow:
+class ResidualStream:
     """One hidden basis of `size` channels: who writes it, who reads it, what blocks it."""
 
     size: int
     values: set[fx.Node] = field(default_factory=set)
-    writers: list[Site] = field(default_factory=list)
+    producers: list[Site] = field(default_factory=list)
     tables: list[fx.Node] = field(default_factory=list)  # embeddings and added parameters, [.., n]
-    readers: list[Site] = field(default_factory=list)
+    consumers: list[Site] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)
 
     @property
     def closed(self) -> bool:
         """Whether a rotation of this basis is sound."""
-        return not self.obstacles and bool(self.readers) and bool(self.writers or self.tables)
+        return not self.obstacles and bool(self.consumers) and bool(self.producers or self.tables)
 
 
-def rotation_flows(program: Program) -> list[RotationFlow]:
+def residual_streams(program: Program) -> list[ResidualStream]:
     """All flows that hold at least one norm, in graph order; they do not overlap."""
     walker = _Walker(program)
-    flows: list[RotationFlow] = []
+    flows: list[ResidualStream] = []
     for norm in walker.norms:
         if not any(norm.input in flow.values for flow in flows):
             flows.append(walker.walk(norm.input))
@@ -79,8 +79,8 @@ class _Walker:
         self.by_output = {norm.output: norm for norm in self.norms}
         self.sites = {site.node: site for site in find_sites(program)}
 
-    def walk(self, seed: fx.Node) -> RotationFlow:
-        flow = RotationFlow(int(seed.meta["val"].shape[-1]))
+    def walk(self, seed: fx.Node) -> ResidualStream:
+        flow = ResidualStream(int(seed.meta["val"].shape[-1]))
         work = [seed]
         while work:
             value = work.pop()
@@ -90,18 +90,18 @@ class _Walker:
             work += self._behind(flow, value)
             work += self._ahead(flow, value)
         order = {node: i for i, node in enumerate(self.program.graph.nodes)}
-        flow.writers.sort(key=lambda s: order[s.node])
-        flow.readers.sort(key=lambda s: order[s.node])
+        flow.producers.sort(key=lambda s: order[s.node])
+        flow.consumers.sort(key=lambda s: order[s.node])
         flow.norms.sort(key=lambda n: order[n.output])
         return flow
 
-    def _open(self, flow: RotationFlow, node: fx.Node, reason: str) -> list[fx.Node]:
+    def _open(self, flow: ResidualStream, node: fx.Node, reason: str) -> list[fx.Node]:
         obstacle = Obstacle(node.name, reason)
         if obstacle not in flow.obstacles:
             flow.obstacles.append(obstacle)
         return []
 
-    def _behind(self, flow: RotationFlow, value: fx.Node) -> list[fx.Node]:
+    def _behind(self, flow: ResidualStream, value: fx.Node) -> list[fx.Node]:
         """The values that `value` was made of and that share its basis."""
         if value.op == "placeholder":
             if self.program.weight_name(value) is None:
@@ -111,7 +111,7 @@ class _Walker:
         if value in self.by_output:
             return self._norm(flow, self.by_output[value])
         if value in self.sites and self.sites[value].kind == "linear":
-            flow.writers.append(self.sites[value])
+            flow.producers.append(self.sites[value])
             return []
         if value.target is aten.embedding.default:
             table = value.args[0]
@@ -124,7 +124,7 @@ class _Walker:
             return self._open(flow, value, f"{_op(value)} does not commute with a rotation")
         return sources
 
-    def _ahead(self, flow: RotationFlow, value: fx.Node) -> list[fx.Node]:
+    def _ahead(self, flow: ResidualStream, value: fx.Node) -> list[fx.Node]:
         """The values made of `value` that share its basis; readers and obstacles are noted."""
         if value.op == "placeholder":
             found: list[fx.Node] = []  # a table may have other readers; they are not of this basis
@@ -144,7 +144,7 @@ class _Walker:
                 self._open(flow, value, "leaves the graph as an output")
             elif user in self.sites and self.sites[user].input is value:
                 if self.sites[user].kind == "linear":
-                    flow.readers.append(self.sites[user])
+                    flow.consumers.append(self.sites[user])
                 else:
                     self._open(flow, user, "feeds a stack of expert weights, which are not rotated")
             elif self._commutes(flow, user) is not None:
@@ -153,14 +153,14 @@ class _Walker:
                 self._open(flow, user, f"{_op(user)} does not commute with a rotation")
         return found
 
-    def _norm(self, flow: RotationFlow, norm: Norm) -> list[fx.Node]:
+    def _norm(self, flow: ResidualStream, norm: Norm) -> list[fx.Node]:
         if norm not in flow.norms:
             flow.norms.append(norm)
             if not norm.has_unit_gain(self.program):
                 self._open(flow, norm.output, "a norm gain that is not folded")
         return [norm.input, norm.output]
 
-    def _commutes(self, flow: RotationFlow, node: fx.Node) -> list[fx.Node] | None:
+    def _commutes(self, flow: ResidualStream, node: fx.Node) -> list[fx.Node] | None:
         """The operands that share the basis with the result, or None if there is no such law."""
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor) or not value.ndim:

@@ -79,20 +79,20 @@ def channel_root(value: fx.Node) -> fx.Node:
 
 
 @dataclass(frozen=True)
-class Readers:
+class Consumers:
     """Everything that reads the channels of one value."""
 
     root: fx.Node
     sites: tuple[Site, ...]
-    strangers: tuple[fx.Node, ...]  # readers that are not linear sites: they absorb nothing
+    other_consumers: tuple[fx.Node, ...]  # readers that are not linear sites: they absorb nothing
 
 
-def find_readers(root: fx.Node, sites: list[Site]) -> Readers:
+def find_readers(root: fx.Node, sites: list[Site]) -> Consumers:
     """The sites, and the strangers, that read a value through casts and layouts of other dims."""
     width = root.meta["val"].shape[-1]
     by_node = {site.node: site for site in sites}
     found: list[Site] = []
-    strangers: list[fx.Node] = []
+    other_consumers: list[fx.Node] = []
     work = [root]
     for value in work:
         for user in value.users:
@@ -105,17 +105,17 @@ def find_readers(root: fx.Node, sites: list[Site]) -> Readers:
                 if user not in work:
                     work.append(user)
             else:
-                strangers.append(user)
-    return Readers(root, tuple(found), tuple(strangers))
+                other_consumers.append(user)
+    return Consumers(root, tuple(found), tuple(other_consumers))
 
 
-def groups_of_readers(sites: list[Site]) -> list[Readers]:
+def groups_of_consumers(sites: list[Site]) -> list[Consumers]:
     """Sites grouped by the value whose channels they read, in graph order."""
     roots = dict.fromkeys(channel_root(site.input) for site in sites if site.kind == "linear")
     return [find_readers(root, sites) for root in roots]
 
 
-def scale_source(program: Program, readers: Readers, norms: list[Norm], sites: list[Site]) -> Source | Obstacle:
+def scale_source(program: Program, consumers: Consumers, norms: list[Norm], sites: list[Site]) -> Source | Obstacle:
     """Find where a scale for the channels of a value folds, or say what stops it.
 
     Args:
@@ -124,9 +124,9 @@ def scale_source(program: Program, readers: Readers, norms: list[Norm], sites: l
         norms: all norms (see find_norms).
         sites: all sites (see find_sites).
     """
-    value = readers.root
-    if readers.strangers:
-        return Obstacle(readers.strangers[0].name, "the input is read by something that is not a site too")
+    value = consumers.root
+    if consumers.other_consumers:
+        return Obstacle(consumers.other_consumers[0].name, "the input is read by something that is not a site too")
     walk = _Walk(program, {n.output: n for n in norms}, {s.node: s for s in sites})
     return walk.back(value, (), value)
 

@@ -73,8 +73,8 @@ def find_sites(program: Program) -> list[Site]:
     complete: list[Site] = []
     for site in found:
         others = tuple(n for n in by_input[site.input] if n != site.name)
-        readers = tuple(u.name for u in site.weight.users if u is not site.node and site.node not in u.users)
-        complete.append(replace(site, siblings=others, shared_with=readers))
+        consumers = tuple(u.name for u in site.weight.users if u is not site.node and site.node not in u.users)
+        complete.append(replace(site, siblings=others, shared_with=consumers))
     return complete
 
 
@@ -95,7 +95,7 @@ def _experts(program: Program, node: fx.Node) -> Site | None:
     if not _multiplies_stacks(node):
         return None
     for operand in node.args:
-        weight, turns = through_turns(operand)
+        weight, turns = through_transposes(operand)
         name = program.weight_name(weight)
         if name is None or weight.meta["val"].ndim != 3:
             continue
@@ -128,15 +128,15 @@ def grouped_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     return x, stack, ends
 
 
-def through_turns(operand: Any) -> tuple[Any, int]:
+def through_transposes(operand: Any) -> tuple[Any, int]:
     """The value behind transposes of its last two axes, and how many there are."""
     turns = 0
-    while isinstance(operand, fx.Node) and _turns(operand):
+    while isinstance(operand, fx.Node) and _is_transpose(operand):
         operand, turns = operand.args[0], turns + 1
     return operand, turns
 
 
-def _turns(node: fx.Node) -> bool:
+def _is_transpose(node: fx.Node) -> bool:
     if node.target not in (aten.transpose.int, aten.permute.default):
         return False
     axes = range(ndim) if (ndim := node.meta["val"].ndim) else ()

@@ -67,7 +67,7 @@ def export_onnx(
             exported model whose output differs from the module's. Nothing is then left behind.
     """
     try:
-        from qcompile.codegen.onnx.export_module import Layout, export_module
+        from qcompile.codegen.onnx.export_module import OnnxOptions, export_module
         from qcompile.codegen.onnx.fusions.attention.int8_kv_cache import CodedCache
         from qcompile.codegen.onnx.sentence_embedding import Pooling, check_example
         from qcompile.generation.onnx_session import PREFIX_FILE
@@ -84,8 +84,8 @@ def export_onnx(
         )
     if normalize and pooling is None:
         raise RecipeError("normalize is about the sentence's embedding: give pooling='mean', 'cls' or 'last' too")
-    how = None if pooling is None else Pooling(pooling, normalize)
-    if how is not None:
+    config = None if pooling is None else Pooling(pooling, normalize)
+    if config is not None:
         check_example(model, example)
     if last_logits and example is not None:
         raise RecipeError("last_logits is for decoders: an encoder (example=..) has no last token")
@@ -103,17 +103,17 @@ def export_onnx(
         elif not any(isinstance(m, QuantLinear | QuantStack) for m in model.modules()):
             report = Report("float")
         with detached(model) as calls:
-            layout = Layout(accuracy_level, low_memory, last_logits, chunk, portable, float_embeddings, how)
+            layout = OnnxOptions(accuracy_level, low_memory, last_logits, chunk, portable, float_embeddings, config)
             cache = None
             is_float = float_cache or portable or example is not None
-            if calls.how is not None and calls.scales is not None and not is_float:
-                cache = CodedCache(calls.scales, calls.how.optional)
+            if calls.config is not None and calls.scales is not None and not is_float:
+                cache = CodedCache(calls.scales, calls.config.optional)
             with Console(stderr=True, quiet=not progress).status("exporting and comparing"):
                 done = export_module(model, work, layout, example=example, tokenizer=tokenizer, cache=cache)
         if calls.prefix is not None:
             save_file(calls.prefix.state_dict(), str(work / PREFIX_FILE))
         if calls.scales is not None and is_float:
-            done.rewritten.leave("cache", "stays float32, as asked for, or as files of this kind have it")
+            done.rewritten.skip("cache", "stays float32, as asked for, or as files of this kind have it")
         report.passes.append(done.rewritten)
         report.numbers["onnx relative error"] = done.error
         report.numbers["onnx relative error as run"] = done.as_run

@@ -57,9 +57,9 @@ def quantize(
         ValueError: (as RecipeError, CaptureError, CalibrationError, NothingToQuantize) with the
             place and the mend; the model is then unchanged.
     """
-    how = resolve(find_recipe(recipe, model, data=batches is not None), model)
-    how.check()
-    check_data(how, batches is not None)
+    config = resolve(find_recipe(recipe, model, data=batches is not None), model)
+    config.check()
+    check_data(config, batches is not None)
     held = list(batches) if batches is not None else None
     if held is not None and not held:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
@@ -69,12 +69,12 @@ def quantize(
     model.eval()
     try:
         program = capture(model, *widen_batch(args, kwargs))
-        how, heads, left_out = fit_cache(model, how, args, kwargs, len(products(program)))
+        config, heads, left_out = fit_cache(model, config, args, kwargs, len(products(program)))
         plan = _Plan.of(model, program)
         flat = [flat_inputs(program, batch, kwargs) for batch in (held or [first])]
         rewritten, report = run(
             program,
-            how,
+            config,
             batches=(lambda: flat) if held else None,
             example=flat[0],
             verify=verify,
@@ -82,12 +82,12 @@ def quantize(
             progress=progress,
         )
         plan.check(program, rewritten)
-        prefix, constants = make_prefix(how, report.made, heads), make_constants(report.made, heads)
+        prefix, constants = make_prefix(config, report.made, heads), make_constants(report.made, heads)
     finally:
         model.train(was_training)
     plan.apply(program, rewritten)
-    attach(model, how, prefix, constants)
+    attach(model, config, prefix, constants)
     report.passes += [left_out] if left_out is not None else []
     report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model.qcompile_recipe = how.to_json()
+    model.qcompile_recipe = config.to_json()
     return report

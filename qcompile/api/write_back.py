@@ -61,12 +61,12 @@ class _Plan:
             if self._linear_behind(user) is None
         ]
         if homeless:
-            raise RecipeError(f"the online transforms {homeless} have no linear module to live in: drop RotateOnline")
+            raise RecipeError(f"the online transforms {homeless} have no linear module to live in: drop OnlineHadamard")
         for node in after.graph.find_nodes(op="call_function", target=aten.rms_norm.default):
             gain = node.meta.get("replaces_layer_norm")
             if gain is not None and not isinstance(self.model.get_submodule(gain.rpartition(".")[0]), nn.LayerNorm):
                 raise RecipeError(
-                    f"the LayerNorm with gain {gain} is no nn.LayerNorm module: use FoldNorm(centre=False)"
+                    f"the LayerNorm with gain {gain} is no nn.LayerNorm module: use FoldNorm(center=False)"
                 )
 
     def apply(self, before: Program, after: Program) -> None:

@@ -18,7 +18,7 @@ import torch._dynamo.utils
 from torch import Tensor, fx
 
 from qcompile.analysis.sites import find_sites
-from qcompile.backend.float_fallback import slower_sites
+from qcompile.backend.float_fallback import float_fallback_sites
 from qcompile.backend.inductor import GRAPHS, compile_graph, make_floats_constant, needs_gpu
 from qcompile.backend.options import Options
 from qcompile.codegen.cpu.cpu_lowering import lower
@@ -45,15 +45,15 @@ def qcompile(
     Raises:
         RecipeError: bad options, a recipe that needs data, a rule that matches nothing.
     """
-    how = Options.read({**({} if mode is None else {"mode": mode}), **(options or {})})
-    problem = needs_gpu(example_inputs) if how.inductor.get(GRAPHS) else None
+    config = Options.read({**({} if mode is None else {"mode": mode}), **(options or {})})
+    problem = needs_gpu(example_inputs) if config.inductor.get(GRAPHS) else None
     if problem is not None:
         raise RecipeError(problem)
     if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in example_inputs):
         _warn_gradients()
-        return compile_graph(graph_module, example_inputs, how.inductor)
+        return compile_graph(graph_module, example_inputs, config.inductor)
     make_floats_constant(graph_module)
-    return _Compiled(graph_module, example_inputs, how)
+    return _Compiled(graph_module, example_inputs, config)
 
 
 _warned: list[bool] = []
@@ -72,8 +72,8 @@ def _warn_gradients() -> None:
 class _Compiled:
     """A compiled graph that recompiles itself when a weight it was made from has changed."""
 
-    def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], how: Options) -> None:
-        self.how, self.graph_module = how, graph_module
+    def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Options) -> None:
+        self.config, self.graph_module = config, graph_module
         self._capture(example_inputs)
 
     def _capture(self, example_inputs: Sequence[Any]) -> None:
@@ -90,7 +90,7 @@ class _Compiled:
                 fresh = args[index].detach()
                 self.program.weights[name] = fresh.t() if name in self.program.transposed else fresh
         self.versions = {i: _version(args[i]) for i in self.weight_args.values()}
-        lowered, report = compile_program(self.program, args, self.input_args, self.how)
+        lowered, report = compile_program(self.program, args, self.input_args, self.config)
         self.keep = lowered.alive
         reports.append(report)
         self.order: list[tuple[bool, Any]] = []
@@ -108,7 +108,7 @@ class _Compiled:
                     node.meta["val"] = lowered.fake_mode.from_tensor(tensor, static_shapes=True)
         examples = [n.meta["val"] for n in lowered.placeholders]
         static = [i for i, n in enumerate(lowered.placeholders) if WEIGHT in n.meta or STATIC in n.meta]
-        self.call = compile_graph(lowered.graph_module, examples, self.how.inductor, static)
+        self.call = compile_graph(lowered.graph_module, examples, self.config.inductor, static)
 
     def __call__(self, *args: Any) -> Any:
         if any(args[index].item() != value for index, value in self.program.scalars.items()):
@@ -126,18 +126,22 @@ def _version(tensor: Tensor) -> tuple[int, int]:
 
 
 def compile_program(
-    program: Program, args: Sequence[Any], input_args: Sequence[int], how: Options
+    program: Program, args: Sequence[Any], input_args: Sequence[int], config: Options
 ) -> tuple[Program, Report]:
     """Run the recipe and lower for the device that the weights are on."""
     inputs = [args[i] for i in input_args]
     # int(i) would pin the symbol to this one value, and every new length would recompile.
     example = [i.node.hint if isinstance(i, torch.SymInt) else i for i in inputs]
     ready = any("qcompile" in str(n.target) for n in program.graph.nodes)
-    recipe = Recipe("already quantized") if ready else _applicable(how, program)
-    keep = slower_sites(program, recipe, _gpu(program), how.rows) if how.slower == "float" else {}
+    recipe = Recipe("already quantized") if ready else _applicable(config, program)
+    keep = (
+        float_fallback_sites(program, recipe, _gpu(program), config.rows)
+        if config.on_slow_kernel == "keep_float"
+        else {}
+    )
     concrete = all(not isinstance(i, Tensor) or type(i) in (Tensor, torch.nn.Parameter) for i in example)
     try:
-        rewritten, report = run(program, recipe, example=example if concrete else None, verify=how.verify, keep=keep)
+        rewritten, report = run(program, recipe, example=example if concrete else None, verify=config.verify, keep=keep)
     except NothingToQuantize as reason:
         rewritten, report = run(program, Recipe(recipe.name), verify=False)
         for site in report.sites:
@@ -169,14 +173,14 @@ def _gpu(program: Program) -> torch.device | None:
     return next((tensor.device for tensor in program.weights.values() if tensor.is_cuda), None)
 
 
-def _applicable(how: Options, program: Program) -> Recipe:
+def _applicable(config: Options, program: Program) -> Recipe:
     """The recipe with the rules that match here: a model has many graphs, a rule need not match all."""
     import fnmatch
 
     names = [site.name for site in find_sites(program)]
-    rules = [r for r in (*how.rules, *how.recipe.rules) if any(fnmatch.fnmatchcase(n, r.match) for n in names)]
-    if names and len(rules) < len(how.rules) + len(how.recipe.rules):
+    rules = [r for r in (*config.rules, *config.recipe.rules) if any(fnmatch.fnmatchcase(n, r.match) for n in names)]
+    if names and len(rules) < len(config.rules) + len(config.recipe.rules):
         # In one whole graph an idle rule is a mistake; in a piece of a broken one it may be for another.
         if not (program.breaks or torch._dynamo.utils.counters["graph_break"]):
-            how.recipe.with_rules(how.rules).resolve(names)  # raises, with the nearest names
-    return Recipe(how.recipe.name, how.recipe.passes, tuple(rules), how.recipe.source)
+            config.recipe.with_rules(config.rules).resolve(names)  # raises, with the nearest names
+    return Recipe(config.recipe.name, config.recipe.passes, tuple(rules), config.recipe.source)

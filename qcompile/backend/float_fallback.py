@@ -16,10 +16,12 @@ from qcompile.ir.program import Program
 from qcompile.passes.qdq.site_plan import Quantize, formats_of
 from qcompile.recipe.recipe import Recipe
 
-_KEEP = "(options={'slower': 'keep'} quantizes it)"
+_KEEP = "(options={'on_slow_kernel': 'quantize'} quantizes it)"
 
 
-def slower_sites(program: Program, recipe: Recipe, device: torch.device | None, rows: int | None) -> dict[str, str]:
+def float_fallback_sites(
+    program: Program, recipe: Recipe, device: torch.device | None, rows: int | None
+) -> dict[str, str]:
     """Sites whose best way is slower than float.
 
     Args:
@@ -48,7 +50,7 @@ def slower_sites(program: Program, recipe: Recipe, device: torch.device | None, 
             from qcompile.codegen.triton.launch.gemm import gpu
 
             choice = choose_for_gpu(gpu(device), *how, site.K, site.N)
-        if choice.slower:
+        if choice.slower_than_float:
             found[site.name] = f"{choice} at {_judged(site.input, rows)}: slower than float {_KEEP}"
     return found
 

@@ -54,11 +54,11 @@ def compile_graph(
     from torch._dynamo.utils import counters
     from torch._inductor import compile_fx as inductor
 
-    def inner(traced: fx.GraphModule, examples: Sequence[Any], **how: Any) -> Any:
+    def inner(traced: fx.GraphModule, examples: Sequence[Any], **config: Any) -> Any:
         if static is not None:
             own = len(examples) - len(inputs)  # constants of the graph itself come first
-            how["static_input_idxs"] = [*range(own), *(own + place for place in static)]
-        return inductor.compile_fx_inner(traced, examples, **how)
+            config["static_input_idxs"] = [*range(own), *(own + place for place in static)]
+        return inductor.compile_fx_inner(traced, examples, **config)
 
     _lay_out_fresh_caches(graph_module.graph)
     graph_module.recompile()

@@ -13,8 +13,8 @@ OPTIONS = {
     "recipe": "preset name, JSON path, dict or Recipe; default int8 (W8A8, dynamic per token)",
     "rules": "list of Rule or dicts, before the recipe's own",
     "verify": "certify exact passes on the first inputs; default True",
-    "slower": "'float' (default) leaves sites float where no kernel reaches float speed, 'keep' quantizes them",
-    "rows": "rows of x that slower='float' judges every graph at (in decoding the batch); default its first call's",
+    "on_slow_kernel": "'keep_float' (default) keeps a site float where no kernel reaches float speed, 'quantize' quantizes it",
+    "rows": "rows of x that on_slow_kernel='keep_float' judges every graph at (in decoding the batch); default its first call's",
     "mode": "'reduce-overhead' runs every graph as a CUDA graph, which needs a GPU; also as torch.compile(mode=...)",
     "inductor": "options passed on to Inductor",
 }
@@ -27,7 +27,7 @@ class Options:
     recipe: Recipe
     rules: tuple[Rule, ...] = ()
     verify: bool = True
-    slower: str = "float"
+    on_slow_kernel: str = "keep_float"
     rows: int | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
@@ -41,9 +41,9 @@ class Options:
             raise RecipeError(
                 f"unknown option {', '.join(map(repr, unknown))} of the qcompile backend; known:\n{known}"
             )
-        slower = given.get("slower", "float")
-        if slower not in ("float", "keep"):
-            raise RecipeError(f"option slower={slower!r}: use 'float' or 'keep'")
+        on_slow_kernel = given.get("on_slow_kernel", "keep_float")
+        if on_slow_kernel not in ("keep_float", "quantize"):
+            raise RecipeError(f"option on_slow_kernel={on_slow_kernel!r}: use 'keep_float' or 'quantize'")
         rows = given.get("rows")
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
             raise RecipeError(f"option rows={rows!r}: a whole number of at least 1, as 8 for a batch of 8 in decoding")
@@ -60,4 +60,4 @@ class Options:
                 f"  qcompile.quantize(model, {recipe.name!r}, batches)\n"
                 f"  torch.compile(model, backend='qcompile')"
             )
-        return Options(recipe, rules, bool(given.get("verify", True)), slower, rows, inductor)
+        return Options(recipe, rules, bool(given.get("verify", True)), on_slow_kernel, rows, inductor)

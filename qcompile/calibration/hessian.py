@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompile.analysis.sites import Site
-from qcompile.calibration.layerwise_run import Walk
+from qcompile.calibration.layerwise_run import LayerwiseRun
 from qcompile.calibration.statistics import CalibrationError
 
 
@@ -44,7 +44,7 @@ def _add_products(total: Tensor, x: Tensor) -> None:
     _add_products(total[half:, half:], right)
 
 
-def _many_rows(walk: Walk, site: Site, least: int = 4096) -> Iterator[Tensor]:
+def _many_rows(walk: LayerwiseRun, site: Site, least: int = 4096) -> Iterator[Tensor]:
     """A site's input as rows [T, K], batches put together: each sum x^T x costs a pass over [K, K] as well."""
     held: list[Tensor] = []
     for value in walk.see(site.input):
@@ -56,7 +56,7 @@ def _many_rows(walk: Walk, site: Site, least: int = 4096) -> Iterator[Tensor]:
         yield torch.cat(held)
 
 
-def hessian_of(walk: Walk, site: Site) -> Tensor:
+def hessian_of(walk: LayerwiseRun, site: Site) -> Tensor:
     """Of a site's input over all batches: sum x x^T, float64 [K, K].
 
     Raises:
@@ -69,7 +69,7 @@ def hessian_of(walk: Walk, site: Site) -> Tensor:
     return sums.whole()
 
 
-def refuse_infinite(walk: Walk, site: Site, hessian: Tensor | None = None) -> None:
+def refuse_infinite(walk: LayerwiseRun, site: Site, hessian: Tensor | None = None) -> None:
     """Raises CalibrationError, with batches and site, where inputs hold NaN or Inf; their Hessian shows it sooner."""
     if hessian is not None and bool(torch.isfinite(hessian.diagonal()).all()):
         return

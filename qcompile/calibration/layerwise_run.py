@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from qcompile.ir.program import WEIGHT, Program
 
 
-class Walk:
+class LayerwiseRun:
     """Values of every batch, up to where the walk has come."""
 
     def __init__(self, program: Program, batches: Iterable[Sequence[Any]]) -> None:

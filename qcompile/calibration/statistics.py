@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor
 
 from qcompile.analysis.attention_scores import products
-from qcompile.analysis.scale_folding import groups_of_readers
+from qcompile.analysis.scale_folding import groups_of_consumers
 from qcompile.analysis.sites import find_sites
 from qcompile.ir.program import Program
 
@@ -59,7 +59,7 @@ def observe(
         CalibrationError: no batch at all, or NaN or Inf in the input of a site, a key or a value.
     """
     seen = Statistics()
-    groups = groups_of_readers(find_sites(program)) if sites else []
+    groups = groups_of_consumers(find_sites(program)) if sites else []
     label = {g.root: (g.sites[0].name if g.sites else g.root.name) for g in groups}
     turned = {p.keys: p.turned for p in products(program)}
     cached = {p.values: False for p in products(program)} | turned

@@ -78,5 +78,5 @@ def sentence_batches(tokenizer: Any, chosen: list[str], *, size: int = 16) -> li
         raise ValueError("the tokenizer has no padding token, and texts of a batch differ in length: set its pad_token")
     groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     # Padding in front would leave tokens that see nothing, if a model looks back only.
-    how = dict(padding=True, padding_side="right", truncation=True, return_tensors="pt")
-    return [dict(tokenizer(group, **how)) for group in groups]
+    config = dict(padding=True, padding_side="right", truncation=True, return_tensors="pt")
+    return [dict(tokenizer(group, **config)) for group in groups]

@@ -23,8 +23,8 @@ from qcompile.modules.quant_experts import STACK, QuantStack, hold_stack
 from qcompile.modules.quant_linear import PARTS, QuantLinear, RotatedLinear
 from qcompile.numerics.format import Format
 from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.schema import UnknownSchema, is_older, stamp, upgraded
 
-SCHEMA = 1
 _TENSORS, _META = "model.safetensors", "qcompile.json"
 
 
@@ -46,7 +46,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
                 tensors[name] = tensor.contiguous()
         save_file(tensors, str(work / _TENSORS), metadata={"format": "pt"})
         meta = {
-            "schema": SCHEMA,
+            **stamp(),
             "recipe": getattr(model, "qcompile_recipe", None),
             "class": type(model).__name__,
             "shared": shared,
@@ -122,9 +122,14 @@ def _read_meta(root: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is damaged ({error}): save the model again") from error
-    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA or "modules" not in meta:
-        found = meta.get("schema") if isinstance(meta, dict) else None
-        raise CheckpointError(f"{path} has schema {found!r}, this version reads {SCHEMA}")
+    if not isinstance(meta, dict) or "modules" not in meta:
+        raise CheckpointError(f"{path} is not a qcompile checkpoint: it names no modules; save the model again")
+    try:
+        older = is_older(meta, str(root))
+    except UnknownSchema as error:
+        raise CheckpointError(str(error)) from None
+    if older and meta["recipe"] is not None:
+        meta["recipe"] = upgraded(meta["recipe"])
     return meta
 
 

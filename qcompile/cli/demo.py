@@ -18,7 +18,7 @@ from qcompile.api.quantize import quantize
 from qcompile.api.verify_model import verify_model
 from qcompile.calibration.text import embedded_text, windows
 from qcompile.evaluation.perplexity import perplexity
-from qcompile.evaluation.throughput import Comparison, Speed, compare_with_inductor
+from qcompile.evaluation.throughput import ModelSpeed, SpeedComparison, compare_with_inductor
 from qcompile.generation.pretrained import load_pretrained
 from qcompile.memory.environment import versions
 from qcompile.recipe.report import Report
@@ -104,12 +104,12 @@ def _samples(model: Any, tokenizer: Any, folder: Path) -> dict[str, str]:
     }
 
 
-def _speed(name: str, speeds: Comparison) -> Speed | None:
+def _speed(name: str, speeds: SpeedComparison) -> ModelSpeed | None:
     """What was timed under the name that the table has for it."""
     return speeds.speeds.get("inductor bfloat16" if name == "bfloat16" else f"qcompile {name} bfloat16")
 
 
-def _table(losses: dict[str, float], reports: dict[str, Report], speeds: Comparison) -> Table:
+def _table(losses: dict[str, float], reports: dict[str, Report], speeds: SpeedComparison) -> Table:
     table = Table(
         "model", "perplexity", "site weights MB", "prefill tok/s", "decode tok/s", title="SmolLM2-135M on this machine"
     )
@@ -125,7 +125,7 @@ def _table(losses: dict[str, float], reports: dict[str, Report], speeds: Compari
     return table
 
 
-def _plot(losses: dict[str, float], speeds: Comparison, path: Path) -> None:
+def _plot(losses: dict[str, float], speeds: SpeedComparison, path: Path) -> None:
     """Perplexity against tokens per second; silent without matplotlib is not allowed: it says so."""
     try:
         import matplotlib

@@ -109,8 +109,10 @@ def tune(
     from qcompile.codegen.triton.tuning.autotune import tune as search
 
     table = Table("launch of", "tile", "warps", "stages", "us")
-    for name, how, microseconds in search(sizes, [m for m in counts if FEW < m <= MANY]):
-        table.add_row(name, f"{how.rows}x{how.channels}", str(how.warps), str(how.stages), f"{microseconds:.1f}")
+    for name, config, microseconds in search(sizes, [m for m in counts if FEW < m <= MANY]):
+        table.add_row(
+            name, f"{config.rows}x{config.channels}", str(config.warps), str(config.stages), f"{microseconds:.1f}"
+        )
     console.print(table)
     table = Table("ways of", "K x N", "rows", "kernel us", "dequant us", "cuBLAS us", "")
     for one in measure(formats, sizes, counts):
@@ -128,9 +130,9 @@ def bench(
 ) -> None:
     """Time the products on this machine's GPU against cuBLAS bf16, what torch ships, and GemLite."""
     sizes, counts = _on_gpu(shapes, rows)
-    from qcompile.codegen.triton.tuning.gemm_benchmark import Comparison, compare
+    from qcompile.codegen.triton.tuning.gemm_benchmark import GemmComparison, compare
 
-    def keep(found: Comparison) -> None:
+    def keep(found: GemmComparison) -> None:
         if out is not None:
             found.write(out)
 

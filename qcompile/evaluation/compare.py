@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from qcompile.api.quantize import quantize
 from qcompile.evaluation.perplexity import agreement, perplexity
 from qcompile.memory.environment import versions
-from qcompile.memory.process import watch_peak
+from qcompile.memory.process import measure_peak
 from qcompile.pipeline.presets import find_recipe
 from qcompile.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Row:
+class RecipeResult:
     """One recipe on one model and text.
 
     Attributes:
@@ -68,7 +68,7 @@ class Comparison:
     def __post_init__(self) -> None:
         self.rows = self._read()
 
-    def measure(self, name: str) -> Row:
+    def measure(self, name: str) -> RecipeResult:
         """The row of one recipe (a preset name or a JSON path), from the file or by quantizing a copy."""
         recipe = find_recipe(name)
         if recipe.name not in self.rows:
@@ -76,24 +76,24 @@ class Comparison:
             self._write()
         return self.rows[recipe.name]
 
-    def _measure(self, name: str, recipe: Recipe) -> Row:
+    def _measure(self, name: str, recipe: Recipe) -> RecipeResult:
         if not recipe.passes:
-            return Row(name, perplexity(self.model, self.token_windows, progress=False), 0.0, 1.0, 0, 0.0)
+            return RecipeResult(name, perplexity(self.model, self.token_windows, progress=False), 0.0, 1.0, 0, 0.0)
         batches = self.calibration() if recipe.needs else None
         start = time.perf_counter()
-        with watch_peak() as peak:
+        with measure_peak() as peak:
             candidate = copy.deepcopy(self.model)
             report = quantize(candidate, recipe, batches, progress=False)
         seconds = time.perf_counter() - start
         found = agreement(candidate, self.model, self.token_windows)
-        return Row(name, found.perplexity, found.kl, found.top1, report.bytes_after, seconds, peak.bytes)
+        return RecipeResult(name, found.perplexity, found.kl, found.top1, report.bytes_after, seconds, peak.bytes)
 
     @property
     def _key(self) -> dict[str, Any]:
         first = self.token_windows[0]
         return {"label": self.label, "windows": len(self.token_windows), "length": int(first.shape[1])}
 
-    def _read(self) -> dict[str, Row]:
+    def _read(self) -> dict[str, RecipeResult]:
         if self.out is None or not self.out.is_file():
             return {}
         data = json.loads(self.out.read_text())
@@ -101,7 +101,7 @@ class Comparison:
             raise ValueError(
                 f"{self.out} is of another comparison ({data.get('of')}): choose another file or remove it"
             )
-        return {row["recipe"]: Row(**row) for row in data["rows"]}
+        return {row["recipe"]: RecipeResult(**row) for row in data["rows"]}
 
     def _write(self) -> None:
         if self.out is None:
@@ -113,7 +113,7 @@ class Comparison:
         work.replace(self.out)
 
 
-def compare(comparison: Comparison, recipes: Sequence[str], *, progress: bool = True) -> list[Row]:
+def compare(comparison: Comparison, recipes: Sequence[str], *, progress: bool = True) -> list[RecipeResult]:
     """Measure the float model, then recipes (preset names or JSON paths).
 
     Raises:
@@ -125,7 +125,7 @@ def compare(comparison: Comparison, recipes: Sequence[str], *, progress: bool = 
     return [comparison.measure(n) for n in track(names, "comparing", disable=not progress, transient=True)]
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[RecipeResult]) -> Table:
     """A rich table."""
     found = Table("recipe", "perplexity", "KL to float", "same top-1", "site weights MB", "quantize s", "peak MB")
     for r in rows:
@@ -134,7 +134,7 @@ def table(rows: Sequence[Row]) -> Table:
     return found
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+def plot(rows: Sequence[RecipeResult], path: Path) -> None:
     """Perplexity against megabytes of site weights. Raises ImportError without matplotlib."""
     import matplotlib
 

@@ -14,7 +14,7 @@ from qcompile.generation.onnx_session import Session
 
 
 @dataclass(frozen=True)
-class Speed:
+class OnnxSpeed:
     """Medians, tokens a second."""
 
     prefill: float
@@ -23,7 +23,7 @@ class Speed:
 
 def speeds(
     sessions: Mapping[str, Session], *, prompt: int = 512, new: int = 16, rounds: int = 5, progress: bool = True
-) -> dict[str, Speed]:
+) -> dict[str, OnnxSpeed]:
     """Time every session on one prompt and the tokens after it, all in turn; a first round warms up."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
     for step in track(range(rounds + 1), "timing", disable=not progress, transient=True):
@@ -37,4 +37,6 @@ def speeds(
             done = time.perf_counter()
             if step:
                 times[name].append((prompt / (read - start), new / (done - read)))
-    return {name: Speed(*(statistics.median(column) for column in zip(*t, strict=True))) for name, t in times.items()}
+    return {
+        name: OnnxSpeed(*(statistics.median(column) for column in zip(*t, strict=True))) for name, t in times.items()
+    }

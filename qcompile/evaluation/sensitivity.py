@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from qcompile.analysis.sites import Site, find_sites
-from qcompile.calibration.layerwise_run import Walk
+from qcompile.calibration.layerwise_run import LayerwiseRun
 from qcompile.ir.program import Program
 from qcompile.numerics.divergence import divergence, squared_error
 from qcompile.numerics.format import Format
@@ -91,7 +91,7 @@ def sensitivity(
     measure = divergence if logits else squared_error
     wanted = [program(*batch)[0] for batch in batches]
     sites = [s for s in find_sites(program) if s.kind == "linear"]
-    walk, found = Walk(program, batches), []
+    walk, found = LayerwiseRun(program, batches), []
     for site in track(sites, "sensitivity", disable=not progress, transient=True):
         walk.advance(site.node)
         inputs = list(walk.see(site.input))

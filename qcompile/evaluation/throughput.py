@@ -15,7 +15,7 @@ from qcompile.memory.environment import versions
 
 
 @dataclass
-class Speed:
+class ModelSpeed:
     """Medians over interleaved rounds, in seconds; tokens per second as properties."""
 
     name: str
@@ -37,7 +37,7 @@ class Speed:
 
 def time_models(
     models: dict[str, Callable[..., Any]], ids: torch.Tensor, *, new: int = 16, rounds: int = 5, progress: bool = True
-) -> dict[str, Speed]:
+) -> dict[str, ModelSpeed]:
     """Prefill `ids` [1, T] and decode `new` tokens greedily with each model, in turn.
 
     Args:
@@ -45,7 +45,7 @@ def time_models(
             of a causal LM. The first call of each compiles and is not counted.
         ids: the prompt. new: tokens. rounds: counted rounds. progress: show a bar.
     """
-    speeds = {name: Speed(name, ids.shape[1]) for name in models}
+    speeds = {name: ModelSpeed(name, ids.shape[1]) for name in models}
     for run in track(range(rounds + 1), "compiling and timing", disable=not progress, transient=True):
         for name, model in models.items():
             prefill, decode = time_text(model, ids, new)
@@ -77,10 +77,10 @@ def time_text(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[f
 
 
 @dataclass
-class Comparison:
+class SpeedComparison:
     """Speeds of several candidates in one run; the float ones are the peers."""
 
-    speeds: dict[str, Speed]
+    speeds: dict[str, ModelSpeed]
     weight_bytes: dict[str, int]
 
     def table(self) -> Any:
@@ -147,7 +147,7 @@ def compare_with_inductor(
     new: int = 16,
     rounds: int = 5,
     progress: bool = True,
-) -> Comparison:
+) -> SpeedComparison:
     """Time a causal LM under Inductor in its own dtype (and in `also`) and under qcompile recipes.
 
     Site weights are counted: what the products read, float or quantized; tables are not.
@@ -184,4 +184,4 @@ def compare_with_inductor(
         else:
             some = next(iter(backend.reports)) if backend.reports else None
             size[name] = sum(s.N * s.K * width for s in some.sites) if some else 0
-    return Comparison(speeds, size)
+    return SpeedComparison(speeds, size)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qcompile.evaluation.compare import Comparison, Row
+from qcompile.evaluation.compare import Comparison, RecipeResult
 from qcompile.pipeline.presets import find_recipe
 
 # Bytes first: four bits round to nearest, then with more work, then with eight bits.
@@ -30,9 +30,9 @@ class Tuned:
         rows: what was tried, the float model first.
     """
 
-    chosen: Row | None
-    nearest: Row
-    rows: list[Row]
+    chosen: RecipeResult | None
+    nearest: RecipeResult
+    rows: list[RecipeResult]
 
 
 def tune(
@@ -71,7 +71,7 @@ def tune(
     return Tuned(None, min(rows[1:], key=lambda r: r.perplexity), rows)
 
 
-def plot_frontier(rows: Sequence[Row], max_loss: float, path: Path) -> None:
+def plot_frontier(rows: Sequence[RecipeResult], max_loss: float, path: Path) -> None:
     """Loss of perplexity against megabytes, with the goal and the frontier. Needs matplotlib."""
     import matplotlib
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcompile.codegen.onnx.genai_config import FILE
 from qcompile.generation.sampling import stream
-from qcompile.memory.process import give_back
+from qcompile.memory.process import release_freed_memory
 
 PREFIX_FILE = "prefix.safetensors"  # ids, logits, keys and values of a prefix (passes/kv_cache/intact_kv.py)
 
@@ -48,7 +48,7 @@ class Session:
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        give_back()  # opening computes int8 weights, which takes several times their size for a moment
+        release_freed_memory()  # opening computes int8 weights, which takes several times their size for a moment
         self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         if not self.past:
             raise FolderError(f"{path} takes no cache: it is not a causal LM")

@@ -12,7 +12,7 @@ from pathlib import Path
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Return freed pages to the system, where the C library can.
 
     Many tensors of some MB with different lifetimes leave a heap full of holes that malloc keeps.
@@ -36,11 +36,11 @@ def held(name: str = "VmRSS") -> int:
 
 
 @contextmanager
-def watch_peak() -> Iterator[Peak]:
+def measure_peak() -> Iterator[Peak]:
     """Measure the block; `peak.bytes` is set when it ends. Linux only: elsewhere it stays 0."""
     peak = Peak()
     gc.collect()
-    give_back()  # what was freed before must not hide what is taken now
+    release_freed_memory()  # what was freed before must not hide what is taken now
     try:
         _CLEAR.write_text("5")  # forget the high-water mark of before
         start = held()

@@ -24,7 +24,7 @@ Remember = Callable[[str, Sequence[Tensor], Callable[[], tuple[Tensor, ...]]], t
 """remember(kernel, tensors, make): what a kernel's layout makes of some tensors, made once for equal ones."""
 
 
-class Shared:
+class SharedTensors:
     """Tensors that were made from others."""
 
     def __init__(self, tensors: tuple[Tensor | None, ...], sources: Sequence[Tensor] = ()) -> None:
@@ -58,15 +58,15 @@ class _Watched:
         return torch.equal(as_bytes(mine), as_bytes(other))
 
 
-_alive: weakref.WeakValueDictionary[Hashable, Shared] = weakref.WeakValueDictionary()
+_alive: weakref.WeakValueDictionary[Hashable, SharedTensors] = weakref.WeakValueDictionary()
 
 
-def shared(key: Hashable, sources: Sequence[Tensor], make: Callable[[], tuple[Tensor | None, ...]]) -> Shared:
+def shared(key: Hashable, sources: Sequence[Tensor], make: Callable[[], tuple[Tensor | None, ...]]) -> SharedTensors:
     """What was made of `sources` in the way that `key` says, made now if nobody holds it."""
     full = (key, *map(fingerprint, sources))
     found = _alive.get(full)
     if found is None or not found.may_serve(sources):
-        found = Shared(make(), sources)
+        found = SharedTensors(make(), sources)
         _alive[full] = found
     return found
 

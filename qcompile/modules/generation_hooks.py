@@ -25,7 +25,7 @@ from qcompile.recipe.report import PassReport
 NO_QUANTIZED_CACHE = (
     "this QuantizeKV has no form in ONNX: it makes a scale and a zero point for every head of every token as the token "
     "comes, and ONNX Runtime's attention reads caches with fixed scales only (one, or one for each channel) and "
-    "without zero points. Use QuantizeKV(8, fixed=True), or leave it out: the cache is float32 then"
+    "without zero points. Use QuantizeKV(8, static=True), or leave it out: the cache is float32 then"
 )
 
 
@@ -70,22 +70,22 @@ def fit_cache(
     wanted = cache or prefix
     if wanted is None:
         return recipe, [], None
-    if cache is not None and cache.fixed and prefix is not None:
+    if cache is not None and cache.static and prefix is not None:
         raise RecipeError("IntactKV keeps its tokens float, which a cache with fixed scales cannot: drop one of them")
     optional = cache is not None and cache.optional and prefix is None
-    of_attentions = prefix or (cache if cache.fixed or cache.center else None)
+    of_attentions = prefix or (cache if cache.static or cache.center else None)
     try:
         heads = _heads_of_cache(model, args, kwargs, type(wanted).__name__, alone=not optional)
         if of_attentions is not None and len(heads) != attentions:
             who = type(of_attentions).__name__
-            mend = f"drop {who}" if of_attentions is prefix else f"use {'center' if cache.center else 'fixed'}=False"
+            mend = f"drop {who}" if of_attentions is prefix else f"use {'center' if cache.center else 'static'}=False"
             raise DoesNotFit(f"the graph has {attentions} attentions, the cache {len(heads)} layers", mend, who)
         return recipe, heads, None
     except DoesNotFit as error:
         if not optional:
             raise
         report = PassReport("QuantizeKV")
-        report.leave("cache", f"stays float: {error.reason}")
+        report.skip("cache", f"stays float: {error.reason}")
     return dataclasses.replace(recipe, passes=tuple(c for c in recipe.passes if c is not cache)), [], report
 
 
@@ -119,8 +119,8 @@ def _heads_of_cache(
 
 def make_prefix(recipe: Recipe, tensors: dict[str, Tensor], heads: list[tuple[int, int]]) -> Prefix | None:
     """The prefix from what the pass IntactKV computed; heads repeated for grouped queries are dropped."""
-    how = _of(recipe, IntactKV)
-    if how is None:
+    config = _of(recipe, IntactKV)
+    if config is None:
         return None
     layers = []
     for index, (of_keys, of_values) in enumerate(heads):
@@ -128,7 +128,7 @@ def make_prefix(recipe: Recipe, tensors: dict[str, Tensor], heads: list[tuple[in
         layers.append(
             (keys[:, :: keys.shape[1] // of_keys].clone(), values[:, :: values.shape[1] // of_values].clone())
         )
-    return Prefix(torch.tensor(how.prefix), layers, tensors["logits"])
+    return Prefix(torch.tensor(config.prefix), layers, tensors["logits"])
 
 
 def make_constants(tensors: dict[str, Tensor], heads: list[tuple[int, int]]) -> Centers | Scales | None:
@@ -179,13 +179,13 @@ def refuse_cache(model: nn.Module, recipe: Recipe | None, *, portable: bool, enc
     Asked before an export's long work.
     """
     calls = getattr(model, "qcompile_calls", None)
-    asked = (None if recipe is None else _of(recipe, QuantizeKV), None if calls is None else calls.how)
-    for how in filter(None, asked):
-        if not how.fixed:
+    asked = (None if recipe is None else _of(recipe, QuantizeKV), None if calls is None else calls.config)
+    for config in filter(None, asked):
+        if not config.static:
             raise RecipeError(NO_QUANTIZED_CACHE)
-        if encoder and not how.optional:
+        if encoder and not config.optional:
             raise RecipeError("QuantizeKV: the file of an encoder has no cache (example=..): leave it out")
-        if portable and not how.optional:
+        if portable and not config.optional:
             raise RecipeError(
                 "a portable file has a float cache: operators of the standard would turn all of an int8 one to float "
                 "for every token. Leave QuantizeKV out, or portable"
@@ -209,9 +209,9 @@ class Calls:
     enabled = True
 
     def __init__(
-        self, how: QuantizeKV | None, prefix: Prefix | None = None, constants: Centers | Scales | None = None
+        self, config: QuantizeKV | None, prefix: Prefix | None = None, constants: Centers | Scales | None = None
     ) -> None:
-        self.how, self.prefix = how, prefix
+        self.config, self.prefix = config, prefix
         self.centers = constants if isinstance(constants, Centers) else None
         self.scales = constants if isinstance(constants, Scales) else None
         self.skipped = 0  # tokens of the call in progress that come from the prefix
@@ -232,21 +232,23 @@ class Calls:
             return args, kwargs
         ids = args[0] if args else kwargs.get("input_ids")
         starts = self.prefix is not None and isinstance(ids, Tensor) and self.prefix.starts(ids)
-        if self.how is None and not starts:
+        if self.config is None and not starts:
             return args, kwargs
         own: Any = DynamicCache()
-        if self.how is not None:
-            how = self.how
+        if self.config is not None:
+            config = self.config
             means = None if self.centers is None else self.centers.all
             scales = None if self.scales is None else self.scales.all
-            own = KVCache(how.bits, hadamard=how.hadamard, intact=how.intact, centers=means, scales=scales)
+            own = KVCache(
+                config.bits, hadamard=config.hadamard, sink_tokens=config.sink_tokens, centers=means, scales=scales
+            )
         kwargs = {**kwargs, "past_key_values": own}
         if starts:
             assert self.prefix is not None and isinstance(ids, Tensor)
             p = self.skipped = len(self.prefix.ids)
             for index, (keys, values) in enumerate(zip(*self.prefix.caches(len(ids)), strict=True)):
-                if self.how is not None:
-                    own.intact = max(own.intact, p)
+                if self.config is not None:
+                    own.sink_tokens = max(own.sink_tokens, p)
                 own.update(keys, values, index)
             for name in ("position_ids", "cache_position", "token_type_ids"):
                 if isinstance(kwargs.get(name), Tensor):

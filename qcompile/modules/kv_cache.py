@@ -6,7 +6,7 @@ reads are the numbers behind the codes, of new tokens too, so prefill and decodi
 `hadamard`, vectors are turned before they are quantized and turned back when read, which is the
 same as turning queries and keys (QuaRot, arXiv:2404.00456 stage 1d). With `centers`, the mean key of
 every head is taken out before and put back when read (SageAttention, arXiv:2410.02367 sec. 4.2). The
-first `intact` tokens, and a prefix given from outside, stay float (IntactKV, arXiv:2403.01241).
+first `sink_tokens` tokens, and a prefix given from outside, stay float (IntactKV, arXiv:2403.01241).
 With `scales`, every channel of a head has one scale for all tokens, known before (passes/kv_cache/quantize_kv.py),
 and no zero point.
 """
@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import rotation
 from qcompile.numerics.qtensor import dequantize_codes, load_codes, store_codes
-from qcompile.numerics.rounding import decode, encode, quantize_tensor
+from qcompile.numerics.rounding import dequantize_with_qparams, quantize_tensor, quantize_with_qparams
 
 
 class _Column:
@@ -47,24 +47,24 @@ class _Column:
         assert self.buffer is not None
         return self.buffer[..., : self.length, :]
 
-    def change(self, how: Any) -> None:
+    def change(self, config: Any) -> None:
         if self.buffer is not None:
-            self.buffer = how(self.read()).contiguous()
+            self.buffer = config(self.read()).contiguous()
             self.length = self.buffer.shape[-2]
 
 
 class _Vectors:
-    """Keys or values of one layer: `intact` float ones first, then codes with scale and zero."""
+    """Keys or values of one layer: `sink_tokens` float ones first, then codes with scale and zero."""
 
-    def __init__(self, form: Format, intact: int, hadamard: bool, center: Tensor | None) -> None:
-        self.form, self.intact, self.hadamard = form, intact, hadamard
+    def __init__(self, form: Format, sink_tokens: int, hadamard: bool, center: Tensor | None) -> None:
+        self.form, self.sink_tokens, self.hadamard = form, sink_tokens, hadamard
         self.center = None if center is None else center.float()[:, None]  # [H, 1, D]
         self.exact, self.codes, self.scale, self.zero = (_Column() for _ in range(4))
         self.width = 0
         self.turn: Tensor | None = None
 
     def append(self, new: Tensor) -> None:
-        free = max(0, self.intact - self.exact.length)
+        free = max(0, self.sink_tokens - self.exact.length)
         self.width = new.shape[-1]
         if free:
             self.exact.append(new[..., :free, :])
@@ -127,10 +127,10 @@ class _Channels:
         self.codes = self.any_column = _Column()
 
     def append(self, new: Tensor) -> None:
-        self.codes.append(encode(new.float(), self.scale, None, self.form))
+        self.codes.append(quantize_with_qparams(new.float(), self.scale, None, self.form))
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        return decode(self.codes.read(), self.scale, None, self.form).to(dtype)
+        return dequantize_with_qparams(self.codes.read(), self.scale, None, self.form).to(dtype)
 
     def drop(self, count: int) -> None:
         self.codes.length -= count
@@ -203,10 +203,10 @@ class _Layer(CacheLayerMixin):
         self.own_keys, self.own_values = self.empty()
         self.is_initialized = False
 
-    def _change(self, how: Any) -> None:
+    def _change(self, config: Any) -> None:
         for vectors in (self.own_keys, self.own_values):
             for column in vectors.columns:
-                column.change(how)
+                column.change(config)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens."""
@@ -230,7 +230,7 @@ class KVCache(Cache):
     """A quantized cache: `model.generate(.., past_key_values=KVCache())`, or in a recipe `QuantizeKV`.
 
     Args:
-        bits: 4 or 8. hadamard: turn keys before they are quantized. intact: tokens at the start to
+        bits: 4 or 8. hadamard: turn keys before they are quantized. sink_tokens: tokens at the start to
             keep float: they carry the largest values and most of the attention. centers: the mean
             key [H, D] of each layer, as calibration gathers it. scales: of keys and of values [H, D] in
             each layer, where they are fixed, as calibration gathers them.
@@ -241,18 +241,18 @@ class KVCache(Cache):
         bits: int = 4,
         *,
         hadamard: bool = False,
-        intact: int = 0,
+        sink_tokens: int = 0,
         centers: Sequence[Tensor] | None = None,
         scales: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         if bits not in (4, 8):
             raise ValueError(f"KVCache: bits must be 4 or 8, got {bits}")
-        if intact < 0:
-            raise ValueError(f"KVCache: intact counts tokens, got {intact}")
-        if scales is not None and (bits != 8 or hadamard or intact or centers is not None):
-            raise ValueError("KVCache: fixed scales are of 8 bits, without hadamard, intact and centers")
+        if sink_tokens < 0:
+            raise ValueError(f"KVCache: sink_tokens counts tokens, got {sink_tokens}")
+        if scales is not None and (bits != 8 or hadamard or sink_tokens or centers is not None):
+            raise ValueError("KVCache: fixed scales are of 8 bits, without hadamard, sink_tokens and centers")
         form = Format("int4" if bits == 4 else "int8", "row", zero="int")
-        self.bits, self.intact = bits, intact
+        self.bits, self.sink_tokens = bits, sink_tokens
 
         def layer() -> _Layer:
             index = len(self.layers)
@@ -261,7 +261,10 @@ class KVCache(Cache):
                 return _Layer(lambda: (_Channels(of_keys), _Channels(of_values)))
             center = None if centers is None else centers[index]
             return _Layer(
-                lambda: (_Vectors(form, self.intact, hadamard, center), _Vectors(form, self.intact, False, None))
+                lambda: (
+                    _Vectors(form, self.sink_tokens, hadamard, center),
+                    _Vectors(form, self.sink_tokens, False, None),
+                )
             )
 
         super().__init__(layer_class_to_replicate=layer)

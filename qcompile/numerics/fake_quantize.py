@@ -24,7 +24,7 @@ class _Round(torch.autograd.Function):
         return gradients[0], None
 
 
-def round_through(x: Tensor, form: Format) -> Tensor:
+def fake_quantize_ste(x: Tensor, form: Format) -> Tensor:
     """The numbers that x [.., K] is rounded to, in its dtype; the gradient is that of the identity."""
     out: Tensor = _Round.apply(x, form)
     return out

@@ -113,7 +113,7 @@ class Format:
         return torch.uint8 if self.zero != "none" or self.dtype == "fp4" else torch.int8
 
     @property
-    def reach(self) -> float:
+    def max_value(self) -> float:
         """The largest number that a code can stand for at scale one."""
         return {"fp4": E2M1_MAX, "fp8": 448.0}.get(self.dtype, float(self.qmax))
 

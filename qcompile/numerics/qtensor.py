@@ -66,7 +66,7 @@ def load_codes(stored: Tensor, format: Format, columns: int) -> Tensor:
     return unsigned if format.qmin == 0 else (unsigned.to(torch.int8) + format.qmin)
 
 
-def spread(scale: Tensor, format: Format, columns: int) -> Tensor:
+def expand_groups(scale: Tensor, format: Format, columns: int) -> Tensor:
     """Scales [.., groups] -> one for each column, [.., K]; other granularities broadcast."""
     if format.per != "group":
         return scale
@@ -80,14 +80,14 @@ def dequantize_codes(
     columns = codes.shape[-1]
     value = decode_e2m1(codes) if format.dtype == "fp4" else codes.to(torch.float32)
     if zero is not None:
-        value = value - spread(zero, format, columns).to(torch.float32)
+        value = value - expand_groups(zero, format, columns).to(torch.float32)
     if format.dual:
         assert group_scale is not None
-        return value * spread(group_scale, format, columns).to(torch.float32) * scale
+        return value * expand_groups(group_scale, format, columns).to(torch.float32) * scale
     if format.powers:
         assert group_scale is not None
-        return value * (spread(power_of_two(group_scale), format, columns) * scale)
-    return value * spread(scale, format, columns)
+        return value * (expand_groups(power_of_two(group_scale), format, columns) * scale)
+    return value * expand_groups(scale, format, columns)
 
 
 def int8_codes(codes: Tensor, zero: Tensor | None, group_scale: Tensor | None, format: Format) -> Tensor:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from qcompile.numerics.format import Format
 from qcompile.numerics.fp4 import constrain, decode_e2m1, encode_e2m1, power_of_two
-from qcompile.numerics.qtensor import QTensor, group_columns, spread, ungroup_columns
+from qcompile.numerics.qtensor import QTensor, expand_groups, group_columns, ungroup_columns
 
 _TINY = 1e-30  # a smaller range is zero: x / s must not become infinite
 _PIVOT = 8.0  # a token whose largest value is this many times the median token's is a pivot
 _PROTECTED = 119.0  # level-1 codes of a dual format: level 2 may round one int4 step past them
-LARGEST_STEP = 15  # the largest integer group scale of a dual format without zero points
+MAX_GROUP_SCALE = 15  # the largest integer group scale of a dual format without zero points
 
 
 def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor:
@@ -46,7 +46,7 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor
     if format.powers:
         return _quantize_powers(groups, scale, x.shape[-1], format)
     shape = x.shape[:-1] + (format.groups(x.shape[-1]),) if format.per != "tensor" else ()
-    codes = encode(groups, scale[..., None], None if zero is None else zero[..., None], format)
+    codes = quantize_with_qparams(groups, scale[..., None], None if zero is None else zero[..., None], format)
     codes = codes.reshape(x.shape) if format.per == "tensor" else ungroup_columns(codes, x.shape[-1])
     stored_zero = None
     if zero is not None:
@@ -65,7 +65,7 @@ def _range(groups: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 
 def _scale(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-    scale = high / format.reach if format.zero == "none" else (high - low) / format.qmax
+    scale = high / format.max_value if format.zero == "none" else (high - low) / format.qmax
     scale = torch.where(scale.abs() > _TINY, scale, torch.ones_like(scale))
     if format.zero == "none":
         return scale, None
@@ -73,10 +73,10 @@ def _scale(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | 
     return scale, zero.round().clamp(0, format.qmax) if format.zero == "int" else zero
 
 
-def encode(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
+def quantize_with_qparams(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
     """x / scale -> codes, rounding half to even."""
     if format.dtype == "fp8":
-        return (x / scale).clamp(-format.reach, format.reach).to(torch.float8_e4m3fn)
+        return (x / scale).clamp(-format.max_value, format.max_value).to(torch.float8_e4m3fn)
     if format.dtype == "fp4":
         return encode_e2m1(x / scale)
     return _steps(x, scale, zero, format).to(format.code_dtype)
@@ -94,25 +94,25 @@ def _steps(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Ten
     return steps.clamp_(format.qmin, format.qmax)
 
 
-def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
+def dequantize_with_qparams(codes: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
     """Codes -> float32, for scales and zeros of the codes' shape; the inverse of `encode`."""
     value = decode_e2m1(codes) if format.dtype == "fp4" else codes.float()
     return (value if zero is None else value - zero) * scale
 
 
-def on_grid(
+def fake_quantize(
     x: Tensor, scale: Tensor, zero: Tensor | None, format: Format, low: Tensor | None = None, high: Tensor | None = None
 ) -> Tensor:
     """x rounded to nearest: `decode(encode(x))`, with codes kept in [low, high] where those are given."""
     if format.is_float:
-        return decode(encode(x, scale, zero, format), scale, zero, format)
+        return dequantize_with_qparams(quantize_with_qparams(x, scale, zero, format), scale, zero, format)
     steps = _steps(x, scale, zero, format)
     if low is not None and high is not None:
         steps.clamp_(low, high)
     return (steps if zero is None else steps.sub_(zero)).mul_(scale)
 
 
-def level_grid(q: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def expand_qparams(q: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The grid that each number of a matrix was rounded on: scale, zero, least and greatest code, [N, K].
 
     Least and greatest are given only where they bind more tightly than the format's own (dual).
@@ -120,18 +120,18 @@ def level_grid(q: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor
     shape, form = q.codes.shape, q.format
     if form.powers:
         assert q.group_scale is not None
-        return q.scale * spread(power_of_two(q.group_scale), form, q.columns), None, None, None
-    scale = spread(q.scale, form, q.columns) if not form.dual else q.scale
-    zero = None if q.zero is None else spread(q.zero, form, q.columns).float()
+        return q.scale * expand_groups(power_of_two(q.group_scale), form, q.columns), None, None, None
+    scale = expand_groups(q.scale, form, q.columns) if not form.dual else q.scale
+    zero = None if q.zero is None else expand_groups(q.zero, form, q.columns).float()
     zero = None if zero is None else zero.expand(shape)
     if not form.dual:
         return scale.expand(shape), zero, None, None
     assert q.group_scale is not None
-    group = spread(q.group_scale, form, q.columns).float()
+    group = expand_groups(q.group_scale, form, q.columns).float()
     if zero is None:
         return scale * group, None, None, None
-    reach = (127 / group).floor()
-    low, high = (zero - reach).clamp_min(0), (zero + reach).clamp_max(form.qmax)
+    max_value = (127 / group).floor()
+    low, high = (zero - max_value).clamp_min(0), (zero + max_value).clamp_max(form.qmax)
     return scale * group, zero, low.to(torch.uint8), high.to(torch.uint8)
 
 
@@ -156,7 +156,7 @@ def _clip(groups: Tensor, low: Tensor, high: Tensor, format: Format) -> tuple[Te
         for shrink, (bottom, top) in itertools.product(_SHRINKS, ranges):
             tried = bottom * (1 - shrink / 100), top * (1 - shrink / 100)
             scale, zero = _scale(*tried, format)
-            rounded = on_grid(part, scale[..., None], None if zero is None else zero[..., None], format)
+            rounded = fake_quantize(part, scale[..., None], None if zero is None else zero[..., None], format)
             error = _power_sum(rounded.sub_(part))
             better = error < best
             best = torch.where(better, error, best)
@@ -173,7 +173,7 @@ def _power_sum(error: Tensor) -> Tensor:
 def _quantize_powers(groups: Tensor, scale: Tensor, columns: int, format: Format) -> QTensor:
     """Codes on scales that are powers of two, or powers of two below the row's."""
     row, exponent = constrain(scale, format.powers)
-    codes = encode(groups, (row * power_of_two(exponent))[..., None], None, format)
+    codes = quantize_with_qparams(groups, (row * power_of_two(exponent))[..., None], None, format)
     return QTensor(ungroup_columns(codes, columns).contiguous(), row, None, exponent, format)
 
 
@@ -189,9 +189,9 @@ def _quantize_smooth(x: Tensor, format: Format) -> QTensor:
     ordinary = token <= _PIVOT * token.median(-2, keepdim=True).values if x.ndim > 1 else torch.ones_like(token) > 0
     smooth = (peaks * ordinary).amax(-2, keepdim=True) if x.ndim > 1 else torch.ones_like(peaks)
     smooth = torch.where(smooth > _TINY, smooth, torch.ones_like(smooth))
-    scale = (peaks / smooth).amax(-1, keepdim=True) / format.reach * smooth
+    scale = (peaks / smooth).amax(-1, keepdim=True) / format.max_value * smooth
     scale = torch.where(scale > _TINY, scale, torch.ones_like(scale))
-    codes = encode(groups, scale[..., None], None, format)
+    codes = quantize_with_qparams(groups, scale[..., None], None, format)
     return QTensor(ungroup_columns(codes, x.shape[-1]).contiguous(), scale, None, None, format)
 
 
@@ -228,20 +228,20 @@ def _quantize_dual_symmetric(x: Tensor, format: Format, clip: bool) -> QTensor:
     """
     groups = group_columns(x, format)
     low, high = _range(groups, format)
-    empty = high <= _TINY * format.reach  # zeros: their scale must not make the row's
+    empty = high <= _TINY * format.max_value  # zeros: their scale must not make the row's
     if clip:
         low, high = _clip(groups, low, high, format)
     wanted = _scale(low, high, format)[0].masked_fill(empty, 0)
-    scale = wanted.abs().amax(-1, keepdim=True) / LARGEST_STEP
-    scale = torch.where(scale > _TINY / LARGEST_STEP, scale, torch.ones_like(scale))
+    scale = wanted.abs().amax(-1, keepdim=True) / MAX_GROUP_SCALE
+    scale = torch.where(scale > _TINY / MAX_GROUP_SCALE, scale, torch.ones_like(scale))
     sign = torch.where(wanted < 0, -1.0, 1.0)
-    steps = (wanted / scale).abs().round().masked_fill(empty, LARGEST_STEP)
+    steps = (wanted / scale).abs().round().masked_fill(empty, MAX_GROUP_SCALE)
     found = torch.zeros_like(steps), torch.empty_like(groups)
     best = torch.full_like(steps, torch.inf)
     for more in (0, -1, 1) if clip else (0,):
         # The largest stay as they are: s0 can be told from them (see the exporter to ONNX).
-        tried = sign * torch.where(steps == LARGEST_STEP, steps, (steps + more).clamp(1, LARGEST_STEP))
-        codes = encode(groups, (tried * scale)[..., None], None, format)
+        tried = sign * torch.where(steps == MAX_GROUP_SCALE, steps, (steps + more).clamp(1, MAX_GROUP_SCALE))
+        codes = quantize_with_qparams(groups, (tried * scale)[..., None], None, format)
         error = _power_sum((codes * (tried * scale)[..., None]).sub_(groups))
         better = error < best
         best = torch.minimum(error, best)
@@ -257,10 +257,10 @@ def _second_level(wide: Tensor, bottom: Tensor, top: Tensor) -> tuple[Tensor, Te
     group_scale = ((top - bottom) / 15).round_().clamp_min_(1)
     zero = (-bottom / group_scale).round_().clamp_(0, 15)
     # q - z stays where s1 (q - z) fits int8; for protected codes this binds only at the very edge.
-    reach = (127 / group_scale).floor_()
+    max_value = (127 / group_scale).floor_()
     # Round once, from the real numbers, not from level 1.
     codes = (wide / group_scale[..., None]).round_().add_(zero[..., None])
-    codes.clamp_((zero - reach).clamp_min_(0)[..., None], (zero + reach).clamp_max_(15)[..., None])
+    codes.clamp_((zero - max_value).clamp_min_(0)[..., None], (zero + max_value).clamp_max_(15)[..., None])
     return group_scale, zero, codes
 
 

@@ -14,25 +14,25 @@ from qcompile.passes import (
     FineQuant,
     FoldNorm,
     Fuse,
-    LearnRotation,
     LoRC,
-    PerTensor,
+    OnlineHadamard,
+    PerTensorActivations,
     Quantize,
     QuantizeKV,
-    Reorder,
+    ReorderChannels,
     Rotate,
-    RotateOnline,
     RotatePrincipal,
-    Smooth,
     SmoothAttention,
+    SmoothQuant,
     SmoothQuantPlus,
+    SpinQuant,
     Untie,
 )
 from qcompile.pipeline.advise import Device, advise, parameters
 from qcompile.recipe.recipe import Recipe, RecipeError
 
 _FOLDED = (Untie(), FoldNorm(), Rotate())
-_ROTATIONS = (*_FOLDED, RotateOnline())
+_ROTATIONS = (*_FOLDED, OnlineHadamard())
 _PRINCIPAL = (Untie(), FoldNorm(), RotatePrincipal())
 _FP8 = Format("fp8")
 
@@ -47,7 +47,7 @@ _INT4 = Format.parse("int4/group128/zero")
 _DUAL = Format.parse("int4/group128/zero/dual")
 _SMALL = Format.parse("int4/group32/zero/dual")
 _EVEN = Format.parse("int4/group64/zero/dual")  # of logits: divides more hidden sizes than 128
-_CODED = QuantizeKV(8, fixed=True, optional=True)  # what ONNX Runtime's attention reads
+_CODED = QuantizeKV(8, static=True, optional=True)  # what ONNX Runtime's attention reads
 
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
@@ -67,7 +67,7 @@ PRESETS: dict[str, Recipe] = {
             "int8-smooth",
             "SmoothQuant W8A8 (arXiv:2211.10438), alpha 0.5; needs calibration",
             Untie(),
-            Smooth(),
+            SmoothQuant(),
             Quantize(Format("int8"), Format("int8")),
         ),
         _recipe(
@@ -80,7 +80,7 @@ PRESETS: dict[str, Recipe] = {
             "int8-gptq",
             "the INT8 of arXiv:2411.02355: SmoothQuant, GPTQ, activations dynamic per token; needs calibration",
             Untie(),
-            Smooth(),
+            SmoothQuant(),
             GPTQ(Format("int8"), Format("int8")),
         ),
         _recipe("w8a16", "weight-only int8 for each output channel", Quantize(Format("int8"), None)),
@@ -107,17 +107,17 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "int4-cpu",
             "smoothed, dual-grained W4A8 everywhere, the logits too, and an int8 cache: for an ONNX folder on a CPU",
-            Smooth(alpha=0.6),  # no Untie: a tied table stays one table in the file
+            SmoothQuant(alpha=0.6),  # no Untie: a tied table stays one table in the file
             _CODED,
-            Quantize(_SMALL, Format("int8"), output=_SMALL, output_act=Format("int8"), clip=True),
+            Quantize(_SMALL, Format("int8"), lm_head=_SMALL, lm_head_act=Format("int8"), clip=True),
         ),
         _recipe(
             "int4-cpu-gptq",
             "the best for an ONNX folder on a CPU: W4A8 on rotated bases by GPTQ, groups of 128; an int8 cache",
             *_FOLDED,
             _CODED,
-            PerTensor(output=True),
-            GPTQ(_DUAL, Format("int8"), output=_EVEN, output_act=Format("int8"), clip=True),
+            PerTensorActivations(lm_head=True),
+            GPTQ(_DUAL, Format("int8"), lm_head=_EVEN, lm_head_act=Format("int8"), clip=True),
         ),
         _recipe(
             "w4a16-gptq",
@@ -182,7 +182,7 @@ PRESETS: dict[str, Recipe] = {
             "w4a8-dgq",
             "DGQ (arXiv:2310.04836): outlier channels clipped down, scales of both levels searched; codes by GPTQ",
             Untie(),
-            Smooth(percentile=0.005),
+            SmoothQuant(percentile=0.005),
             DGQ(_DUAL, Format("int8"), codes="gptq"),
         ),
         _recipe(
@@ -191,16 +191,16 @@ PRESETS: dict[str, Recipe] = {
             Untie(),
             FoldNorm(),
             SmoothAttention(),
-            Smooth(alpha=0.2, norms=False),
+            SmoothQuant(alpha=0.2, norms=False),
             Rotate(),
-            Reorder(),
+            ReorderChannels(),
             QuantizeKV(4),
             GPTQ(_DUAL, Format("int8"), clip=True),
         ),
         _recipe(
             "w4a8kv4",
             "W4A8 by GPTQ and the cache of kv4-centered",
-            QuantizeKV(4, hadamard=True, intact=4, center=True),
+            QuantizeKV(4, hadamard=True, sink_tokens=4, center=True),
             GPTQ(_DUAL, Format("int8"), clip=True),
         ),
         _recipe(
@@ -225,16 +225,16 @@ PRESETS: dict[str, Recipe] = {
             "w4a4-rrs",
             "Rotated Runtime Smooth (arXiv:2409.20361) made causal: scales for each token and group of sorted channels",
             *_FOLDED,
-            Reorder(stream=True),
-            RotateOnline(),
+            ReorderChannels(stream=True),
+            OnlineHadamard(),
             GPTQ(_INT4, Format.parse("int4/group128"), clip=True),
         ),
         _recipe(
             "w4a4-rrs-sequence",
             "the same with the paper's statistic, which looks at the whole sequence: for comparison, not for decoding",
             *_FOLDED,
-            Reorder(stream=True),
-            RotateOnline(),
+            ReorderChannels(stream=True),
+            OnlineHadamard(),
             GPTQ(_INT4, Format.parse("int4/group128/smooth"), clip=True),
         ),
         _recipe(
@@ -248,12 +248,12 @@ PRESETS: dict[str, Recipe] = {
             "SpinQuant (arXiv:2405.16406): learned rotations, GPTQ, one scale for each token",
             Untie(),
             FoldNorm(),
-            LearnRotation(),
-            RotateOnline(),
+            SpinQuant(),
+            OnlineHadamard(),
             GPTQ(_INT4, Format("int4"), clip=True),
         ),
         _recipe("kv8", "an 8-bit key/value cache, weights float", QuantizeKV(8)),
-        _recipe("kv8-fixed", "the cache of int4-cpu: one scale for a channel of a head", QuantizeKV(8, fixed=True)),
+        _recipe("kv8-fixed", "the cache of int4-cpu: one scale for a channel of a head", QuantizeKV(8, static=True)),
         _recipe("kv4", "a 4-bit key/value cache, weights float", QuantizeKV(4)),
         _recipe(
             "kv4-smooth",
@@ -269,7 +269,7 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "kv4-centered",
             "a 4-bit cache of keys without their mean (arXiv:2410.02367), turned; the first four tokens float",
-            QuantizeKV(4, hadamard=True, intact=4, center=True),
+            QuantizeKV(4, hadamard=True, sink_tokens=4, center=True),
         ),
         _recipe("exact", "every exact rewriting and no quantization: what `qcompile verify` runs", *_ROTATIONS),
     )

@@ -19,7 +19,7 @@ import qcompile.passes  # noqa: F401  registers the passes
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.calibration.statistics import Statistics, observe
 from qcompile.ir.program import Program
-from qcompile.memory.process import give_back
+from qcompile.memory.process import release_freed_memory
 from qcompile.passes.qdq.site_plan import Quantize, SitePlan
 from qcompile.passes.weights.lorc import LoRC
 from qcompile.recipe.certificate import certify
@@ -70,18 +70,18 @@ def run(
     corrected = any(isinstance(config, LoRC) for config in recipe.passes)
     for config in recipe.passes:
         entry = registered()[type(config)]
-        seen = Statistics()
+        statistics = Statistics()
         needs = set(entry.needs(config))
         if {"absmax", "keys"} & needs:
             assert batches is not None
-            seen = observe(current, batches(), sites="absmax" in needs, progress=progress)
+            statistics = observe(current, batches(), sites="absmax" in needs, progress=progress)
         attempt = current.copy()
         if entry.sitewise:
             _name_untied(attempt, names, rules, keep)
             plan = SitePlan(rules, keep or {}, batches, corrected, progress, program, report.made)
-            done = entry.run(attempt, config, seen, plan)
+            done = entry.run(attempt, config, statistics, plan)
         else:
-            done = entry.run(attempt, config, seen)
+            done = entry.run(attempt, config, statistics)
         attempt.cleanup()
         if entry.exact and verify and example is not None and done.done:
             certificate, outputs = certify(
@@ -94,7 +94,7 @@ def run(
                 continue
         current = attempt
         report.passes.append(done)
-        give_back()  # old weights among new ones leave holes as large as the model
+        release_freed_memory()  # old weights among new ones leave holes as large as the model
     _describe(current, entries, names, report)
     report.sites = entries
     report.seconds = time.perf_counter() - started
@@ -142,7 +142,7 @@ def _name_untied(program: Program, names: dict[str, str], rules: dict[str, Any],
 def _describe(program: Program, entries: list[SiteReport], names: dict[str, str], report: Report) -> None:
     """Fill in formats, bytes and reasons from the final graph; add sites that came quantized."""
     quantizers = {config.__name__ for config in registered() if issubclass(config, Quantize)}
-    reasons = {left.site: left.reason for p in report.passes if p.name in quantizers for left in p.left}
+    reasons = {place.site: place.reason for p in report.passes if p.name in quantizers for place in p.skipped}
     untied = dict(line.split(" from ") for p in report.passes if p.name == "Untie" for line in p.done)
     spellings = {other: name for name, others in program.aliases.items() for other in others}
     by_name = {entry.name: entry for entry in entries}

@@ -18,8 +18,7 @@ from typing import Any
 
 from qcompile.numerics.format import Format
 from qcompile.recipe.registry import Registered, kinds, registered
-
-SCHEMA = 1
+from qcompile.recipe.schema import UnknownSchema, stamp, upgraded_recipe
 
 
 class RecipeError(ValueError):
@@ -127,7 +126,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
         return {
-            "schema": SCHEMA,
+            **stamp(),
             "name": self.name,
             "passes": [{"pass": type(c).__name__, **_plain(c)} for c in self.passes],
             "rules": [_plain(r) for r in self.rules],
@@ -135,13 +134,23 @@ class Recipe:
         }
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> Recipe:
-        """Read a recipe; unknown keys, passes and schema numbers are errors."""
-        extra = set(data) - {"schema", "name", "passes", "rules", "source"}
+    def from_json(data: dict[str, Any], *, what: str = "") -> Recipe:
+        """Read a recipe of schema 1 (with a warning that it was upgraded) or 2.
+
+        Args:
+            data: what `to_json` gives.
+            what: what holds it, for messages; default: the recipe's name.
+
+        Raises:
+            RecipeError: unknown keys or passes, or an unknown schema, with the version that wrote it.
+        """
+        try:
+            data = upgraded_recipe(data, what or f"recipe {data.get('name')!r}")
+        except UnknownSchema as error:
+            raise RecipeError(str(error)) from None
+        extra = set(data) - {"schema", "qcompile", "name", "passes", "rules", "source"}
         if extra:
             raise RecipeError(f"unknown recipe keys {sorted(extra)}; known: schema, name, passes, rules, source")
-        if data.get("schema") != SCHEMA:
-            raise RecipeError(f"recipe schema {data.get('schema')!r} is not {SCHEMA}, which this version reads")
         by_name = {config.__name__: config for config in registered()}
         passes = []
         for entry in data.get("passes", []):
@@ -157,7 +166,7 @@ class Recipe:
     def read(path: str | Path) -> Recipe:
         """Read a recipe file."""
         try:
-            return Recipe.from_json(json.loads(Path(path).read_text()))
+            return Recipe.from_json(json.loads(Path(path).read_text()), what=str(path))
         except json.JSONDecodeError as error:
             raise RecipeError(f"{path} is not a recipe: {error}") from error
 

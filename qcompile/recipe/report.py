@@ -14,7 +14,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Left:
+class Skipped:
     """A place that a pass left as it was, and the reason."""
 
     site: str
@@ -30,7 +30,7 @@ class PassReport:
     """What one pass did.
 
     Attributes:
-        name: the pass. done: the places it rewrote. left: the places it did not, with reasons.
+        name: the pass. done: the places it rewrote. skipped: the places it did not, with reasons.
         notes: choices made ("hadamard 16*36 for 576"). changed: names of graph nodes whose values
             the pass changes on purpose, so that a certificate does not blame them.
         tensors: what the pass made for the calls of the module, not for its graph.
@@ -38,14 +38,14 @@ class PassReport:
 
     name: str
     done: list[str] = field(default_factory=list)
-    left: list[Left] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     changed: set[str] = field(default_factory=set)
     tensors: dict[str, Any] = field(default_factory=dict)
 
-    def leave(self, site: str, reason: str, node: str = "") -> None:
+    def skip(self, site: str, reason: str, node: str = "") -> None:
         """Record a place that stays as it is."""
-        self.left.append(Left(site, reason, node))
+        self.skipped.append(Skipped(site, reason, node))
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Report:
         return sum(site.bytes_after for site in self.sites)
 
     @property
-    def left(self) -> list[SiteReport]:
+    def skipped(self) -> list[SiteReport]:
         """The sites that stay float."""
         return [site for site in self.sites if not site.quantized]
 
@@ -136,18 +136,18 @@ class Report:
         ]
         kinds = Counter((s.weight, s.act, tuple(s.kernel.items())) for s in self.sites if s.quantized)
         for (weight, act, kernel), count in kinds.most_common():
-            how = ", ".join(f"{regime}: {name}" for regime, name in kernel)
-            lines.append(f"  {count:4d} x  weight {weight:<28s} act {act:<12s} {how}")
-        reasons = Counter(site.reason for site in self.left)
+            config = ", ".join(f"{regime}: {name}" for regime, name in kernel)
+            lines.append(f"  {count:4d} x  weight {weight:<28s} act {act:<12s} {config}")
+        reasons = Counter(site.reason for site in self.skipped)
         for reason, count in reasons.most_common():
-            names = [s.name for s in self.left if s.reason == reason]
+            names = [s.name for s in self.skipped if s.reason == reason]
             lines.append(f"  {count:4d} x  float: {reason} ({_some(names)})")
         for entry in self.passes:
-            lines.append(f"  pass {entry.name}: {len(entry.done)} done, {len(entry.left)} left")
+            lines.append(f"  pass {entry.name}: {len(entry.done)} done, {len(entry.skipped)} skipped")
             lines += [f"       {note}" for note in entry.notes]
-            for reason, count in Counter(item.reason for item in entry.left).most_common(4):
-                places = [f"{i.site} @ {i.node}" if i.node else i.site for i in entry.left if i.reason == reason]
-                lines.append(f"       left {count}: {reason} ({_some(places)})")
+            for reason, count in Counter(item.reason for item in entry.skipped).most_common(4):
+                places = [f"{i.site} @ {i.node}" if i.node else i.site for i in entry.skipped if i.reason == reason]
+                lines.append(f"       skipped {count}: {reason} ({_some(places)})")
         lines += [f"  law {certificate}" for certificate in self.certificates]
         lines += [f"  graph break: {where}" for where in self.breaks]
         lines += [f"  {name}: {value:.4g}" for name, value in self.numbers.items()]

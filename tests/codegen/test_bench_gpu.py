@@ -11,7 +11,7 @@ import torch
 from stand_in import StandIn
 from zoo import build
 
-from qcompile.codegen.triton.tuning.gemm_benchmark import Comparison, Row, Timed
+from qcompile.codegen.triton.tuning.gemm_benchmark import GemmComparison, GemmTiming, Timed
 
 
 @pytest.fixture
@@ -91,13 +91,13 @@ def test_auto_is_what_it_chooses_and_not_timed_twice(bench):
 def test_what_was_asked_is_held_against_the_lowest(bench):
     import gpu_asked
 
-    def row(m, k, n, four, eight, spread=0.0):
-        times = {"cuBLAS bf16": Timed(10.0, 0.0, 1), "qcompile w4a16": Timed(10 / four, spread, 70)}
-        return Row(m, k, n, times | {f"qcompile {kind}": Timed(10 / eight, 0.0, 1) for kind in ("int8", "fp8")})
+    def row(m, k, n, four, eight, expand_groups=0.0):
+        times = {"cuBLAS bf16": Timed(10.0, 0.0, 1), "qcompile w4a16": Timed(10 / four, expand_groups, 70)}
+        return GemmTiming(m, k, n, times | {f"qcompile {kind}": Timed(10 / eight, 0.0, 1) for kind in ("int8", "fp8")})
 
-    found = Comparison({}, [
+    found = GemmComparison({}, [
         row(1, 4096, 4096, 2.5, 1.6), row(16, 4096, 4096, 1.9, 2.0), row(1, 4096, 14336, 3.0, 1.4),
-        row(64, 14336, 4096, 2.5, 1.5, spread=0.2), row(2048, 4096, 4096, 0.95, 1.7),
+        row(64, 14336, 4096, 2.5, 1.5, expand_groups=0.2), row(2048, 4096, 4096, 0.95, 1.7),
     ], Timed(10.0, 0.0, 300))  # fmt: skip
     columns = [list(column.cells) for column in gpu_asked.products(found).columns]
     assert columns[0] == ["1-16", "17-32", "33-64", "65-128", "129-1024", ">= 1025"]

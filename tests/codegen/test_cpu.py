@@ -171,7 +171,7 @@ def test_activation_codes_are_the_reference():
 def test_choices(dtype):
     eight = choose(Format("int8"), "int8/row", dtype, 512, 2048, 2048)
     assert eight.kernel == "int8_mm" and eight.ratio > 1
-    assert choose(Format("fp8"), "fp8/row", torch.bfloat16, 8, 2048, 2048).slower
+    assert choose(Format("fp8"), "fp8/row", torch.bfloat16, 8, 2048, 2048).slower_than_float
     assert kernel_of(DUAL, "int8/row") == "dual_mm"
     assert kernel_of(Format.parse("int4/group100"), "") == "dequant_mm"  # halves are not whole vectors
     assert kernel_of(Format.parse("int4/group128/zero"), "int8/row") == "dequant_mm"  # float group scales

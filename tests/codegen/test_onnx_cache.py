@@ -25,9 +25,9 @@ from qcompile.passes import Fuse, Quantize, QuantizeKV
 from qcompile.recipe.recipe import Recipe, RecipeError
 
 INT4, DUAL = Format.parse("int4/group32/zero"), Format.parse("int4/group32/dual")
-WEIGHTS = (QuantizeKV(8, fixed=True), Quantize(INT4, None), Fuse())
+WEIGHTS = (QuantizeKV(8, static=True), Quantize(INT4, None), Fuse())
 ROUNDED = 0.02  # what activations in int8 change of these models' logits, and a little
-BOTH = (QuantizeKV(8, fixed=True), Quantize(DUAL, Format("int8")), Fuse())
+BOTH = (QuantizeKV(8, static=True), Quantize(DUAL, Format("int8")), Fuse())
 
 
 def ids(length, rows=1, seed=0):
@@ -210,15 +210,15 @@ def test_what_has_no_such_attention(tmp_path):
     with pytest.raises(NoOnnxForm, match="QuantizeKV: .* rotary embedding of 4 channels.*float_cache"):
         qcompile.export_onnx(model := quantized("gpt_neox"), tmp_path / "m", progress=False)
     qcompile.export_onnx(model, tmp_path / "float", float_cache=True, progress=False)
-    optional = quantized("gpt_neox", (QuantizeKV(8, fixed=True, optional=True), *WEIGHTS[1:]))
+    optional = quantized("gpt_neox", (QuantizeKV(8, static=True, optional=True), *WEIGHTS[1:]))
     report = qcompile.export_onnx(optional, tmp_path / "left", progress=False)
-    assert any(left.site == "cache" and "stays float32" in left.reason for left in report.passes[-1].left)
+    assert any(place.site == "cache" and "stays float32" in place.reason for place in report.passes[-1].skipped)
     for folder in ("float", "left"):
         assert Session(tmp_path / folder).cached == np.float32
 
 
 def test_a_float_cache_where_it_is_asked_for(tmp_path):
-    model = quantized("llama", (QuantizeKV(8, fixed=True, optional=True), *WEIGHTS[1:]))
+    model = quantized("llama", (QuantizeKV(8, static=True, optional=True), *WEIGHTS[1:]))
     model.qcompile_calls.enabled = False
     with torch.no_grad():
         want = model(input_ids=(text := ids(9))).logits
@@ -228,7 +228,7 @@ def test_a_float_cache_where_it_is_asked_for(tmp_path):
         session = Session(folder)
         assert session.cached == np.float32
         assert relative(by_steps(session, text, [5, 1, 1, 1, 1])[0], want) < 0.02, "the module's without its cache"
-        assert [left.reason for left in report.passes[-1].left if left.site == "cache"] == [
+        assert [place.reason for place in report.passes[-1].skipped if place.site == "cache"] == [
             "stays float32, as asked for, or as files of this kind have it"
         ]
     tokens = build("llama")

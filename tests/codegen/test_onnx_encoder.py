@@ -47,8 +47,8 @@ MORE = {
 
 def made(name):
     with pytest.MonkeyPatch.context() as patch:
-        for other, maker in MORE.items():
-            patch.setitem(ZOO, other, maker)
+        for other, producer in MORE.items():
+            patch.setitem(ZOO, other, producer)
         return build(name)
 
 
@@ -89,7 +89,7 @@ def test_attentions_are_found_and_compute_the_same(name, padded, attentions, mas
         assert " ".join(kind for kind, there in kinds.items() if there) == masked.replace("nothing", "")
     report, _ = rewrite(program, None)
     fused = program.graph.find_nodes(op="call_function", target=torch.ops.qcompile_onnx.multi_head_attention.default)
-    assert len(fused) == attentions and not report.left
+    assert len(fused) == attentions and not report.skipped
     for arguments, want in zip(calls, before, strict=True):
         assert relative_error(program(*wrapper.flat(arguments)), want) < 1e-5
 
@@ -98,7 +98,7 @@ def test_a_mask_that_hides_everything_from_a_token_is_left():
     program, wrapper = traced(made("modernbert"), inputs("modernbert", True))
     want = program(*wrapper.flat(wrapper.arguments()))
     report, _ = rewrite(program, None)
-    assert len(report.left) == 2 and all("tokens may see none" in left.reason for left in report.left)
+    assert len(report.skipped) == 2 and all("tokens may see none" in place.reason for place in report.skipped)
     assert relative_error(program(*wrapper.flat(wrapper.arguments())), want) < 1e-5
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
-from qcompile.analysis.sites import grouped_operands, through_turns
+from qcompile.analysis.sites import grouped_operands, through_transposes
 from qcompile.codegen.onnx.fusions.moe import split_experts
 from qcompile.codegen.onnx.ops.matmul_ops import blocks_to_numbers
 from qcompile.codegen.onnx.tracing.onnx_linear import NoOnnxForm
@@ -154,5 +154,5 @@ def test_only_the_last_two_axes_are_turned(turn, turns):
 
     program = capture(Turn(), (torch.randn(4, 3, 4),), {})
     product = next(n for n in program.graph.nodes if n.op == "call_function" and "matmul" in str(n.target))
-    source, found = through_turns(product.args[1])
+    source, found = through_transposes(product.args[1])
     assert found == turns and (program.weight_name(source) == "weight") == (turns > 0)

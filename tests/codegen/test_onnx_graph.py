@@ -51,7 +51,7 @@ def test_attentions_are_found_and_compute_the_same(name):
     report, _ = rewrite(program, LENGTH)
     fused = program.graph.find_nodes(op="call_function", target=torch.ops.qcompile_onnx.group_attention.default)
     assert len(fused) == (0 if name == "gpt_neox" else 2)  # it turns 4 channels, the kernel takes 16
-    assert len(report.left) == (2 if name == "gpt_neox" else 0)
+    assert len(report.skipped) == (2 if name == "gpt_neox" else 0)
     for arguments, want in before.items():
         assert relative_error(program(*wrapper.flat(arguments)), want) < 1e-5
 
@@ -138,7 +138,7 @@ def nodes(folder):
 
 def test_the_graph_of_a_decoder(tmp_path):
     """Golden: what one layer costs in operators."""
-    small = Quantize(Format.parse("int4/group32"), None, output=Format.parse("int4/group32"), clip=True)
+    small = Quantize(Format.parse("int4/group32"), None, lm_head=Format.parse("int4/group32"), clip=True)
     model = build("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     report = qcompile.export_onnx(model, tmp_path / "m", Recipe("small", (Untie(), small, Fuse())), progress=False)
@@ -162,7 +162,7 @@ def test_a_table_in_another_basis_is_the_codes_times_a_matrix(form, tmp_path):
     model = build("llama")
     with torch.no_grad():
         model.model.norm.weight.uniform_(0.5, 2)
-    small = Quantize(Format.parse(form), None, output=Format.parse(form), clip=True)
+    small = Quantize(Format.parse(form), None, lm_head=Format.parse(form), clip=True)
     recipe = Recipe("turned", (Untie(), FoldNorm(), Rotate(), small, Fuse()))
     report = qcompile.export_onnx(model, tmp_path / "m", recipe, accuracy_level=1, progress=False)
     graph, counts = nodes(tmp_path / "m")
@@ -225,7 +225,7 @@ def test_two_embeddings_of_one_turned_table_share_its_matrix(form, products, mat
     ids = torch.arange(6).reshape(2, 3)
     example = dict(first=ids, second=ids + 9)
     options = dict(accuracy_level=1, progress=False, example=example)
-    recipe = Recipe("small", (Quantize(small, None, output=small), Fuse()))
+    recipe = Recipe("small", (Quantize(small, None, lm_head=small), Fuse()))
     report = qcompile.export_onnx(Twice(), tmp_path / "m", recipe, **options)
     graph, counts = nodes(tmp_path / "m")
     assert counts["GatherBlockQuantized"] == 2 and report.numbers["onnx relative error"] < 1e-5
@@ -241,7 +241,7 @@ def test_a_table_that_the_codes_are_no_rounding_of_is_kept(change, tmp_path):
     else:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.flip(0), requires_grad=False)
     for form in ("int4/group32/zero", "int8"):
-        small = Quantize(Format.parse(form), None, output=Format.parse(form), clip=True)
+        small = Quantize(Format.parse(form), None, lm_head=Format.parse(form), clip=True)
         folder = tmp_path / form.replace("/", "-")
         qcompile.export_onnx(model, folder, Recipe("small", (small, Fuse())), progress=False)
         assert nodes(folder)[1]["GatherBlockQuantized"] == 0
@@ -250,7 +250,7 @@ def test_a_table_that_the_codes_are_no_rounding_of_is_kept(change, tmp_path):
 def test_a_table_of_two_bits_is_kept(tmp_path):
     """MatMulNBits reads such codes, GatherBlockQuantized does not."""
     form = Format.parse("int2/group32/zero")
-    small = Recipe("small", (Quantize(form, None, output=form), Fuse()))
+    small = Recipe("small", (Quantize(form, None, lm_head=form), Fuse()))
     report = qcompile.export_onnx(build("llama"), tmp_path / "m", small, accuracy_level=1, progress=False)
     graph, counts = nodes(tmp_path / "m")
     bits = {a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"}

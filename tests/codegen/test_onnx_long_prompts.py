@@ -21,7 +21,7 @@ from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, Quantize, QuantizeKV
 from qcompile.recipe.recipe import Recipe
 
-RECIPE = Recipe("kv", (QuantizeKV(8, fixed=True), Quantize(Format.parse("int4/group32/zero"), None), Fuse()))
+RECIPE = Recipe("kv", (QuantizeKV(8, static=True), Quantize(Format.parse("int4/group32/zero"), None), Fuse()))
 SOME = SIZES | dict(max_position_embeddings=512)
 
 

@@ -94,8 +94,8 @@ def test_a_portable_file_repeats_no_keys(name, tmp_path):
     assert kinds["Softmax"] == layers and not kinds["IsNaN"]
     for node in graph.node:  # keys and values reach their products as the caches hold them
         if node.op_type == "Concat" and node.output[0].startswith("present"):
-            readers = [n.op_type for n in graph.node if node.output[0] in n.input]
-            assert set(readers) <= {"Transpose", "MatMul", "Shape"} and len(readers) >= 1, readers
+            consumers = [n.op_type for n in graph.node if node.output[0] in n.input]
+            assert set(consumers) <= {"Transpose", "MatMul", "Shape"} and len(consumers) >= 1, consumers
     ids = example(name)["input_ids"]
     with torch.no_grad():
         want = model(input_ids=ids).logits

@@ -18,7 +18,7 @@ from qcompile.passes import Fuse, Quantize
 from qcompile.recipe.recipe import Recipe
 
 WEIGHTS = Recipe("w8", (Quantize(Format("int8"), None), Fuse()))
-NO_LOGITS = Recipe("layers", (Quantize(Format("int8"), None, output=None), Fuse()))
+NO_LOGITS = Recipe("layers", (Quantize(Format("int8"), None, lm_head=None), Fuse()))
 
 
 @pytest.fixture(autouse=True)

@@ -187,7 +187,7 @@ def test_a_site_in_int8_beside_sites_in_four_bits(tmp_path):
 
 
 def test_one_step_for_all_tokens_in_both_ways(tmp_path):
-    """The preset for CPUs, proven in both ways; sites that PerTensor chose are the products without steps of rows."""
+    """The preset for CPUs, proven in both ways; sites that PerTensorActivations chose are the products without steps of rows."""
     model, batches = build("llama"), [{"input_ids": torch.randint(0, 128, (2, 24))} for _ in range(3)]
     qcompile.quantize(model, "int4-cpu-gptq", batches, progress=False)
     acts = {name: m.act for name, m in model.named_modules() if isinstance(m, QuantLinear)}

@@ -11,12 +11,12 @@ import torch
 from qcompile.codegen.triton import triton_ops as _register  # noqa: F401
 from qcompile.codegen.triton.kernels.spec import RowQuant
 from qcompile.codegen.triton.kernels.weight_layout import layout_of, pack_weight, unpack_weight
-from qcompile.codegen.triton.launch.gemm import Epilogue, Weight, linear_a8, linear_w
+from qcompile.codegen.triton.launch import gemm as products
+from qcompile.codegen.triton.launch import pack_weights as preparing
+from qcompile.codegen.triton.launch import row_quant as rows
+from qcompile.codegen.triton.launch.gemm import Epilogue, PackedWeight, linear_a8, linear_w
 from qcompile.codegen.triton.launch.pack_weights import pack_plain, pack_stored, prepare
 from qcompile.codegen.triton.launch.tiles import Launch
-from qcompile.codegen.triton.launch.tiles import gemm as products
-from qcompile.codegen.triton.launch.tiles import pack_weights as preparing
-from qcompile.codegen.triton.launch.tiles import row_quant as rows
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard, random_signs
 from qcompile.numerics.qtensor import store_codes
@@ -38,7 +38,7 @@ def weight_of(form, n, k, seed=1):
     q = quantize_tensor(randn(n, k, seed=seed).cpu(), Format.parse(form))
     parts = prepare(q.stored(), q.scale, q.zero, q.group_scale, q.format, k)
     packed, scale, zero = (None if t is None else t.to(DEVICE) for t in parts)
-    return Weight(packed, scale, zero, layout_of(q.format), k), q.dequantize(torch.float64).to(DEVICE)
+    return PackedWeight(packed, scale, zero, layout_of(q.format), k), q.dequantize(torch.float64).to(DEVICE)
 
 
 def epilogue(names, m, n, rank, dtype):
@@ -286,16 +286,16 @@ def test_rows(spec):
         if spec.codes == "int4":
             codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1).int() - 8
         numbers = codes.double() * (scale.repeat_interleave(spec.group, 1)[:, :k] if spec.group else scale)
-        reach = {"int8": 127, "int4": 7, "fp8": 448}[spec.codes]
+        max_value = {"int8": 127, "int4": 7, "fp8": 448}[spec.codes]
         padded = torch.nn.functional.pad(want, (0, -k % (spec.group or k)))
         peaks = padded.unflatten(-1, (-1, spec.group or k)).abs().amax(-1)
-        steps = torch.where(peaks > 0, peaks / reach, torch.ones_like(peaks))
+        steps = torch.where(peaks > 0, peaks / max_value, torch.ones_like(peaks))
         assert torch.allclose(scale, steps, rtol=1e-4)
-        spread = steps.repeat_interleave(spec.group or k, 1)[:, :k]
+        expand_groups = steps.repeat_interleave(spec.group or k, 1)[:, :k]
         # half a step: of e4m3 in proportion to the number, but for the smallest
-        half = 2**-4 * want.abs() + 2**-10 * spread if spec.codes == "fp8" else 0.5 * spread
+        half = 2**-4 * want.abs() + 2**-10 * expand_groups if spec.codes == "fp8" else 0.5 * expand_groups
         assert bool(((numbers - want).abs() <= half * 1.002 + 1e-12).all()), float(
-            ((numbers - want).abs() / spread).max()
+            ((numbers - want).abs() / expand_groups).max()
         )
 
 

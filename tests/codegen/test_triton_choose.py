@@ -13,16 +13,16 @@ from typer.testing import CliRunner
 from zoo import build, example
 
 from qcompile.api.example_inputs import widen_batch
-from qcompile.backend.float_fallback import slower_sites
+from qcompile.backend.float_fallback import float_fallback_sites
 from qcompile.cli import app
 from qcompile.cli import triton_kernels as commands
-from qcompile.codegen.triton.gpu_kernel_choice import Choice, choose
+from qcompile.codegen.triton.gpu_kernel_choice import GpuChoice, choose
 from qcompile.codegen.triton.gpu_lowering import lower
 from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.launch import gemm
+from qcompile.codegen.triton.launch import measured_times as ways
+from qcompile.codegen.triton.launch import tuning_cache as tuned
 from qcompile.codegen.triton.launch.tiles import Launch
-from qcompile.codegen.triton.launch.tiles import measured_times as ways
-from qcompile.codegen.triton.launch.tiles import tuning_cache as tuned
 from qcompile.codegen.triton.tuning import autotune as search
 from qcompile.codegen.triton.tuning import baselines as field_of
 from qcompile.codegen.triton.tuning import gemm_benchmark as timing
@@ -70,23 +70,25 @@ def test_ways_are_measured_and_decide(monkeypatch):
     def of(form, act="", rows=9, n=64, dtype=torch.bfloat16, here=HERE):
         return choose(here, Format.parse(str(form)), act, dtype, rows, 128, n)
 
-    assert of(INT4) == Choice("dequant, then cuBLAS", 2.0) and not of(INT4).slower
-    assert of(INT8, "int8/row") == Choice("gemm_a8", 2.0) and str(of(INT8, "int8/tensor")) == "gemm_a8 (2.00x cuBLAS)"
-    assert of("fp8", "fp8/row").ratio == 0.5 and of("fp8", "fp8/row").slower
-    assert of("int3/group128/zero") == Choice("gemm_w", 2.0)
-    assert of("int4/group128/zero/dual", "int8/row") == Choice("gemm_a8, int8 of dual codes", 2.0)
+    assert of(INT4) == GpuChoice("dequant, then cuBLAS", 2.0) and not of(INT4).slower_than_float
+    assert (
+        of(INT8, "int8/row") == GpuChoice("gemm_a8", 2.0) and str(of(INT8, "int8/tensor")) == "gemm_a8 (2.00x cuBLAS)"
+    )
+    assert of("fp8", "fp8/row").ratio == 0.5 and of("fp8", "fp8/row").slower_than_float
+    assert of("int3/group128/zero") == GpuChoice("gemm_w", 2.0)
+    assert of("int4/group128/zero/dual", "int8/row") == GpuChoice("gemm_a8, int8 of dual codes", 2.0)
     # other rows, shapes, formats, dtypes, GPUs: not measured, so the rule's
     for other in (of(INT4, rows=17), of(INT4, n=65), of("int4/group64/zero"), of("int4/group128"),
                   of(INT4, dtype=torch.float16), of(INT4, here=Gpu("other"))):  # fmt: skip
-        assert str(other) == "gemm_w (not measured on this GPU)" and not other.slower
+        assert str(other) == "gemm_w (not measured on this GPU)" and not other.slower_than_float
     assert of(INT4, rows=4).kernel == "gemv_w" and of(INT4, rows=1025).kernel == "dequant, then cuBLAS"
     # no kernel: read, written and read again, which is slower than reading float once
     for none in (of("fp4/group32"), of(INT4, dtype=torch.float32), of("fp8", "fp8/row", here=Gpu("A100", 108, (8, 0)))):
-        assert none.slower and str(none) == "dequantize, then cuBLAS"
+        assert none.slower_than_float and str(none) == "dequantize, then cuBLAS"
 
 
 def test_measured_ways_are_taken_at_run_time(monkeypatch):
-    from qcompile.codegen.triton.launch.tiles import gemm as products
+    from qcompile.codegen.triton.launch import gemm as products
 
     weight = field_of.random_weight(INT4, 128, 64, torch.device("cpu"))
     x, taken = torch.randn(9, 128).bfloat16(), []
@@ -123,31 +125,31 @@ def test_sites_that_were_measured_slower_stay_float(monkeypatch):
     model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.ReLU(), torch.nn.Linear(64, 128), torch.nn.ReLU(),
                                 torch.nn.Linear(128, 64)).bfloat16()  # fmt: skip
     program = capture(model, (torch.randn(20, 128).bfloat16(),))
-    recipe, device = Recipe("all", (Quantize(INT4, None, output=INT4), Fuse())), torch.device("cuda")
+    recipe, device = Recipe("all", (Quantize(INT4, None, lm_head=INT4), Fuse())), torch.device("cuda")
     name = ways.by_numbers(4, 128, "int", "bf16")
-    assert slower_sites(program, recipe, device, None) == {}  # not measured is not slower
+    assert float_fallback_sites(program, recipe, device, None) == {}  # not measured is not slower
     ways.remember(HERE, name, 64, 128, 32, {"kernel": 8.0, "dequant": 6.0, "float": 5.0})
     ways.remember(HERE, name, 128, 64, 32, {"kernel": 5.2, "dequant": 6.0, "float": 5.0})  # 0.96 is fast enough
     ways.remember(HERE, name, 64, 128, 1, {"kernel": 2.0, "dequant": 9.0, "float": 5.0})
-    found = slower_sites(program, recipe, device, None)
+    found = float_fallback_sites(program, recipe, device, None)
     assert list(found) == ["0.weight", "4.weight"]
     assert found["0.weight"].startswith("dequant, then cuBLAS (0.83x cuBLAS) at rows 20 (dynamic): slower than")
-    assert slower_sites(program, recipe, device, 1) == {}  # decoding is what counts
-    assert "rows 30 (option)" in slower_sites(program, recipe, device, 30)["0.weight"]
-    fp4 = Recipe("fp4", (Quantize(Format.parse("fp4/group32"), None, output=Format.parse("fp4/group32")), Fuse()))
-    assert all("dequantize, then cuBLAS" in why for why in slower_sites(program, fp4, device, None).values())
+    assert float_fallback_sites(program, recipe, device, 1) == {}  # decoding is what counts
+    assert "rows 30 (option)" in float_fallback_sites(program, recipe, device, 30)["0.weight"]
+    fp4 = Recipe("fp4", (Quantize(Format.parse("fp4/group32"), None, lm_head=Format.parse("fp4/group32")), Fuse()))
+    assert all("dequantize, then cuBLAS" in why for why in float_fallback_sites(program, fp4, device, None).values())
 
 
 def test_stacks_of_experts_stay_float_on_a_gpu_too(monkeypatch):
     monkeypatch.setattr(gemm, "gpu", lambda device: HERE)
     program = capture(build("mixtral").bfloat16(), *widen_batch((), example("mixtral")))
-    found = slower_sites(program, Recipe("all", (Quantize(INT8, INT8), Fuse())), torch.device("cuda"), None)
+    found = float_fallback_sites(program, Recipe("all", (Quantize(INT8, INT8), Fuse())), torch.device("cuda"), None)
     assert found and all("experts" in name and "no fast kernel" in why for name, why in found.items())
 
 
 def test_the_report_says_what_was_not_measured():
     found = capture(torch.nn.Linear(128, 64).bfloat16(), (torch.randn(20, 128).bfloat16(),))
-    made, _ = run(found, Recipe("all", (Quantize(INT4, None, output=INT4), Fuse())), verify=False)
+    made, _ = run(found, Recipe("all", (Quantize(INT4, None, lm_head=INT4), Fuse())), verify=False)
     chosen = lower(made, lambda kind, held, make: make(), HERE)
     assert chosen == {"weight": {"rows 20 (dynamic)": "gemm_w (not measured on this GPU)"}}
 

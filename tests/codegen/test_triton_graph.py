@@ -130,7 +130,7 @@ def test_a_correction_is_an_epilogue():
 
 def test_formats_without_a_kernel_are_dequantized():
     fp4 = Format.parse("fp4/group32")
-    recipe = Recipe("fp4", (Quantize(fp4, None, output=fp4), Fuse()))
+    recipe = Recipe("fp4", (Quantize(fp4, None, lm_head=fp4), Fuse()))
     program, found, inputs, chosen = lowered(build("llama").half(), example("llama"), recipe)
     assert {label for by_rows in chosen.values() for label in by_rows.values()} == {"dequantize, then cuBLAS"}
     assert torch.allclose(program(*inputs)[0].float(), found(*inputs)[0].float(), atol=2e-3)
@@ -157,7 +157,7 @@ def test_another_reader_keeps_its_value():
 
     model, x = Two().half(), torch.randn(3, 64).half()
     int8 = Format("int8")
-    recipe = Recipe("two", (Quantize(int8, int8, output=int8, output_act=int8), Fuse()))
+    recipe = Recipe("two", (Quantize(int8, int8, lm_head=int8, lm_head_act=int8), Fuse()))
     qcompile.quantize(model, recipe, example=x, progress=False)
     program = capture(model, (x,))
     found = program.copy()

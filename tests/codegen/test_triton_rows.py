@@ -14,12 +14,12 @@ from qcompile.codegen.triton.gpu_lowering import lower
 from qcompile.codegen.triton.kernels.spec import parse
 from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
-from qcompile.passes import Fuse, Quantize, RotateOnline
+from qcompile.passes import Fuse, OnlineHadamard, Quantize
 from qcompile.pipeline.presets import find_recipe
 from qcompile.recipe.recipe import Recipe, Rule
 
 INT8 = Format("int8")
-ALL = (Quantize(INT8, INT8, output=INT8, output_act=INT8), Fuse())
+ALL = (Quantize(INT8, INT8, lm_head=INT8, lm_head_act=INT8), Fuse())
 
 
 def keeping(*patterns):
@@ -182,7 +182,7 @@ def test_values_before_a_vector_are_written_for_others():
 
 
 def test_a_vector_before_a_transform():
-    recipe = Recipe("turned", (RotateOnline(), *ALL))
+    recipe = Recipe("turned", (OnlineHadamard(), *ALL))
     got, _ = of(Scaled("norm", "*"), torch.randn(3, 64).half(), recipe)
     assert got == dict(row_quant=1, rms=1, smooth=1, hadamard=1, linear_a8=1)
 

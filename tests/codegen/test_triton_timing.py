@@ -17,8 +17,8 @@ from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.tuning import baselines as field_of
 from qcompile.codegen.triton.tuning import gemm_benchmark as timing
 from qcompile.codegen.triton.tuning.gemm_benchmark import (
-    Comparison,
-    Row,
+    GemmComparison,
+    GemmTiming,
     Timed,
     compare,
     copies_of,
@@ -167,8 +167,8 @@ def test_time_that_is_up_is_said(monkeypatch):
 
 
 def test_no_ratio_where_the_machine_was_not_quiet():
-    row = Row(1, 128, 32, {"cuBLAS bf16": Timed(10, 0.2, 1), "qcompile int8": Timed(5, 0.0, 1)})
-    found = Comparison({}, [row], Timed(1, 0, 1))
+    row = GemmTiming(1, 128, 32, {"cuBLAS bf16": Timed(10, 0.2, 1), "qcompile int8": Timed(5, 0.0, 1)})
+    found = GemmComparison({}, [row], Timed(1, 0, 1))
     assert row.ratio("qcompile int8") is None and "5.0 (? " in list(found.table().columns[3].cells)[0]
 
 

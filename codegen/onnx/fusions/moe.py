@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 import qcompile.codegen.onnx.ops.matmul_ops  # noqa: F401  registers torch.ops.qcompile_onnx
-from qcompile.analysis.sites import grouped_operands, through_turns
+from qcompile.analysis.sites import grouped_operands, through_transposes
 from qcompile.codegen.onnx.tracing.onnx_linear import NoOnnxForm, block_of, to_blocks, to_columns
 from qcompile.ir.program import Program
 from qcompile.modules.quant_linear import QuantLinear
@@ -32,7 +32,7 @@ def split_experts(program: Program, portable: bool = False) -> int:
     """
     products = [(node, found) for node in program.graph.nodes if (found := grouped_operands(node)) is not None]
     for node, (x, stack, ends) in products:
-        source, turns = through_turns(stack)
+        source, turns = through_transposes(stack)
         if program.weight_name(source) is not None:
             new = _floats(program, node, x, ends, source, turned=turns % 2 == 1)
         elif source.target is _READ and turns % 2 == 1:

@@ -33,7 +33,7 @@ _TINY = 1e-30  # a smaller range is zero, and a step of zero would make 0 / 0 of
 
 
 @dataclass(frozen=True)
-class Weight:
+class IntegerWeight:
     """Names of values, and a size.
 
     Attributes:
@@ -79,7 +79,7 @@ class Int8Product:
     constant: Callable[[np.ndarray], str]
     portable: bool
 
-    def multiply(self, x: str, weight: Weight, per_row: bool) -> None:
+    def multiply(self, x: str, weight: IntegerWeight, per_row: bool) -> None:
         """x [.., K] rounded in steps of its own, one for each row or for all, times a weight: [.., N]."""
         if not per_row:
             self._in_one_step(x, weight)
@@ -88,7 +88,7 @@ class Int8Product:
         else:
             self._in_steps(x, weight)
 
-    def _in_one_step(self, x: str, weight: Weight) -> None:
+    def _in_one_step(self, x: str, weight: IntegerWeight) -> None:
         do = self.do
         if weight.sums:
             codes = do("codes", "DynamicQuantizeLinear", x)
@@ -99,14 +99,14 @@ class Int8Product:
             codes = do("codes", "QuantizeLinear", x, step, zero)
         self._product(codes, step, zero, weight)
 
-    def _in_steps(self, x: str, weight: Weight) -> None:
+    def _in_steps(self, x: str, weight: IntegerWeight) -> None:
         """A step for each row; multiplied by after, as the operators take one for all rows."""
         do = self.do
         step = self._step(self._size(*self._extremes(x)), 127)
         product = self._product(self._codes(x, step, weight.k), self._float(1), self._u8(128), weight)
         do("y", "Mul", product, step)
 
-    def _from_zero_points(self, x: str, weight: Weight) -> None:
+    def _from_zero_points(self, x: str, weight: IntegerWeight) -> None:
         """A step and a zero point for each row: q = round(x / s) + z, z = round(-min(x, 0) / s)."""
         do, none = self.do, self._float(0)
         least, greatest = self._extremes(x)
@@ -145,7 +145,7 @@ class Int8Product:
         share = self.do("share", "Mul", size, self._float(1 / levels))
         return self.do("step", "Max", share, self._float(_TINY / levels))
 
-    def _product(self, codes: str, step: str, zero: str, weight: Weight) -> str:
+    def _product(self, codes: str, step: str, zero: str, weight: IntegerWeight) -> str:
         """(codes - zero) @ weight, times the step and the weight's scales."""
         do, middle = self.do, self._u8(128)
         if self.portable:
@@ -156,7 +156,7 @@ class Int8Product:
         branches = {side: self._branch(kind, codes, step, zero, weight) for side, kind in names.items()}
         return do("product", "If", EXACT, **branches)
 
-    def _branch(self, kind: str, codes: str, step: str, zero: str, weight: Weight) -> onnx.GraphProto:
+    def _branch(self, kind: str, codes: str, step: str, zero: str, weight: IntegerWeight) -> onnx.GraphProto:
         do = Steps(f"{self.do.name}/{kind}")
         inputs = [codes, weight.codes, step, weight.scale, zero]
         if kind == "u8":  # negative codes wrap, and so does the sum

@@ -26,7 +26,7 @@ from onnx import TensorProto, helper
 
 from qcompile.codegen.onnx.lowering.initializers import Stored
 from qcompile.codegen.onnx.lowering.int8_kv_attention import Lengths, by_length, is_coded, lengths
-from qcompile.codegen.onnx.lowering.matmul_integer import Int8Product, Weight, exactness
+from qcompile.codegen.onnx.lowering.matmul_integer import Int8Product, IntegerWeight, exactness
 from qcompile.codegen.onnx.lowering.node_builder import FEW, Steps, attributes_of, every_node
 from qcompile.codegen.onnx.lowering.unpack_matmul import parted
 
@@ -113,7 +113,7 @@ class _Writer:
         self.graph, self.portable, self.stored = graph, portable, Stored(graph)
         self.read = {name for node in every_node(graph.node) for name in node.input} | {o.name for o in graph.output}
         # Names of the parts of a weight -> the int8 weight computed from them.
-        self.int8: dict[tuple[str, ...], Weight] = {}
+        self.int8: dict[tuple[str, ...], IntegerWeight] = {}
 
     def nodes(self, way: Way) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
         """Of the graph, to multiply in one way: those that compute with nothing but weights, and all others."""
@@ -175,7 +175,7 @@ class _Writer:
         sizes |= dict(name=node.name, domain="com.microsoft", accuracy_level=1)
         return helper.make_node("MatMulNBits", inputs, outputs, **sizes)
 
-    def _product(self, node: onnx.NodeProto, x: str, weight: Weight, bias: list[str]) -> list[onnx.NodeProto]:
+    def _product(self, node: onnx.NodeProto, x: str, weight: IntegerWeight, bias: list[str]) -> list[onnx.NodeProto]:
         do = Steps(node.name)
         Int8Product(do, self.stored.constant, self.portable).multiply(x, weight, bool(attributes_of(node)["per_row"]))
         return self._with_bias(do, bias, node)
@@ -201,14 +201,14 @@ class _Writer:
         found: list[onnx.NodeProto] = []
         for node in nodes:
             if node.op_type == "Int8Linear" and (key := _int8_weight(node)) not in self.int8:
-                self.int8[key] = Weight(self.stored.weights[key[0]].dims[0], *key)
+                self.int8[key] = IntegerWeight(self.stored.weights[key[0]].dims[0], *key)
             elif node.op_type == "DualLinear" and way == "many" and (key := _dual_weight(node)) not in self.int8:
                 do = Steps(node.name)
                 self.int8[key] = self._from_codes(do, node)
                 found += do.nodes
         return [*exactness(self.stored.constant), *found] if self.int8 and not self.portable else found
 
-    def _from_codes(self, do: Steps, node: onnx.NodeProto) -> Weight:
+    def _from_codes(self, do: Steps, node: onnx.NodeProto) -> IntegerWeight:
         """s1 (q - z) [K, N] of a dual weight, computed from its 4-bit codes [N, blocks, block / 2].
 
         In as few steps as there can be: ONNX Runtime keeps all of them until the last weight of a model is made.
@@ -234,7 +234,7 @@ class _Writer:
         columns = do("columns", "Transpose", lines, perm=[1, 0])
         if blocks * block > k:
             columns = do("inside", "Slice", columns, first, whole(k), first)
-        return Weight(k, columns, row)
+        return IntegerWeight(k, columns, row)
 
 
 def _int8_weight(node: onnx.NodeProto) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ _CHUNKS = {2: 32, 3: 16, 4: 64, 8: 64}  # the largest, by bits
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightLayout:
     """How codes lie: bits, columns of a chunk, and columns that share a scale (0: the row)."""
 
     bits: int
@@ -38,7 +38,7 @@ class Layout:
         return self.chunk * (8 if self.bits == 3 else 8 // self.bits)
 
 
-def layout_of(form: Format) -> Layout | None:
+def layout_of(form: Format) -> WeightLayout | None:
     """The layout of a format's codes; None if there is no kernel for it."""
     if form.dtype not in ("int2", "int3", "int4", "int8") or form.per == "tensor":
         return None
@@ -47,12 +47,12 @@ def layout_of(form: Format) -> Layout | None:
         chunk //= 2
     if chunk < 16:
         return None
-    found = Layout(form.bits, chunk, form.group)
+    found = WeightLayout(form.bits, chunk, form.group)
     # A scale for a block, or for chunks of it: nothing in between.
     return found if not form.group or form.group % found.block == 0 or found.block % form.group == 0 else None
 
 
-def pack_weight(codes: Tensor, layout: Layout) -> Tensor:
+def pack_weight(codes: Tensor, layout: WeightLayout) -> Tensor:
     """Unsigned codes [N, K] uint8 -> bytes [N, blocks x bytes of a block]."""
     k = codes.shape[1]
     c, bits = layout.chunk, layout.bits
@@ -69,7 +69,7 @@ def _shifted(blocks: Tensor, chunk: int, bits: int) -> Tensor:
     return (chunks << shifts[:, None]).sum(-2, dtype=torch.int32).to(torch.uint8)
 
 
-def unpack_weight(packed: Tensor, layout: Layout, k: int) -> Tensor:
+def unpack_weight(packed: Tensor, layout: WeightLayout, k: int) -> Tensor:
     """The inverse: bytes -> unsigned codes [N, K] uint8."""
     c, bits = layout.chunk, layout.bits
     rows = packed.unflatten(-1, (-1, 3 * c if bits == 3 else c))

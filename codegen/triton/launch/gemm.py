@@ -14,7 +14,7 @@ from qcompile.codegen.triton.kernels.dtypes import NAMES
 from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.kernels.jit import kernel
 from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, GemvW, KernelSpec, SumK, Zero
-from qcompile.codegen.triton.kernels.weight_layout import Layout
+from qcompile.codegen.triton.kernels.weight_layout import WeightLayout
 from qcompile.codegen.triton.launch.measured_times import FEW, Way, by_numbers, dequantizes
 from qcompile.codegen.triton.launch.tiles import Launch, launch_of, parts_of, scaled
 from qcompile.codegen.triton.launch.tuning_cache import launch_for
@@ -48,13 +48,13 @@ class Epilogue:
 
 
 @dataclass(frozen=True)
-class Weight:
+class PackedWeight:
     """A packed weight (weight_layout.py): bytes [N, ..], scales and zero points [groups, N]."""
 
     packed: Tensor
     scale: Tensor
     zero: Tensor | None
-    layout: Layout
+    layout: WeightLayout
     columns: int
 
     @property
@@ -91,7 +91,9 @@ def run(spec: KernelSpec, grid: tuple[int, ...], how: Launch, **arguments: Any) 
         found[grid](**given, **how.constants(names), num_warps=how.warps, num_stages=how.stages)
 
 
-def linear_w(x: Tensor, weight: Weight, more: Epilogue, how: Launch | None = None, way: Way | None = None) -> Tensor:
+def linear_w(
+    x: Tensor, weight: PackedWeight, more: Epilogue, how: Launch | None = None, way: Way | None = None
+) -> Tensor:
     """x [M, K] bf16 or fp16 @ W^T and its epilogue -> [M, N] in x's dtype.
 
     Args:
@@ -125,7 +127,7 @@ def linear_w(x: Tensor, weight: Weight, more: Epilogue, how: Launch | None = Non
     return sum_parts(sums, out, SumK(dtype, **more.later), **more.parts)
 
 
-def _gemv(x: Tensor, weight: Weight, more: Epilogue) -> Tensor:
+def _gemv(x: Tensor, weight: PackedWeight, more: Epilogue) -> Tensor:
     spec = GemvW(NAMES[x.dtype], **weight.fields, rows=len(x), **more.flags)
     how = launch_of(spec)
     out = x.new_empty(len(x), len(weight.packed))
@@ -133,14 +135,14 @@ def _gemv(x: Tensor, weight: Weight, more: Epilogue) -> Tensor:
     return out
 
 
-def _by_cublas(x: Tensor, weight: Weight, more: Epilogue) -> Tensor:
+def _by_cublas(x: Tensor, weight: PackedWeight, more: Epilogue) -> Tensor:
     out = torch.nn.functional.linear(x, dequantize(weight, x.dtype), more.bias)
     if more.low is not None and more.up is not None:
         out = out + more.low @ more.up.t()
     return out if more.residual is None else out + more.residual
 
 
-def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The numbers of W, [N, K]."""
     spec = Dequant(NAMES[dtype], **weight.fields)
     how, n = launch_of(spec), len(weight.packed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.triton.kernels.spec import Pack
-from qcompile.codegen.triton.kernels.weight_layout import Layout, layout_of, pack_weight
+from qcompile.codegen.triton.kernels.weight_layout import WeightLayout, layout_of, pack_weight
 from qcompile.codegen.triton.launch.gemm import run
 from qcompile.codegen.triton.launch.tiles import launch_of
 from qcompile.numerics.format import Format
@@ -46,13 +46,13 @@ def prepare(
     return packed, turned(scales), points
 
 
-def pack_plain(stored: Tensor, form: Format, layout: Layout, k: int) -> Tensor:
+def pack_plain(stored: Tensor, form: Format, layout: WeightLayout, k: int) -> Tensor:
     """Stored codes -> bytes [N, blocks x bytes of a block], in torch on any device."""
     codes = load_codes(stored, form, k)
     return pack_weight(codes if form.qmin == 0 else (codes.to(torch.int16) - form.qmin).to(torch.uint8), layout)
 
 
-def pack_stored(stored: Tensor, form: Format, layout: Layout, k: int) -> Tensor:
+def pack_stored(stored: Tensor, form: Format, layout: WeightLayout, k: int) -> Tensor:
     """The same by the kernel."""
     signed = form.bits == 8 and form.qmin < 0
     spec = Pack(bits=layout.bits, group=0, chunk=layout.chunk, signed=signed)

@@ -14,10 +14,10 @@ from torch import Tensor
 from qcompile.codegen.triton.aot.compile_kernels import build, complaints
 from qcompile.codegen.triton.gpu_kernel_choice import kind_of
 from qcompile.codegen.triton.kernels.spec import GemmW, RowQuant
+from qcompile.codegen.triton.launch import measured_times as ways
 from qcompile.codegen.triton.launch.gemm import Epilogue, linear_a8, linear_w
 from qcompile.codegen.triton.launch.row_quant import row_quant
 from qcompile.codegen.triton.launch.tiles import Launch, scaled
-from qcompile.codegen.triton.launch.tiles import measured_times as ways
 from qcompile.codegen.triton.launch.tuning_cache import candidates, fastest, key, remember, sound
 from qcompile.codegen.triton.tuning.baselines import CODES, INT4, Field, random_weight
 from qcompile.codegen.triton.tuning.gemm_benchmark import SPREAD, Timed, copies_of, interleaved
@@ -113,7 +113,7 @@ def measure(
             calls["float"] = lambda i, x=x, dense=own.dense: torch.nn.functional.linear(x, dense[i])
             timers = {way: (machine.timer(call, own.copies), 0) for way, call in calls.items()}
             times = interleaved(timers, rounds)
-            quiet = max(t.spread for t in times.values()) <= SPREAD
+            quiet = max(t.expand_groups for t in times.values()) <= SPREAD
             if quiet:
                 ways.remember(machine.gpu, product, n, k, m, {way: t.microseconds for way, t in times.items()})
             found.append(Measured(product, k, n, m, times, quiet))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.triton.kernels.weight_layout import layout_of
-from qcompile.codegen.triton.launch.gemm import Epilogue, Weight, linear_a8, linear_w
+from qcompile.codegen.triton.launch.gemm import Epilogue, PackedWeight, linear_a8, linear_w
 from qcompile.codegen.triton.launch.pack_weights import prepare
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
@@ -53,7 +53,7 @@ class Field:
         return [self.random(self.n, self.k).bfloat16() / self.k**0.5 for _ in range(self.copies)]
 
     @cached_property
-    def int4(self) -> list[Weight]:
+    def int4(self) -> list[PackedWeight]:
         """As gemm_w reads them."""
         weight = random_weight(INT4, self.k, self.n, self.device)
         return [dataclasses.replace(weight, packed=weight.packed.clone()) for _ in range(self.copies)]
@@ -103,12 +103,12 @@ class Field:
         return (self.random(rows, self.k) * 30).to(CODES[kind])
 
 
-def random_weight(form: Format, k: int, n: int, device: torch.device) -> Weight:
+def random_weight(form: Format, k: int, n: int, device: torch.device) -> PackedWeight:
     """A random quantized weight [N, K] on a device, as the kernels read it."""
     q = quantize_tensor(torch.randn(n, k, device=device) / k**0.5, form)
     layout = layout_of(form)
     assert layout is not None
-    return Weight(*prepare(q.stored(), q.scale, q.zero, q.group_scale, form, k), layout, k)
+    return PackedWeight(*prepare(q.stored(), q.scale, q.zero, q.group_scale, form, k), layout, k)
 
 
 def contenders(field: Field, m: int) -> Iterator[tuple[str, Callable[[], Contender]]]:

@@ -32,7 +32,7 @@ class Timed:
     """Median microseconds of one call, the quartiles' distance in medians, and bytes read and written."""
 
     microseconds: float
-    spread: float
+    expand_groups: float
     nbytes: int
 
     @property
@@ -58,7 +58,7 @@ def interleaved(timers: Mapping[str, tuple[Callable[[], float], int]], rounds: i
 
 def ratio(of: Timed, to: Timed) -> float | None:
     """How many times as fast; None if either varied too much to say."""
-    return to.microseconds / of.microseconds if max(of.spread, to.spread) <= SPREAD else None
+    return to.microseconds / of.microseconds if max(of.expand_groups, to.expand_groups) <= SPREAD else None
 
 
 def copies_of(nbytes: int, cache: int) -> int:
@@ -67,7 +67,7 @@ def copies_of(nbytes: int, cache: int) -> int:
 
 
 @dataclass(frozen=True)
-class Row:
+class GemmTiming:
     """All contenders of one shape and number of rows; those that took no part, and why."""
 
     m: int
@@ -82,11 +82,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class GemmComparison:
     """What was measured, on which machine (its state before and after), and what a copy in memory moves."""
 
     machine: dict[str, Any]
-    rows: list[Row]
+    rows: list[GemmTiming]
     copy: Timed
     after: dict[str, Any] = field(default_factory=dict)
     late: list[str] = field(default_factory=list)
@@ -100,7 +100,7 @@ class Comparison:
             table.add_row(f"{row.k}x{row.n}", str(row.m), *(self._cell(row, name) for name in names))
         return table
 
-    def _cell(self, row: Row, name: str) -> str:
+    def _cell(self, row: GemmTiming, name: str) -> str:
         timed = row.times.get(name)
         if timed is None:
             return "-"
@@ -134,9 +134,9 @@ def compare(
     rows: Sequence[int],
     rounds: int = ROUNDS,
     machine: Machine | None = None,
-    keep: Callable[[Comparison], None] = lambda found: None,
+    keep: Callable[[GemmComparison], None] = lambda found: None,
     seconds: float = float("inf"),
-) -> Comparison:
+) -> GemmComparison:
     """Time all contenders for every shape (K, N) and number of rows.
 
     Args:
@@ -145,7 +145,7 @@ def compare(
         seconds: no row begins after so many.
     """
     machine, start = machine or Machine(), time.monotonic()
-    found = Comparison(machine.facts(), [], copy_rate(machine, rounds))
+    found = GemmComparison(machine.facts(), [], copy_rate(machine, rounds))
     for k, n in track(shapes, "timing", transient=True):
         own = Field(k, n, copies_of(n * k // 2, machine.cache_bytes), machine.device)
         for m in rows:
@@ -159,7 +159,7 @@ def compare(
     return found
 
 
-def _row(own: Field, m: int, rounds: int, machine: Machine) -> Row:
+def _row(own: Field, m: int, rounds: int, machine: Machine) -> GemmTiming:
     timers: dict[str, tuple[Callable[[], float], int]] = {}
     absent = {}
     for name, make in contenders(own, m):
@@ -168,4 +168,4 @@ def _row(own: Field, m: int, rounds: int, machine: Machine) -> Row:
             timers[name] = (machine.timer(one.call, own.copies), one.nbytes)
         except Exception as error:  # of other people's code, or a shape that is not theirs; ours shows in the table
             absent[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-    return Row(m, own.k, own.n, interleaved(timers, rounds), absent)
+    return GemmTiming(m, own.k, own.n, interleaved(timers, rounds), absent)

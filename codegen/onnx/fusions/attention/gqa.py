@@ -25,9 +25,9 @@ def rewrite_cached(program: Program, positions: int, report: PassReport) -> None
     shared = _Shared(program)
     for index, attention in enumerate(find_attentions(program, positions)):
         if isinstance(attention, Obstacle):
-            report.leave("attention", attention.reason, attention.node)
+            report.skip("attention", attention.reason, attention.node)
         elif (reason := _unfit(attention)) is not None:
-            report.leave("attention", reason, attention.node.name)
+            report.skip("attention", reason, attention.node.name)
         else:
             report.done.append(attention.node.name)
             _replace(program, attention, shared, f"attention_{index}")

@@ -37,11 +37,11 @@ def hold_codes(program: Program, wrapper: WithCache, cache: CodedCache, report: 
     scales = wrapper.for_heads(cache.scales)
     layers = _layers(program, len(scales))
     if isinstance(layers, Obstacle):
-        why = [f"{left.node}: {left.reason}" for left in report.left if left.site == "attention"]
+        why = [f"{place.node}: {place.reason}" for place in report.skipped if place.site == "attention"]
         reason = f"{layers.reason} ({'; '.join(why) or layers.node})"
         if not cache.optional:
             raise NoOnnxForm(f"QuantizeKV: {reason}. Leave it out, or export with float_cache")
-        report.leave("cache", f"stays float32: {reason}", layers.node)
+        report.skip("cache", f"stays float32: {reason}", layers.node)
         return
     wrapper.scales = scales
     for index, ((attention, held), pair) in enumerate(zip(layers, scales, strict=True)):

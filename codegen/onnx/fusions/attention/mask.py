@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.codegen.onnx.fusions.attention.match_scores import Differs, Scores
+from qcompile.codegen.onnx.fusions.attention.match_scores import Differs, ScoreFunction
 from qcompile.codegen.onnx.fusions.attention.sample_inputs import Trial
 from qcompile.codegen.onnx.ops.attention_ops import causal
 
 
-def window_and_bias(trial: Trial, scores: Scores, positions: int) -> tuple[int, Tensor | None]:
+def window_and_bias(trial: Trial, scores: ScoreFunction, positions: int) -> tuple[int, Tensor | None]:
     """The window of a causal mask, -1 for none, and what is added to the scores by the place of the key alone.
 
     The softmax does not see what a whole row has in common: a bias by distance, slope (key - query) as ALiBi

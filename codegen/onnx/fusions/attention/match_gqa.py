@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.attention_scores import Product, products
+from qcompile.analysis.attention_scores import AttentionMatmul, products
 from qcompile.analysis.obstacle import Obstacle
 from qcompile.codegen.onnx.fusions.attention.mask import window_and_bias
-from qcompile.codegen.onnx.fusions.attention.match_scores import Differs, Scores
+from qcompile.codegen.onnx.fusions.attention.match_scores import Differs, ScoreFunction
 from qcompile.codegen.onnx.fusions.attention.rotary_embedding import Rotary, Turning
 from qcompile.codegen.onnx.fusions.attention.sample_inputs import Trial
 from qcompile.codegen.onnx.fusions.probe import (
@@ -85,11 +85,11 @@ def find_attentions(program: Program, positions: int) -> list[CachedAttention | 
 
 
 class _Recogniser:
-    def __init__(self, program: Program, product: Product, tokens: set[fx.Node], positions: int) -> None:
+    def __init__(self, program: Program, product: AttentionMatmul, tokens: set[fx.Node], positions: int) -> None:
         self.program, self.product, self.tokens, self.positions = program, product, tokens, positions
         self.trial = Trial(program)
-        self.node = product.reader
-        self.scores = Scores(program, product)
+        self.node = product.consumer
+        self.scores = ScoreFunction(program, product)
         self.heads, self.size = self.scores.heads, self.scores.size
 
     def result(self) -> CachedAttention:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.analysis.attention_scores import Product, products
+from qcompile.analysis.attention_scores import AttentionMatmul, products
 from qcompile.analysis.obstacle import Obstacle
-from qcompile.codegen.onnx.fusions.attention.match_scores import Differs, Scores
+from qcompile.codegen.onnx.fusions.attention.match_scores import Differs, ScoreFunction
 from qcompile.codegen.onnx.fusions.probe import (
     Heads,
     Unknown,
@@ -69,9 +69,9 @@ def find_plain_attentions(program: Program) -> list[PlainAttention | Obstacle]:
 
 
 class _Recogniser:
-    def __init__(self, program: Program, product: Product) -> None:
+    def __init__(self, program: Program, product: AttentionMatmul) -> None:
         self.program, self.product = program, product
-        self.scores = Scores(program, product)
+        self.scores = ScoreFunction(program, product)
         self.new = product.queries.meta["val"].shape[-2]
         self.total = product.values.meta["val"].shape[-2]
 
@@ -93,7 +93,7 @@ class _Recogniser:
             raise Differs(product.node, "values are multiplied by a constant")
         causal, padding, added = self._mask()
         return PlainAttention(
-            product.reader, tuple(parts), product.turned, scores.heads, scale, causal, padding, added
+            product.consumer, tuple(parts), product.turned, scores.heads, scale, causal, padding, added
         )  # fmt: skip
 
     def _part(self, node: fx.Node, turned: bool) -> Heads | fx.Node:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.attention_scores import Product
+from qcompile.analysis.attention_scores import AttentionMatmul
 from qcompile.analysis.channel_origin import ATTENTION
 from qcompile.codegen.onnx.fusions.probe import evaluate
 from qcompile.ir.program import Program, hint
@@ -46,14 +46,14 @@ class Curve:
         return self.cap * torch.tanh(x / self.cap) if self.cap else x
 
 
-class Scores:
+class ScoreFunction:
     """One attention: H heads of D channels, its scores [B, H, S, T] or, heads and rows in one, [B H, S, T].
 
     Raises:
         Differs: heads or their size are not fixed.
     """
 
-    def __init__(self, program: Program, product: Product) -> None:
+    def __init__(self, program: Program, product: AttentionMatmul) -> None:
         self.program, self.product = program, product
         shape = product.queries.meta["val"].shape
         self.merged = len(shape) == 3
@@ -137,14 +137,14 @@ class Scores:
         if self.softmax is None:
             return
         values = {**given, self.product.node: scores.flatten(0, 1) if self.merged else scores}
-        read = self.product.reader.args[1 - self.product.values_at]
+        read = self.product.consumer.args[1 - self.product.values_at]
         got = self.split(evaluate(self.program, read, values), len(scores))
         want = self._logits(given, scores).softmax(-1)
         if got.shape != want.shape or not torch.allclose(got.double(), want, atol=1e-5):
-            raise Differs(self.product.reader, "the values are multiplied with something else than the softmax")
+            raise Differs(self.product.consumer, "the values are multiplied with something else than the softmax")
 
 
-def _softmax(product: Product) -> fx.Node:
+def _softmax(product: AttentionMatmul) -> fx.Node:
     node = product.node
     while node.target not in (aten.softmax.int, aten._softmax.default):
         node = next(iter(node.users))

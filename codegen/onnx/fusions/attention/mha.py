@@ -22,7 +22,7 @@ def rewrite_plain(program: Program, report: PassReport) -> None:
     biases: dict[tuple[fx.Node, ...], fx.Node] = {}
     for index, attention in enumerate(find_plain_attentions(program)):
         if isinstance(attention, Obstacle):
-            report.leave("attention", attention.reason, attention.node)
+            report.skip("attention", attention.reason, attention.node)
         else:
             report.done.append(attention.node.name)
             _replace(program, attention, biases, f"attention_{index}")

@@ -1,0 +1,3 @@
+"""The version of this package; what is written to disk carries it."""
+
+VERSION = "0.1.0"
