@@ -37,7 +37,8 @@ from qcompile.codegen.onnx.tracing.signature import Plain, WithCache
 from qcompile.codegen.onnx.variants import expected, finish
 from qcompile.codegen.onnx.verify_outputs import holding
 from qcompile.ir.capture import from_exported
-from qcompile.ir.program import WEIGHT, Program, copy_graph
+from qcompile.ir.node_meta import WEIGHT
+from qcompile.ir.program import Program, copy_graph
 from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
 from qcompile.recipe.report import PassReport

@@ -24,6 +24,7 @@ from qcompile.analysis.residual_stream import ResidualStream, residual_streams
 from qcompile.analysis.scale_folding import find_readers
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.calibration.statistics import Statistics
+from qcompile.ir.node_meta import REPLACES_LAYER_NORM
 from qcompile.ir.program import Program
 from qcompile.recipe.registry import rewrites
 from qcompile.recipe.report import PassReport
@@ -148,7 +149,7 @@ def _center(program: Program, flow: ResidualStream, report: PassReport) -> None:
         node = norm.output
         eps = node.args[4] if len(node.args) > 4 else 1e-5
         rms = program.insert(aten.rms_norm.default, (node.args[0], node.args[1], None, eps), before=node)
-        rms.meta["replaces_layer_norm"] = program.weight_name(norm.gain)
+        rms.meta[REPLACES_LAYER_NORM] = program.weight_name(norm.gain)
         program.replace(node, rms)
         program.graph.erase_node(node)
         report.done.append(f"{norm.output.name} -> RMSNorm")

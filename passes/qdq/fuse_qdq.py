@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from qcompile.calibration.statistics import Statistics
+from qcompile.ir.node_meta import LOW_RANK, SITE
 from qcompile.ir.program import Program
 from qcompile.recipe.registry import rewrites
 from qcompile.recipe.report import PassReport
@@ -44,14 +45,14 @@ def fuse(program: Program, config: Fuse, statistics: Statistics) -> PassReport:
             (x, x_scale, x_zero, codes, scale, zero, group_scale, bias, form, act, columns, node.meta["val"].dtype),
             before=node,
         )
-        fused.meta["low_rank"] = node.meta.get("low_rank")
-        fused.meta["site"] = (program.weight_name(codes) or node.name).removesuffix(".codes")
+        fused.meta[LOW_RANK] = node.meta.get(LOW_RANK)
+        fused.meta[SITE] = (program.weight_name(codes) or node.name).removesuffix(".codes")
         program.replace(node, fused)
-        report.done.append(fused.meta["site"])
-    for node in [n for n in program.graph.nodes if "site" in n.meta and n.target is not aten.linear.default]:
+        report.done.append(fused.meta[SITE])
+    for node in [n for n in program.graph.nodes if SITE in n.meta and n.target is not aten.linear.default]:
         if node.target is not ops.qlinear.default:
             _fuse_experts(program, node)
-            report.done.append(node.meta["site"])
+            report.done.append(node.meta[SITE])
     program.cleanup()
     return report
 
@@ -69,7 +70,7 @@ def _fuse_experts(program: Program, node: torch.fx.Node) -> None:
     dtype = node.meta["val"].dtype
     args = (x, *more, codes, scale, zero, group_scale, form, columns, dtype)
     fused = program.insert(ops.qexperts.default, args, before=node)
-    fused.meta["site"] = node.meta["site"]
+    fused.meta[SITE] = node.meta[SITE]
     result = fused
     if batched:
         experts = int(node.meta["val"].shape[0])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qcompile.analysis.sites import Site
+from qcompile.ir.node_meta import FLOAT_WEIGHT, SITE
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.passes.qdq.site_plan import PlannedSite, SitePlan
@@ -18,12 +19,12 @@ def corrected_sites(program: Program) -> list[tuple[torch.fx.Node, Tensor, Tenso
     """The products of quantized sites with the float weight and what the codes stand for, [N, K] each."""
     found = []
     for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
-        if "original" in node.meta:
+        if FLOAT_WEIGHT in node.meta:
             args = [
                 program.weights[program.weight_name(a) or ""] if isinstance(a, torch.fx.Node) else a
                 for a in node.args[1].args
             ]
-            found.append((node, node.meta["original"], ops.dequantize(*args)))
+            found.append((node, node.meta[FLOAT_WEIGHT], ops.dequantize(*args)))
     return found
 
 
@@ -54,9 +55,9 @@ def put_codes(program: Program, planned: PlannedSite, tensors: tuple[Tensor | No
         return
     original = program.weights[site.name]
     dtype, weight_dtype = site.node.meta["val"].dtype, original.dtype
-    site.node.meta["site"] = site.name
+    site.node.meta[SITE] = site.name
     if plan.corrected:
-        site.node.meta["original"] = original
+        site.node.meta[FLOAT_WEIGHT] = original
     nodes = add_stored(program, site.name, tensors)
     numbers = program.insert(
         ops.dequantize.default, (*nodes, str(planned.weight), site.K, weight_dtype), before=site.node
@@ -84,7 +85,7 @@ def _put_stack(program: Program, planned: PlannedSite, tensors: tuple[Tensor | N
     else:
         numbers = program.insert(aten.transpose.int, (numbers, 1, 2), before=site.node)
     site.node.args = (site.node.args[0], numbers, *site.node.args[2:])
-    site.node.meta["site"] = site.name
+    site.node.meta[SITE] = site.name
 
 
 def add_stored(program: Program, name: str, tensors: tuple[Tensor | None, ...]) -> tuple[object, ...]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qcompile.calibration.statistics import Statistics
+from qcompile.ir.node_meta import FLOAT_WEIGHT, LOW_RANK, SITE
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
@@ -72,7 +73,7 @@ def lorc(program: Program, config: LoRC, statistics: Statistics, plan: SitePlan)
     report = PassReport("LoRC")
     bits = weights = 0
     for node, original, numbers in corrected_sites(program):
-        name = node.meta["site"]
+        name = node.meta[SITE]
         inner, outer = low_rank(original.float() - numbers.float(), config.rank)
         x = float_input(node)
         stored: dict[str, str] = {}  # part -> weight
@@ -81,7 +82,7 @@ def lorc(program: Program, config: LoRC, statistics: Statistics, plan: SitePlan)
             x = program.insert(aten.linear.default, (x, weight), before=node)
         total = program.insert(aten.add.Tensor, (node, x), after=node)
         program.replace(node, total)
-        node.meta["low_rank"] = stored
+        node.meta[LOW_RANK] = stored
         bits += 8 * sum(program.weights[weight].nbytes for weight in stored.values())
         weights += original.numel()
         report.done.append(name)
@@ -93,7 +94,7 @@ def _add_factor(
     program: Program, node: torch.fx.Node, part: str, factor: Tensor, config: LoRC, stored: dict[str, str]
 ) -> torch.fx.Node:
     """Add a factor as weight "<site>.<part>", in int8 with "<site>.<part>_scale"; notes both in `stored`."""
-    name, dtype = f"{node.meta['site']}.{part}", node.meta["original"].dtype
+    name, dtype = f"{node.meta[SITE]}.{part}", node.meta[FLOAT_WEIGHT].dtype
     stored[part] = name
     if config.factors is None:
         return program.add_weight(name, factor.to(dtype))

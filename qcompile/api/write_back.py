@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompile.analysis.sites import find_sites
-from qcompile.ir.program import WEIGHT, Program
+from qcompile.ir.node_meta import LOW_RANK, REPLACES_LAYER_NORM, SITE, WEIGHT
+from qcompile.ir.program import Program
 from qcompile.modules.quant_experts import QuantStack, hold_stack
 from qcompile.modules.quant_linear import PARTS, QuantLinear, RotatedLinear
 from qcompile.numerics.format import Format
@@ -63,7 +64,7 @@ class _Plan:
         if homeless:
             raise RecipeError(f"the online transforms {homeless} have no linear module to live in: drop OnlineHadamard")
         for node in after.graph.find_nodes(op="call_function", target=aten.rms_norm.default):
-            gain = node.meta.get("replaces_layer_norm")
+            gain = node.meta.get(REPLACES_LAYER_NORM)
             if gain is not None and not isinstance(self.model.get_submodule(gain.rpartition(".")[0]), nn.LayerNorm):
                 raise RecipeError(
                     f"the LayerNorm with gain {gain} is no nn.LayerNorm module: use FoldNorm(center=False)"
@@ -87,15 +88,15 @@ class _Plan:
         if untied and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False  # or saving would tie them again
         for node in after.graph.find_nodes(op="call_function", target=aten.rms_norm.default):
-            if node.meta.get("replaces_layer_norm"):
-                path = node.meta["replaces_layer_norm"].rpartition(".")[0]
+            if node.meta.get(REPLACES_LAYER_NORM):
+                path = node.meta[REPLACES_LAYER_NORM].rpartition(".")[0]
                 old = self.model.get_submodule(path)
                 norm = nn.RMSNorm(node.args[1], eps=node.args[3], dtype=old.weight.dtype)
                 self.model.set_submodule(path, norm.requires_grad_(False).eval())
         for node in after.graph.find_nodes(op="call_function", target=ops.qlinear.default):
-            self.model.set_submodule(self._path(node.meta["site"]), _quant_linear(after, node))
+            self.model.set_submodule(self._path(node.meta[SITE]), _quant_linear(after, node))
         for node in after.graph.find_nodes(op="call_function", target=ops.qexperts.default):
-            hold_stack(self.model, node.meta["site"], QuantStack.of(after, node, before))
+            hold_stack(self.model, node.meta[SITE], QuantStack.of(after, node, before))
         for node in after.graph.find_nodes(op="call_function", target=aten.linear.default):
             signs = _signs(after, node.args[0])
             if signs is not None:
@@ -159,7 +160,7 @@ def _quant_linear(program: Program, node: fx.Node) -> QuantLinear:
     parts = {"codes": codes, "scale": scale, "zero": zero, "group_scale": group_scale, "bias": bias}
     tensors = {k: None if v is None else program.weights[v.meta[WEIGHT]] for k, v in parts.items()}
     tensors["signs"] = _signs(program, x)
-    tensors |= {part: program.weights[weight] for part, weight in (node.meta.get("low_rank") or {}).items()}
+    tensors |= {part: program.weights[weight] for part, weight in (node.meta.get(LOW_RANK) or {}).items()}
     rows = tensors["codes"].shape[0]
     return QuantLinear(
         int(columns),

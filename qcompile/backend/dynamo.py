@@ -22,8 +22,9 @@ from qcompile.backend.float_fallback import float_fallback_sites
 from qcompile.backend.inductor import GRAPHS, compile_graph, make_floats_constant, needs_gpu
 from qcompile.backend.options import Options
 from qcompile.codegen.cpu.cpu_lowering import lower
-from qcompile.ir.capture import STATIC, capture_dynamo
-from qcompile.ir.program import WEIGHT, Program
+from qcompile.ir.capture import capture_dynamo
+from qcompile.ir.node_meta import DYNAMO_INDEX, STATIC, WEIGHT
+from qcompile.ir.program import Program
 from qcompile.memory.weight_cache import shared
 from qcompile.pipeline.run import NothingToQuantize, run
 from qcompile.recipe.recipe import Recipe, RecipeError
@@ -78,10 +79,8 @@ class _Compiled:
 
     def _capture(self, example_inputs: Sequence[Any]) -> None:
         self.program = capture_dynamo(self.graph_module, example_inputs)
-        self.weight_args = {
-            n.meta[WEIGHT]: n.meta["dynamo_index"] for n in self.program.placeholders if WEIGHT in n.meta
-        }
-        self.input_args = [n.meta["dynamo_index"] for n in self.program.inputs]
+        self.weight_args = {n.meta[WEIGHT]: n.meta[DYNAMO_INDEX] for n in self.program.placeholders if WEIGHT in n.meta}
+        self.input_args = [n.meta[DYNAMO_INDEX] for n in self.program.inputs]
         self._compile(example_inputs)
 
     def _compile(self, args: Sequence[Any]) -> None:
@@ -97,7 +96,7 @@ class _Compiled:
         for node in lowered.placeholders:
             name = node.meta.get(WEIGHT)
             if name is None:
-                self.order.append((True, node.meta["dynamo_index"]))
+                self.order.append((True, node.meta[DYNAMO_INDEX]))
             else:
                 index = self.weight_args.get(name)
                 same = index is not None and lowered.weights[name] is self.program.weights.get(name)

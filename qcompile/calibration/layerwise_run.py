@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.ir.program import WEIGHT, Program
+from qcompile.ir.node_meta import WEIGHT
+from qcompile.ir.program import Program
 
 
 class LayerwiseRun:

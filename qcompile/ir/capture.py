@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from qcompile.ir.node_meta import DYNAMO_INDEX, STATIC, WEIGHT
 from qcompile.ir.normalize import normalise
-from qcompile.ir.program import WEIGHT, Program, copy_graph
+from qcompile.ir.program import Program, copy_graph
 
 _SEGMENT = re.compile(r"\[(?:'([^']+)'|\"([^\"]+)\"|(\d+))\]|\.(\w+)")
-STATIC = "qcompile_static"  # node.meta key: an input that stays where it is between calls (mark_static_address)
 _CONTAINERS = {"_modules", "_parameters", "_buffers"}
 
 
@@ -96,7 +96,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     """Bring a graph that Dynamo handed to a backend to a Program.
 
     Tracing runs inside the fake mode of the placeholders' own fakes, which keeps Dynamo's symbols.
-    The Program's placeholders keep Dynamo's order; `meta["dynamo_index"]` remembers it.
+    The Program's placeholders keep Dynamo's order; `meta[DYNAMO_INDEX]` remembers it.
     """
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     graph_module = copy_graph(graph_module)
@@ -111,7 +111,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     weights: dict[str, Tensor] = {}
     traced = list(aten.graph.find_nodes(op="placeholder"))
     for index, (node, origin, real) in enumerate(zip(traced, placeholders, example_inputs, strict=True)):
-        node.meta["dynamo_index"] = index
+        node.meta[DYNAMO_INDEX] = index
         node.meta.setdefault("val", fakes[index])
         if (origin.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"):
             node.meta[STATIC] = True

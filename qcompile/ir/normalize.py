@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.ir.program import WEIGHT, Program
+from qcompile.ir.node_meta import WEIGHT
+from qcompile.ir.program import Program
 
 aten = torch.ops.aten
 

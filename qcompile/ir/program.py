@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-WEIGHT = "qcompile_weight"  # node.meta key: the attribute path of a weight placeholder
+from qcompile.ir.node_meta import WEIGHT
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,6 +107,13 @@ class Program:
     def weight_name(self, node: object) -> str | None:
         """The attribute path behind a placeholder, or None for anything else."""
         return node.meta.get(WEIGHT) if isinstance(node, fx.Node) else None
+
+    def weight_of(self, node: object) -> Tensor:
+        """The tensor behind a weight's placeholder. Raises KeyError, with the node, for anything else."""
+        name = self.weight_name(node)
+        if name is None:
+            raise KeyError(f"{node} is not the placeholder of a weight")
+        return self.weights[name]
 
     def node_of(self, name: str) -> fx.Node:
         """The placeholder of the weight `name`. Raises KeyError."""

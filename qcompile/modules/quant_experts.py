@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 import qcompile.ir.ops  # noqa: F401  registers torch.ops.qcompile
 from qcompile.analysis.sites import find_sites
+from qcompile.ir.node_meta import SITE
 from qcompile.ir.program import Program
 from qcompile.modules.quant_linear import Coded
 from qcompile.numerics.format import Format
@@ -57,7 +58,7 @@ class QuantStack(Coded):
     @staticmethod
     def of(after: Program, node: fx.Node, before: Program) -> QuantStack:
         """The stack behind a qexperts node of a rewritten program."""
-        site = next(s for s in find_sites(before) if s.name == node.meta["site"])
+        site = next(s for s in find_sites(before) if s.name == node.meta[SITE])
         names = [after.weight_name(a) for a in node.args[2:6]]
         tensors = dict(zip(_PARTS, [None if n is None else after.weights[n] for n in names], strict=True))
         return QuantStack(tensors, Format.parse(node.args[6]), site.K, site.rows_first, before.weights[site.name].dtype)

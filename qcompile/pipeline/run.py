@@ -18,6 +18,7 @@ import qcompile.ir.ops
 import qcompile.passes  # noqa: F401  registers the passes
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.calibration.statistics import Statistics, observe
+from qcompile.ir.node_meta import LOW_RANK, SITE
 from qcompile.ir.program import Program
 from qcompile.memory.process import release_freed_memory
 from qcompile.passes.qdq.site_plan import Quantize, SitePlan
@@ -163,9 +164,9 @@ def _describe(program: Program, entries: list[SiteReport], names: dict[str, str]
             for a in node.args[3:7]
             if program.weight_name(a) is not None
         )
-        known.bytes_after += sum(program.weights[part].nbytes for part in (node.meta.get("low_rank") or {}).values())
+        known.bytes_after += sum(program.weights[part].nbytes for part in (node.meta.get(LOW_RANK) or {}).values())
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.qcompile.qexperts.default):
-        known = by_name[node.meta["site"]]
+        known = by_name[node.meta[SITE]]
         known.reason, known.weight, known.act = "", str(node.args[6]), "float"
         stored = [program.weight_name(a) for a in node.args[2:6]]
         known.bytes_after = sum(program.weights[name].nbytes for name in stored if name is not None)
@@ -173,5 +174,5 @@ def _describe(program: Program, entries: list[SiteReport], names: dict[str, str]
 
 def site_name(program: Program, node: fx.Node) -> str:
     """The name of a quantized site: what the fuse pass gave it, or where its codes are."""
-    named: str | None = node.meta.get("site")
+    named: str | None = node.meta.get(SITE)
     return named or (program.weight_name(node.args[3]) or node.name).removesuffix(".codes")

@@ -16,7 +16,7 @@ from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.kernels.spec import parse
 from qcompile.codegen.triton.launch.pack_weights import prepare
 from qcompile.ir.capture import capture
-from qcompile.ir.program import WEIGHT
+from qcompile.ir.node_meta import WEIGHT
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import Fuse, LoRC, Quantize

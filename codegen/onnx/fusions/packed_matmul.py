@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 import qcompile.codegen.onnx.ops.matmul_ops  # noqa: F401  registers torch.ops.qcompile_onnx
-from qcompile.ir.program import WEIGHT, Program
+from qcompile.ir.node_meta import WEIGHT
+from qcompile.ir.program import Program
 
 aten = torch.ops.aten
 ops = torch.ops.qcompile_onnx

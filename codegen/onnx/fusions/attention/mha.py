@@ -10,7 +10,8 @@ from qcompile.codegen.onnx.fusions.attention.head_layout import flat, laid_out, 
 from qcompile.codegen.onnx.fusions.attention.match_mha import PlainAttention, find_plain_attentions
 from qcompile.codegen.onnx.fusions.packed_matmul import without_bias
 from qcompile.codegen.onnx.fusions.probe import Heads
-from qcompile.ir.program import WEIGHT, Program
+from qcompile.ir.node_meta import WEIGHT
+from qcompile.ir.program import Program
 from qcompile.recipe.report import PassReport
 
 aten = torch.ops.aten

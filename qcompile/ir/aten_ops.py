@@ -1,0 +1,88 @@
+"""Classes of ATen operators, by what they do to the elements of a tensor.
+
+Every analysis and every target takes its operators from here: a new overload is added once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+Ops = frozenset[Any]
+"""A set of OpOverloads; a node's `target` is tested against it."""
+
+LINEAR = aten.linear.default
+SDPA = aten.scaled_dot_product_attention.default
+
+MATMULS: Ops = frozenset({aten.matmul.default, aten.bmm.default})
+"""Products of two values that have no bias of their own."""
+
+PRODUCTS: Ops = MATMULS | {LINEAR, SDPA}
+"""Everything that sums over a dimension of two operands."""
+
+SOFTMAX: Ops = frozenset({aten.softmax.int, aten._softmax.default})
+
+CASTS: Ops = frozenset(
+    {
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
+        aten.to.other,
+        aten._to_copy.default,
+        aten.type_as.default,
+    }
+)
+"""The same values in another dtype or on another device."""
+
+ALIASES: Ops = frozenset(
+    {
+        aten.alias.default,
+        aten.detach.default,
+        aten.detach_.default,
+        aten.lift_fresh_copy.default,
+        aten.contiguous.default,
+    }
+)
+"""The same values in the same dtype: `normalize` drops them."""
+
+DROPOUTS: Ops = frozenset({aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default})
+
+SIZES: Ops = frozenset({aten.sym_size.int, aten.sym_size.default, aten.size.default, aten.size.int})
+"""Reads a shape, never an element."""
+
+VIEWS: Ops = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
+"""The same elements in the same order under other sizes."""
+
+RESHAPES: Ops = VIEWS | {
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+    aten.clone.default,
+    aten.contiguous.default,
+}
+"""As VIEWS, with the operators that say the sizes in another way."""
+
+TRANSPOSES: Ops = frozenset({aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default})
+
+EXPANDS: Ops = frozenset({aten.expand.default, aten.repeat_interleave.self_int})
+"""Repeats elements (heads of grouped queries)."""
+
+SLICES: Ops = frozenset({aten.slice.Tensor, aten.select.int})
+"""Some of the elements, chosen by position."""
+
+SPLITS: Ops = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
+
+JOINS: Ops = frozenset({aten.cat.default, aten.stack.default})
+
+MOVES: Ops = RESHAPES | TRANSPOSES | EXPANDS | SLICES
+"""Moves, repeats or drops elements and computes nothing: one tensor in, one out."""
+
+ACTIVATIONS: Ops = frozenset(
+    {aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default}
+)
+"""The same function of every element."""

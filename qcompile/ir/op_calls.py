@@ -1,0 +1,156 @@
+"""Typed views of calls of our own operators: arguments by name, never by position.
+
+    call = QLinearCall.of(node)             read a node
+    call.weight, call.weight_format         its arguments
+    QLinearCall(...).insert(program, before=node)
+
+The fields of a view are the arguments of its operator, in the order of the schema (see ops.py); nothing else in the
+project indexes `node.args` of these operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import fx
+
+import qcompile.ir.ops  # noqa: F401  registers torch.ops.qcompile
+from qcompile.ir.program import Program
+from qcompile.numerics.format import Format
+
+Operand = fx.Node | None
+"""A tensor argument of a call; None where the schema allows no tensor."""
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """A call of the operator `target`; a subclass names its arguments."""
+
+    target: ClassVar[Any]
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Self:
+        """The view of a node. Raises TypeError if the node calls something else."""
+        if node.target is not cls.target:
+            raise TypeError(f"{node.name} calls {node.target}, not {cls.target}")
+        return cls(*cast(tuple[Any, ...], node.args))
+
+    @classmethod
+    def matches(cls, node: object) -> bool:
+        """Whether a node calls this operator."""
+        return isinstance(node, fx.Node) and node.target is cls.target
+
+    @classmethod
+    def find(cls, program: Program) -> Iterator[tuple[fx.Node, Self]]:
+        """All calls of a program in graph order; nodes may be replaced while iterating."""
+        for node in list(program.graph.find_nodes(op="call_function", target=cls.target)):
+            yield node, cls.of(node)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments in the order of the schema."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def insert(self, program: Program, *, before: fx.Node | None = None, after: fx.Node | None = None) -> fx.Node:
+        """Insert the call next to a node."""
+        return program.insert(self.target, self.arguments, before=before, after=after)
+
+
+@dataclass(frozen=True)
+class QuantizeCall(OpCall):
+    """qcompile::quantize, an activation quantized dynamically: -> (codes, scale, zero point)."""
+
+    target: ClassVar[Any] = torch.ops.qcompile.quantize.default
+
+    x: fx.Node
+    format: str
+
+
+@dataclass(frozen=True)
+class DequantizeCall(OpCall):
+    """qcompile::dequantize; `columns` is K of codes that are stored packed, 0 of unpacked ones (activations)."""
+
+    target: ClassVar[Any] = torch.ops.qcompile.dequantize.default
+
+    codes: fx.Node
+    scale: fx.Node
+    zero: Operand
+    group_scale: Operand
+    format: str
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def of_activation(self) -> bool:
+        """Whether the codes are those of an activation."""
+        return self.columns == 0
+
+
+@dataclass(frozen=True)
+class HadamardCall(OpCall):
+    """qcompile::hadamard, x [.., n] -> x diag(signs) H_n / sqrt(n)."""
+
+    target: ClassVar[Any] = torch.ops.qcompile.hadamard.default
+
+    x: fx.Node
+    signs: fx.Node
+
+
+@dataclass(frozen=True)
+class QLinearCall(OpCall):
+    """qcompile::qlinear, dq(x) @ dq(weight).T + bias; `act` is "" where x is float."""
+
+    target: ClassVar[Any] = torch.ops.qcompile.qlinear.default
+
+    x: fx.Node
+    x_scale: Operand
+    x_zero: Operand
+    weight: fx.Node
+    scale: fx.Node
+    zero: Operand
+    group_scale: Operand
+    bias: Operand
+    format: str
+    act: str
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def stored(self) -> tuple[fx.Node, fx.Node, Operand, Operand]:
+        """The weight's codes, scale, zero point and group scale: the parts of a QTensor, as placeholders."""
+        return self.weight, self.scale, self.zero, self.group_scale
+
+    @property
+    def weight_format(self) -> Format:
+        """The format of the weight."""
+        return Format.parse(self.format)
+
+    @property
+    def act_format(self) -> Format | None:
+        """The format of x, or None where it is float."""
+        return Format.parse(self.act) if self.act else None
+
+
+@dataclass(frozen=True)
+class QExpertsCall(OpCall):
+    """qcompile::qexperts, rows sorted by expert times each one's weight."""
+
+    target: ClassVar[Any] = torch.ops.qcompile.qexperts.default
+
+    x: fx.Node
+    ends: fx.Node
+    weight: fx.Node
+    scale: fx.Node
+    zero: Operand
+    group_scale: Operand
+    format: str
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def stored(self) -> tuple[fx.Node, fx.Node, Operand, Operand]:
+        """The stack's codes, scale, zero point and group scale, as placeholders."""
+        return self.weight, self.scale, self.zero, self.group_scale
