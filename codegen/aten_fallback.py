@@ -1,4 +1,4 @@
-"""The dialect in plain ATen: what every target falls back to where it has no kernel."""
+"""The dialect in plain ATen: what the CPU and GPU targets fall back to where they have no kernel."""
 
 from __future__ import annotations
 
@@ -8,39 +8,73 @@ import operator
 import torch
 from torch import Tensor, fx
 
+from qcompile.ir.op_calls import DequantizeCall, HadamardCall, QLinearCall, QuantizeCall
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard
-from qcompile.numerics.qtensor import dequantize_codes, load_codes
-
-ops = torch.ops.qcompile
+from qcompile.numerics.qtensor import dequantize_codes, unpack_codes
 
 
 def lower_rest(program: Program) -> None:
-    """What no kernel took: int8 codes of rows, transforms and numbers of codes, for Inductor to fuse; in place."""
+    """Lower the calls that no kernel took, for Inductor to fuse; in place.
+
+    These are quantize (int8, per token), hadamard and dequantize; other formats of quantize stay calls of the dialect.
+    """
     for node in list(program.graph.nodes):
-        if node.target is ops.quantize.default and node.args[1] == "int8/row" and node.users:
-            replace_quantize(node, *program.inline(quantize_rows, (node.args[0],), before=node))
-        elif node.target is ops.hadamard.default:
-            node.replace_all_uses_with(program.inline(hadamard, node.args, before=node))
-        elif node.target is ops.dequantize.default:
-            codes, scale, zero, group_scale, form, columns, dtype = node.args
-            run = functools.partial(dequantize, form=Format.parse(form), columns=columns, dtype=dtype)
-            node.replace_all_uses_with(program.inline(run, (codes, scale, zero, group_scale), before=node))
+        if QuantizeCall.matches(node) and node.users:
+            quantize = QuantizeCall.of(node)
+            if quantize.format == "int8/row":
+                replace_quantize(node, *program.inline(quantize_int8_rows, (quantize.x,), before=node))
+        elif HadamardCall.matches(node):
+            transform = HadamardCall.of(node)
+            node.replace_all_uses_with(program.inline(hadamard, (transform.x, transform.signs), before=node))
+        elif DequantizeCall.matches(node):
+            call = DequantizeCall.of(node)
+            run = functools.partial(dequantize, form=Format.parse(call.format), columns=call.columns, dtype=call.dtype)
+            stored = (call.codes, call.scale, call.zero, call.group_scale)
+            node.replace_all_uses_with(program.inline(run, stored, before=node))
 
 
 def replace_quantize(node: fx.Node, codes: fx.Node, scale: fx.Node) -> None:
-    """Let readers of a symmetric quantize read these."""
+    """Let consumers of a quantize without zero point read `codes` and `scale` instead."""
     for user in list(node.users):
         if user.target is operator.getitem and user.args[1] < 2:
             user.replace_all_uses_with((codes, scale)[user.args[1]])
 
 
-def product(
+def inline_qlinear(program: Program, node: fx.Node, call: QLinearCall) -> fx.Node:
+    """Insert `dequantized_linear` of a site before its node; returns the node of the result."""
+    run = functools.partial(
+        dequantized_linear, form=call.weight_format, act=call.act, columns=call.columns, dtype=call.dtype
+    )
+    operands = (call.x, call.x_scale, call.x_zero, *call.stored, call.bias)
+    result: fx.Node = program.inline(run, operands, before=node)
+    return result
+
+
+def dequantized_linear(
     x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, stored: Tensor, scale: Tensor, zero: Tensor | None,
     group_scale: Tensor | None, bias: Tensor | None, *, form: Format, act: str, columns: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Any format: dequantize both sides and multiply in the model's dtype."""
+    """qlinear of any format: dequantize both operands, then the matmul in the model's dtype.
+
+    Args:
+        x: [.., K], float or codes.
+        x_scale: of the codes of x, or None.
+        x_zero: of the codes of x, or None.
+        stored: codes [N, ..] of the weight, packed.
+        scale: of the weight, see QTensor.
+        zero: of the weight, or None.
+        group_scale: of the weight, or None.
+        bias: [N], or None.
+        form: format of the weight.
+        act: format of x, "" where it is float.
+        columns: K.
+        dtype: of the result.
+
+    Returns:
+        [.., N].
+    """
     if act:
         assert x_scale is not None
         x = dequantize_codes(x, x_scale, x_zero, None, Format.parse(act)).to(dtype)
@@ -52,8 +86,8 @@ def dequantize(
     codes: Tensor, scale: Tensor, zero: Tensor | None, group_scale: Tensor | None,
     *, form: Format, columns: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Codes -> numbers; `columns` > 0 says that they are stored packed with K = columns."""
-    unpacked = load_codes(codes, form, columns) if columns else codes
+    """Codes -> dequantized values in `dtype`; `columns` > 0 says that they are stored packed with K = columns."""
+    unpacked = unpack_codes(codes, form, columns) if columns else codes
     return dequantize_codes(unpacked, scale, zero, group_scale, form).to(dtype)
 
 
@@ -62,8 +96,8 @@ def hadamard(x: Tensor, signs: Tensor) -> Tensor:
     return apply_hadamard(x.float(), signs.float()).to(x.dtype)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes and float32 scale [.., 1] of each row: the values of qcompile::quantize, in ATen."""
+def quantize_int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [.., K] -> int8 codes [.., K], float32 per-token scales [.., 1]: the values of qcompile::quantize, in ATen."""
     wide = x.float()
     scale = wide.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))

@@ -1,4 +1,4 @@
-"""How many rows a product has, which decides what is fast."""
+"""M, the rows of x that a linear layer multiplies: it decides which kernel is fast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import fx
 
 
 def rows_of(node: fx.Node) -> tuple[int, bool]:
-    """Rows of a value, and whether the number is symbolic (then the hint is given)."""
+    """M of a value [.., K], and whether it is symbolic (then M is the hint, the size that was traced first)."""
     rows, symbolic = 1, False
     for size in node.meta["val"].shape[:-1]:
         symbolic |= isinstance(size, torch.SymInt)
@@ -15,7 +15,7 @@ def rows_of(node: fx.Node) -> tuple[int, bool]:
     return max(rows, 1), symbolic
 
 
-def regime(node: fx.Node) -> str:
-    """How a report names the rows of a value."""
+def rows_label(node: fx.Node) -> str:
+    """M of a value as a report writes it: "rows 20", or "rows 20 (dynamic)" where it is symbolic."""
     rows, symbolic = rows_of(node)
     return f"rows {rows}" + (" (dynamic)" if symbolic else "")

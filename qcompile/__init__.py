@@ -18,7 +18,8 @@ from qcompile.numerics.qtensor import QTensor
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.pipeline.presets import PRESETS, find_recipe
 from qcompile.pipeline.run import NothingToQuantize
-from qcompile.recipe.recipe import Recipe, RecipeError, Rule
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError, Rule
 from qcompile.recipe.report import Report
 from qcompile.version import VERSION
 

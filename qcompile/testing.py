@@ -1,4 +1,4 @@
-"""Property-testing for rewritings, for this project's own passes and for yours.
+"""Property tests for rewrites: random models, and the check that a rewrite computes the same.
 
     from hypothesis import given
     from qcompile.testing import assert_equivalent, decoders
@@ -10,13 +10,13 @@
         my_pass(after)
         assert_equivalent(before, after, [model.example()])
 
-The models are small, random and awkward on purpose: gains far from one, biases everywhere, shared
+The models are small, random and awkward on purpose: gains far from one, biases everywhere, grouped
 key/value heads, tied embeddings, gates, residuals, planted outliers. A wrong law fails on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +32,25 @@ __all__ = ["Decoder", "Shape", "assert_equivalent", "decoders", "mlps", "shapes"
 
 @dataclass(frozen=True)
 class Shape:
-    """What a random decoder looks like."""
+    """The architecture of a random decoder.
+
+    Attributes:
+        width: the hidden size.
+        heads: query heads.
+        kv_heads: key/value heads, which divide the query heads.
+        head: the head size.
+        inner: the size of the MLP.
+        layers: blocks.
+        norm: RMSNorm, RMSNorm with a gain of 1 + weight, or LayerNorm.
+        gated: whether the MLP has a gate.
+        bias: whether linears have biases.
+        tied: whether the head shares the embedding's weight.
+        post_norm: whether the attention's output is normalized too.
+        seed: of the weights and of the example.
+        vocabulary: tokens.
+        rotary: pairs of channels of the rotary position embedding, or none.
+        qk_norm: whether queries and keys are normalized.
+    """
 
     width: int
     heads: int
@@ -52,7 +70,7 @@ class Shape:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * g, spelled out; with one_plus the gain is 1 + weight."""
+    """x / rms(x) * g in elementary operations; with one_plus the gain is 1 + weight."""
 
     def __init__(self, width: int, one_plus: bool) -> None:
         super().__init__()
@@ -61,67 +79,70 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., n] -> [.., n]."""
-        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return y * (1.0 + self.weight) if self.one_plus else self.weight * y
+        y: Tensor = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        gain: Tensor = 1.0 + self.weight if self.one_plus else self.weight
+        return gain * y
 
 
 def rotary(x: Tensor, pairs: str) -> Tensor:
-    """A rotary position embedding of x [B, H, T, D] over channels (i, i + D/2) or (2i, 2i + 1)."""
+    """A rotary position embedding of x [B, H, S, D] over channels (i, i + D/2) ("half") or (2i, 2i + 1)."""
     half = x.shape[-1] // 2
-    at = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * 0.3 ** torch.arange(half, dtype=x.dtype)
+    angle = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * 0.3 ** torch.arange(half, dtype=x.dtype)
     if pairs == "half":
-        cos, sin = (torch.cat([f(at), f(at)], -1) for f in (torch.cos, torch.sin))
+        cos, sin = (torch.cat([f(angle), f(angle)], -1) for f in (torch.cos, torch.sin))
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
     even, odd = x[..., 0::2], x[..., 1::2]
-    turned = torch.stack([even * at.cos() - odd * at.sin(), even * at.sin() + odd * at.cos()], -1)
-    return turned.flatten(-2)
+    rotated = torch.stack([even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()], -1)
+    return rotated.flatten(-2)
 
 
 class _Block(nn.Module):
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.s = s
-        self.first, self.second = _norm(s), _norm(s)
+        self.attention_norm, self.mlp_norm = _norm(s), _norm(s)
         self.query = nn.Linear(s.width, s.heads * s.head, bias=s.bias)
         self.key = nn.Linear(s.width, s.kv_heads * s.head, bias=s.bias)
         self.value = nn.Linear(s.width, s.kv_heads * s.head, bias=s.bias)
-        self.mix = nn.Linear(s.heads * s.head, s.width, bias=s.bias)
-        self.rise = nn.Linear(s.width, s.inner, bias=s.bias)
+        self.out = nn.Linear(s.heads * s.head, s.width, bias=s.bias)
+        self.up = nn.Linear(s.width, s.inner, bias=s.bias)
         self.gate = nn.Linear(s.width, s.inner, bias=s.bias) if s.gated else None
-        self.fall = nn.Linear(s.inner, s.width, bias=s.bias)
-        self.after = _norm(s) if s.post_norm else None
-        self.of_query, self.of_key = (RMSNorm(s.head, False) if s.qk_norm else nn.Identity() for _ in range(2))
+        self.down = nn.Linear(s.inner, s.width, bias=s.bias)
+        self.post_norm = _norm(s) if s.post_norm else None
+        self.query_norm, self.key_norm = (RMSNorm(s.head, False) if s.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         s, (b, t, _) = self.s, x.shape
-        y = self.first(x)
+        y = self.attention_norm(x)
 
         def split(z: Tensor, heads: int) -> Tensor:
             return z.view(b, t, heads, s.head).transpose(1, 2)
 
         q, k, v = split(self.query(y), s.heads), split(self.key(y), s.kv_heads), split(self.value(y), s.kv_heads)
-        q, k = self.of_query(q), self.of_key(k)
+        q, k = self.query_norm(q), self.key_norm(k)
         if s.rotary != "none":
             q, k = rotary(q, s.rotary), rotary(k, s.rotary)
         k, v = (z.repeat_interleave(s.heads // s.kv_heads, dim=1) for z in (k, v))
         z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        z = self.mix(z.transpose(1, 2).reshape(b, t, -1))
-        x = x + (self.after(z) if self.after is not None else z)
-        y = self.second(x)
-        z = self.rise(y)
+        z = self.out(z.transpose(1, 2).reshape(b, t, -1))
+        x = x + (self.post_norm(z) if self.post_norm is not None else z)
+        y = self.mlp_norm(x)
+        z = self.up(y)
         z = torch.nn.functional.silu(self.gate(y)) * z if self.gate is not None else torch.relu(z)
-        return x + self.fall(z)
+        out: Tensor = x + self.down(z)
+        return out
 
 
 class Decoder(nn.Module):
-    """A small decoder-only transformer with everything that a rewriting may trip over."""
+    """A small decoder-only transformer with everything that a rewrite may trip over."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
-        self.table = nn.Embedding(shape.vocabulary, shape.width)
-        self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.layers))
-        self.last = _norm(shape)
+        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
+        blocks = [_Block(shape) for _ in range(shape.layers)]
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = _norm(shape)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         generator = torch.Generator().manual_seed(shape.seed)
         with torch.no_grad():
@@ -130,21 +151,21 @@ class Decoder(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan**-0.5)
                 if parameter.ndim == 1:
                     parameter.add_(0.7)
-            self.blocks[0].first.weight[0] *= 50  # an outlier channel
+            blocks[0].attention_norm.get_parameter("weight")[0] *= 50  # an outlier channel
         if shape.tied:
-            self.head.weight = self.table.weight
+            self.head.weight = self.embedding.weight
         self.requires_grad_(False).eval()
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[B, T] -> logits [B, T, V]."""
-        x = self.table(ids)
+        """[B, S] -> logits [B, S, V]."""
+        x = self.embedding(ids)
         for block in self.blocks:
             x = block(x)
-        out: Tensor = self.head(self.last(x))
+        out: Tensor = self.head(self.final_norm(x))
         return out
 
     def example(self, batch: int = 2, length: int = 5) -> Tensor:
-        """Random token ids."""
+        """Random token ids [batch, length]."""
         generator = torch.Generator().manual_seed(self.shape.seed + 1)
         return torch.randint(0, self.shape.vocabulary, (batch, length), generator=generator)
 
@@ -200,7 +221,7 @@ def weights(draw: st.DrawFn, rows: int = 6, columns: int = 80) -> Tensor:
     """Random matrices [N, K], some with outliers, zero rows, or one sign only."""
     n, k = draw(st.integers(1, rows)), draw(st.integers(1, columns))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    w = torch.randn(n, k, generator=generator) * draw(st.sampled_from([1e-3, 1.0, 30.0]))
+    w: Tensor = torch.randn(n, k, generator=generator) * draw(st.sampled_from([1e-3, 1.0, 30.0]))
     if draw(st.booleans()):
         w[0, draw(st.integers(0, k - 1))] *= 100
     if draw(st.booleans()):
@@ -214,28 +235,30 @@ def assert_equivalent(
     inputs: Sequence[Any],
     *,
     tolerance: float = 1e-9,
-    changed: set[str] | frozenset[str] = frozenset(),
+    changed: Collection[str] = (),
 ) -> None:
     """Assert that two programs (or modules) compute the same, relative to the largest output.
 
     Args:
-        before, after: Programs are run in float64, modules as they are. inputs: flat inputs.
-        tolerance: max|after - before| / max|before|. changed: nodes that were changed on purpose.
+        before: a Program, which is run in float64, or a module, which is run in its own dtype.
+        after: what a rewrite made of it.
+        inputs: flat inputs.
+        tolerance: of max|after - before| / max|before|.
+        changed: names of nodes that were changed on purpose.
 
     Raises:
         AssertionError: with the error and, for programs, the first node that differs.
     """
     if isinstance(before, Program) and isinstance(after, Program):
-        wide = widen(inputs, torch.float64)
-        first, second = before.widened()(*wide), after.widened()(*wide)
-        error = relative_error(second, first)
+        inputs_64 = widen(inputs, torch.float64)
+        error = relative_error(after.widened()(*inputs_64), before.widened()(*inputs_64))
         if error > tolerance:
-            node = first_difference(before, after, wide, set(changed))
+            node = first_difference(before, after, inputs_64, set(changed))
             raise AssertionError(f"the programs differ by {error:.2e} (allowed {tolerance:.0e}), first at node {node}")
         return
     with torch.no_grad():
-        want, got = before(*inputs), after(*inputs)
+        reference, outputs = before(*inputs), after(*inputs)
     flatten = torch.utils._pytree.tree_leaves
-    error = relative_error(flatten(got), flatten(want))
+    error = relative_error(flatten(outputs), flatten(reference))
     if error > tolerance:
         raise AssertionError(f"the outputs differ by {error:.2e} (allowed {tolerance:.0e})")

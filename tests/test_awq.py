@@ -15,7 +15,8 @@ from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import AWQ, GPTQ, Fuse, Quantize, Rotate, SmoothQuantPlus
 from qcompile.passes.equivalent.awq import awq_scale, scaled_error
 from qcompile.pipeline.run import run
-from qcompile.recipe.recipe import Recipe, Rule
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import Rule
 
 FORM = Format.parse("int4/group32/zero")
 

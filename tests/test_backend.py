@@ -15,7 +15,7 @@ import qcompile
 from qcompile.backend import dynamo as backend
 from qcompile.memory import weight_cache as sharing
 from qcompile.recipe.certificate import relative_error
-from qcompile.recipe.recipe import RecipeError
+from qcompile.recipe.rule import RecipeError
 
 
 def mlp():
@@ -115,9 +115,9 @@ def test_graphs_share_their_weights():
     run = compiled(model, recipe="w4a8")
     with torch.no_grad():
         run(torch.randn(4, 128))
-        before = sharing.count()
+        before = sharing.entry_count()
         run(torch.randn(1, 128))
-        grown = sharing.count()
+        grown = sharing.entry_count()
         torch._dynamo.reset()
     assert grown == before
 

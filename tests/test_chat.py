@@ -7,7 +7,7 @@ import pytest
 import torch
 from zoo import build
 
-from qcompile.generation.sampling import Conversation, ends_of, readable, steps_of, stream
+from qcompile.generation.sampling import Conversation, end_tokens, readable_text, step_function, stream
 
 
 class Letters:
@@ -26,7 +26,7 @@ class Letters:
 
 
 def counting(model, read):
-    step = steps_of(model)
+    step = step_function(model)
 
     def counted(ids, cache):
         read.append(ids.shape[1])
@@ -48,23 +48,23 @@ def model():
 def test_a_stream_is_what_generate_gives(model):
     ids = torch.tensor([[5, 9, 17, 33]])
     want = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 4:].tolist()
-    assert list(stream(steps_of(model), ids.numpy(), 8)) == want
-    assert list(stream(steps_of(model), ids.numpy(), 8, stop={want[3]})) == want[: want.index(want[3]) + 1]
-    sampled = [list(stream(steps_of(model), ids.numpy(), 8, temperature=5.0, seed=s)) for s in (0, 0, 1)]
+    assert list(stream(step_function(model), ids.numpy(), 8)) == want
+    assert list(stream(step_function(model), ids.numpy(), 8, stop={want[3]})) == want[: want.index(want[3]) + 1]
+    sampled = [list(stream(step_function(model), ids.numpy(), 8, temperature=5.0, seed=s)) for s in (0, 0, 1)]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
 def test_a_second_turn_reads_only_what_is_new(model):
     read = []
-    talk = Conversation(counting(model, read), Letters(), new=4)
+    talk = Conversation(counting(model, read), Letters(), max_new_tokens=4)
     first = "".join(talk.answer("hi"))
     assert read == [len("u:hi;a:"), 1, 1, 1] and talk.turns[-1] == {"role": "assistant", "content": first}
-    assert len(first) == 4 and "u:hi;a:" + first[:3] == "".join(map(chr, talk.seen))  # every token is a letter
+    assert len(first) == 4 and "u:hi;a:" + first[:3] == "".join(map(chr, talk.cached_tokens))  # every token is a letter
     del read[:]
     second = "".join(talk.answer("so"))
     assert read == [len(first[-1:] + ";u:so;a:"), 1, 1, 1]
     whole = np.array([[ord(c) for c in f"u:hi;a:{first};u:so;a:"]])
-    assert "".join(readable(Letters(), stream(steps_of(model), whole, 4))) == second
+    assert "".join(readable_text(Letters(), stream(step_function(model), whole, 4))) == second
 
 
 def test_a_turn_that_the_template_writes_otherwise_is_read_again(model):
@@ -73,11 +73,11 @@ def test_a_turn_that_the_template_writes_otherwise_is_read_again(model):
             return f"u:{turns[-1]['content']};a:"
 
     read = []
-    talk = Conversation(counting(model, read), Forgetful(), new=2)
+    talk = Conversation(counting(model, read), Forgetful(), max_new_tokens=2)
     list(talk.answer("hi"))
     second = "".join(talk.answer("yes"))
     assert read == [7, 1, 8, 1]
-    fresh = "".join(Conversation(steps_of(model), Forgetful(), new=2).answer("yes"))
+    fresh = "".join(Conversation(step_function(model), Forgetful(), max_new_tokens=2).answer("yes"))
     assert second == fresh
 
 
@@ -86,18 +86,18 @@ def test_characters_that_span_tokens_wait():
         def decode(self, tokens, skip_special_tokens):
             return bytes(tokens).decode("utf-8", errors="replace")
 
-    assert list(readable(Bytes(), "aé!".encode())) == ["a", "é", "!"]
+    assert list(readable_text(Bytes(), "aé!".encode())) == ["a", "é", "!"]
 
 
 def test_a_text_ends_at_any_token_that_the_model_names(model):
     other = build("llama")
     other.generation_config.eos_token_id = [7, 9]
-    assert ends_of(Letters(), other) == {2, 7, 9}
+    assert end_tokens(Letters(), other) == {2, 7, 9}
     other.generation_config.eos_token_id = 5
-    assert ends_of(Letters(), other) == {2, 5} and ends_of(Letters()) == {2}
+    assert end_tokens(Letters(), other) == {2, 5} and end_tokens(Letters()) == {2}
     whole = np.array([[ord(c) for c in "u:hi;a:"]])
-    tokens = list(stream(steps_of(model), whole, 4))
-    talk = Conversation(steps_of(model), Letters(), new=4, stop={tokens[1]})
+    tokens = list(stream(step_function(model), whole, 4))
+    talk = Conversation(step_function(model), Letters(), max_new_tokens=4, stop={tokens[1]})
     assert "".join(talk.answer("hi")) == "".join(map(chr, tokens[: tokens.index(tokens[1]) + 1]))
 
 
@@ -106,4 +106,4 @@ def test_a_model_without_a_template(model):
         chat_template = None
 
     with pytest.raises(ValueError, match="no chat template"):
-        Conversation(steps_of(model), Plain())
+        Conversation(step_function(model), Plain())

@@ -20,7 +20,7 @@ import qcompile.memory.weight_cache
 import qcompile.numerics.rounding
 import qcompile.pipeline.run
 from qcompile.api.example_inputs import flat_inputs, widen_batch
-from qcompile.codegen.triton.gpu_lowering import lower
+from qcompile.codegen.triton.gpu_lowering import lower_to_gpu
 from qcompile.ir.capture import capture
 from qcompile.pipeline.presets import PRESETS
 from qcompile.pipeline.run import run
@@ -89,11 +89,11 @@ def test_recipes_stay_on_the_models_device(name, recipe, monkeypatch):
         if getattr(module, "fingerprint", None) is real:
             monkeypatch.setattr(module, "fingerprint", lambda tensor: str(next(numbers)))
     monkeypatch.setattr(qcompile.pipeline.run, "check_weights", lambda *_: None)
-    monkeypatch.setattr(qcompile.numerics.rounding, "_SHRINKS", range(2))  # the others are where these are
+    monkeypatch.setattr(qcompile.numerics.clip_search, "SHRINKS", range(2))  # the others are where these are
     monkeypatch.setattr(config, "meta_nonzero_assume_all_nonzero", True, raising=False)
     program, flat = captured(name)
     with Decided():
         rewritten, _ = run(program, brief(PRESETS[recipe]), batches=lambda: iter([flat]), verify=False)
         assert devices(rewritten) == {"meta"}
-        lower(rewritten, lambda kind, codes, make: make())
+        lower_to_gpu(rewritten, lambda kind, codes, make: make())
     assert devices(rewritten) == {"meta"}

@@ -16,7 +16,8 @@ from qcompile.passes import DGQ, GPTQ, Fuse, Quantize
 from qcompile.passes.equivalent.smoothquant import clip_scale
 from qcompile.passes.weights.dgq import search_groups, search_rows
 from qcompile.passes.weights.gptq import loss
-from qcompile.recipe.recipe import Recipe, RecipeError
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError
 
 DUAL = Format.parse("int4/group16/zero/dual")
 

@@ -19,7 +19,8 @@ from qcompile.passes import GPTQ, HQQ, FineQuant, Fuse, Quantize, Untie
 from qcompile.passes.qdq.insert_qdq import matrix_of
 from qcompile.pipeline.run import run
 from qcompile.recipe.certificate import relative_error
-from qcompile.recipe.recipe import Recipe, Rule
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import Rule
 
 INT4 = Format.parse("int4/group32/zero")
 MODELS = ["mixtral", "qwen2_moe"]

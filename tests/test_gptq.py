@@ -16,7 +16,8 @@ from qcompile.calibration.layerwise_run import LayerwiseRun
 from qcompile.calibration.statistics import CalibrationError, Statistics
 from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
-from qcompile.numerics.rounding import dequantize_with_qparams, expand_qparams, quantize_tensor
+from qcompile.numerics.qparams import dequantize_with_qparams, expand_qparams
+from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.site_plan import SitePlan
 from qcompile.passes.weights.gptq import GPTQ, gptq, gptq_sites, inverse_factor, loss
 from qcompile.recipe.recipe import Recipe

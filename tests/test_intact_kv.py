@@ -9,7 +9,7 @@ from zoo import build, example
 import qcompile
 from qcompile.calibration.statistics import CalibrationError
 from qcompile.modules.kv_cache import KVCache
-from qcompile.numerics.divergence import divergence
+from qcompile.numerics.divergence import kl_divergence
 from qcompile.numerics.format import Format
 from qcompile.passes import (
     CalibratePrefix,
@@ -23,7 +23,8 @@ from qcompile.passes import (
     Untie,
 )
 from qcompile.recipe.certificate import relative_error
-from qcompile.recipe.recipe import Recipe, RecipeError
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError
 
 PREFIX = (1, 7, 9)
 IDS = torch.tensor([[*PREFIX, 20, 33, 41, 8], [*PREFIX, 99, 5, 61, 27]])
@@ -77,7 +78,7 @@ def test_generate_starts_behind_the_prefix_and_a_checkpoint_keeps_it(tmp_path):
     done = model.generate(IDS, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
     cache = done.past_key_values
     assert isinstance(cache, KVCache) and cache.get_seq_length() == 10
-    assert torch.equal(cache.layers[0].own_keys.exact.read()[0], model.qcompile_prefix.keys0[0])
+    assert torch.equal(cache.layers[0].own_keys.sinks.read()[0], model.qcompile_prefix.keys0[0])
     assert relative_error([done.logits[0]], [logits(model)[:, -1]]) < 1e-5
     qcompile.save(model, tmp_path / "m")
     loaded = qcompile.load(tmp_path / "m")
@@ -141,7 +142,7 @@ def test_a_trained_prefix_is_better_on_texts_it_was_not_trained_on(name):
         ids = [torch.cat([torch.tensor(PREFIX).expand(4, -1), t], 1) for t in texts(12)[8:]]
         want = [logits(build(name), t) for t in ids]
         losses[trained] = sum(
-            float(divergence(w[:, 3:], logits(model, t)[:, 3:])) for w, t in zip(want, ids, strict=True)
+            float(kl_divergence(w[:, 3:], logits(model, t)[:, 3:])) for w, t in zip(want, ids, strict=True)
         )
         assert relative_error([logits(model, ids[0])[:, :3]], [want[0][:, :3]]) < 1e-5  # its own logits stay
     assert losses[True] < 0.98 * losses[False], losses

@@ -18,7 +18,8 @@ from qcompile.passes.equivalent.fold_norm import fold_norm
 from qcompile.passes.equivalent.spinquant import cayley_step, spinquant
 from qcompile.passes.equivalent.untie import untie
 from qcompile.passes.qdq.site_plan import SitePlan
-from qcompile.recipe.recipe import Recipe, RecipeError
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError
 from qcompile.testing import assert_equivalent, decoders
 
 

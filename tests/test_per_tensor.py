@@ -20,7 +20,8 @@ from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, PerTensorActivations, Quantize
 from qcompile.passes.activations.per_tensor_activations import farther
 from qcompile.pipeline.run import run
-from qcompile.recipe.recipe import Recipe, RecipeError, Rule
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError, Rule
 
 TENSOR = Format("int8", "tensor")
 

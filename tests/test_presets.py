@@ -14,7 +14,8 @@ from qcompile.passes import Quantize
 from qcompile.pipeline.presets import PRESETS, find_recipe
 from qcompile.pipeline.run import run
 from qcompile.recipe.certificate import relative_error
-from qcompile.recipe.recipe import Recipe, RecipeError
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError
 
 # Relative error of random tiny models, whose 64 channels are one ragged group, by what the preset keeps.
 BOUNDS = {

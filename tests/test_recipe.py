@@ -7,7 +7,8 @@ import pytest
 from qcompile.numerics.format import Format
 from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, SmoothQuant, Untie
 from qcompile.pipeline.presets import PRESETS, find_recipe
-from qcompile.recipe.recipe import Recipe, RecipeError, Rule
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError, Rule
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -20,7 +20,8 @@ from qcompile.passes.equivalent.rotate import head_bases
 from qcompile.passes.equivalent.rotate_principal import principal_axes, rotate_principal
 from qcompile.passes.equivalent.untie import untie
 from qcompile.passes.qdq.site_plan import SitePlan
-from qcompile.recipe.recipe import Recipe, RecipeError
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError
 from qcompile.recipe.report import PassReport
 from qcompile.testing import assert_equivalent, decoders
 

@@ -13,7 +13,7 @@ from zoo import build, example, is_dynamic
 from qcompile.analysis.sites import find_sites
 from qcompile.evaluation.sensitivity import Damage, Kind, mix, mixed_recipe, plot, sensitivity, table
 from qcompile.ir.capture import capture
-from qcompile.numerics.divergence import divergence, squared_error
+from qcompile.numerics.divergence import kl_divergence, relative_squared_error
 from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, Quantize
 from qcompile.pipeline.presets import find_recipe
@@ -27,8 +27,8 @@ KINDS = [Kind.parse("int4/group32/zero"), Kind.parse("int8:int8/row")]
 def test_one_site_at_a_time(name, tmp_path):
     inputs = example(name)
     program, flat = capture(build(name), (), inputs, dynamic=is_dynamic(name)), list(inputs.values())
-    measure = divergence if name in ("llama", "mixtral") else squared_error
-    found = sensitivity(program, [flat, flat], KINDS, logits=measure is divergence, progress=False)
+    measure = kl_divergence if name in ("llama", "mixtral") else relative_squared_error
+    found = sensitivity(program, [flat, flat], KINDS, logits=measure is kl_divergence, progress=False)
     sites = [s.name for s in find_sites(program) if s.kind == "linear"]
     assert [d.site for d in found] == [s for s in sites for _ in KINDS]
     for damage in (found[0], found[3], found[-1]):

@@ -8,7 +8,7 @@ import torch
 from qcompile.memory import fingerprint as prints
 from qcompile.memory import weight_cache as sharing
 from qcompile.memory.fingerprint import fingerprint
-from qcompile.memory.weight_cache import shared
+from qcompile.memory.weight_cache import cached
 
 
 def weight(*shape, dtype=torch.bfloat16, seed=0):
@@ -79,39 +79,39 @@ def test_shape_dtype_and_place_count_but_not_strides():
 def test_equal_sources_are_made_once():
     made = []
     first, second = weight(8, 8), weight(8, 8)
-    held = [shared("k", [w, w], lambda: made.append(1) or (torch.ones(1),)) for w in (first, second, first[:])]
+    held = [cached("k", [w, w], lambda: made.append(1) or (torch.ones(1),)) for w in (first, second, first[:])]
     assert len(made) == 1 and held[0] is held[1] is held[2]
-    other = shared("other", [first, first], lambda: made.append(1) or (torch.ones(1),))
+    other = cached("other", [first, first], lambda: made.append(1) or (torch.ones(1),))
     assert len(made) == 2 and other is not held[0]
-    before = sharing.count()
+    before = sharing.entry_count()
     del held, other
-    assert sharing.count() == before - 2
+    assert sharing.entry_count() == before - 2
 
 
 def test_equal_fingerprints_of_others_are_not_enough(monkeypatch):
     monkeypatch.setattr(sharing, "fingerprint", lambda tensor: "the same")
     first, second = weight(8, 8), weight(8, 8, seed=1)
-    a = shared("k", [first], lambda: (first + 1,))
-    b = shared("k", [second], lambda: (second + 1,))
+    a = cached("k", [first], lambda: (first + 1,))
+    b = cached("k", [second], lambda: (second + 1,))
     assert torch.equal(a.tensors[0], first + 1) and torch.equal(b.tensors[0], second + 1)
-    assert shared("k", [second.clone()], lambda: (second,)) is b
+    assert cached("k", [second.clone()], lambda: (second,)) is b
     nan = torch.full((4,), torch.nan)  # not equal to itself as a number
-    assert shared("nan", [nan], lambda: (nan,)) is shared("nan", [nan.clone()], lambda: (nan,))
+    assert cached("nan", [nan], lambda: (nan,)) is cached("nan", [nan.clone()], lambda: (nan,))
 
 
 def test_a_source_that_is_gone_is_not_kept():
     source = weight(8, 8)
     copy = source.clone()
-    held = shared("k", [source], lambda: (torch.ones(1),))
+    held = cached("k", [source], lambda: (torch.ones(1),))
     del source
     assert held._sources[0]._storage.expired()
-    assert shared("k", [copy], lambda: (torch.zeros(1),)) is held
+    assert cached("k", [copy], lambda: (torch.zeros(1),)) is held
 
 
 def test_a_source_that_was_written_to_since_is_made_anew():
     source = weight(8, 8)
     copy = source.clone()
-    held = shared("k", [source], lambda: (source + 0,))
+    held = cached("k", [source], lambda: (source + 0,))
     source.mul_(2)
-    again = shared("k", [copy], lambda: (copy + 0,))
+    again = cached("k", [copy], lambda: (copy + 0,))
     assert again is not held and torch.equal(again.tensors[0], copy)

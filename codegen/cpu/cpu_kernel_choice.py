@@ -1,9 +1,8 @@
-"""Which kernel for which format, and how fast: committed tables, and never slower in silence.
+"""Which CPU kernel computes which format, and how fast, from committed measurements.
 
-`measured-vnni.json` and `measured-avx2.json` hold microseconds of every kernel and of the float product over shapes,
-rows and dtypes, on a processor with 8-bit dot products and on one without, measured with weights cold in memory
-by `benches/cpu_linear.py`. A choice takes the nearest measured shape and rows (in log distance). Where the kernel
-does not reach `FLOOR` of the float speed, the choice says so, and the caller leaves the site float.
+`measured-vnni.json` and `measured-avx2.json` hold microseconds of every kernel and of the float matmul over shapes, M
+and dtypes, on a processor with 8-bit dot products and on one without, measured with weights cold in memory by
+`benches/cpu_linear.py`. A choice takes the nearest measured (M, K, N), in log distance.
 """
 
 from __future__ import annotations
@@ -11,59 +10,56 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from qcompile.codegen.cpu.traced_kernels import takes_nibbles
+from qcompile.codegen.kernel_choice import KernelChoice
 from qcompile.numerics.format import Format
 from qcompile.numerics.int8_matmul import Processor, processor
 
 _STANDS_FOR: dict[Processor, Processor] = {"amx": "vnni", "other": "avx2"}  # processors without a table of their own
-FLOOR = 0.95  # of float speed; below it a kernel is "slower"
 
 
-@dataclass(frozen=True)
-class CpuChoice:
-    """A kernel and how its time compares with the float product (above 1 is faster)."""
+class Measured(NamedTuple):
+    """One measured shape: x [M, K] times a weight [N, K], and float time / kernel time."""
 
-    kernel: str
+    m: int
+    k: int
+    n: int
     ratio: float
-    where: str = ""  # the processor that it was measured on, if that is another kind
-
-    @property
-    def slower_than_float(self) -> bool:
-        """Whether float would be faster."""
-        return self.ratio < FLOOR
-
-    def __str__(self) -> str:
-        return f"{self.kernel} ({self.ratio:.1f}x float{f' on {self.where}' if self.where else ''})"
 
 
 @functools.cache
-def _table(of: Processor) -> dict[tuple[str, str], list[tuple[int, int, int, float]]]:
-    data = json.loads((Path(__file__).parent / f"measured-{of}.json").read_text())
-    table: dict[tuple[str, str], list[tuple[int, int, int, float]]] = {}
+def _table(measured_on: Processor) -> dict[tuple[str, str], list[Measured]]:
+    """(kernel, dtype) -> all that was measured of it."""
+    data = json.loads((Path(__file__).parent / f"measured-{measured_on}.json").read_text())
+    table: dict[tuple[str, str], list[Measured]] = {}
     for row in data["rows"]:
         ratio = row["float_us"] / row["us"]
-        table.setdefault((row["kernel"], row["dtype"]), []).append((row["M"], row["K"], row["N"], ratio))
+        table.setdefault((row["kernel"], row["dtype"]), []).append(Measured(row["M"], row["K"], row["N"], ratio))
     return table
 
 
-def ratio_to_float(kernel: str, dtype: torch.dtype, rows: int, k: int, n: int, of: Processor) -> float:
-    """Float time over kernel time at the nearest measured place; 0 if never measured."""
-    places = _table(of).get((kernel, str(dtype).removeprefix("torch.")), [])
+def ratio_to_float(kernel: str, dtype: torch.dtype, m: int, k: int, n: int, measured_on: Processor) -> float:
+    """Float time / kernel time at the nearest measured shape; 0 if the kernel was never measured."""
+    known = _table(measured_on).get((kernel, str(dtype).removeprefix("torch.")), [])
 
-    def distance(place: tuple[int, int, int, float]) -> float:
-        m, pk, pn, _ = place
-        return 2 * abs(math.log(m / rows)) + abs(math.log(pk * pn / (k * n)))
+    def distance(other: Measured) -> float:
+        return 2 * abs(math.log(other.m / m)) + abs(math.log(other.k * other.n / (k * n)))
 
-    return min(places, key=distance)[3] if places else 0.0
+    return min(known, key=distance).ratio if known else 0.0
 
 
 def kernel_of(form: Format, act: str) -> str:
-    """The kernel that computes a site exactly as its Q/DQ graph means."""
+    """The kernel that computes a site exactly as its Q/DQ graph means.
+
+    Args:
+        form: format of the weight.
+        act: format of x, "" where it is float.
+    """
     if act and Format.parse(act).is_int8_rows:
         if form == Format("int8"):
             return "int8_mm"
@@ -77,8 +73,19 @@ def kernel_of(form: Format, act: str) -> str:
     return "dequant_mm"
 
 
-def choose(form: Format, act: str, dtype: torch.dtype, rows: int, k: int, n: int) -> CpuChoice:
-    """The kernel of one site and its measured speed for one number of rows."""
-    name, here = kernel_of(form, act), processor()
-    of = _STANDS_FOR.get(here, here)
-    return CpuChoice(name, ratio_to_float(name, dtype, rows, k, n, of), of if of != here else "")
+def choose_cpu_kernel(form: Format, act: str, dtype: torch.dtype, m: int, k: int, n: int) -> KernelChoice:
+    """The kernel of x [M, K] times a weight [N, K] on this processor, and its measured speed.
+
+    Args:
+        form: format of the weight.
+        act: format of x, "" where it is float.
+        dtype: of the model.
+        m: rows of x.
+        k: input channels.
+        n: output channels.
+    """
+    kernel, here = kernel_of(form, act), processor()
+    measured_on = _STANDS_FOR.get(here, here)
+    ratio = ratio_to_float(kernel, dtype, m, k, n, measured_on)
+    elsewhere = f" on {measured_on}" if measured_on != here else ""
+    return KernelChoice(kernel, ratio, f"{ratio:.1f}x float{elsewhere}")

@@ -1,10 +1,9 @@
-"""Operators of the CPU target: quantized products for any number of rows.
+"""Operators of the CPU target: quantized matmuls for any M.
 
-Few rows go to native_kernels.cpp, which reads every packed weight once; many rows go to torch's own matrix
-product (of floats, where it has no fast one of int8: qcompile/numerics/int8_matmul.py), on weights unpacked
-by native_kernels.cpp. The operator looks at the rows it is given, so a graph with a dynamic number of rows is
-fast at every number. native_kernels.cpp is compiled once for each machine, with Inductor's compiler and into
-Inductor's cache.
+Small M (decode) goes to native_kernels.cpp, which reads every packed weight once; large M (prefill) goes to torch's own
+matmul (of floats, where it has no fast one of int8: qcompile/numerics/int8_matmul.py), on weights that
+native_kernels.cpp unpacks. The operator looks at the M it is given, so a graph with a dynamic M is fast at every size.
+native_kernels.cpp is compiled once on each machine, with Inductor's compiler and into Inductor's cache.
 
     int8_mm      x int8, w int8                                            exact up to the scales
     dual_mm      x int8, w = s (q - z): nibbles, integer scale and zero    exact up to the scales
@@ -27,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.numerics.int8_matmul import multiplies_int8, sum_as_float
+from qcompile.numerics.int8_matmul import has_fast_int8_matmul, int8_matmul_as_float
 
-# Rows up to which native_kernels.cpp multiplies, measured by benches/cpu_linear.py: beyond, unpacking costs
-# less than a second pass over the expanded weight. Integer rows are short enough for the first cache.
-FEW_INTEGER, FEW_FLOAT = 8, 4
-_CHUNK = 2**23  # bytes unpacked at a time
-_SUMS = 2**22  # bytes of integer sums at a time: their scales are applied while they are in a cache
+# M up to which native_kernels.cpp multiplies, measured by benches/cpu_linear.py: beyond, unpacking costs less than a
+# second pass over the expanded weight. Integer rows are short enough for the first cache.
+SMALL_M_INT8, SMALL_M_FLOAT = 8, 4
+_CHUNK_BYTES = 2**23  # unpacked at a time
+_SUMS_BYTES = 2**22  # of integer sums at a time: their scales are applied while they are in a cache
 
 _DEFINITIONS = {
     "int8_mm": "(Tensor x, Tensor x_scale, Tensor weight, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor",
@@ -49,7 +48,7 @@ def _library() -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     source = (Path(__file__).parent / "native_kernels.cpp").read_text()
-    # Inductor turns loop vectorisation off for its own, already vectorised text.
+    # Inductor disables loop vectorization for its own, already vectorized text.
     return CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize",))
 
 
@@ -61,24 +60,25 @@ class _Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self.held: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
 
-    def __call__(self, what: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Uninitialised [rows, columns]; valid until the same thread asks for `what` again."""
-        held = self.held.get(what)
-        if held is None or held.numel() < rows * columns or held.dtype != dtype:
-            held = self.held[what] = torch.empty(rows * columns, dtype=dtype)
-        return held[: rows * columns].view(rows, columns)
+    def __call__(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialized [rows, columns]; valid until the same thread takes the buffer `name` again."""
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < rows * columns or buffer.dtype != dtype:
+            buffer = self.buffers[name] = torch.empty(rows * columns, dtype=dtype)
+        return buffer[: rows * columns].view(rows, columns)
 
 
 _scratch = _Scratch()
 
 
 def _call(name: str, *args: Tensor | int | None) -> None:
-    at = [
+    """Call a function of native_kernels.cpp: sizes as int64, tensors as pointers, threads last."""
+    converted = [
         ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args
     ]
-    getattr(_library(), name)(*at, ctypes.c_int64(torch.get_num_threads()))
+    getattr(_library(), name)(*converted, ctypes.c_int64(torch.get_num_threads()))
 
 
 def _int8_mm(
@@ -86,91 +86,93 @@ def _int8_mm(
 ) -> Tensor:
     m, k = x.shape
 
-    def few(sums: Tensor) -> None:
-        _call("few_int8", x.contiguous(), weight, sums, m, k, weight.shape[0])
+    def small_m(sums: Tensor) -> None:
+        _call("small_m_int8", x.contiguous(), weight, sums, m, k, weight.shape[0])
 
-    return _integer(x, x_scale, scale, bias, dtype, few, lambda part: weight[part])
+    return _int8_linear(x, x_scale, scale, bias, dtype, small_m, lambda channels: weight[channels])
 
 
 def _dual_mm(
-    x: Tensor,
-    x_scale: Tensor,
-    nibbles: Tensor,
-    group_scale: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+    x: Tensor, x_scale: Tensor, nibbles: Tensor, group_scale: Tensor, zero: Tensor, scale: Tensor,
+    bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     (m, k), (n, groups, half) = x.shape, nibbles.shape
 
-    def few(sums: Tensor) -> None:
-        _call("few_dual", x.contiguous(), nibbles, group_scale, zero, sums, m, k, n, groups, half)
+    def small_m(sums: Tensor) -> None:
+        _call("small_m_dual", x.contiguous(), nibbles, group_scale, zero, sums, m, k, n, groups, half)
 
-    return _integer(
-        x, x_scale, scale, bias, dtype, few, lambda part: unpack_dual(nibbles[part], group_scale[part], zero[part], k)
-    )
+    def unpacked(channels: slice) -> Tensor:
+        return unpack_dual(nibbles[channels], group_scale[channels], zero[channels], k)
+
+    return _int8_linear(x, x_scale, scale, bias, dtype, small_m, unpacked)
 
 
-def _integer(
-    x: Tensor,
-    x_scale: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    few: Callable[[Tensor], None],
-    weight: Callable[[slice], Tensor],
-) -> Tensor:
-    """Integer sums of x with int8 channels, some channels at a time, and their scales."""
+def _int8_linear(
+    x: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    small_m: Callable[[Tensor], None], int8_weight: Callable[[slice], Tensor],
+) -> Tensor:  # fmt: skip
+    """Integer sums of x with int8 channels, some channels at a time, and their scales.
+
+    Args:
+        x: int8 [M, K].
+        x_scale: [M, 1].
+        scale: [N, 1].
+        bias: [N], or None.
+        dtype: of the result.
+        small_m: writes the sums int32 [M, N] of a small M.
+        int8_weight: some of the channels -> their int8 codes [.., K].
+    """
     (m, k), n = x.shape, scale.shape[0]
     out = torch.empty(m, n, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    brief = int(dtype == torch.bfloat16)
+    to_bf16 = int(dtype == torch.bfloat16)
     x_scale, scale = x_scale.contiguous(), scale.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    if m <= FEW_INTEGER or k == 1:  # `_int_mm` mistakes the strides of a single column
+    if m <= SMALL_M_INT8 or k == 1:  # `_int_mm` mistakes the strides of a single column
         sums = torch.empty(m, n, dtype=torch.int32)
-        few(sums)
-        _call("finish", sums, x_scale, scale, bias, out, brief, m, n, 0, n)
+        small_m(sums)
+        _call("finish", sums, x_scale, scale, bias, out, to_bf16, m, n, 0, n)
         return out.to(dtype)
-    wide = None if multiplies_int8() else x.float()
-    step = max(256, min(_SUMS // (4 * m), _CHUNK // k) // 64 * 64)
-    for first in range(0, n, step):
-        part = slice(first, min(first + step, n))
-        sums = _scratch("sums", m, part.stop - first, torch.int32)
-        if wide is None:
-            torch._int_mm(x, weight(part).t(), out=sums)
+    x_float = None if has_fast_int8_matmul() else x.float()
+    chunk = max(256, min(_SUMS_BYTES // (4 * m), _CHUNK_BYTES // k) // 64 * 64)
+    for first in range(0, n, chunk):
+        channels = slice(first, min(first + chunk, n))
+        sums = _scratch("sums", m, channels.stop - first, torch.int32)
+        if x_float is None:
+            torch._int_mm(x, int8_weight(channels).t(), out=sums)
         else:
-            sum_as_float(wide, weight(part), sums, _scratch)
-        shift = None if bias is None else bias[part]
-        _call("finish", sums, x_scale, scale[part], shift, out, brief, m, sums.shape[1], first, n)
+            int8_matmul_as_float(x_float, int8_weight(channels), sums, _scratch)
+        bias_of = None if bias is None else bias[channels]
+        _call("finish", sums, x_scale, scale[channels], bias_of, out, to_bf16, m, sums.shape[1], first, n)
     return out.to(dtype)
 
 
 def _int8_float(x: Tensor, weight: Tensor) -> Tensor:
     (m, k), n = x.shape, weight.shape[0]
-    if m > FEW_FLOAT:
-        return _by_chunks(x, n, lambda part: _scratch("float", part.stop - part.start, k, x.dtype).copy_(weight[part]))
+    if m > SMALL_M_FLOAT:
+        return _matmul_by_chunks(
+            x, n, lambda part: _scratch("float", part.stop - part.start, k, x.dtype).copy_(weight[part])
+        )
     out = torch.empty(m, n)
-    _call("few_int8_float", x.float().contiguous(), weight, out, m, k, n)
+    _call("small_m_int8_float", x.float().contiguous(), weight, out, m, k, n)
     return out.to(x.dtype)
 
 
 def _nibble_float(x: Tensor, nibbles: Tensor, a: Tensor, c: Tensor) -> Tensor:
     (m, k), (n, groups, half) = x.shape, nibbles.shape
-    if m > FEW_FLOAT:
-        return _by_chunks(x, n, lambda part: unpack_nibble(nibbles[part], a[part], c[part], k, x.dtype))
+    if m > SMALL_M_FLOAT:
+        return _matmul_by_chunks(x, n, lambda part: unpack_nibble(nibbles[part], a[part], c[part], k, x.dtype))
     out = torch.empty(m, n)
-    _call("few_nibble", x.float().contiguous(), nibbles, a, c, out, m, k, n, groups, half)
+    _call("small_m_nibble", x.float().contiguous(), nibbles, a, c, out, m, k, n, groups, half)
     return out.to(x.dtype)
 
 
-def _by_chunks(x: Tensor, n: int, weight: Callable[[slice], Tensor]) -> Tensor:
+def _matmul_by_chunks(x: Tensor, n: int, float_weight: Callable[[slice], Tensor]) -> Tensor:
     """x [M, K] times the transposed weight [N, K], some channels at a time."""
-    step = max(64, _CHUNK // (x.shape[1] * x.element_size()))
+    chunk = max(64, _CHUNK_BYTES // (x.shape[1] * x.element_size()))
     out = x.new_empty(x.shape[0], n)
-    for at in range(0, n, step):
-        part = slice(at, min(at + step, n))
-        torch.mm(x, weight(part).t(), out=out[:, part])
+    for first in range(0, n, chunk):
+        channels = slice(first, min(first + chunk, n))
+        torch.mm(x, float_weight(channels).t(), out=out[:, channels])
     return out
 
 
@@ -191,7 +193,7 @@ def unpack_nibble(nibbles: Tensor, a: Tensor, c: Tensor, k: int, dtype: torch.dt
 
 
 # Registered at the lowest level: an operator is called some hundred times for each token, and the
-# layers of torch.library.custom_op cost more than a small product.
+# layers of torch.library.custom_op cost more than a small matmul.
 _registry = torch.library.Library("qcompile_cpu", "DEF")
 for _name, _schema in _DEFINITIONS.items():
     _registry.define(_name + _schema)
@@ -200,7 +202,7 @@ for _name, _schema in _DEFINITIONS.items():
 
 @torch.library.register_fake("qcompile_cpu::int8_mm")
 @torch.library.register_fake("qcompile_cpu::dual_mm")
-def _integer_fake(x: Tensor, x_scale: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _int8_fake(x: Tensor, x_scale: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=rest[-1])
 
 

@@ -1,44 +1,49 @@
-"""A captured model in operators that ONNX Runtime has: attentions, norms, activations, joined products.
+"""A captured model in operators that ONNX Runtime has: attentions, norms, activations, packed matmuls.
 
-Nothing is matched by name. Attentions are recognised by what they compute (match_gqa.py with a cache, mha.py
-without), norms come from qcompile.analysis.norms, products are joined where they read the same value. What has no operator
-is left as it is and named in the report.
+Nothing is matched by name. Attentions are recognized by what they compute (match_gqa.py with a KV cache, match_mha.py
+without), norms come from qcompile.analysis.norms, linears are packed where they read the same value. What has no operator
+is skipped and named in the report.
 """
 
 from __future__ import annotations
 
-from qcompile.codegen.onnx.fusions.activation import rewrite_activations
-from qcompile.codegen.onnx.fusions.attention.gqa import rewrite_cached
-from qcompile.codegen.onnx.fusions.attention.mha import rewrite_plain
-from qcompile.codegen.onnx.fusions.packed_matmul import join_siblings
-from qcompile.codegen.onnx.fusions.skip_norm import rewrite_norms
-from qcompile.codegen.onnx.fusions.tied_embedding import Shared, share_tables
+from qcompile.codegen.onnx.fusions.attention.gqa import fuse_group_query_attentions
+from qcompile.codegen.onnx.fusions.attention.mha import fuse_multi_head_attentions
+from qcompile.codegen.onnx.fusions.gelu import fuse_activations
+from qcompile.codegen.onnx.fusions.packed_matmul import pack_matmuls
+from qcompile.codegen.onnx.fusions.quantized_embedding import QuantizedEmbedding
+from qcompile.codegen.onnx.fusions.skip_norm import fuse_norms
+from qcompile.codegen.onnx.fusions.tied_embedding import share_tied_embeddings
 from qcompile.ir.program import Program
 from qcompile.recipe.report import PassReport
 
 
-def rewrite(program: Program, positions: int | None) -> tuple[PassReport, list[Shared]]:
+def fuse_all(program: Program, positions: int | None) -> tuple[PassReport, list[QuantizedEmbedding]]:
     """Rewrite in place.
 
     Args:
-        positions: for a decoder with inputs (ids, attention_mask, caches ..): the length of its rotary tables.
+        program: a captured model.
+        positions: of a decoder with inputs (ids, attention_mask, caches ..), the length of its rotary tables; else None.
 
     Returns:
-        What became operators and what did not, and the embeddings that gather from codes now.
+        What became operators and what did not, and the embeddings that gather from the codes of the logits now.
     """
     report = PassReport("operators of ONNX Runtime")
     if positions is None:
-        rewrite_plain(program, report)
+        fuse_multi_head_attentions(program, report)
     else:
-        rewrite_cached(program, positions, report)
-    joined = join_siblings(program)
-    report.notes.append(f"{joined} products joined to another of the same input")
-    rewrite_activations(program, report)
-    rewrite_norms(program, report)
+        fuse_group_query_attentions(program, positions, report)
+    report.notes.append(f"{pack_matmuls(program)} matmuls packed into another of the same input")
+    fuse_activations(program, report)
+    fuse_norms(program, report)
     program.cleanup()
-    shared = share_tables(program)
-    for table in shared:
-        far = f", {table.farther:.2f} times as far from its numbers as they are from their own rounding"
-        turned = "" if table.turn is None else f" and multiplied by a matrix{far}"
-        report.notes.append(f"{table.name} is gathered from the codes of the logits{turned}")
-    return report, shared
+    embeddings = share_tied_embeddings(program)
+    report.notes += [_describe(embedding) for embedding in embeddings]
+    return report, embeddings
+
+
+def _describe(embedding: QuantizedEmbedding) -> str:
+    text = f"{embedding.name} is gathered from the codes of the logits"
+    if embedding.matrix is None:
+        return text
+    return f"{text} and multiplied by a matrix, {embedding.error_ratio:.2f} times the error of quantizing it itself"

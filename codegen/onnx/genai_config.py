@@ -1,67 +1,76 @@
-"""genai_config.json: what onnxruntime-genai has to know to run a folder as it is.
+"""genai_config.json: what onnxruntime-genai has to know to run a folder.
 
-Everything is read off the exported graph (its caches) and the model's own token ids; the model type is
+Everything is read from the exported graph (its caches) and the model's own token ids; the model type is
 genai's generic "decoder".
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 FILE = "genai_config.json"
 
 
-def write_genai_config(
-    folder: Path,
-    config: Any,
-    generation: Any,
-    *,
-    layers: int,
-    heads: int,
-    groups: int,
-    size: int,
-    vocabulary: int,
-    hidden: int,
-    positions: int,
-    in_place: bool,
-    chunk: int | None,
-) -> None:
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder as onnxruntime-genai describes it.
+
+    Attributes:
+        layers: layers with a KV cache.
+        heads: query heads.
+        kv_heads: heads of the KV cache.
+        head_size: channels of a head.
+        hidden_size: channels of an embedding.
+        vocabulary: V, tokens.
+        positions: the longest text.
+        shares_buffer: whether past and present may be one buffer, extended in place, as GroupQueryAttention does.
+        chunk: tokens of a prompt that are read at once; None: all.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    hidden_size: int
+    vocabulary: int
+    positions: int
+    shares_buffer: bool
+    chunk: int | None
+
+
+def write_genai_config(folder: Path, decoder: DecoderConfig, token_sources: tuple[Any, ...]) -> None:
     """Write the file.
 
     Args:
-        config, generation: where the ids of special tokens are looked up, generation first; may be None.
-        layers: with a cache. heads, groups: of queries and of the cache; size: of a head.
-        positions: the longest text. in_place: whether a cache may be extended in the buffer that it came in,
-            which GroupQueryAttention does. chunk: how many tokens of a prompt are read at once; None is all.
+        folder: where to.
+        decoder: what the file describes.
+        token_sources: configs that name the ids of special tokens, the first that has one counts; may be None.
     """
 
     def token(name: str) -> Any:
-        for source in (generation, config):
-            value = getattr(source, name, None)
-            if value is not None:
-                return value
-        return None
+        ids = (getattr(source, name, None) for source in token_sources)
+        return next((value for value in ids if value is not None), None)
 
-    end = token("eos_token_id")
-    pad = token("pad_token_id")
+    end, padding = token("eos_token_id"), token("pad_token_id")
     first_end = end[0] if isinstance(end, list) else end
     model = {
         "type": "decoder",
         "bos_token_id": token("bos_token_id"),
         "eos_token_id": end,
-        "pad_token_id": pad if pad is not None else first_end,
-        "vocab_size": vocabulary,
-        "context_length": positions,
+        "pad_token_id": padding if padding is not None else first_end,
+        "vocab_size": decoder.vocabulary,
+        "context_length": decoder.positions,
         "decoder": {
             "filename": "model.onnx",
             "session_options": {"provider_options": []},
-            "head_size": size,
-            "hidden_size": hidden,
-            "num_attention_heads": heads,
-            "num_hidden_layers": layers,
-            "num_key_value_heads": groups,
+            "head_size": decoder.head_size,
+            "hidden_size": decoder.hidden_size,
+            "num_attention_heads": decoder.heads,
+            "num_hidden_layers": decoder.layers,
+            "num_key_value_heads": decoder.kv_heads,
             "inputs": {
                 "input_ids": "input_ids",
                 "attention_mask": "attention_mask",
@@ -76,7 +85,11 @@ def write_genai_config(
         },
     }
     model = {name: value for name, value in model.items() if value is not None}
-    search = {"max_length": positions, "do_sample": False, "past_present_share_buffer": in_place}
-    if chunk is not None:
-        search["chunk_size"] = chunk
+    search: dict[str, Any] = {
+        "max_length": decoder.positions,
+        "do_sample": False,
+        "past_present_share_buffer": decoder.shares_buffer,
+    }
+    if decoder.chunk is not None:
+        search["chunk_size"] = decoder.chunk
     (folder / FILE).write_text(json.dumps({"model": model, "search": search}, indent=2) + "\n")

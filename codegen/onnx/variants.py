@@ -1,78 +1,82 @@
-"""From the graph of an export, whose products have no way to be multiplied yet, to the file that runs.
+"""Write each kernel variant of an exported graph, verify it, then write the file that runs.
 
-Each way is written into the file in turn and proven, in the form that other processors run too; then all ways together.
-What the module computes (`expected`) is asked for before the first session is opened, since both take room: numbers of
-all weights there, the int8 weights that ONNX Runtime makes here.
+Each variant is verified in the form that other processors run too; then the whole file is compared. What the module
+computes (`expected_outputs`) is computed before the first session is opened, since both take memory: dequantized
+weights there, the int8 weights that ONNX Runtime makes here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
+import onnx_ir as ir
 
-from qcompile.codegen.onnx.lowering.matmul_integer import inexact
-from qcompile.codegen.onnx.lowering.matmul_nbits import Way, by_tokens, is_dual, one_way
-from qcompile.codegen.onnx.lowering.node_builder import every_node
-from qcompile.codegen.onnx.tracing.onnx_linear import two_ways
-from qcompile.codegen.onnx.tracing.signature import Plain, WithCache
-from qcompile.codegen.onnx.verify_outputs import Reference, differences, prove, reference
+from qcompile.codegen.onnx.lowering.lower_graph import Variant, has_dual_linears, lower, lower_by_tokens
+from qcompile.codegen.onnx.lowering.matmul_integer import for_inexact_processors
+from qcompile.codegen.onnx.tracing.signature import TracedModule
+from qcompile.codegen.onnx.tracing.stateless_module import StatelessModule
+from qcompile.codegen.onnx.tracing.supported_formats import has_int4_and_int8_kernels
+from qcompile.codegen.onnx.verify_outputs import Reference, measure_error, reference, verify
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What a file must compute: multiplied in each way that it will have, and what the module itself computes."""
+class ExpectedOutputs:
+    """What a file must compute.
 
-    by_way: dict[Way, Reference]
-    as_it_is: Reference
+    Attributes:
+        variants: with the activations that a variant quantizes, for each variant that the file has.
+        module: with those that the module quantizes.
+    """
+
+    variants: Mapping[Variant, Reference]
+    module: Reference
 
 
-def expected(path: Path, wrapper: WithCache | Plain, *, low_memory: bool) -> Expected:
+def expected_outputs(path: Path, module: TracedModule, *, low_memory: bool) -> ExpectedOutputs:
     """Of the module behind an export; low_memory: a file that multiplies by 4-bit codes only."""
-    ways: list[Way] = ["many"] if isinstance(wrapper, Plain) else ["few", "many"]
-    if low_memory or not is_dual(_graph(path)):
-        ways = ["few"]
-    found = {way: reference(wrapper, lambda site, way=way: way == "few" and two_ways(site)) for way in ways}
-    return Expected(found, reference(wrapper, lambda site: False) if len(ways) == 2 else found[ways[0]])
+    if low_memory or not has_dual_linears(ir.load(path)):
+        variants: list[Variant] = ["decode"]
+    else:
+        variants = ["prefill"] if isinstance(module, StatelessModule) else ["decode", "prefill"]
+    found = {
+        v: reference(module, lambda site, v=v: v == "decode" and has_int4_and_int8_kernels(site)) for v in variants
+    }
+    return ExpectedOutputs(found, reference(module, lambda site: False) if len(found) == 2 else found[variants[0]])
 
 
-def finish(
-    path: Path, wrapper: WithCache | Plain, must: Expected, accuracy_level: int, *, portable: bool
+def write_variants(
+    path: Path, module: TracedModule, expected: ExpectedOutputs, accuracy_level: int, *, contrib_ops: bool
 ) -> tuple[float, float]:
-    """Prove every way to multiply, on any processor, then write the file as it will run; the errors of both.
+    """Verify every variant, on any processor, then write the file that runs.
 
     Args:
-        accuracy_level: of MatMulNBits, as it will run. portable: operators of the standard only.
+        path: of the exported graph; overwritten.
+        module: the module.
+        expected: its outputs.
+        accuracy_level: of MatMulNBits, as it will run.
+        contrib_ops: use ONNX Runtime's operators; else those of the ONNX standard only.
+
+    Returns:
+        The largest error of the variants, and that of the file as it runs.
 
     Raises:
-        ExportMismatch: a way does not compute what the module does.
+        ExportMismatch: a variant does not compute what the module does.
     """
-    exported, error = _graph(path), 0.0
-    for way, against in must.by_way.items():
-        lowered = one_way(exported, way, portable)
-        for variant in (inexact(lowered), lowered):  # what other processors run, then what this one does
-            if variant is not None:
-                onnx.save(variant, str(path))
-                error = max(error, prove(path, wrapper, against))
-    if len(must.by_way) == 2:
-        onnx.save(by_tokens(exported), str(path))
+    exported, error = ir.load(path), 0.0
+    for variant, outputs in expected.variants.items():
+        lowered = lower(exported, variant, contrib_ops=contrib_ops)
+        for model in (for_inexact_processors(lowered), lowered):  # what other processors run, then what this one does
+            if model is not None:
+                ir.save(model, path)
+                error = max(error, verify(path, module, outputs))
+    if len(expected.variants) == 2:
+        lowered = lower_by_tokens(exported)
     elif accuracy_level == 1:
         return error, error
-    _set_accuracy_level(path, accuracy_level)
-    return error, differences(path, wrapper, must.as_it_is)
-
-
-def _graph(path: Path) -> onnx.ModelProto:
-    """A file without its external data, which stays where it is."""
-    return onnx.load(str(path), load_external_data=False)
-
-
-def _set_accuracy_level(path: Path, level: int) -> None:
-    """Rewrite the accuracy_level of every MatMulNBits of a file."""
-    model = _graph(path)
-    for node in every_node(model.graph.node):
-        for attribute in node.attribute:
-            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
-                attribute.i = level
-    onnx.save(model, str(path))
+    for node in lowered.graph.all_nodes():
+        if node.op_type == "MatMulNBits":
+            node.attributes.add(ir.AttrInt64("accuracy_level", accuracy_level))
+    ir.save(lowered, path)
+    return error, measure_error(path, module, expected.module)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qcompile.codegen.onnx.fusions.tied_embedding import Shared
-from qcompile.codegen.onnx.tracing.signature import Check, Plain, WithCache
+from qcompile.codegen.onnx.fusions.quantized_embedding import QuantizedEmbedding
+from qcompile.codegen.onnx.tracing.signature import ReferenceCall, TracedModule
 from qcompile.memory.process import release_freed_memory
 from qcompile.modules.quant_linear import QuantLinear
 
 _SUMS = 1e-3  # what another order of float sums may change an output by, of its norm
-
-_ROUNDINGS = 2.5  # what two roundings may be apart, in what one changes: sqrt(2), and some of a few tokens' chance
+_ROUNDINGS = 2.5  # sqrt(2), as below, and some more for the chance of a few tokens
 
 
 class ExportMismatch(ValueError):
@@ -28,47 +26,57 @@ class ExportMismatch(ValueError):
 
 @dataclass(frozen=True)
 class Reference:
-    """Calls with the module's outputs, and by how much each output of a file may differ, of its norm."""
+    """Calls of a module, and how much an output of the file may differ from the module's.
 
-    checks: list[Check]
-    allowed: list[list[float]]
-
-
-def reference(module: WithCache | Plain, exempt: Callable[[QuantLinear], bool]) -> Reference:
-    """What a file must compute that rounds the activations of all sites but the exempt ones.
-
-    Where activations or the cache are rounded, a value near the middle of a step may fall to either side, and what
-    follows sees it: deep in a model two correct computations are as far apart as two independent roundings, which is
-    sqrt(2) times what rounding changes at all. That is measured, for every output: the largest of all calls, since
-    a call with one token sees few roundings, and by chance hardly any.
+    Attributes:
+        calls: arguments and outputs.
+        tolerances: of each output, as a share of its norm.
     """
-    release_freed_memory()  # this and opening a file take the most memory of an export: what was freed before must not add to it
-    with unrounded(module, exempt), as_numbers(module):
-        checks = module.checks()
-    with unrounded(module, lambda site: True), as_numbers(module), unrounded_cache(module):
-        plain = [torch.utils._pytree.tree_leaves(module(*arguments)) for arguments, _ in checks]
+
+    calls: list[ReferenceCall]
+    tolerances: Sequence[float]
+
+
+def reference(module: TracedModule, keeps_float: Callable[[QuantLinear], bool]) -> Reference:
+    """What a file must compute that quantizes the activations of all sites but those that keep them float.
+
+    Where activations or the cache are rounded, a value near the middle of two codes may fall to either side, and what
+    follows changes with it: deep in a model two correct computations are as far apart as two independent roundings,
+    which is sqrt(2) times what rounding changes at all. That is measured, for every output: the largest of all calls,
+    since a call with one token sees few roundings, and by chance hardly any.
+    """
+    release_freed_memory()  # this and opening a file take the most memory of an export
+    with float_activations(module, keeps_float), dequantized_weights(module):
+        calls = module.reference_calls()
+    with float_activations(module, lambda site: True), dequantized_weights(module), float_cache(module):
+        unrounded = [module.call(arguments)[1] for arguments, _ in calls]
     changes = [
-        [relative(other, want) for other, want in zip(others, wants, strict=True)]
-        for others, (_, wants) in zip(plain, checks, strict=True)
+        [relative_error(other, output) for other, output in zip(others, outputs, strict=True)]
+        for others, (_, outputs) in zip(unrounded, calls, strict=True)
     ]
-    allowed = [max(_SUMS, _ROUNDINGS * max(of_output)) for of_output in zip(*changes, strict=True)]
-    return Reference(checks, [allowed] * len(checks))
+    return Reference(calls, [max(_SUMS, _ROUNDINGS * max(of_output)) for of_output in zip(*changes, strict=True)])
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|, of norms: one value whose rounding fell to the other side must not decide."""
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want|, of norms: one value that was rounded to the other side must not decide."""
     return float((got.float() - want.float()).norm()) / max(float(want.float().norm()), 1e-6)
 
 
-def prove(path: Path, wrapper: Any, against: Reference, *, exact: bool = True) -> float:
-    """Open the file in ONNX Runtime and compare it with the module; the largest difference.
+def verify(path: Path, module: TracedModule, expected: Reference, *, exact: bool = True) -> float:
+    """Open the file in ONNX Runtime and compare it with the module.
 
     Args:
-        exact: multiply DequantizeLinear's numbers as they are: left to itself, ONNX Runtime rounds activations
-            beside them to int8 in blocks (accuracy_level 4 of the operator that it fuses them to).
+        path: of model.onnx.
+        module: names the inputs and outputs.
+        expected: what it computes.
+        exact: multiply DequantizeLinear's values as they are: by default, ONNX Runtime rounds activations beside them
+            to int8 in blocks (accuracy_level 4 of the operator that it fuses them to).
+
+    Returns:
+        The largest relative error.
 
     Raises:
-        ExportMismatch: one is larger than allowed.
+        ExportMismatch: one is larger than its tolerance.
     """
     import onnxruntime
 
@@ -78,62 +86,62 @@ def prove(path: Path, wrapper: Any, against: Reference, *, exact: bool = True) -
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     release_freed_memory()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    worst = 0.0
-    for (arguments, wants), allowed in zip(against.checks, against.allowed, strict=True):
-        feeds = {n: t.numpy() for n, t in zip(wrapper.input_names, wrapper.flat(arguments), strict=True)}
-        outputs = session.run(None, feeds)
-        for name, mine, want, most in zip(wrapper.output_names, outputs, wants, allowed, strict=True):
-            error = relative(torch.from_numpy(mine), want)
+    largest, names = 0.0, module.signature.output_names
+    for arguments, outputs in expected.calls:
+        inputs = zip(module.signature.input_names, module.flatten(arguments), strict=True)
+        found = session.run(None, {name: tensor.numpy() for name, tensor in inputs})
+        for name, got, want, most in zip(names, found, outputs, expected.tolerances, strict=True):
+            error = relative_error(torch.from_numpy(got), want)
             if not error <= most:
                 raise ExportMismatch(f"ONNX output {name} differs from the module by {error:.2e} (allowed {most:.2e})")
-            worst = max(worst, error)
-    return worst
+            largest = max(largest, error)
+    return largest
 
 
-def differences(path: Path, wrapper: Any, against: Reference) -> float:
-    """As prove, for a file that rounds on purpose: how much, not whether."""
-    anything = [[math.inf] * len(row) for row in against.allowed]
-    return prove(path, wrapper, Reference(against.checks, anything), exact=False)
+def measure_error(path: Path, module: TracedModule, expected: Reference) -> float:
+    """As `verify`, for a file that rounds on purpose: how much, not whether."""
+    anything = [math.inf] * len(expected.tolerances)
+    return verify(path, module, replace(expected, tolerances=anything), exact=False)
 
 
 @contextlib.contextmanager
-def unrounded(module: nn.Module, sites: Callable[[QuantLinear], bool]) -> Iterator[None]:
-    """The module with the activations of some sites as they are."""
-    found = [m for m in module.modules() if isinstance(m, QuantLinear) and m.act is not None and sites(m)]
-    formats = [site.act for site in found]
+def float_activations(module: nn.Module, keeps_float: Callable[[QuantLinear], bool]) -> Iterator[None]:
+    """The module with the activations of some sites in float."""
+    sites = [m for m in module.modules() if isinstance(m, QuantLinear) and m.act is not None and keeps_float(m)]
+    formats = [site.act for site in sites]
     try:
-        for site in found:
+        for site in sites:
             site.act = None
         yield
     finally:
-        for site, form in zip(found, formats, strict=True):
+        for site, form in zip(sites, formats, strict=True):
             site.act = form
 
 
 @contextlib.contextmanager
-def unrounded_cache(wrapper: WithCache | Plain) -> Iterator[None]:
+def float_cache(module: TracedModule) -> Iterator[None]:
     """The module with a cache that is not rounded."""
-    before, wrapper.rounded = wrapper.rounded, False
+    before, module.rounds_cache = module.rounds_cache, False
     try:
         yield
     finally:
-        wrapper.rounded = before
+        module.rounds_cache = before
 
 
 @contextlib.contextmanager
-def as_numbers(module: nn.Module) -> Iterator[None]:
-    """The module with its codes turned into numbers once, not in each call: where only weights are quantized.
+def dequantized_weights(module: nn.Module) -> Iterator[None]:
+    """The module with weight-only linears dequantized once, not in each call.
 
-    The largest first: making numbers of codes takes several times their room, and least is held then.
+    The largest first: dequantizing takes several times a weight's memory, and least is in use then.
     """
-    found = [
+    sites = [
         (path, m)
         for path, m in module.named_modules()
         if isinstance(m, QuantLinear) and m.act is None and m.signs is None and not m.factors(torch.float32)
     ]
-    found.sort(key=lambda part: part[1].in_features * part[1].out_features, reverse=True)
+    sites.sort(key=lambda site: site[1].in_features * site[1].out_features, reverse=True)
     try:
-        for path, source in found:
+        for path, source in sites:
             linear = nn.Linear(source.in_features, source.out_features, source.bias is not None, device="meta")
             linear.weight = nn.Parameter(source.weight, requires_grad=False)
             if source.bias is not None:
@@ -141,19 +149,19 @@ def as_numbers(module: nn.Module) -> Iterator[None]:
             module.set_submodule(path, linear)
         yield
     finally:
-        for path, source in found:
+        for path, source in sites:
             module.set_submodule(path, source)
 
 
 @contextlib.contextmanager
-def holding(module: nn.Module, shared: list[Shared]) -> Iterator[None]:
-    """The module with the tables of its embeddings as the file has them: rounded."""
-    tables = [(module.get_parameter(table.name), table.numbers) for table in shared]
-    before = [parameter.data for parameter, _ in tables]
+def quantized_embeddings(module: nn.Module, embeddings: Sequence[QuantizedEmbedding]) -> Iterator[None]:
+    """The module with the tables of its embeddings as the file has them."""
+    tables = [module.get_parameter(embedding.name) for embedding in embeddings]
+    before = [table.data for table in tables]
     try:
-        for parameter, numbers in tables:
-            parameter.data = numbers
+        for table, embedding in zip(tables, embeddings, strict=True):
+            table.data = embedding.values
         yield
     finally:
-        for (parameter, _), data in zip(tables, before, strict=True):
-            parameter.data = data
+        for table, data in zip(tables, before, strict=True):
+            table.data = data

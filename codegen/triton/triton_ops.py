@@ -12,24 +12,26 @@ from torch import Tensor
 from qcompile.codegen.triton.kernels.spec import RowQuant, parse
 from qcompile.codegen.triton.kernels.weight_layout import layout_of, unpack_weight
 from qcompile.codegen.triton.launch.gemm import Epilogue, PackedWeight
-from qcompile.codegen.triton.launch.gemm import linear_a8 as run_a8
-from qcompile.codegen.triton.launch.gemm import linear_w as run_w
-from qcompile.codegen.triton.launch.row_quant import row_quant as run_rows
+from qcompile.codegen.triton.launch.gemm import linear_a8 as launch_linear_a8
+from qcompile.codegen.triton.launch.gemm import linear_w as launch_linear_w
+from qcompile.codegen.triton.launch.row_quant import row_quant as launch_row_quant
 from qcompile.numerics.bit_packing import pack
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard
 from qcompile.numerics.qtensor import expand_groups
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _as_matrix(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _epilogue(bias: Tensor | None, residual: Tensor | None, low: Tensor | None, up: Tensor | None) -> Epilogue:
-    return Epilogue(bias, _rows(residual), _rows(low), None if up is None else up.contiguous())
+    return Epilogue(bias, _as_matrix(residual), _as_matrix(low), None if up is None else up.contiguous())
 
 
-def _added(out: Tensor, bias: Tensor | None, residual: Tensor | None, low: Tensor | None, up: Tensor | None) -> Tensor:
+def _add_epilogue(
+    out: Tensor, bias: Tensor | None, residual: Tensor | None, low: Tensor | None, up: Tensor | None
+) -> Tensor:
     if low is not None and up is not None:
         out = out + low.to(out.dtype) @ up.to(out.dtype).t()
     for tensor in (bias, residual):
@@ -37,7 +39,7 @@ def _added(out: Tensor, bias: Tensor | None, residual: Tensor | None, low: Tenso
     return out
 
 
-# -- a weight in codes, x in numbers -----------------------------------------------------------------
+# -- x float, weight quantized -----------------------------------------------------------------------
 
 
 @torch.library.custom_op("qcompile_triton::linear_w", mutates_args=(), device_types="cuda")
@@ -48,12 +50,24 @@ def linear_w(
     """x W^T [+ low up^T] [+ bias] [+ residual], rounded once.
 
     Args:
-        x: [.., K] bf16 or fp16. packed, scale, zero: of W [N, K], as pack_weights.py makes them.
-        bias: [N]. residual: [.., N]. low: [.., R]. up: [N, R]. format: of the codes. columns: K.
+        x: [.., K] bf16 or fp16.
+        packed: of W [N, K], as pack_weights.py makes it.
+        scale: of W, as pack_weights.py makes it.
+        zero: of W, as pack_weights.py makes it.
+        bias: [N].
+        residual: [.., N].
+        low: [.., R].
+        up: [N, R].
+        format: of the codes.
+        columns: K.
+
+    Returns:
+        [.., N] in x's dtype.
     """
-    layout, rows = layout_of(Format.parse(format)), _rows(x)
-    assert layout is not None and rows is not None
-    out = run_w(rows, PackedWeight(packed, scale, zero, layout, columns), _epilogue(bias, residual, low, up))
+    layout, matrix = layout_of(Format.parse(format)), _as_matrix(x)
+    assert layout is not None and matrix is not None
+    weight = PackedWeight(packed, scale, zero, layout, columns)
+    out = launch_linear_w(matrix, weight, _epilogue(bias, residual, low, up))
     return out.reshape(*x.shape[:-1], len(packed))
 
 
@@ -68,7 +82,7 @@ def _(
     codes = unpack_weight(packed, layout, columns).float()
     points = 2.0 ** (form.bits - 1) if zero is None else expand_groups(zero.t().float(), form, columns)
     weight = (codes - points) * expand_groups(scale.t(), form, columns)
-    return _added(x.float() @ weight.t(), bias, residual, low, up).to(x.dtype)
+    return _add_epilogue(x.float() @ weight.t(), bias, residual, low, up).to(x.dtype)
 
 
 @linear_w.register_fake
@@ -80,7 +94,7 @@ def _(
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-# -- both in codes -----------------------------------------------------------------------------------
+# -- both quantized ----------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("qcompile_triton::linear_a8", mutates_args=(), device_types="cuda")
@@ -91,12 +105,22 @@ def linear_a8(
     """(x W^T) x_scale scale [+ low up^T] [+ bias] [+ residual], rounded once; sums in int32, or float32 for fp8.
 
     Args:
-        x: [.., K] int8 or fp8 codes. x_scale: [.., 1], or one number. weight: [N, K] alike. scale: [N, 1].
-        bias, residual, low, up: as linear_w. dtype: of the result.
+        x: [.., K] int8 or fp8 codes.
+        x_scale: per token [.., 1], or one value per tensor.
+        weight: [N, K] codes of x's dtype.
+        scale: per channel [N, 1].
+        bias: as in linear_w.
+        residual: as in linear_w.
+        low: as in linear_w.
+        up: as in linear_w.
+        dtype: of the result.
+
+    Returns:
+        [.., N].
     """
-    rows, steps = _rows(x), x_scale.reshape(-1).contiguous()
-    assert rows is not None
-    out = run_a8(rows, steps, weight, scale, _epilogue(bias, residual, low, up), dtype)
+    matrix, scales = _as_matrix(x), x_scale.reshape(-1).contiguous()
+    assert matrix is not None
+    out = launch_linear_a8(matrix, scales, weight, scale, _epilogue(bias, residual, low, up), dtype)
     return out.reshape(*x.shape[:-1], len(weight))
 
 
@@ -106,7 +130,7 @@ def _(
     low: Tensor | None, up: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     sums = (x.double() @ weight.double().t()).float()  # exact, as int32 is
-    return _added(sums * x_scale * scale.reshape(-1), bias, residual, low, up).to(dtype)
+    return _add_epilogue(sums * x_scale * scale.reshape(-1), bias, residual, low, up).to(dtype)
 
 
 @linear_a8.register_fake
@@ -117,13 +141,13 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
-# -- rows to codes -----------------------------------------------------------------------------------
+# -- quantizing activations --------------------------------------------------------------------------
 
 
-def _spec(spec: str) -> RowQuant:
-    found = parse(spec)
-    assert isinstance(found, RowQuant)
-    return found
+def _parse(text: str) -> RowQuant:
+    spec = parse(text)
+    assert isinstance(spec, RowQuant)
+    return spec
 
 
 @torch.library.custom_op("qcompile_triton::row_quant", mutates_args=(), device_types="cuda")
@@ -131,17 +155,23 @@ def row_quant(
     x: Tensor, residual: Tensor | None, gate: Tensor | None, gain: Tensor | None, shift: Tensor | None,
     smooth: Tensor | None, signs: Tensor | None, eps: float, spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Codes, scales [.., groups], x + residual, and the value of norm or gate, of the rows of x [.., K].
+    """Quantize the rows of x [.., K]: see spec.RowQuant.
 
-    See spec.RowQuant. What it does not write is empty.
+    Returns:
+        Codes [.., K], scales [.., groups], x + residual [.., K], and the value of norm or gate [.., K]; what the spec
+        does not write is empty.
     """
-    tensors = dict(residual=_rows(residual), gate=_rows(gate), gain=gain, shift=shift, smooth=smooth, signs=signs)
-    rows = _rows(x)
-    assert rows is not None
-    found = run_rows(_spec(spec), rows, eps, **{name: t for name, t in tensors.items() if t is not None})
+    tensors = dict(
+        residual=_as_matrix(residual), gate=_as_matrix(gate), gain=gain, shift=shift, smooth=smooth, signs=signs
+    )
+    matrix = _as_matrix(x)
+    assert matrix is not None
+    results = launch_row_quant(
+        _parse(spec), matrix, eps, **{name: tensor for name, tensor in tensors.items() if tensor is not None}
+    )
     lead = x.shape[:-1]
-    codes, scale = (found[name].reshape(*lead, found[name].shape[1]) for name in ("codes", "scale"))
-    total, value = (found[n].reshape(x.shape) if n in found else x.new_empty(0) for n in ("total", "value"))
+    codes, scale = (results[name].reshape(*lead, results[name].shape[1]) for name in ("codes", "scale"))
+    total, value = (results[n].reshape(x.shape) if n in results else x.new_empty(0) for n in ("total", "value"))
     return codes, scale, total, value
 
 
@@ -150,35 +180,35 @@ def _(
     x: Tensor, residual: Tensor | None, gate: Tensor | None, gain: Tensor | None, shift: Tensor | None,
     smooth: Tensor | None, signs: Tensor | None, eps: float, spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    how, k = _spec(spec), x.shape[-1]
+    fields, k = _parse(spec), x.shape[-1]
     total = x.new_empty(0)
     if residual is not None:
         x = total = (x.float() + residual.float()).to(x.dtype)
     v = x.float()
-    if how.first == "rms":
+    if fields.first == "rms":
         assert gain is not None
         v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * gain.float()
-    elif how.first == "layer":
+    elif fields.first == "layer":
         assert gain is not None and shift is not None
         v = torch.nn.functional.layer_norm(v, (k,), gain.float(), shift.float(), eps)
-    elif how.first == "gate":
+    elif fields.first == "gate":
         assert gate is not None
         v = torch.nn.functional.silu(v) * gate.float()
-    value = v.to(x.dtype, copy=True) if how.value else x.new_empty(0)
+    value = v.to(x.dtype, copy=True) if fields.value else x.new_empty(0)
     v = v if smooth is None else v / smooth
     v = v if signs is None else apply_hadamard(v, signs)
-    width = how.group or k
+    width = fields.group or k
     groups = torch.nn.functional.pad(v, (0, -k % width)).unflatten(-1, (-1, width))
-    max_value = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[how.codes]
-    step = groups.abs().amax(-1, keepdim=True) / max_value
-    step = torch.where(step > 1e-30, step, torch.ones_like(step))
-    units = (groups / step).flatten(-2)[..., :k]
-    if how.codes == "fp8":
-        codes = units.clamp(-448, 448).to(torch.float8_e4m3fn)
+    max_value = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[fields.codes]
+    scale = groups.abs().amax(-1, keepdim=True) / max_value
+    scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
+    scaled = (groups / scale).flatten(-2)[..., :k]
+    if fields.codes == "fp8":
+        codes = scaled.clamp(-448, 448).to(torch.float8_e4m3fn)
     else:
-        codes = units.round().clamp(-max_value - 1, max_value).to(torch.int8)
-        codes = pack(codes + 8, 4) if how.codes == "int4" else codes
-    return codes.clone(), step.squeeze(-1).clone(), total, value
+        codes = scaled.round().clamp(-max_value - 1, max_value).to(torch.int8)
+        codes = pack(codes + 8, 4) if fields.codes == "int4" else codes
+    return codes.clone(), scale.squeeze(-1).clone(), total, value
 
 
 @row_quant.register_fake
@@ -186,10 +216,10 @@ def _(
     x: Tensor, residual: Tensor | None, gate: Tensor | None, gain: Tensor | None, shift: Tensor | None,
     smooth: Tensor | None, signs: Tensor | None, eps: float, spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    how, k = _spec(spec), x.shape[-1]
-    kind = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}[how.codes]
-    codes = x.new_empty((*x.shape[:-1], k // 2 if how.codes == "int4" else k), dtype=kind)
-    groups = -(-k // how.group) if how.group else 1
+    fields, k = _parse(spec), x.shape[-1]
+    code_dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}[fields.codes]
+    codes = x.new_empty((*x.shape[:-1], k // 2 if fields.codes == "int4" else k), dtype=code_dtype)
+    groups = -(-k // fields.group) if fields.group else 1
     scale = x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
-    total, value = (x.new_empty(x.shape if there else 0) for there in (how.residual, how.value))
+    total, value = (x.new_empty(x.shape if written else 0) for written in (fields.residual, fields.value))
     return codes, scale, total, value

@@ -16,27 +16,27 @@ Leaves: the graph as it is, and the formats in the plan's rules. What a token be
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.progress import track
 from torch import Tensor, fx
 
-from qcompile.analysis.sites import Site, find_sites
+from qcompile.analysis.sites import Site
 from qcompile.calibration.hessian import refuse_infinite
-from qcompile.calibration.layerwise_run import LayerwiseRun
-from qcompile.calibration.statistics import CalibrationError, Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
-from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan, chooses_experts, writes_output
+from qcompile.passes.qdq.site_plan import Quantize, chooses_experts, writes_output
 from qcompile.passes.weights.sequential import as_rounded
-from qcompile.recipe.recipe import RecipeError, Rule
-from qcompile.recipe.registry import rewrites
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError, Rule
 
 
 @dataclass(frozen=True)
-class PerTensorActivations:
+class PerTensorActivations(PassConfig):
     """One step for all tokens where that moves products at most `most` times as far as a step for each.
 
     act: the format of those sites. lm_head: the logits too, if that is what they read.
@@ -47,15 +47,14 @@ class PerTensorActivations:
     most: float = 1.6  # norms' outputs are below it, inputs of massive activations far above
 
     def __post_init__(self) -> None:
-        if isinstance(self.act, str):
-            object.__setattr__(self, "act", Format.parse(self.act))
+        super().__post_init__()
         if self.act.per != "tensor" or self.act.is_float:
             raise RecipeError(f"PerTensorActivations: act must be integers in one step for a tensor, got {self.act}")
         if self.most < 1:
             raise RecipeError(f"PerTensorActivations: most must be at least 1, got {self.most}")
 
 
-def _behind(config: PerTensorActivations, passes: tuple[object, ...]) -> list[str]:
+def _conflicts(config: PerTensorActivations, passes: Sequence[PassConfig]) -> list[str]:
     quantizer = next((other for other in passes[passes.index(config) :] if isinstance(other, Quantize)), None)
     if quantizer is None:
         return ["PerTensorActivations chooses formats for the quantizing pass behind it: add one"]
@@ -65,43 +64,40 @@ def _behind(config: PerTensorActivations, passes: tuple[object, ...]) -> list[st
         faults.append(f"PerTensorActivations({config.act}) needs act={each} in {name}, which has {quantizer.act}")
     if config.lm_head and quantizer.lm_head is not None and quantizer.lm_head_act != each:
         faults.append(
-            f"PerTensorActivations(output=True) needs output_act={each} in {name}, which has {quantizer.lm_head_act}: "
+            f"PerTensorActivations(lm_head=True) needs lm_head_act={each} in {name}, which has {quantizer.lm_head_act}: "
             "give it, or leave the logits out"
         )
     return faults
 
 
-@rewrites(PerTensorActivations, exact=False, needs=("inputs",), sitewise=True, after=BEFORE, conflicts=_behind)
-def per_tensor(program: Program, config: PerTensorActivations, statistics: Statistics, plan: SitePlan) -> PassReport:
+@rewrites(PerTensorActivations, Stage.ACTIVATIONS, exact=False, needs=("batches",), conflicts=_conflicts)
+def per_tensor_activations(program: Program, config: PerTensorActivations, context: PassContext) -> PassReport:
     """Write the formats of the chosen sites into the plan's rules."""
     report = PassReport("PerTensorActivations")
     groups: dict[fx.Node, list[Site]] = {}
-    for site in find_sites(program):
-        rule = plan.rules.get(site.name)
-        if site.kind != "linear" or site.name in plan.keep or (rule and (rule.keep or rule.act)):
+    for site in context.facts.sites:
+        rule = context.rules.get(site.name)
+        if site.kind != "linear" or site.name in context.keep_float or (rule and (rule.keep or rule.act)):
             continue
         if rule is None and chooses_experts(site):
             report.skip(site.name, "its output chooses experts")
         elif config.lm_head or not writes_output(site):
             groups.setdefault(site.input, []).append(site)
-    assert plan.batches is not None
-    walk = LayerwiseRun(program, plan.batches())
-    if not walk.values:
-        raise CalibrationError("the calibration iterator is empty: give at least one batch")
+    run = context.layerwise_run(program)
     found: dict[str, float] = {}
-    for members in track(groups.values(), report.name, disable=not plan.progress, transient=True):
-        walk.advance(members[0].node)
+    for members in context.track(groups.values(), report.name):
+        run.advance(members[0].node)
         weight = torch.cat([program.weights[site.name].float() for site in members])
-        refuse_infinite(walk, members[0])
-        times = farther(list(walk.see(members[0].input)), weight, config.act)
+        refuse_infinite(run, members[0])
+        times = farther(list(run.see(members[0].input)), weight, config.act)
         for site in members:  # one that is called at several places must do at all of them
             found[site.name] = max(found.get(site.name, 0.0), times)
     for name, times in found.items():
         if not times <= config.most:
             report.skip(name, f"one step for all tokens is {times:.1f} times as far as a step for each")
             continue
-        rule = plan.rules.get(name)
-        plan.rules[name] = dataclasses.replace(rule, act=config.act) if rule else Rule(name, act=config.act)
+        rule = context.rules.get(name)
+        context.rules[name] = dataclasses.replace(rule, act=config.act) if rule else Rule(name, act=config.act)
         report.done.append(name)
     chosen = f"{len(report.done)} of {len(found)} sites in one step for all tokens"
     report.notes.append(f"{chosen} ({', '.join(_ranges(found, config.most))})")

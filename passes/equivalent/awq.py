@@ -14,35 +14,35 @@ Leaves: what Smooth leaves.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
-from qcompile.analysis.norms import find_norms
 from qcompile.analysis.obstacle import Obstacle
-from qcompile.analysis.scale_folding import Consumers, Source, groups_of_consumers, scale_source
-from qcompile.analysis.sites import Site, find_sites
+from qcompile.analysis.scale_folding import Consumers, Source, scale_source
+from qcompile.analysis.sites import Site
 from qcompile.calibration.hessian import hessian_of
 from qcompile.calibration.layerwise_run import LayerwiseRun
-from qcompile.calibration.statistics import CalibrationError, Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.equivalent.smoothquant import changed_by, fold_scale, shared_scale
-from qcompile.passes.qdq.site_plan import Quantize, SitePlan
+from qcompile.passes.qdq.site_plan import Quantize
 from qcompile.passes.weights.gptq import GPTQ
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError
 
 ROWS = 64  # of each weight, that every exponent is tried on
 
 
 @dataclass(frozen=True)
-class AWQ:
+class AWQ(PassConfig):
     """The format to protect, and the search."""
 
     weight: Format = Format("int4", "group", 128, "int")  # what the Quantize pass behind it rounds to
@@ -52,8 +52,7 @@ class AWQ:
     rows: bool = True  # scale also inputs made by linear rows (after a gate, after attention)
 
     def __post_init__(self) -> None:
-        if isinstance(self.weight, str):
-            object.__setattr__(self, "weight", Format.parse(self.weight))
+        super().__post_init__()
         if self.steps < 2:
             raise RecipeError(f"AWQ: at least 2 steps are needed, got {self.steps}")
 
@@ -71,7 +70,7 @@ def scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format, c
     return float(((error @ hessian.float()) * error).sum(dtype=torch.float64))
 
 
-def rounds_otherwise(config: Any, passes: tuple[object, ...]) -> list[str]:
+def rounds_otherwise(config: Any, passes: Sequence[PassConfig]) -> list[str]:
     """Faults where the pass behind a search rounds in another way than the search has in mind."""
     return [
         f"{type(config).__name__} searches for weight={config.weight}, clip={config.clip}, and {type(p).__name__} rounds with "
@@ -81,18 +80,15 @@ def rounds_otherwise(config: Any, passes: tuple[object, ...]) -> list[str]:
     ]
 
 
-@rewrites(AWQ, exact=True, sitewise=True, needs=("inputs",), after=("Untie", "FoldNorm"), conflicts=rounds_otherwise)
-def awq(program: Program, config: AWQ, statistics: Statistics, plan: SitePlan) -> PassReport:
+@rewrites(AWQ, Stage.SMOOTH, exact=True, needs=("batches",), conflicts=rounds_otherwise)
+def awq(program: Program, config: AWQ, context: PassContext) -> PassReport:
     """Search and fold a scale for every group of readers that has a place for one, in place."""
     report = PassReport("AWQ")
-    norms, sites = find_norms(program), find_sites(program)
-    assert plan.batches is not None
-    walk = LayerwiseRun(program, plan.batches())
-    if not walk.values:
-        raise CalibrationError("the calibration iterator is empty: give at least one batch")
+    norms, sites = context.facts.norms, context.facts.sites
+    run = context.layerwise_run(program)
     found: list[tuple[Consumers, Source, Tensor]] = []
     exponents: list[float] = []
-    for consumers in track(groups_of_consumers(sites), "AWQ", disable=not plan.progress, transient=True):
+    for consumers in context.track(context.facts.consumers, "AWQ"):
         label = consumers.sites[0].name if consumers.sites else consumers.root.name
         shared = [site for site in consumers.sites if site.shared_with]
         source = scale_source(program, consumers, norms, sites)
@@ -104,12 +100,12 @@ def awq(program: Program, config: AWQ, statistics: Statistics, plan: SitePlan) -
             kind = "linear rows, and rows" if source.norm is None else "a norm, and norms"
             report.skip(label, f"made by {kind}=False")
         else:
-            walk.advance(consumers.sites[0].node)
-            hessian, mean = hessian_of(walk, consumers.sites[0]), _mean_size(walk, consumers.sites[0])
+            run.advance(consumers.sites[0].node)
+            hessian, mean = hessian_of(run, consumers.sites[0]), _mean_size(run, consumers.sites[0])
             exponent, scale = _search(program, consumers.sites, source, hessian, mean, config)
             exponents.append(exponent)
             found.append((consumers, source, scale))
-    for consumers, source, scale in found:  # after the walk, which must see the model as it was
+    for consumers, source, scale in found:  # after the run, which must see the model as it was
         fold_scale(program, source, list(consumers.sites), scale)
         report.done.append(consumers.sites[0].name)
         report.changed |= changed_by(source, consumers)
@@ -118,10 +114,10 @@ def awq(program: Program, config: AWQ, statistics: Statistics, plan: SitePlan) -
     return report
 
 
-def _mean_size(walk: LayerwiseRun, site: Site) -> Tensor:
+def _mean_size(run: LayerwiseRun, site: Site) -> Tensor:
     """mean |x| of a site's input over all batches, float64 [K]."""
     sums, rows = torch.zeros(site.K, dtype=torch.float64), 0
-    for value in walk.see(site.input):
+    for value in run.see(site.input):
         x = value.flatten(0, -2).float()
         sums += x.abs().sum(0).cpu()
         rows += len(x)

@@ -19,21 +19,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.analysis.norms import Norm, find_norms
-from qcompile.analysis.residual_stream import ResidualStream, residual_streams
+from qcompile.analysis.facts import Facts
+from qcompile.analysis.norms import Norm
+from qcompile.analysis.residual_stream import ResidualStream
 from qcompile.analysis.scale_folding import find_readers
 from qcompile.analysis.sites import Site, find_sites
-from qcompile.calibration.statistics import Statistics
 from qcompile.ir.node_meta import REPLACES_LAYER_NORM
 from qcompile.ir.program import Program
-from qcompile.recipe.registry import rewrites
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class FoldNorm:
+class FoldNorm(PassConfig):
     """Fold gains and shifts into the readers and, where a stream allows it, means into the writers."""
 
     center: bool = True  # turn LayerNorms into RMSNorms by centering what is written to the stream
@@ -56,12 +58,12 @@ def center_table(table: Tensor) -> Tensor:
     return (wide - wide.mean(-1, keepdim=True)).to(table.dtype)
 
 
-@rewrites(FoldNorm, exact=True, after=("Untie",))
-def fold_norm(program: Program, config: FoldNorm, statistics: Statistics) -> PassReport:
+@rewrites(FoldNorm, Stage.FOLD, exact=True)
+def fold_norm(program: Program, config: FoldNorm, context: PassContext) -> PassReport:
     """Fold every norm that can be folded, in place."""
     report = PassReport("FoldNorm")
-    sites = find_sites(program)
-    for norm in find_norms(program):
+    sites = context.facts.sites
+    for norm in context.facts.norms:
         reason = _fold(program, norm, sites)
         if reason is None:
             report.done.append(norm.output.name)
@@ -69,7 +71,7 @@ def fold_norm(program: Program, config: FoldNorm, statistics: Statistics) -> Pas
         elif reason:
             report.skip(norm.output.name, *reason)
     if config.center:
-        for flow in residual_streams(program):
+        for flow in Facts(program).streams:  # norms that were just folded have gain one now
             if any(norm.kind == "layer" for norm in flow.norms):
                 _center(program, flow, report)
     return report
@@ -132,8 +134,9 @@ def _center(program: Program, flow: ResidualStream, report: PassReport) -> None:
     if shared:
         report.skip(shared[0], "a writer of the stream shares its weight: untie it")
         return
+    products = {site.node for site in find_sites(program)}
     for table in flow.tables:
-        if any(u in {s.node for s in find_sites(program)} for u in table.users):
+        if any(user in products for user in table.users):
             report.skip(program.weight_name(table) or "", "a table is a linear's weight too: untie it")
             return
     for site in flow.producers:

@@ -11,44 +11,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
-from qcompile.analysis.norms import find_norms
-from qcompile.analysis.scale_folding import groups_of_consumers
-from qcompile.analysis.sites import find_sites
-from qcompile.calibration.statistics import Statistics
+from qcompile.ir.aten_ops import ACTIVATIONS, aten
+from qcompile.ir.op_calls import HadamardCall
 from qcompile.ir.program import Program
-from qcompile.numerics.hadamard import apply_hadamard, factor, random_signs
-from qcompile.recipe.registry import rewrites
+from qcompile.numerics.hadamard import apply_hadamard, hadamard_factors, random_signs
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 
-aten = torch.ops.aten
-ACTIVATIONS = {
-    aten.mul.Tensor,
-    aten.relu.default,
-    aten.gelu.default,
-    aten.silu.default,
-    aten.tanh.default,
-    aten.sigmoid.default,
-}
+GATED = ACTIVATIONS | {aten.mul.Tensor}
+"""What makes the values that a transform goes behind: an activation function, or the product of a gate."""
 
 
 @dataclass(frozen=True)
-class OnlineHadamard:
+class OnlineHadamard(PassConfig):
     """Transform the inputs that come out of a gate or an activation function."""
 
     seed: int = 0
 
 
-@rewrites(OnlineHadamard, exact=True, after=("Untie", "FoldNorm", "SmoothQuant", "Rotate"))
-def online_hadamard(program: Program, config: OnlineHadamard, statistics: Statistics) -> PassReport:
+@rewrites(OnlineHadamard, Stage.ONLINE, exact=True)
+def online_hadamard(program: Program, config: OnlineHadamard, context: PassContext) -> PassReport:
     """Insert one transform before each such input and fold its inverse into the readers."""
     report = PassReport("OnlineHadamard")
-    norm_outputs = {norm.output for norm in find_norms(program)}
-    for consumers in groups_of_consumers(find_sites(program)):
+    for consumers in context.facts.consumers:
         root: fx.Node = consumers.root
-        if root in norm_outputs or root.target not in ACTIVATIONS or not consumers.sites:
+        if root in context.facts.norm_outputs or root.target not in GATED or not consumers.sites:
             continue
         label, n = consumers.sites[0].name, consumers.sites[0].K
         shared = [site for site in consumers.sites if site.shared_with]
@@ -56,7 +47,7 @@ def online_hadamard(program: Program, config: OnlineHadamard, statistics: Statis
             report.skip(label, "the value is read by something that is not a site", consumers.other_consumers[0].name)
         elif shared:
             report.skip(label, f"the weight {shared[0].name} is shared: untie it")
-        elif factor(n) is None:
+        elif hadamard_factors(n) is None:
             report.skip(label, f"no Hadamard matrix of {n} is known")
         else:
             signs = random_signs(n, config.seed)
@@ -64,16 +55,16 @@ def online_hadamard(program: Program, config: OnlineHadamard, statistics: Statis
             if name not in program.weights:
                 program.add_weight(name, signs.float().to(program.weights[label].device))
             dtype = program.weights[label].dtype
-            turned = program.insert(torch.ops.qcompile.hadamard.default, (root, program.node_of(name)), after=root)
-            root.replace_all_uses_with(turned, delete_user_cb=lambda user, new=turned: user is not new)
+            rotated = HadamardCall(root, program.node_of(name)).insert(program, after=root)
+            program.replace(root, rotated)
             for site in consumers.sites:
                 weight = program.weights[site.name].double()
                 program.weights[site.name] = apply_hadamard(weight, signs).to(dtype)
-            k, m = factor(n) or (0, 0)
+            k, m = hadamard_factors(n) or (0, 0)
             report.done.append(label)
             note = f"online Hadamard {k}*{2**m} for {n} channels"
             if note not in report.notes:
                 report.notes.append(note)
-            # What lies between the product and the reader carries the turned value.
+            # What lies between the product and the reader carries the rotated value.
             report.changed |= {site.input.name for site in consumers.sites} - {root.name}
     return report

@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 
 from qcompile.analysis.channel_origin import ATTENTION, MATMULS, ChannelOrigins, FlowStops, one_position
-from qcompile.analysis.norms import find_norms
-from qcompile.analysis.scale_folding import Consumers, groups_of_consumers
-from qcompile.analysis.sites import Site, find_sites
-from qcompile.calibration.statistics import Statistics
+from qcompile.analysis.scale_folding import Consumers
+from qcompile.analysis.sites import Site
 from qcompile.ir.program import Program
+from qcompile.passes.equivalent.fold_norm import FoldNorm
 from qcompile.passes.equivalent.rotate import rotate_stream, streams_to_rotate
-from qcompile.recipe.registry import rewrites
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 
 
 @dataclass(frozen=True)
-class ReorderChannels:
+class ReorderChannels(PassConfig):
     """What to reorder: the residual stream, and inputs made by linear rows."""
 
     stream: bool = False
@@ -38,68 +39,68 @@ class ReorderChannels:
 
 @rewrites(
     ReorderChannels,
+    Stage.ONLINE,
     exact=True,
     needs=("absmax",),
-    after=("Untie", "FoldNorm", "SmoothQuant", "SmoothAttention", "SmoothQuantPlus", "AWQ", "Rotate"),
-    requires=lambda config: ("FoldNorm",) if config.stream else (),
+    requires=lambda config: (FoldNorm,) if config.stream else (),
 )
-def reorder(program: Program, config: ReorderChannels, statistics: Statistics) -> PassReport:
+def reorder_channels(program: Program, config: ReorderChannels, context: PassContext) -> PassReport:
     """Sort every input whose order can be folded, in place."""
     report = PassReport("ReorderChannels")
-    groups = groups_of_consumers(find_sites(program))
+    groups = context.facts.consumers
     if config.stream:
-        _streams(program, groups, statistics, report)
-    norm_outputs = {norm.output for norm in find_norms(program)}
+        _streams(program, groups, context, report)
     for consumers in groups if config.rows else []:
-        if consumers.root not in norm_outputs and consumers.sites:
-            _rows(program, consumers, statistics.absmax[consumers.root.name], report)
+        if consumers.root not in context.facts.norm_outputs and consumers.sites:
+            _rows(program, consumers, context, report)
     return report
 
 
-def _streams(program: Program, groups: list[Consumers], statistics: Statistics, report: PassReport) -> None:
-    for label, flow in streams_to_rotate(program, report):
+def _streams(program: Program, groups: list[Consumers], context: PassContext, report: PassReport) -> None:
+    for label, flow in streams_to_rotate(program, context, report):
         names = {site.name for site in flow.consumers}
-        peaks = [statistics.absmax[g.root.name] for g in groups if any(s.name in names for s in g.sites)]
+        peaks = [context.statistics.absmax[g.root.name] for g in groups if any(s.name in names for s in g.sites)]
         order = torch.stack(peaks).amax(0).argsort(descending=True)
         rotate_stream(program, flow, torch.eye(flow.size, dtype=torch.float64)[:, order], label, report)
 
 
-def _rows(program: Program, consumers: Consumers, absmax: Tensor, report: PassReport) -> None:
+def _rows(program: Program, consumers: Consumers, context: PassContext, report: PassReport) -> None:
     label = consumers.sites[0].name
     if consumers.other_consumers:
         report.skip(label, "the input is read by something that is not a site too", consumers.other_consumers[0].name)
         return
-    walk = ChannelOrigins(program, find_sites(program), elementwise=True)
+    absmax = context.statistics.absmax[consumers.root.name]
+    origins = ChannelOrigins(program, context.facts.sites, elementwise=True)
     try:
-        terms = one_position(walk.terms(consumers.root))
-        order = common_order(terms, absmax, _head(walk))
-        walk.check_consumers(terms, _ends(consumers, walk))
-        shared = [s.name for s in (*consumers.sites, *(m for m, _ in walk.producers)) if s.shared_with]
+        terms = one_position(origins.terms(consumers.root))
+        order = common_order(terms, absmax, _head(origins))
+        origins.check_consumers(terms, _ends(consumers, origins))
+        shared = [s.name for s in (*consumers.sites, *(m for m, _ in origins.producers)) if s.shared_with]
         if shared:
             raise FlowStops(consumers.root.name, f"the weight {shared[0]} is shared: untie it")
     except FlowStops as stop:
         report.skip(label, str(stop.args[1]), str(stop.args[0]))
         return
-    source = torch.arange(walk.rows)  # for each row, the row that takes its place
+    source = torch.arange(origins.rows)  # for each row, the row that takes its place
     for term in terms:
         source[term] = term[order]
-    for producer, start in walk.producers:
+    for producer, start in origins.producers:
         _permute(program, producer, source[start : start + producer.N] - start)
     for site in consumers.sites:
         program.weights[site.name] = program.weights[site.name][:, order].contiguous()
     report.done.append(label)
-    report.changed |= {n.name for n, found in walk.memo.items() if found} | {consumers.root.name}
+    report.changed |= {n.name for n, found in origins.memo.items() if found} | {consumers.root.name}
 
 
-def _head(walk: ChannelOrigins) -> int:
+def _head(origins: ChannelOrigins) -> int:
     """Channels of a head where the values of an attention were passed, else 0."""
-    for node, terms in walk.memo.items():
+    for node, terms in origins.memo.items():
         if terms and (node.target is ATTENTION or node.target in MATMULS):
             return int(node.meta["val"].shape[-1])
     return 0
 
 
-def _ends(consumers: Consumers, walk: ChannelOrigins) -> set[torch.fx.Node]:
+def _ends(consumers: Consumers, origins: ChannelOrigins) -> set[torch.fx.Node]:
     """Who may read a value on the way: the sites, and what carries the root to them."""
     ends = {site.node for site in consumers.sites}
     for site in consumers.sites:

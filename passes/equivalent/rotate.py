@@ -13,29 +13,30 @@ Leaves: open streams (the obstacle is named), LayerNorms whose mean is not folde
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from qcompile.analysis.norms import find_norms
 from qcompile.analysis.obstacle import Obstacle
-from qcompile.analysis.residual_stream import ResidualStream, residual_streams
-from qcompile.analysis.scale_folding import Consumers, Source, groups_of_consumers, scale_source
-from qcompile.analysis.sites import Site, find_sites
-from qcompile.calibration.statistics import Statistics
+from qcompile.analysis.residual_stream import ResidualStream
+from qcompile.analysis.scale_folding import Consumers, Source, scale_source
+from qcompile.analysis.sites import Site
 from qcompile.ir.program import Program
-from qcompile.numerics.hadamard import rotation
+from qcompile.numerics.hadamard import random_rotation
 from qcompile.passes.equivalent.awq import AWQ
+from qcompile.passes.equivalent.fold_norm import FoldNorm
 from qcompile.passes.equivalent.smoothquant import SmoothQuant
 from qcompile.passes.equivalent.smoothquant_plus import SmoothQuantPlus
-from qcompile.recipe.registry import rewrites
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 
 
 @dataclass(frozen=True)
-class Rotate:
+class Rotate(PassConfig):
     """Which bases are turned, and from which seed."""
 
     stream: bool = True  # R1: the residual stream
@@ -45,10 +46,10 @@ class Rotate:
 
 def rotate_columns(weight: Tensor, matrix: Tensor) -> Tensor:
     """W [.., n] -> W R for each block of columns, R [b, b] with b dividing n; float64, cast back."""
-    turned, matrix = torch.empty_like(weight), matrix.to(weight.device)
-    for rows, out in zip(weight.split(4096), turned.split(4096), strict=True):  # a whole table in float64 is large
+    rotated, matrix = torch.empty_like(weight), matrix.to(weight.device)
+    for rows, out in zip(weight.split(4096), rotated.split(4096), strict=True):  # a whole table in float64 is large
         out.copy_((rows.double().unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2))
-    return turned
+    return rotated
 
 
 def rotate_rows(weight: Tensor, matrix: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def rotate_rows(weight: Tensor, matrix: Tensor) -> Tensor:
     return torch.einsum("rs,br...->bs...", matrix.to(blocks.device), blocks).flatten(0, 1).to(weight.dtype)
 
 
-def conflicts(config: Rotate, passes: tuple[object, ...]) -> list[str]:
+def conflicts(config: Rotate, passes: Sequence[PassConfig]) -> list[str]:
     """Passes that cannot stand in one recipe with a rotation of streams, as text."""
     faults = []
     for other in passes if config.stream else ():
@@ -73,32 +74,33 @@ def conflicts(config: Rotate, passes: tuple[object, ...]) -> list[str]:
     return faults
 
 
-# Where a rotation stands in a recipe, whatever chooses its matrices.
-PLACE: dict[str, Any] = dict(
-    after=("Untie", "FoldNorm", "SmoothQuant", "SmoothQuantPlus", "AWQ"),
-    requires=lambda config: ("FoldNorm",) if config.stream else (),
-    conflicts=conflicts,
-)
+def needs_folded_norms(config: Rotate) -> tuple[type[PassConfig], ...]:
+    """What a rotation requires before it, whatever chooses its matrices."""
+    return (FoldNorm,) if config.stream else ()
 
 
-@rewrites(Rotate, exact=True, **PLACE)
-def rotate(program: Program, config: Rotate, statistics: Statistics) -> PassReport:
+@rewrites(Rotate, Stage.ROTATE, exact=True, requires=needs_folded_norms, conflicts=conflicts)
+def rotate(program: Program, config: Rotate, context: PassContext) -> PassReport:
     """Rotate every closed stream and every head basis, in place."""
     report = PassReport("Rotate")
-    for index, (label, flow) in enumerate(streams_to_rotate(program, report) if config.stream else []):
-        matrix, kind = rotation(flow.size, config.seed + index)
+    for index, (label, flow) in enumerate(streams_to_rotate(program, context, report) if config.stream else []):
+        matrix, kind = random_rotation(flow.size, config.seed + index)
         rotate_stream(program, flow, matrix, label, report)
         report.notes.append(f"R1 of {flow.size} channels: {kind}, {len(flow.consumers)} readers")
     if config.heads:
-        _rotate_heads(program, config.seed + 1000, report)
+        _rotate_heads(program, config.seed + 1000, context, report)
     return report
 
 
-def streams_to_rotate(program: Program, report: PassReport) -> list[tuple[str, ResidualStream]]:
-    """The streams that can take another basis, with what a report calls them; the others are left there."""
+def streams_to_rotate(program: Program, context: PassContext, report: PassReport) -> list[tuple[str, ResidualStream]]:
+    """The streams that can take another basis, with what a report calls them; the others are skipped in it."""
     found = []
-    for flow in residual_streams(program):
-        label, problem = f"stream of {flow.size} at {flow.norms[0].input.name}", stream_obstacle(program, flow)
+    products = {site.node for site in context.facts.sites}
+    for flow in context.facts.streams:
+        label, problem = (
+            f"stream of {flow.size} at {flow.norms[0].input.name}",
+            stream_obstacle(program, flow, products),
+        )
         if problem is None:
             found.append((label, flow))
         else:
@@ -111,7 +113,7 @@ def rotate_stream(program: Program, flow: ResidualStream, matrix: Tensor, label:
     for site in flow.consumers:
         program.weights[site.name] = rotate_columns(program.weights[site.name], matrix)
     for site in flow.producers:
-        _rows(program, site, lambda w: rotate_rows(w, matrix))
+        _change_rows(program, site, lambda w: rotate_rows(w, matrix))
     for table in flow.tables:
         name = program.weight_name(table)
         assert name is not None
@@ -121,7 +123,7 @@ def rotate_stream(program: Program, flow: ResidualStream, matrix: Tensor, label:
     report.changed |= {node.name for norm in flow.norms for node in norm.inner}
 
 
-def stream_obstacle(program: Program, flow: ResidualStream) -> Obstacle | None:
+def stream_obstacle(program: Program, flow: ResidualStream, products: set[fx.Node]) -> Obstacle | None:
     """Why a stream cannot take another basis, or None."""
     if flow.obstacles:
         return flow.obstacles[0]
@@ -130,30 +132,29 @@ def stream_obstacle(program: Program, flow: ResidualStream) -> Obstacle | None:
     for norm in flow.norms:
         if norm.kind == "layer":
             return Obstacle(norm.output.name, "a LayerNorm subtracts a mean that is not folded")
-    users = {site.node for site in find_sites(program)}
     for site in (*flow.consumers, *flow.producers):
         if site.shared_with:
             return Obstacle(site.node.name, f"{site.name} is shared with {site.shared_with[0]}: untie it")
     for table in flow.tables:
-        if any(user in users for user in table.users):
+        if any(user in products for user in table.users):
             return Obstacle(table.name, f"{program.weight_name(table)} is also a linear's weight: untie it")
     return None
 
 
-def _rotate_heads(program: Program, seed: int, report: PassReport) -> None:
-    for consumers, source in head_bases(program, report):
-        matrix, kind = rotation(source.head, seed)
+def _rotate_heads(program: Program, seed: int, context: PassContext, report: PassReport) -> None:
+    for consumers, source in head_bases(program, context, report):
+        matrix, kind = random_rotation(source.head, seed)
         rotate_heads(program, consumers, source, matrix, report)
         note = f"R2 of {source.head} channels: {kind}"
         if note not in report.notes:
             report.notes.append(note)
 
 
-def head_bases(program: Program, report: PassReport) -> list[tuple[Consumers, Source]]:
-    """The sites that read whole heads of an attention, and where these are made; others are left."""
+def head_bases(program: Program, context: PassContext, report: PassReport) -> list[tuple[Consumers, Source]]:
+    """The sites that read whole heads of an attention, and where these are made; the others are skipped."""
     found = []
-    norms, sites = find_norms(program), find_sites(program)
-    for consumers in groups_of_consumers(sites):
+    norms, sites = context.facts.norms, context.facts.sites
+    for consumers in context.facts.consumers:
         if len(consumers.sites) != 1 or consumers.sites[0].shared_with:
             continue
         source = scale_source(program, consumers, norms, sites)
@@ -174,13 +175,13 @@ def rotate_heads(program: Program, consumers: Consumers, source: Source, matrix:
     program.weights[consumer.name] = rotate_columns(program.weights[consumer.name], matrix)
     rows = source.channels.unique()
 
-    def turn(weight: Tensor) -> Tensor:
-        turned = weight.clone()
-        turned[rows] = rotate_rows(weight[rows], matrix)
-        return turned
+    def rotate_some(weight: Tensor) -> Tensor:
+        rotated = weight.clone()
+        rotated[rows] = rotate_rows(weight[rows], matrix)
+        return rotated
 
     assert source.site is not None
-    _rows(program, source.site, turn)
+    _change_rows(program, source.site, rotate_some)
     report.done.append(f"heads of {source.head} in {consumer.name}")
     report.changed |= {source.site.node.name} | {node.name for node in source.path}
 
@@ -196,10 +197,7 @@ def _whole_heads(source: Source) -> bool:
     return runs and starts is not None and set(heads[:, 0].tolist()) == set(starts.tolist())
 
 
-def _rows(program: Program, site: Site, turn: object) -> None:
-    """Apply `turn` to a site's weight rows and to its bias."""
-    names = [site.name]
-    if len(site.node.args) > 2 and site.node.args[2] is not None:
-        names.append(program.weight_name(site.node.args[2]) or "")
-    for name in names:
-        program.weights[name] = turn(program.weights[name])
+def _change_rows(program: Program, site: Site, change: Callable[[Tensor], Tensor]) -> None:
+    """Apply `change` to a site's weight rows and to its bias."""
+    for name in filter(None, (site.name, program.weight_name(site.bias))):
+        program.weights[name] = change(program.weights[name])

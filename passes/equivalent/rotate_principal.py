@@ -18,16 +18,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, fx
 
-from qcompile.analysis.scale_folding import groups_of_consumers
-from qcompile.analysis.sites import find_sites
-from qcompile.calibration.statistics import CalibrationError, Statistics
+from qcompile.calibration.statistics import CalibrationError
 from qcompile.ir.program import Program
-from qcompile.passes.equivalent.rotate import PLACE, Rotate, head_bases, rotate_heads, rotate_stream, streams_to_rotate
-from qcompile.passes.qdq.site_plan import SitePlan
-from qcompile.recipe.registry import rewrites
+from qcompile.passes.equivalent.rotate import (
+    Rotate,
+    conflicts,
+    head_bases,
+    needs_folded_norms,
+    rotate_heads,
+    rotate_stream,
+    streams_to_rotate,
+)
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 
 
@@ -41,16 +46,18 @@ def principal_axes(moment: Tensor) -> Tensor:
     return torch.linalg.eigh(moment.double()).eigenvectors.flip(1).contiguous()
 
 
-@rewrites(RotatePrincipal, exact=True, sitewise=True, needs=("batches",), **PLACE)
-def rotate_principal(program: Program, config: RotatePrincipal, statistics: Statistics, plan: SitePlan) -> PassReport:
+@rewrites(
+    RotatePrincipal, Stage.ROTATE, exact=True, needs=("batches",), requires=needs_folded_norms, conflicts=conflicts
+)
+def rotate_principal(program: Program, config: RotatePrincipal, context: PassContext) -> PassReport:
     """Turn every closed stream and every head basis to its principal axes, in place."""
     report = PassReport("RotatePrincipal")
-    streams = streams_to_rotate(program, report) if config.stream else []
-    heads = head_bases(program, report) if config.heads else []
+    streams = streams_to_rotate(program, context, report) if config.stream else []
+    heads = head_bases(program, context, report) if config.heads else []
 
     # One basis serves all readers of a stream: behind their norms every one of them weighs the same.
     watched: dict[fx.Node, tuple[str, int]] = {}
-    groups = groups_of_consumers(find_sites(program))
+    groups = context.facts.consumers
     for label, flow in streams:
         names = {site.name for site in flow.consumers}
         for group in groups:
@@ -58,7 +65,7 @@ def rotate_principal(program: Program, config: RotatePrincipal, statistics: Stat
                 watched[group.root] = (label, flow.size)
     for group, source in heads:
         watched[group.root] = (group.sites[0].name, source.head)
-    moments = _second_moments(program, plan, watched)
+    moments = _second_moments(program, context, watched)
     axes = {label: principal_axes(moment) for label, moment in moments.items()}
 
     for label, flow in streams:
@@ -73,12 +80,13 @@ def rotate_principal(program: Program, config: RotatePrincipal, statistics: Stat
     return report
 
 
-def _second_moments(program: Program, plan: SitePlan, watched: dict[fx.Node, tuple[str, int]]) -> dict[str, Tensor]:
+def _second_moments(
+    program: Program, context: PassContext, watched: dict[fx.Node, tuple[str, int]]
+) -> dict[str, Tensor]:
     """Sum of x^T x of each label over its nodes, whose last dimension holds blocks of `size` channels.
 
     A batch's products are of the values' own precision, float32 at least; their sum is float64.
     """
-    assert plan.batches is not None
     moments = {label: torch.zeros(size, size, dtype=torch.float64) for label, size in watched.values()}
 
     def see(node: fx.Node, value: Any) -> None:
@@ -91,7 +99,7 @@ def _second_moments(program: Program, plan: SitePlan, watched: dict[fx.Node, tup
         moments[label] += moment
 
     count = 0
-    for batch in track(plan.batches() if watched else [], "RotatePrincipal", disable=not plan.progress, transient=True):
+    for batch in context.track(context.data() if watched else [], "RotatePrincipal"):
         program.watch(watched, batch, see)
         count += 1
     if watched and not count:

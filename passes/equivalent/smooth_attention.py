@@ -17,16 +17,16 @@ from torch import Tensor
 
 from qcompile.analysis.attention_scores import AttentionScores, scores
 from qcompile.analysis.obstacle import Obstacle
-from qcompile.analysis.sites import find_sites
-from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError
 
 
 @dataclass(frozen=True)
-class SmoothAttention:
+class SmoothAttention(PassConfig):
     """How much of the keys' unevenness moves into the queries."""
 
     alpha: float = 0.5  # 0: none, 1: all
@@ -45,23 +45,23 @@ def key_scale(absmax: Tensor, flow: AttentionScores, alpha: float) -> Tensor:
     return torch.where(flow.classes >= 0, scale[flow.classes.clamp_min(0)], torch.ones_like(scale))
 
 
-@rewrites(SmoothAttention, exact=True, needs=("keys",), after=("Untie", "FoldNorm"))
-def smooth_attention(program: Program, config: SmoothAttention, statistics: Statistics) -> PassReport:
+@rewrites(SmoothAttention, Stage.SMOOTH, exact=True, needs=("keys",))
+def smooth_attention(program: Program, config: SmoothAttention, context: PassContext) -> PassReport:
     """Smooth the keys of every attention whose rows can be followed, in place."""
     report = PassReport("SmoothAttention")
-    for flow in scores(program, find_sites(program)):
+    for flow in scores(program, context.facts.sites):
         if isinstance(flow, Obstacle):
             report.skip("attention", flow.reason, flow.node)
             continue
-        scale = key_scale(statistics.keys[flow.keys.name], flow, config.alpha)
+        scale = key_scale(context.statistics.keys[flow.keys.name], flow, config.alpha)
         factor = torch.where(flow.query, scale, 1 / scale)
         for producer, start in flow.producers:
             by_row = factor[start : start + producer.N]
             names = [producer.name] + [n for n in [program.weight_name(producer.bias)] if n is not None]
             for name in names:
                 old = program.weights[name]
-                turned = old.double() * (by_row[:, None] if old.ndim == 2 else by_row).to(old.device)
-                program.weights[name] = turned.to(old.dtype)
+                scaled = old.double() * (by_row[:, None] if old.ndim == 2 else by_row).to(old.device)
+                program.weights[name] = scaled.to(old.dtype)
             report.done.append(producer.name)
         report.changed |= flow.between
     return report

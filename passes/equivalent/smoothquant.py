@@ -19,19 +19,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.analysis.norms import find_norms
 from qcompile.analysis.obstacle import Obstacle
-from qcompile.analysis.scale_folding import Consumers, Source, groups_of_consumers, scale_source
-from qcompile.analysis.sites import Site, find_sites
-from qcompile.calibration.statistics import Statistics
+from qcompile.analysis.scale_folding import Consumers, Source, scale_source
+from qcompile.analysis.sites import Site
 from qcompile.ir.program import Program
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError
 
 
 @dataclass(frozen=True)
-class SmoothQuant:
+class SmoothQuant(PassConfig):
     """How much of the difficulty moves from the activations into the weights."""
 
     alpha: float = 0.5  # 0: all stays in X, 1: all moves to W
@@ -74,12 +74,12 @@ def shared_scale(scale: Tensor, channels: Tensor, rows: int) -> tuple[Tensor, Te
     return by_row[channels], by_row
 
 
-@rewrites(SmoothQuant, exact=True, needs=("absmax",), after=("Untie", "FoldNorm"))
-def smooth(program: Program, config: SmoothQuant, statistics: Statistics) -> PassReport:
+@rewrites(SmoothQuant, Stage.SMOOTH, exact=True, needs=("absmax",))
+def smoothquant(program: Program, config: SmoothQuant, context: PassContext) -> PassReport:
     """Smooth every group of sites whose input has a place for the scale, in place."""
     report = PassReport("SmoothQuant")
-    norms, sites = find_norms(program), find_sites(program)
-    for consumers in groups_of_consumers(sites):
+    norms, sites = context.facts.norms, context.facts.sites
+    for consumers in context.facts.consumers:
         label = consumers.sites[0].name if consumers.sites else consumers.root.name
         shared = [site for site in consumers.sites if site.shared_with]
         if shared:
@@ -93,7 +93,7 @@ def smooth(program: Program, config: SmoothQuant, statistics: Statistics) -> Pas
         elif source.norm is not None and not config.norms:
             report.skip(label, "made by a norm, and norms=False")
         else:
-            act = statistics.absmax[consumers.root.name]
+            act = context.statistics.absmax[consumers.root.name]
             if config.percentile is not None:
                 scale = clip_scale(act, config.percentile)
             else:
@@ -127,10 +127,7 @@ def fold_scale(program: Program, source: Source, sites: list[Site], scale: Tenso
         producer = source.site
         assert producer is not None
         scale, by_row = shared_scale(scale, source.channels, producer.N)
-        names = [producer.name]
-        if len(producer.node.args) > 2:
-            names.append(program.weight_name(producer.node.args[2]) or "")
-        for name in names:
+        for name in filter(None, (producer.name, program.weight_name(producer.bias))):
             old = program.weights[name].double()
             factor = by_row[:, None] if old.ndim == 2 else by_row
             program.weights[name] = (old / factor.to(old.device)).to(program.weights[name].dtype)

@@ -21,26 +21,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.progress import track
 from torch import Tensor
 
-from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
-from qcompile.numerics.divergence import divergence, squared_error
+from qcompile.numerics.divergence import kl_divergence, relative_squared_error
 from qcompile.numerics.format import Format
 from qcompile.passes.equivalent.awq import rounds_otherwise
-from qcompile.passes.equivalent.smoothquant import SmoothQuant, smooth
-from qcompile.passes.qdq.site_plan import Quantize, SitePlan
-from qcompile.passes.weights.round_to_nearest import quantize
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
+from qcompile.passes.equivalent.smoothquant import SmoothQuant, smoothquant
+from qcompile.passes.qdq.site_plan import Quantize
+from qcompile.passes.weights.round_to_nearest import round_to_nearest
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError
 
 _FINALISTS = 2  # candidates whose loss is computed with the clip search, which is most of the work
 
 
 @dataclass(frozen=True)
-class SmoothQuantPlus:
+class SmoothQuantPlus(PassConfig):
     """The format that the search rounds to, and the grid of alpha."""
 
     weight: Format = Format("int4", "group", 128, "int")
@@ -50,43 +50,40 @@ class SmoothQuantPlus:
     logits: bool = True  # whether the first output holds logits [.., V]; without, the loss is its squared error
 
     def __post_init__(self) -> None:
-        if isinstance(self.weight, str):
-            object.__setattr__(self, "weight", Format.parse(self.weight))
+        super().__post_init__()
         if not 0 < self.step <= 1 or self.batches < 1:
             raise RecipeError(f"SmoothQuantPlus: 0 < step <= 1 and batches >= 1, got {self.step} and {self.batches}")
 
 
 @rewrites(
     SmoothQuantPlus,
+    Stage.SMOOTH,
     exact=True,
-    sitewise=True,
-    needs=("absmax", "inputs"),
-    after=("Untie", "FoldNorm"),
+    needs=("absmax", "batches"),
     conflicts=lambda config, passes: (
         ["SmoothQuantPlus and Smooth do the same twice: drop SmoothQuant"]
         * any(isinstance(p, SmoothQuant) for p in passes)
         + rounds_otherwise(config, passes)
     ),
 )
-def smoothquant_plus(program: Program, config: SmoothQuantPlus, statistics: Statistics, plan: SitePlan) -> PassReport:
+def smoothquant_plus(program: Program, config: SmoothQuantPlus, context: PassContext) -> PassReport:
     """Search alpha on quantized copies, then smooth the program with the winner, in place."""
-    assert plan.batches is not None
-    data = [batch for _, batch in zip(range(config.batches), plan.batches(), strict=False)]
+    data = [batch for _, batch in zip(range(config.batches), context.data(), strict=False)]
     want = [first_output(program, batch) for batch in data]
     coarse = dataclasses.replace(config, clip=False)
     ranked = {
-        candidate: loss_of(program, coarse, statistics, plan, candidate, data[:1], want[:1])
-        for candidate in track(candidates(config), "SmoothQuant+", disable=not plan.progress, transient=True)
+        candidate: loss_of(program, coarse, context, candidate, data[:1], want[:1])
+        for candidate in context.track(candidates(config), "SmoothQuant+")
     }
     finalists: list[SmoothQuant | None] = [None, *sorted(ranked, key=ranked.__getitem__)[:_FINALISTS]]
     losses = {
-        candidate: loss_of(program, config, statistics, plan, candidate, data, want)
-        for candidate in track(finalists, "SmoothQuant+, the best", disable=not plan.progress, transient=True)
+        candidate: loss_of(program, config, context, candidate, data, want)
+        for candidate in context.track(finalists, "SmoothQuant+, the best")
     }
     best = min(losses, key=losses.__getitem__)
     report = PassReport("SmoothQuantPlus")
     if best is not None:
-        report = dataclasses.replace(smooth(program, best, statistics), name="SmoothQuantPlus")
+        report = dataclasses.replace(smoothquant(program, best, context), name="SmoothQuantPlus")
     report.notes.append(f"{describe(best)}: loss {losses[best]:.4g}, without smoothing {losses[None]:.4g}")
     return report
 
@@ -108,8 +105,7 @@ def describe(candidate: SmoothQuant | None) -> str:
 def loss_of(
     program: Program,
     config: SmoothQuantPlus,
-    statistics: Statistics,
-    plan: SitePlan,
+    context: PassContext,
     candidate: SmoothQuant | None,
     data: list[Sequence[Any]],
     want: list[Tensor],
@@ -117,12 +113,11 @@ def loss_of(
     """Divergence from the outputs `want` after smoothing as a candidate does (None: not) and rounding all weights."""
     tried = program.copy()
     if candidate is not None:
-        smooth(tried, candidate, statistics)
-    quantize(
-        tried, Quantize(config.weight, None, clip=config.clip), statistics, dataclasses.replace(plan, corrected=False)
-    )
+        smoothquant(tried, candidate, context.on(tried))
+    weights_only = Quantize(config.weight, None, clip=config.clip)
+    round_to_nearest(tried, weights_only, context.on(tried, keep_float_weights=False))
     tried.cleanup()
-    measure = divergence if config.logits else squared_error
+    measure = kl_divergence if config.logits else relative_squared_error
     pairs = zip(data, want, strict=True)
     return sum(float(measure(value, first_output(tried, batch))) for batch, value in pairs) / len(data)
 

@@ -18,24 +18,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, fx
 
-from qcompile.analysis.norms import find_norms
-from qcompile.analysis.scale_folding import groups_of_consumers
-from qcompile.analysis.sites import find_sites
-from qcompile.calibration.statistics import CalibrationError, Statistics
+from qcompile.calibration.statistics import CalibrationError
 from qcompile.ir.program import Program
-from qcompile.numerics.divergence import divergence
-from qcompile.numerics.fake_quantize import fake_quantize_ste
+from qcompile.numerics.divergence import kl_divergence
 from qcompile.numerics.format import Format
-from qcompile.numerics.hadamard import apply_hadamard, factor, random_signs, rotation
-from qcompile.passes.equivalent.online_hadamard import ACTIVATIONS
-from qcompile.passes.equivalent.rotate import PLACE, Rotate, head_bases, rotate_heads, rotate_stream, streams_to_rotate
-from qcompile.passes.qdq.site_plan import SitePlan
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
+from qcompile.numerics.hadamard import apply_hadamard, hadamard_factors, random_rotation, random_signs
+from qcompile.numerics.straight_through import fake_quantize_ste
+from qcompile.passes.equivalent.online_hadamard import GATED
+from qcompile.passes.equivalent.rotate import (
+    Rotate,
+    conflicts,
+    head_bases,
+    needs_folded_norms,
+    rotate_heads,
+    rotate_stream,
+    streams_to_rotate,
+)
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,9 @@ class SpinQuant(Rotate):
     tokens: int = 512  # of a batch that a step looks at
 
     def __post_init__(self) -> None:
-        if isinstance(self.act, str):
-            object.__setattr__(self, "act", Format.parse(self.act))
+        super().__post_init__()
         if self.steps < 1 or self.lr <= 0 or self.tokens < 1:
-            raise RecipeError(f"SpinQuant: steps, rate and tokens must be positive, got {self}")
+            raise RecipeError(f"SpinQuant: steps, lr and tokens must be positive, got {self}")
 
 
 def cayley_step(matrix: Tensor, gradient: Tensor, rate: float) -> Tensor:
@@ -76,43 +79,42 @@ class _Basis:
         """Round x [.., k b] in the basis, b = len(matrix), and turn it back."""
         blocks = x.unflatten(-1, (-1, len(self.matrix)))
         matrix = self.matrix.to(x)
-        turned = (blocks @ matrix).flatten(-2)
-        return (fake_quantize_ste(turned, form).unflatten(-1, (-1, len(matrix))) @ matrix.t()).flatten(-2)
+        rotated = (blocks @ matrix).flatten(-2)
+        return (fake_quantize_ste(rotated, form).unflatten(-1, (-1, len(matrix))) @ matrix.t()).flatten(-2)
 
 
-@rewrites(SpinQuant, exact=True, sitewise=True, needs=("batches",), **PLACE)
-def spinquant(program: Program, config: SpinQuant, statistics: Statistics, plan: SitePlan) -> PassReport:
+@rewrites(SpinQuant, Stage.ROTATE, exact=True, needs=("batches",), requires=needs_folded_norms, conflicts=conflicts)
+def spinquant(program: Program, config: SpinQuant, context: PassContext) -> PassReport:
     """Learn the bases of every closed stream and of every head, and turn the program into them."""
     report = PassReport("SpinQuant")
     rounders: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
     learned: list[_Basis] = []
-    groups = groups_of_consumers(find_sites(program))
-    norm_outputs = {norm.output for norm in find_norms(program)}
+    groups, norm_outputs = context.facts.consumers, context.facts.norm_outputs
 
     def learn(matrix: Tensor) -> _Basis:
         learned.append(_Basis(matrix.clone().requires_grad_()))
         return learned[-1]
 
     streams, heads = [], []
-    for index, (label, flow) in enumerate(streams_to_rotate(program, report) if config.stream else []):
-        basis = learn(rotation(flow.size, config.seed + index)[0])
+    for index, (label, flow) in enumerate(streams_to_rotate(program, context, report) if config.stream else []):
+        basis = learn(random_rotation(flow.size, config.seed + index)[0])
         streams.append((flow, basis, label))
         names = {site.name for site in flow.consumers}
         for group in groups:
             if not group.other_consumers and any(site.name in names for site in group.sites):
                 rounders[group.root] = lambda x, b=basis: b.round(x, config.act)
-    for group, source in head_bases(program, report) if config.heads else []:
-        basis = learn(rotation(source.head, config.seed + 1000)[0])
+    for group, source in head_bases(program, context, report) if config.heads else []:
+        basis = learn(random_rotation(source.head, config.seed + 1000)[0])
         heads.append((group, source, basis))
         rounders[group.root] = lambda x, b=basis: b.round(x, config.act)
-    for group in groups:  # what OnlineHadamard will turn
+    for group in groups:  # what OnlineHadamard will rotate
         k = group.sites[0].K if group.sites else 0
         free = group.root not in norm_outputs and group.root not in rounders and not group.other_consumers
-        if free and group.root.target in ACTIVATIONS and factor(k) is not None:
+        if free and group.root.target in GATED and hadamard_factors(k) is not None:
             signs = random_signs(k, config.seed)
             rounders[group.root] = lambda x, s=signs: _in_hadamard(x, s, config.act)
     if learned:
-        first, last = _descend(program, config, plan, learned, rounders)
+        first, last = _descend(program, config, context, learned, rounders)
         report.notes.append(f"{config.steps} steps: divergence {first:.4f} -> {last:.4f} nats a token")
     for flow, basis, label in streams:
         rotate_stream(program, flow, basis.matrix.detach(), label, report)
@@ -123,21 +125,20 @@ def spinquant(program: Program, config: SpinQuant, statistics: Statistics, plan:
 
 def _in_hadamard(x: Tensor, signs: Tensor, form: Format) -> Tensor:
     n = x.shape[-1]
-    turned = apply_hadamard(x, signs.to(x))
+    rotated = apply_hadamard(x, signs.to(x))
     back = torch.eye(n, dtype=x.dtype, device=x.device)
-    return fake_quantize_ste(turned, form) @ apply_hadamard(back, signs.to(x)).t()
+    return fake_quantize_ste(rotated, form) @ apply_hadamard(back, signs.to(x)).t()
 
 
 def _descend(
     program: Program,
     config: SpinQuant,
-    plan: SitePlan,
+    context: PassContext,
     learned: list[_Basis],
     rounders: dict[fx.Node, Callable[[Tensor], Tensor]],
 ) -> tuple[float, float]:
     """Cayley descent on all bases; returns the mean divergence of the first and of the last steps."""
-    assert plan.batches is not None
-    batches = [_cut(batch, config.tokens) for batch in plan.batches()]
+    batches = [_cut(batch, config.tokens) for batch in context.data()]
     if not batches:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
 
@@ -147,13 +148,13 @@ def _descend(
             return rounders[n](value) if n in rounders else value
 
     history = []
-    for step in track(range(config.steps), "SpinQuant", disable=not plan.progress, transient=True):
+    for step in context.track(range(config.steps), "SpinQuant"):
         batch = batches[step % len(batches)]
         with torch.no_grad():
             want = program(*batch)[0]
         with torch.enable_grad():
             out = Rounded(program.graph_module).run(*program.bind(batch))
-            loss = divergence(want, out[0] if isinstance(out, (tuple, list)) else out)
+            loss = kl_divergence(want, out[0] if isinstance(out, (tuple, list)) else out)
             gradients = torch.autograd.grad(loss, [b.matrix for b in learned])
         rate = config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
         for basis, gradient in zip(learned, gradients, strict=True):

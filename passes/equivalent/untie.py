@@ -10,23 +10,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qcompile.analysis.sites import find_sites
-from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
-from qcompile.recipe.registry import rewrites
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 
 
 @dataclass(frozen=True)
-class Untie:
+class Untie(PassConfig):
     """Copy the weight of every site that reads a table someone else reads too."""
 
 
-@rewrites(Untie, exact=True)
-def untie(program: Program, config: Untie, statistics: Statistics) -> PassReport:
+@rewrites(Untie, Stage.UNTIE, exact=True)
+def untie(program: Program, config: Untie, context: PassContext) -> PassReport:
     """Give each such site its own copy, named by the weight's other attribute path if it has one."""
     report = PassReport("Untie")
-    sites = find_sites(program)
+    sites = context.facts.sites
     for site in sites:
         if not site.shared_with or site.kind != "linear":
             continue
@@ -37,5 +37,6 @@ def untie(program: Program, config: Untie, statistics: Statistics) -> PassReport
         name = others.pop(0) if others else f"{site.name}.untied"
         own = program.add_weight(name, program.weights[site.name])
         site.node.replace_input_with(site.weight, own)
+        report.renamed[name] = site.name
         report.done.append(f"{name} from {site.name}")
     return report

@@ -13,29 +13,29 @@ Leaves: the graph as it is, as IntactKV does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, fx
 
-from qcompile.analysis.attention_scores import products
-from qcompile.calibration.statistics import CalibrationError, Statistics
+from qcompile.calibration.statistics import CalibrationError
+from qcompile.ir.op_calls import DequantizeCall, QuantizeCall
 from qcompile.ir.program import Program
-from qcompile.numerics.divergence import divergence
-from qcompile.numerics.fake_quantize import fake_quantize_ste
+from qcompile.numerics.divergence import kl_divergence
 from qcompile.numerics.format import Format
-from qcompile.passes.qdq.site_plan import BEFORE, SitePlan
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
-from qcompile.recipe.report import PassReport
-
-ops = torch.ops.qcompile
+from qcompile.numerics.straight_through import fake_quantize_ste
+from qcompile.passes.kv_cache.intact_kv import IntactKV
+from qcompile.passes.qdq.site_plan import Quantize
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
+from qcompile.recipe.report import KVConstants, PassReport
+from qcompile.recipe.rule import RecipeError
 
 
 @dataclass(frozen=True)
-class CalibratePrefix:
+class CalibratePrefix(PassConfig):
     """The training."""
 
     steps: int = 64
@@ -44,7 +44,7 @@ class CalibratePrefix:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0 or self.tokens < 2:
-            raise RecipeError(f"CalibratePrefix: steps, rate and tokens must be positive, got {self}")
+            raise RecipeError(f"CalibratePrefix: steps, lr and tokens must be positive, got {self}")
 
 
 class PrefixHeads:
@@ -69,19 +69,20 @@ class Trainable(fx.Interpreter):
     def __init__(self, program: Program, prefix: dict[fx.Node, Callable[[Tensor], Tensor]]) -> None:
         super().__init__(program.graph_module)
         self.prefix = prefix
-        self.numbers: dict[fx.Node, Any] = {}  # of quantized weights, made once
+        self.dequantized: dict[fx.Node, Any] = {}  # of quantized weights, made once
 
     def run_node(self, n: fx.Node) -> Any:
         """As written; activations are rounded straight through."""
-        if n.target is ops.dequantize.default:
-            if isinstance(n.args[0], fx.Node) and n.args[0].op == "placeholder":
-                if n not in self.numbers:
-                    self.numbers[n] = super().run_node(n)
-                return self.numbers[n]
-            value = self.env[n.args[0]].to(n.args[6])
-        elif n.target is ops.quantize.default:
-            x, form = n.args
-            return fake_quantize_ste(self.env[x], Format.parse(str(form))), None, None
+        if DequantizeCall.matches(n):
+            call = DequantizeCall.of(n)
+            if not call.of_activation:
+                if n not in self.dequantized:
+                    self.dequantized[n] = super().run_node(n)
+                return self.dequantized[n]
+            value = self.env[call.codes].to(call.dtype)
+        elif QuantizeCall.matches(n):
+            quantize = QuantizeCall.of(n)
+            return fake_quantize_ste(self.env[quantize.x], Format.parse(quantize.format)), None, None
         else:
             value = super().run_node(n)
         return self.prefix[n](value) if n in self.prefix else value
@@ -89,45 +90,45 @@ class Trainable(fx.Interpreter):
 
 @rewrites(
     CalibratePrefix,
+    Stage.TRAIN,
     exact=False,
-    sitewise=True,
     needs=("batches",),
-    after=(*BEFORE, "Quantize", "LoRC"),
-    requires=("IntactKV", "Quantize"),
+    requires=(IntactKV, Quantize),
 )
-def calibrate_prefix(program: Program, config: CalibratePrefix, statistics: Statistics, plan: SitePlan) -> PassReport:
+def calibrate_prefix(program: Program, config: CalibratePrefix, context: PassContext) -> PassReport:
     """Train, on texts that are made to begin with the prefix."""
-    assert plan.batches is not None and plan.reference is not None
-    report, start, ids = PassReport("CalibratePrefix"), plan.made, plan.made["ids"]
-    texts = [torch.cat([ids.expand(len(b[0]), -1), b[0][:, : config.tokens - len(ids)]], 1) for b in plan.batches()]
+    start, reference = context.constants.prefix, context.reference
+    assert start is not None and reference is not None
+    report, ids = PassReport("CalibratePrefix"), start.ids
+    texts = [torch.cat([ids.expand(len(b[0]), -1), b[0][:, : config.tokens - len(ids)]], 1) for b in context.data()]
     if len(texts) < 2:
         raise CalibrationError("CalibratePrefix: one batch to train on and one to judge by are needed: give more")
-    held = texts[-max(1, len(texts) // 4) :]
-    train = texts[: -len(held)]
-    heads: dict[str, PrefixHeads] = {}
+    validation = texts[-max(1, len(texts) // 4) :]
+    train = texts[: -len(validation)]
+    keys, values = [PrefixHeads(k) for k in start.keys], [PrefixHeads(v) for v in start.values]
     places: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
-    for index, flow in enumerate(products(program)):
-        for part, node, turned in (("keys", flow.keys, flow.turned), ("values", flow.values, False)):
-            heads[f"{index}.{part}"] = own = PrefixHeads(start[f"{index}.{part}"])
-            places[node] = lambda x, own=own, turned=turned: _begin(x, own.all, turned)
+    for flow, of_keys, of_values in zip(context.facts.attentions, keys, values, strict=True):
+        places[flow.keys] = lambda x, own=of_keys, transposed=flow.keys_transposed: _begin(x, own.all, transposed)
+        places[flow.values] = lambda x, own=of_values: _begin(x, own.all, False)
     run = Trainable(program, places)
-    leaves = [own.own for own in heads.values()]
+    heads = [part for pair in zip(keys, values, strict=True) for part in pair]
+    leaves = [part.own for part in heads]
     adam = torch.optim.AdamW(leaves, lr=config.lr, weight_decay=0.0)
 
     def loss(text: Tensor) -> Tensor:
         with torch.no_grad():
-            want = _logits(plan.reference(text))
+            want = _logits(reference(text))
         got = _logits(run.run(*program.bind([text])))
-        return divergence(want[:, len(ids) :], got[:, len(ids) :])
+        return kl_divergence(want[:, len(ids) :], got[:, len(ids) :])
 
     def judge() -> float:
         with torch.no_grad():
-            return sum(float(loss(text)) for text in held) / len(held)
+            return sum(float(loss(text)) for text in validation) / len(validation)
 
     first = least = judge()
     best = [leaf.detach().clone() for leaf in leaves]
     rounds = max(1, config.steps // 4)
-    for step in track(range(1, config.steps + 1), "CalibratePrefix", disable=not plan.progress, transient=True):
+    for step in context.track(range(1, config.steps + 1), "CalibratePrefix"):
         adam.zero_grad()
         with torch.enable_grad():
             loss(train[step % len(train)]).backward()
@@ -135,22 +136,23 @@ def calibrate_prefix(program: Program, config: CalibratePrefix, statistics: Stat
         adam.step()
         if step % rounds == 0 and (now := judge()) < least:
             least, best = now, [leaf.detach().clone() for leaf in leaves]
-    for own, value in zip(heads.values(), best, strict=True):
-        own.own = value
-    report.tensors = {name: own.all for name, own in heads.items()}
+    for part, value in zip(heads, best, strict=True):
+        part.own = value
+    trained = replace(start, keys=tuple(k.all for k in keys), values=tuple(v.all for v in values))
+    report.constants = KVConstants(prefix=trained)
     report.done = [f"{len(ids)} tokens"]
-    report.notes.append(f"{config.steps} steps: divergence {first:.4f} -> {least:.4f} nats a token on texts held back")
+    report.notes.append(f"{config.steps} steps: divergence {first:.4f} -> {least:.4f} nats a token on validation texts")
     return report
 
 
-def _begin(x: Tensor, first: Tensor, turned: bool) -> Tensor:
-    """x [B, H, T, D] (turned: [B, H, D, T]) with its first tokens replaced by `first` [1, H, p, D].
+def _begin(x: Tensor, first: Tensor, transposed: bool) -> Tensor:
+    """x [B, H, T, D] (transposed: [B, H, D, T]) with its first tokens replaced by `first` [1, H, p, D].
 
     Heads may be folded into rows: [B H, T, D].
     """
     if x.ndim == 3:
-        return _begin(x.unflatten(0, (-1, first.shape[1])), first, turned).flatten(0, 1)
-    axis, first = (-1, first.transpose(-1, -2)) if turned else (-2, first)
+        return _begin(x.unflatten(0, (-1, first.shape[1])), first, transposed).flatten(0, 1)
+    axis, first = (-1, first.transpose(-1, -2)) if transposed else (-2, first)
     p = first.shape[axis]
     rest = x.narrow(axis, p, x.shape[axis] - p)
     return torch.cat([first.expand(len(x), -1, -1, -1).to(x.dtype), rest], axis)

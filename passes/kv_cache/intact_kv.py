@@ -16,17 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.attention_scores import products
-from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
-from qcompile.passes.qdq.site_plan import EXACT
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
-from qcompile.recipe.report import PassReport
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
+from qcompile.recipe.report import KVConstants, PassReport, PrefixValues
+from qcompile.recipe.rule import RecipeError
 
 
 @dataclass(frozen=True)
-class IntactKV:
+class IntactKV(PassConfig):
     """The ids of the prefix; empty: the model's own beginning-of-sequence token."""
 
     prefix: tuple[int, ...] = ()
@@ -36,8 +35,8 @@ class IntactKV:
             raise RecipeError(f"IntactKV: the prefix is a tuple of token ids, got {self.prefix}")
 
 
-@rewrites(IntactKV, exact=False, after=EXACT)
-def intact_kv(program: Program, config: IntactKV, statistics: Statistics) -> PassReport:
+@rewrites(IntactKV, Stage.KV_PREFIX, exact=False)
+def intact_kv(program: Program, config: IntactKV, context: PassContext) -> PassReport:
     """Compute keys [1, H, p, D], values and logits [1, p, V] of the prefix with the float program."""
     report = PassReport("IntactKV")
     inputs = program.inputs
@@ -45,17 +44,19 @@ def intact_kv(program: Program, config: IntactKV, statistics: Statistics) -> Pas
         raise RecipeError("IntactKV: give the token ids of the prefix; this model names no beginning-of-sequence token")
     if len(inputs) != 1 or inputs[0].meta["val"].dtype != torch.int64:
         raise RecipeError(f"IntactKV: the model must take token ids alone, it takes {[n.name for n in inputs]}")
-    flows = products(program)
+    flows = context.facts.attentions
     found: dict[fx.Node, Tensor] = {}
     ids = torch.tensor([config.prefix, config.prefix])  # two rows, as the program was traced
     logits = program.outputs[0]
     program.watch({logits, *(f.keys for f in flows), *(f.values for f in flows)}, [ids], found.__setitem__)
-    for index, flow in enumerate(flows):
-        keys = found[flow.keys].transpose(-1, -2) if flow.turned else found[flow.keys]
-        report.tensors[f"{index}.keys"] = _first_row(keys)
-        report.tensors[f"{index}.values"] = _first_row(found[flow.values])
-    report.tensors["logits"] = found[logits][:1].clone()
-    report.tensors["ids"] = ids[0]
+    keys = [found[f.keys].transpose(-1, -2) if f.keys_transposed else found[f.keys] for f in flows]
+    prefix = PrefixValues(
+        ids=ids[0],
+        keys=tuple(map(_first_row, keys)),
+        values=tuple(_first_row(found[f.values]) for f in flows),
+        logits=found[logits][:1].clone(),
+    )
+    report.constants = KVConstants(prefix=prefix)
     report.notes.append(f"{len(config.prefix)} tokens of {len(flows)} attentions from the float model")
     return report
 

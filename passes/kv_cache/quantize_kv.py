@@ -23,23 +23,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.analysis.attention_scores import AttentionMatmul, mixed_channels, products
+from qcompile.analysis.attention_scores import AttentionMatmul, mixed_channels
 from qcompile.analysis.obstacle import Obstacle
-from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
-from qcompile.numerics.hadamard import rotation
-from qcompile.passes.qdq.site_plan import EXACT
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
-from qcompile.recipe.report import PassReport
+from qcompile.numerics.hadamard import random_rotation
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
+from qcompile.recipe.report import KVConstants, PassReport
+from qcompile.recipe.rule import RecipeError
 
 aten = torch.ops.aten
 ops = torch.ops.qcompile
 
 
 @dataclass(frozen=True)
-class QuantizeKV:
+class QuantizeKV(PassConfig):
     """How keys and values are rounded.
 
     Attributes:
@@ -63,7 +63,7 @@ class QuantizeKV:
             raise RecipeError(f"QuantizeKV: sink_tokens counts tokens, got {self.sink_tokens}")
         if self.static and (self.bits != 8 or self.hadamard or self.center or self.sink_tokens):
             raise RecipeError(
-                "QuantizeKV: fixed scales are of 8 bits, and go with none of hadamard, center, sink_tokens: "
+                "QuantizeKV: static scales are of 8 bits, and go with none of hadamard, center, sink_tokens: "
                 "QuantizeKV(8, static=True)"
             )
 
@@ -75,48 +75,50 @@ class QuantizeKV:
 
 @rewrites(
     QuantizeKV,
+    Stage.KV_CACHE,
     exact=False,
     needs=lambda config: ("keys",) if config.center or config.static else (),
-    after=(*EXACT, "IntactKV"),
 )
-def quantize_kv(program: Program, config: QuantizeKV, statistics: Statistics) -> PassReport:
+def quantize_kv(program: Program, config: QuantizeKV, context: PassContext) -> PassReport:
     """Insert the rounding before every attention, in place."""
     report = PassReport("QuantizeKV")
-    found = products(program)
-    scales = [_fixed_scales(program, p, statistics, report) for p in found] if config.static else []
-    for index, product in enumerate(found):
-        keys, values = product.keys, product.values
-        center = None
-        if config.center:
-            report.tensors[f"{index}.center"] = mean = statistics.key_means[keys.name]
-            center = program.add_weight(f"keys.{index}.center", mean.to(keys.meta["val"].device))
-        if product.turned:
-            keys = program.insert(aten.transpose.int, (keys, -1, -2), before=product.node)
+    attentions = context.facts.attentions
+    scales = [_static_scales(program, flow, context, report) for flow in attentions] if config.static else []
+    centers = [context.statistics.key_means[flow.keys.name] for flow in attentions] if config.center else []
+    for index, flow in enumerate(attentions):
+        keys, values = flow.keys, flow.values
+        if flow.keys_transposed:
+            keys = program.insert(aten.transpose.int, (keys, -1, -2), before=flow.node)
         if config.static:
-            turned, rounded = (
-                _round_fixed(program, x, report, f"{index}.{part}_scale", scale, before)
-                for x, part, scale, before in zip(
-                    (keys, values), ("key", "value"), scales[index], (product.node, product.consumer), strict=True
-                )
-            )
+            key_scale, value_scale = scales[index]
+            keys = _round_static(program, keys, f"cache.{index}.key_scale", key_scale, flow.node)
+            values = _round_static(program, values, f"cache.{index}.value_scale", value_scale, flow.value_product)
         else:
-            turned = _round(program, keys, config, product.node, turn=config.hadamard, center=center)
-            rounded = _round(program, values, config, product.consumer, turn=False)
-        if product.turned:
-            turned = program.insert(aten.transpose.int, (turned, -1, -2), before=product.node)
-        _replace_argument(product.node, 1, turned)
-        _replace_argument(product.consumer, product.values_at, rounded)
-        report.done.append(product.node.name)
-    kind = "int8, a scale for each channel" if config.static else str(config.format)
+            center = None
+            if config.center:
+                device = keys.meta["val"].device
+                center = program.add_weight(f"keys.{index}.center", centers[index].to(device))
+            keys = _round(program, keys, config, flow.node, rotate=config.hadamard, center=center)
+            values = _round(program, values, config, flow.value_product, rotate=False)
+        if flow.keys_transposed:
+            keys = program.insert(aten.transpose.int, (keys, -1, -2), before=flow.node)
+        _replace_argument(flow.node, 1, keys)
+        _replace_argument(flow.value_product, flow.values_at, values)
+        report.done.append(flow.node.name)
+    report.constants = KVConstants(
+        centers=tuple(centers), key_scales=tuple(k for k, _ in scales), value_scales=tuple(v for _, v in scales)
+    )
+    kind = "int8, a static scale for each channel" if config.static else str(config.format)
     report.notes.append(f"{len(report.done)} attentions, {kind}")
     return report
 
 
-def fixed_scale(absmax: Tensor, mixed: Tensor | None = None) -> Tensor:
+def static_scale(absmax: Tensor, mixed: Tensor | None = None) -> Tensor:
     """Scales of int8 channels.
 
     Args:
-        absmax: [H, D] of each channel. mixed: [H, D] equal numbers for channels that a rotation mixes; None: for none.
+        absmax: [H, D] of each channel.
+        mixed: [H, D] one label for all channels that a rotation mixes; None: no rotation.
 
     Returns:
         [H, D] float32; 1 / 127 for channels that are zero.
@@ -128,30 +130,27 @@ def fixed_scale(absmax: Tensor, mixed: Tensor | None = None) -> Tensor:
     return (torch.where(peak > 0, peak, torch.ones_like(peak)) / 127).float()
 
 
-def _fixed_scales(
-    program: Program, product: AttentionMatmul, statistics: Statistics, report: PassReport
+def _static_scales(
+    program: Program, flow: AttentionMatmul, context: PassContext, report: PassReport
 ) -> tuple[Tensor, Tensor]:
-    """Of keys and of values; found before anything is inserted that the flow would meet."""
-    mixed = mixed_channels(program, product)
+    """Of keys and of values; found before anything is inserted that the analysis would meet."""
+    mixed = mixed_channels(program, flow)
     if isinstance(mixed, Obstacle):
-        report.notes.append(f"{product.node.name}: scales hold for the positions of the calibration ({mixed.reason})")
+        report.notes.append(f"{flow.node.name}: scales hold for the positions of the calibration ({mixed.reason})")
         mixed = None
-    keys = fixed_scale(statistics.cached[product.keys.name], mixed)
-    return keys, fixed_scale(statistics.cached[product.values.name])
+    absmax = context.statistics.cached
+    return static_scale(absmax[flow.keys.name], mixed), static_scale(absmax[flow.values.name])
 
 
-def _round_fixed(
-    program: Program, x: torch.fx.Node, report: PassReport, name: str, scale: Tensor, before: torch.fx.Node
-) -> torch.fx.Node:
-    report.tensors[name] = scale
-    held = program.add_weight(f"cache.{name}", scale.to(x.meta["val"].device))
+def _round_static(program: Program, x: torch.fx.Node, name: str, scale: Tensor, before: torch.fx.Node) -> torch.fx.Node:
+    stored = program.add_weight(name, scale.to(x.meta["val"].device))
     dtype = x.meta["val"].dtype
 
     def run(x: Tensor, scale: Tensor) -> Tensor:
-        step = scale[:, None]  # [H, 1, D]
-        return ((x.float() / step).round().clamp(-128, 127) * step).to(dtype)
+        by_channel = scale[:, None]  # [H, 1, D]
+        return ((x.float() / by_channel).round().clamp(-128, 127) * by_channel).to(dtype)
 
-    done: torch.fx.Node = program.inline(run, (x, held), before=before)
+    done: torch.fx.Node = program.inline(run, (x, stored), before=before)
     return done
 
 
@@ -161,33 +160,33 @@ def _round(
     config: QuantizeKV,
     before: torch.fx.Node,
     *,
-    turn: bool,
+    rotate: bool,
     center: torch.fx.Node | None = None,
 ) -> torch.fx.Node:
-    form, dtype, intact = config.format, x.meta["val"].dtype, config.sink_tokens
+    form, dtype, sinks = config.format, x.meta["val"].dtype, config.sink_tokens
     args = [x]
-    if turn:
+    if rotate:
         width = int(x.meta["val"].shape[-1])
-        name = f"keys{width}.turn"
+        name = f"keys{width}.rotation"
         if name not in program.weights:
-            program.add_weight(name, rotation(width, 0)[0].float().to(x.meta["val"].device))
+            program.add_weight(name, random_rotation(width, 0)[0].float().to(x.meta["val"].device))
         args.append(program.node_of(name))
     if center is not None:
         args.append(center)
 
     def run(x: Tensor, *more: Tensor) -> Tensor:
         wide, rest = x.float(), list(more)
-        matrix = rest.pop(0) if turn else None
+        matrix = rest.pop(0) if rotate else None
         mean = rest.pop(0)[:, None] if rest else None  # [H, 1, D]
         wide = wide if mean is None else wide - mean
         codes, scale, zero = ops.quantize(wide if matrix is None else wide @ matrix, str(form))
-        numbers = ops.dequantize(codes, scale, zero, None, str(form), 0, torch.float32)
-        back = numbers if matrix is None else numbers @ matrix.t()
+        dequantized = ops.dequantize(codes, scale, zero, None, str(form), 0, torch.float32)
+        back = dequantized if matrix is None else dequantized @ matrix.t()
         back = (back if mean is None else back + mean).to(dtype)
-        if not intact:
+        if not sinks:
             return back
         position = torch.arange(x.shape[-2], device=x.device)[:, None]
-        return torch.where(position < intact, x, back)
+        return torch.where(position < sinks, x, back)
 
     done: torch.fx.Node = program.inline(run, args, before=before)
     return done

@@ -1,39 +1,23 @@
-"""Insert plain quantize/dequantize around a site's product: the graph that is the meaning of a quantized site."""
+"""Insert quantize/dequantize around a site's product: the graph that defines what a quantized site computes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qcompile.analysis.sites import Site
+from qcompile.ir.aten_ops import LINEAR, aten
 from qcompile.ir.node_meta import FLOAT_WEIGHT, SITE
+from qcompile.ir.op_calls import DequantizeCall, QuantizeCall
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
-from qcompile.passes.qdq.site_plan import PlannedSite, SitePlan
+from qcompile.numerics.qtensor import StoredParts
+from qcompile.passes.qdq.site_plan import PlannedSite
+from qcompile.recipe.pass_context import PassContext
 
-ops = torch.ops.qcompile
-aten = torch.ops.aten
-
-
-def corrected_sites(program: Program) -> list[tuple[torch.fx.Node, Tensor, Tensor]]:
-    """The products of quantized sites with the float weight and what the codes stand for, [N, K] each."""
-    found = []
-    for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
-        if FLOAT_WEIGHT in node.meta:
-            args = [
-                program.weights[program.weight_name(a) or ""] if isinstance(a, torch.fx.Node) else a
-                for a in node.args[1].args
-            ]
-            found.append((node, node.meta[FLOAT_WEIGHT], ops.dequantize(*args)))
-    return found
-
-
-def float_input(product: torch.fx.Node) -> torch.fx.Node:
-    """What a quantized product reads, before the quantization of activations."""
-    x = product.args[0]
-    if x.target is ops.dequantize.default:
-        x = x.args[0].args[0].args[0]  # dequantize(codes = getitem(quantize(x), 0))
-    return x
+_PART_NAMES = ("codes", "scale", "zero", "group_scale")
 
 
 def matrix_of(program: Program, site: Site) -> Tensor:
@@ -44,54 +28,72 @@ def matrix_of(program: Program, site: Site) -> Tensor:
     return (weight if site.rows_first else weight.transpose(1, 2)).flatten(0, 1)
 
 
-def put_codes(program: Program, planned: PlannedSite, tensors: tuple[Tensor | None, ...], plan: SitePlan) -> None:
-    """Make a site read stored codes (with scale, zero, group scale) and a quantized input.
+def put_codes(program: Program, planned: PlannedSite, parts: StoredParts, context: PassContext) -> None:
+    """Make a site read stored codes (with scale, zero point, group scale) and a quantized input.
 
-    The tensors are of `matrix_of`; those of a stack get their leading E back.
+    Args:
+        program: changed in place.
+        planned: the site and its formats.
+        parts: of the rows of `matrix_of`; those of a stack get their leading E back.
+        context: its report of the site is filled in.
     """
-    site, act = planned.site, planned.act
-    if site.kind == "experts":
-        _put_stack(program, planned, tensors)
-        return
-    original = program.weights[site.name]
-    dtype, weight_dtype = site.node.meta["val"].dtype, original.dtype
-    site.node.meta[SITE] = site.name
-    if plan.corrected:
-        site.node.meta[FLOAT_WEIGHT] = original
-    nodes = add_stored(program, site.name, tensors)
-    numbers = program.insert(
-        ops.dequantize.default, (*nodes, str(planned.weight), site.K, weight_dtype), before=site.node
-    )
-    x = site.input
-    if act is not None:
-        codes, scale, zero = quantized_input(program, x, act)
-        x = program.insert(
-            ops.dequantize.default,
-            (codes, scale, zero if act.zero != "none" else None, None, str(act), 0, dtype),
-            before=site.node,
-        )
-    site.node.args = (x, numbers, *site.node.args[2:])
-
-
-def _put_stack(program: Program, planned: PlannedSite, tensors: tuple[Tensor | None, ...]) -> None:
     site = planned.site
     dtype = program.weights[site.name].dtype
-    stacked = tuple(t if t is None or not t.ndim else t.unflatten(0, (-1, site.N)) for t in tensors)
-    nodes = add_stored(program, site.name, stacked)
-    numbers = program.insert(ops.dequantize.default, (*nodes, str(planned.weight), site.K, dtype), before=site.node)
-    if site.rows_first:
-        turn = site.node.args[1]
-        numbers = program.insert(turn.target, (numbers, *turn.args[1:]), before=site.node)
-    else:
-        numbers = program.insert(aten.transpose.int, (numbers, 1, 2), before=site.node)
-    site.node.args = (site.node.args[0], numbers, *site.node.args[2:])
     site.node.meta[SITE] = site.name
+    if site.kind == "experts":
+        nodes = _add_parts(program, site.name, [_unstacked(part, site) for part in parts])
+        weight = DequantizeCall(*nodes, str(planned.weight), site.K, dtype).insert(program, before=site.node)
+        args = (site.node.args[0], _as_operand(program, weight, site), *site.node.args[2:])
+    else:
+        if context.keep_float_weights:
+            site.node.meta[FLOAT_WEIGHT] = program.weights[site.name]
+        nodes = _add_parts(program, site.name, list(parts))
+        weight = DequantizeCall(*nodes, str(planned.weight), site.K, dtype).insert(program, before=site.node)
+        x = site.input if planned.act is None else _quantized_input(program, site, planned.act)
+        args = (x, weight, *site.node.args[2:])
+    site.node.args = args
+    if site.name in context.sites:
+        stored = sum(part.nbytes for part in parts if part is not None)
+        context.sites[site.name].set_quantized(planned.weight, planned.act, stored)
 
 
-def add_stored(program: Program, name: str, tensors: tuple[Tensor | None, ...]) -> tuple[object, ...]:
-    """Add stored codes, scale, zero and group scale as weights "<name>.codes", ..; absent ones are None."""
-    found: list[object] = []
-    for part, tensor in zip(("codes", "scale", "zero", "group_scale"), tensors, strict=True):
+def _unstacked(part: Tensor | None, site: Site) -> Tensor | None:
+    return part if part is None or not part.ndim else part.unflatten(0, (-1, site.N))
+
+
+def _as_operand(program: Program, weight: fx.Node, site: Site) -> fx.Node:
+    """The stack [E, N, K] as the product reads it, [E, K, N]."""
+    if site.rows_first:
+        transpose = site.node.args[1]
+        assert isinstance(transpose, fx.Node)
+        return program.insert(transpose.target, (weight, *transpose.args[1:]), before=site.node)
+    return program.insert(aten.transpose.int, (weight, 1, 2), before=site.node)
+
+
+def _quantized_input(program: Program, site: Site, act: Format) -> fx.Node:
+    codes, scale, zero = _quantized(program, site.input, act)
+    dtype = site.node.meta["val"].dtype
+    call = DequantizeCall(codes, scale, zero if act.zero != "none" else None, None, str(act), 0, dtype)
+    return call.insert(program, before=site.node)
+
+
+def _quantized(program: Program, x: fx.Node, act: Format) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Codes, scale and zero point of a value: one quantization for all sites that read it."""
+    for user in x.users:
+        if QuantizeCall.matches(user) and QuantizeCall.of(user).format == str(act):
+            codes, scale, zero = sorted(user.users, key=lambda read: read.args[1])
+            return codes, scale, zero
+    pair = QuantizeCall(x, str(act)).insert(program, after=x)
+    codes, scale, zero = program.unpack(pair, 3)
+    return codes, scale, zero
+
+
+def _add_parts(
+    program: Program, name: str, parts: list[Tensor | None]
+) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None]:
+    """Add the parts as weights "<name>.codes", "<name>.scale", ..; an absent one is None."""
+    found: list[fx.Node | None] = []
+    for part, tensor in zip(_PART_NAMES, parts, strict=True):
         full = f"{name}.{part}"
         if tensor is None:
             found.append(None)
@@ -99,16 +101,27 @@ def add_stored(program: Program, name: str, tensors: tuple[Tensor | None, ...]) 
             found.append(program.node_of(full))
         else:
             found.append(program.add_weight(full, tensor))
-    return tuple(found)
+    codes, scale, zero, group_scale = found
+    assert codes is not None and scale is not None
+    return codes, scale, zero, group_scale
 
 
-def quantized_input(program: Program, x: object, act: Format) -> tuple[object, object, object]:
-    """The codes, scale and zero of a value: one quantization for all sites that read it."""
-    assert isinstance(x, torch.fx.Node)
-    for user in x.users:
-        if user.target is ops.quantize.default and user.args[1] == str(act):
-            codes, scale, zero = sorted(user.users, key=lambda n: n.args[1])
-            return codes, scale, zero
-    pair = program.insert(ops.quantize.default, (x, str(act)), after=x)
-    codes, scale, zero = program.unpack(pair, 3)
-    return codes, scale, zero
+def corrected_sites(program: Program) -> Iterator[tuple[fx.Node, Tensor, Tensor]]:
+    """The products of quantized sites with the float weight and the dequantized one, [N, K] each."""
+    for node in list(program.graph.find_nodes(op="call_function", target=LINEAR)):
+        if FLOAT_WEIGHT in node.meta:
+            call = DequantizeCall.of(node.args[1])
+            arguments = [program.weight_of(a) if isinstance(a, fx.Node) else a for a in call.arguments]
+            yield node, node.meta[FLOAT_WEIGHT], torch.ops.qcompile.dequantize(*arguments)
+
+
+def float_input(product: fx.Node) -> fx.Node:
+    """What a quantized product reads, before the quantization of activations."""
+    x = product.args[0]
+    assert isinstance(x, fx.Node)
+    if not DequantizeCall.matches(x):
+        return x
+    codes = DequantizeCall.of(x).codes  # the first output of a quantize
+    pair = codes.args[0]
+    assert isinstance(pair, fx.Node)
+    return QuantizeCall.of(pair).x

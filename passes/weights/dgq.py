@@ -15,17 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import QTensor, expand_groups, group_columns, ungroup_columns
 from qcompile.numerics.rounding import quantize_tensor
-from qcompile.passes.qdq.site_plan import BEFORE, SitePlan
 from qcompile.passes.weights.gptq import GPTQ, compensate, loss
 from qcompile.passes.weights.sequential import quantize_sequentially
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError
 
 GROUP_STEPS, ROW_STEPS = 20, 80  # of the paper's code: 1.009 .. 0.80 and 1.01 .. 0.20
 
@@ -101,8 +100,8 @@ def _parts(q: QTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.codes, q.scale, q.zero, q.group_scale
 
 
-@rewrites(DGQ, exact=False, needs=("hessian",), sitewise=True, after=BEFORE)
-def dgq(program: Program, config: DGQ, statistics: Statistics, plan: SitePlan) -> PassReport:
+@rewrites(DGQ, Stage.QUANTIZE, exact=False, needs=("batches",))
+def dgq(program: Program, config: DGQ, context: PassContext) -> PassReport:
     """Quantize every wanted site on searched scales, in the order of the graph."""
     nearest: list[str] = []
 
@@ -113,7 +112,7 @@ def dgq(program: Program, config: DGQ, statistics: Statistics, plan: SitePlan) -
             grid = search_rows(weight, hessian, *search_groups(weight, hessian, form), form)
         return compensate(weight, hessian, grid, config, names, nearest) if config.codes == "gptq" else grid
 
-    report = quantize_sequentially(program, config, plan, PassReport("DGQ"), choose)
+    report = quantize_sequentially(program, config, context, PassReport("DGQ"), choose)
     if nearest:
         report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(nearest)}")
     return report

@@ -15,18 +15,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from rich.progress import track
 from torch import Tensor
 
-from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
-from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan, planned_sites
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
+from qcompile.passes.qdq.site_plan import Quantize, planned_sites
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError
 
 
 @dataclass(frozen=True)
@@ -92,37 +91,37 @@ def relative_error(weight: Tensor, form: Format, clip: bool) -> tuple[float, int
     return float((q.dequantize() - wide).square().sum() / wide.square().sum().clamp_min(1e-30)), q.nbytes
 
 
-@rewrites(FineQuant, exact=False, sitewise=True, after=BEFORE)
-def finequant(program: Program, config: FineQuant, statistics: Statistics, plan: SitePlan) -> PassReport:
+@rewrites(FineQuant, Stage.QUANTIZE, exact=False)
+def finequant(program: Program, config: FineQuant, context: PassContext) -> PassReport:
     """Choose sizes for all wanted sites together, then round to nearest, in place."""
     report = PassReport("FineQuant")
-    planned = planned_sites(program, config, plan, report)
+    planned = planned_sites(config, context, report)
     free = [index for index, w in enumerate(planned) if w.weight == config.weight]
-    errors, costs, numbers = [], [], 0
-    for index in track(free, "FineQuant", disable=not plan.progress, transient=True):
+    errors, costs, weights = [], [], 0
+    for index in context.track(free, "FineQuant"):
         weight = matrix_of(program, planned[index].site)
         options = [relative_error(weight, _sized(config.weight, size), config.clip) for size in config.group_sizes]
         errors.append([error for error, _ in options])
         costs.append([cost for _, cost in options])
-        numbers += weight.numel()
+        weights += weight.numel()
     if free:
-        least = 8 * sum(map(min, costs)) / numbers
+        least = 8 * sum(map(min, costs)) / weights
         if least > config.bits:
             raise RecipeError(
                 f"FineQuant: the coarsest groups of {config.group_sizes} already take {least:.3f} bits a weight, "
                 f"the budget is {config.bits}: allow more bits or a larger size"
             )
-        chosen = spend(errors, costs, config.bits * numbers / 8)
+        chosen = spend(errors, costs, config.bits * weights / 8)
         for index, option in zip(free, chosen, strict=True):
             planned[index] = dataclasses.replace(
                 planned[index], weight=_sized(config.weight, config.group_sizes[option])
             )
-        spent = 8 * sum(c[i] for c, i in zip(costs, chosen, strict=True)) / numbers
+        spent = 8 * sum(c[i] for c, i in zip(costs, chosen, strict=True)) / weights
         shares = {size: sum(config.group_sizes[i] == size for i in chosen) for size in config.group_sizes}
         report.notes.append(f"{spent:.3f} bits a weight; " + ", ".join(f"group {s}: {n}" for s, n in shares.items()))
     for site in planned:
         q = quantize_tensor(matrix_of(program, site.site), site.weight, clip=config.clip)
-        put_codes(program, site, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+        put_codes(program, site, q.stored_parts, context)
         report.done.append(site.site.name)
     return report
 

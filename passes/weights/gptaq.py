@@ -21,17 +21,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import QTensor
 from qcompile.numerics.rounding import quantize_tensor
-from qcompile.passes.qdq.site_plan import BEFORE, SitePlan
 from qcompile.passes.weights.gptq import GPTQ, compensate
 from qcompile.passes.weights.sequential import quantize_sequentially
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ def towards_float(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float
     return (weight.double() + strength * (weight.double() @ step)).to(weight.dtype)
 
 
-@rewrites(GPTAQ, exact=False, needs=("hessian",), sitewise=True, after=BEFORE)
-def gptaq(program: Program, config: GPTAQ, statistics: Statistics, plan: SitePlan) -> PassReport:
+@rewrites(GPTAQ, Stage.QUANTIZE, exact=False, needs=("batches",))
+def gptaq(program: Program, config: GPTAQ, context: PassContext) -> PassReport:
     """Quantize every wanted site, in the order of the graph, towards the float model's output."""
     nearest: list[str] = []
 
@@ -70,7 +69,7 @@ def gptaq(program: Program, config: GPTAQ, statistics: Statistics, plan: SitePla
     def aim(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
         return towards_float(weight, hessian, cross, config.damp_percent, config.strength)
 
-    report = quantize_sequentially(program, config, plan, PassReport("GPTAQ"), choose, aim)
+    report = quantize_sequentially(program, config, context, PassReport("GPTAQ"), choose, aim)
     if nearest:
         report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(nearest)}")
     return report

@@ -18,16 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
+from qcompile.numerics.qparams import expand_qparams, fake_quantize, quantize_with_qparams
 from qcompile.numerics.qtensor import QTensor
-from qcompile.numerics.rounding import expand_qparams, fake_quantize, quantize_tensor, quantize_with_qparams
-from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan
+from qcompile.numerics.rounding import quantize_tensor
+from qcompile.passes.qdq.site_plan import Quantize
 from qcompile.passes.weights.sequential import quantize_sequentially
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError
 
 _ROWS = 16384  # of a weight at once: each is solved by itself, and the logits have as many as there are words
 
@@ -127,15 +128,15 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
     return result
 
 
-@rewrites(GPTQ, exact=False, needs=("hessian",), sitewise=True, after=BEFORE)
-def gptq_sites(program: Program, config: GPTQ, statistics: Statistics, plan: SitePlan) -> PassReport:
+@rewrites(GPTQ, Stage.QUANTIZE, exact=False, needs=("batches",))
+def gptq_sites(program: Program, config: GPTQ, context: PassContext) -> PassReport:
     """Quantize every wanted site, in the order of the graph, each on quantized upstream inputs."""
     nearest: list[str] = []
 
     def choose(weight: Tensor, hessian: Tensor, form: Format, names: list[str]) -> QTensor:
         return compensate(weight, hessian, quantize_tensor(weight, form, clip=config.clip), config, names, nearest)
 
-    report = quantize_sequentially(program, config, plan, PassReport("GPTQ"), choose)
+    report = quantize_sequentially(program, config, context, PassReport("GPTQ"), choose)
     if nearest:
         report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(nearest)}")
     return report

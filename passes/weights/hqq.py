@@ -15,16 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.calibration.statistics import Statistics
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import QTensor, group_columns, ungroup_columns
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
-from qcompile.passes.qdq.site_plan import BEFORE, Quantize, SitePlan, planned_sites
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
+from qcompile.passes.qdq.site_plan import Quantize, planned_sites
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError
 
 
 @dataclass(frozen=True)
@@ -99,19 +99,19 @@ def hqq(weight: Tensor, grid: QTensor, *, norm: float = 0.7, beta: float = 10.0,
     return QTensor(codes, grid.scale, kept_zero.squeeze(-1), None, form)
 
 
-@rewrites(HQQ, exact=False, sitewise=True, after=BEFORE)
-def hqq_sites(program: Program, config: HQQ, statistics: Statistics, plan: SitePlan) -> PassReport:
+@rewrites(HQQ, Stage.QUANTIZE, exact=False)
+def hqq_sites(program: Program, config: HQQ, context: PassContext) -> PassReport:
     """Quantize every wanted site, in place; sites in another format are rounded to nearest."""
     report = PassReport("HQQ")
     plain: list[str] = []
-    for planned in planned_sites(program, config, plan, report):
+    for planned in planned_sites(config, context, report):
         weight = matrix_of(program, planned.site)
         q = quantize_tensor(weight, planned.weight, clip=config.clip)
         if planned.weight.zero == "float" and planned.weight.per == "group":
             q = hqq(weight, q, norm=config.norm, beta=config.beta, steps=config.steps)
         else:
             plain.append(planned.site.name)
-        put_codes(program, planned, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+        put_codes(program, planned, q.stored_parts, context)
         report.done.append(planned.site.name)
     if plain:
         report.notes.append(f"rounded to nearest, their format has no real zeros in groups: {', '.join(plain)}")

@@ -16,22 +16,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.calibration.statistics import Statistics
 from qcompile.ir.node_meta import FLOAT_WEIGHT, LOW_RANK, SITE
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import corrected_sites, float_input
-from qcompile.passes.qdq.site_plan import SitePlan
-from qcompile.recipe.recipe import RecipeError
-from qcompile.recipe.registry import rewrites
+from qcompile.passes.qdq.site_plan import Quantize
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class LoRC:
+class LoRC(PassConfig):
     """Rank of the correction; ZeroQuant-V2 finds 8 enough, and 4 to 32 alike."""
 
     rank: int = 8
@@ -40,8 +41,7 @@ class LoRC:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise RecipeError(f"LoRC: the rank must be at least 1, got {self.rank}")
-        if isinstance(self.factors, str):
-            object.__setattr__(self, "factors", Format.parse(self.factors))
+        super().__post_init__()
         if self.factors not in (None, Format("int8")):
             raise RecipeError(f"LoRC: factors are int8 or, by default, in the model's dtype; got {self.factors}")
 
@@ -67,14 +67,14 @@ def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return right.t().float().contiguous(), left.float().contiguous()
 
 
-@rewrites(LoRC, exact=False, sitewise=True, after=("Quantize",), requires=("Quantize",))
-def lorc(program: Program, config: LoRC, statistics: Statistics, plan: SitePlan) -> PassReport:
+@rewrites(LoRC, Stage.CORRECT, exact=False, requires=(Quantize,), reads_float_weights=True)
+def lorc(program: Program, config: LoRC, context: PassContext) -> PassReport:
     """Add a correction beside every quantized site, in place."""
     report = PassReport("LoRC")
     bits = weights = 0
-    for node, original, numbers in corrected_sites(program):
+    for node, original, dequantized in corrected_sites(program):
         name = node.meta[SITE]
-        inner, outer = low_rank(original.float() - numbers.float(), config.rank)
+        inner, outer = low_rank(original.float() - dequantized.float(), config.rank)
         x = float_input(node)
         stored: dict[str, str] = {}  # part -> weight
         for part, factor in (("low_in", inner), ("low_out", outer)):
@@ -83,7 +83,10 @@ def lorc(program: Program, config: LoRC, statistics: Statistics, plan: SitePlan)
         total = program.insert(aten.add.Tensor, (node, x), after=node)
         program.replace(node, total)
         node.meta[LOW_RANK] = stored
-        bits += 8 * sum(program.weights[weight].nbytes for weight in stored.values())
+        added = sum(program.weights[weight].nbytes for weight in stored.values())
+        if name in context.sites:
+            context.sites[name].bytes_after += added
+        bits += 8 * added
         weights += original.numel()
         report.done.append(name)
     report.notes.append(f"rank {config.rank}: {bits / max(weights, 1):.3f} bits a weight")
@@ -101,5 +104,7 @@ def _add_factor(
     q = quantize_tensor(factor, config.factors)
     stored[f"{part}_scale"] = f"{name}_scale"
     nodes = program.add_weight(name, q.codes), program.add_weight(f"{name}_scale", q.scale)
-    numbers: torch.fx.Node = program.inline(lambda codes, scale: (codes.float() * scale).to(dtype), nodes, before=node)
-    return numbers
+    factor_node: torch.fx.Node = program.inline(
+        lambda codes, scale: (codes.float() * scale).to(dtype), nodes, before=node
+    )
+    return factor_node

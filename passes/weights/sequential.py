@@ -1,7 +1,7 @@
 """Quantizing site after site, each on the inputs that the quantized part of the model gives it.
 
 What GPTQ, DGQ and every algorithm share that chooses codes by the second moments of a site's input:
-a walk in graph order (qcompile/calibration/layerwise_run.py), one Hessian for all sites that read the same value.
+a layerwise run in graph order (qcompile/calibration/layerwise_run.py), one Hessian for all sites that read the same value.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from qcompile.calibration.hessian import Gram, hessian_of, refuse_infinite
@@ -21,7 +20,8 @@ from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import QTensor
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
-from qcompile.passes.qdq.site_plan import PlannedSite, Quantize, SitePlan, planned_sites
+from qcompile.passes.qdq.site_plan import PlannedSite, Quantize, planned_sites
+from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.report import PassReport
 
 Choose = Callable[[Tensor, Tensor, Format, list[str]], QTensor]
@@ -32,75 +32,71 @@ Aim = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def quantize_sequentially(
-    program: Program, config: Quantize, plan: SitePlan, report: PassReport, choose: Choose, aim: Aim | None = None
+    program: Program, config: Quantize, context: PassContext, report: PassReport, choose: Choose, aim: Aim | None = None
 ) -> PassReport:
-    """Quantize every wanted site in place, in the order of the graph.
+    """Quantize every planned site in place, in the order of the graph.
 
-    With `aim`, the program as it is now is walked beside it, and inputs are rounded as activations are.
+    With `aim`, the program as it is now runs beside it, and inputs are rounded as activations are.
 
     The logits, where the recipe gives them eight bits of their own, are rounded to nearest, and the
     report says so: the largest matrix of a small model, and eight bits lose nothing that a search could
     win back.
     """
-    beside = FloatReference(program.copy(), plan) if aim is not None else None
+    reference = FloatReference(program.copy(), context) if aim is not None else None
     groups: dict[tuple[torch.fx.Node, Format], list[PlannedSite]] = {}
-    for planned in planned_sites(program, config, plan, report):
-        if planned.last and planned.weight.bits >= 8:
+    for planned in planned_sites(config, context, report):
+        if planned.is_lm_head and planned.weight.bits >= 8:
             q = quantize_tensor(matrix_of(program, planned.site), planned.weight)
-            put_codes(program, planned, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+            put_codes(program, planned, q.stored_parts, context)
             report.done.append(planned.site.name)
             report.notes.append(
                 f"{planned.site.name}: the logits in {planned.weight} are rounded to nearest, unclipped"
             )
         else:
             groups.setdefault((planned.site.input, planned.weight), []).append(planned)
-    assert plan.batches is not None
-    walk = LayerwiseRun(program, plan.batches())
-    if not walk.values:
-        raise CalibrationError("the calibration iterator is empty: give at least one batch")
-    for (_, form), members in track(groups.items(), report.name, disable=not plan.progress, transient=True):
-        walk.advance(members[0].site.node)
+    run = context.layerwise_run(program)
+    for (_, form), members in context.track(groups.items(), report.name):
+        run.advance(members[0].site.node)
         release_freed_memory()
         if members[0].site.kind == "experts":
             for planned in members:
-                q = _experts(program, walk, planned, choose)
-                put_codes(program, planned, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+                q = _experts(program, run, planned, choose)
+                put_codes(program, planned, q.stored_parts, context)
                 report.done.append(planned.site.name)
                 if aim is not None:
                     report.notes.append(f"{planned.site.name}: experts see other rows once routing differs; GPTQ")
             continue
         weights = torch.cat([program.weights[w.site.name].float() for w in members])
-        if aim is None or beside is None:
-            hessian = hessian_of(walk, members[0].site)
+        if aim is None or reference is None:
+            hessian = hessian_of(run, members[0].site)
         else:
-            hessian, cross = beside.moments(walk, members[0])
+            hessian, cross = reference.moments(run, members[0])
             weights = aim(weights, hessian, cross)
         results = choose(weights, hessian, form, [w.site.name for w in members])
         for planned, q in zip(members, results.split([w.site.N for w in members]), strict=True):
-            put_codes(program, planned, (q.stored(), q.scale, q.zero, q.group_scale), plan)
+            put_codes(program, planned, q.stored_parts, context)
             report.done.append(planned.site.name)
     return report
 
 
 class FloatReference:
-    """The float program, walked beside the one that is being quantized."""
+    """The float program, run layer by layer beside the one that is being quantized."""
 
-    def __init__(self, program: Program, plan: SitePlan) -> None:
-        assert plan.batches is not None
+    def __init__(self, program: Program, context: PassContext) -> None:
         self.nodes = {node.name: node for node in program.graph.nodes}
-        self.walk = LayerwiseRun(program, plan.batches())
+        self.run = LayerwiseRun(program, context.data())
 
-    def moments(self, walk: LayerwiseRun, planned: PlannedSite) -> tuple[Tensor, Tensor]:
+    def moments(self, quantized: LayerwiseRun, planned: PlannedSite) -> tuple[Tensor, Tensor]:
         """X X^T and X~ X^T, float64 [K, K]: X the site's rounded inputs, X~ those of the float program.
 
         Every token counts alike, by the norm of its float input: else the few tokens with massive
         activations would decide where the weight moves to.
         """
         site, act = planned.site, planned.act
-        self.walk.advance(self.nodes[site.node.name])
-        device = walk.program.weights[site.name].device
+        self.run.advance(self.nodes[site.node.name])
+        device = quantized.program.weights[site.name].device
         sums, cross = Gram(site.K, device), torch.zeros(site.K, site.K, dtype=torch.float64, device=device)
-        pairs = zip(walk.see(site.input), self.walk.see(self.nodes[site.input.name]), strict=True)
+        pairs = zip(quantized.see(site.input), self.run.see(self.nodes[site.input.name]), strict=True)
         for batch, (x, exact) in enumerate(pairs, 1):
             aim = exact.flatten(0, -2).float()
             size = aim.square().mean(-1, keepdim=True)
@@ -113,7 +109,7 @@ class FloatReference:
             rows = (x if act is None else as_rounded(x, act)).flatten(0, -2).float() * even
             sums.add(rows)
             cross += (aim * even).t() @ rows
-        refuse_infinite(walk, site, sums.sums)
+        refuse_infinite(quantized, site, sums.sums)
         return sums.whole(), cross
 
 
@@ -122,19 +118,19 @@ def as_rounded(x: Tensor, act: Format) -> Tensor:
     return quantize_tensor(x, act).dequantize().to(x.dtype)
 
 
-def _experts(program: Program, walk: LayerwiseRun, planned: PlannedSite, choose: Choose) -> QTensor:
+def _experts(program: Program, run: LayerwiseRun, planned: PlannedSite, choose: Choose) -> QTensor:
     """Codes of a stack [E N, K], each expert by the rows that meet it.
 
     An expert that no row reached has a Hessian of zeros: every algorithm then rounds to nearest.
     """
     site, found = planned.site, []
-    ends = [value.tolist() for value in walk.see(site.node.args[2])] if site.grouped else []
+    ends = [value.tolist() for value in run.see(site.node.args[2])] if site.grouped else []
 
     def rows_of(expert: int) -> Iterator[Tensor]:
         if site.batched:
-            yield from (x[expert] for x in walk.see(site.input))
+            yield from (x[expert] for x in run.see(site.input))
             return
-        for x, last in zip(walk.see(site.input), ends, strict=True):
+        for x, last in zip(run.see(site.input), ends, strict=True):
             yield x[int(last[expert - 1]) if expert else 0 : int(last[expert])]
 
     for expert, weight in enumerate(matrix_of(program, site).float().split(site.N)):

@@ -34,7 +34,7 @@ class AttentionScores:
     """The product q k^T of one attention.
 
     Attributes:
-        node: the attention, or the product. keys: the node of the keys, [.., T, D] or turned.
+        node: the attention, or the product. keys: the node of the keys, [.., T, D] or keys_transposed.
         makers: sites whose rows the classes count, with the number of each one's first row.
         classes: [rows of all makers] the class of each row, -1 for rows that do not take part.
         query: [rows] whether a row makes a query (else a key).
@@ -53,23 +53,23 @@ class AttentionScores:
 
 @dataclass(frozen=True)
 class AttentionMatmul:
-    """Where an attention multiplies: queries [.., T, D], keys [.., T, D] or turned [.., D, T], values."""
+    """Where an attention multiplies: queries [.., T, D], keys [.., T, D] or keys_transposed [.., D, T], values."""
 
     node: fx.Node
     queries: fx.Node
     keys: fx.Node
-    turned: bool
-    consumer: fx.Node  # who reads the values, as argument `values_at`
+    keys_transposed: bool
+    value_product: fx.Node  # reads the values, as argument `values_at`
     values_at: int
 
     @property
     def values(self) -> fx.Node:
         """The values, [.., T, D]."""
-        found: fx.Node = self.consumer.args[self.values_at]
+        found: fx.Node = self.value_product.args[self.values_at]
         return found
 
 
-def products(program: Program) -> list[AttentionMatmul]:
+def attention_matmuls(program: Program) -> list[AttentionMatmul]:
     """Every attention of a program, fused or spelled out as two products around a softmax."""
     found = []
     for node in program.graph.nodes:
@@ -97,16 +97,16 @@ def _beyond_softmax(node: fx.Node) -> fx.Node | None:
 
 def scores(program: Program, sites: list[Site]) -> list[AttentionScores | Obstacle]:
     """The classes of every attention, or what stops the flow."""
-    return [_classes(program, sites, p.node, p.queries, p.keys, p.turned) for p in products(program)]
+    return [_classes(program, sites, p.node, p.queries, p.keys, p.keys_transposed) for p in attention_matmuls(program)]
 
 
 def _classes(
-    program: Program, sites: list[Site], node: fx.Node, q: fx.Node, k: fx.Node, turned: bool
+    program: Program, sites: list[Site], node: fx.Node, q: fx.Node, k: fx.Node, keys_transposed: bool
 ) -> AttentionScores | Obstacle:
     walk = ChannelOrigins(program, sites)
     try:
         queries = _heads(walk.terms(q), False)
-        keys = _heads(walk.terms(k), turned)
+        keys = _heads(walk.terms(k), keys_transposed)
         walk.check_consumers([*queries, *keys], {node})
     except FlowStops as stop:
         return Obstacle(*stop.args)
@@ -145,11 +145,11 @@ def _classes(
     return AttentionScores(node, k, tuple(walk.producers), classes, is_query, classes[keys[0]], between)
 
 
-def _heads(terms: Terms, turned: bool) -> Terms:
+def _heads(terms: Terms, keys_transposed: bool) -> Terms:
     """[.., heads, T, D] -> [heads, D] of each term; the rows must not depend on batch or position."""
     found = []
     for term in terms:
-        term = term.transpose(-1, -2) if turned else term
+        term = term.transpose(-1, -2) if keys_transposed else term
         flat = term.reshape(-1, *term.shape[-3:]) if term.ndim > 3 else term[:, None]
         first = flat[0, :, 0]
         if not bool((flat == first[:, None]).all()):
@@ -166,7 +166,7 @@ def mixed_channels(program: Program, product: AttentionMatmul) -> Tensor | Obsta
         is taken to be a rotation, so the norm of a class is the same at every position.
     """
     try:
-        terms = _heads(_Mixing(program, find_sites(program)).terms(product.keys), product.turned)
+        terms = _heads(_Mixing(program, find_sites(program)).terms(product.keys), product.keys_transposed)
     except FlowStops as stop:
         return Obstacle(*stop.args)
     number = {int(row): int(row) for term in terms for row in term.unique()}

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 from qcompile.calibration.statistics import CalibrationError
 from qcompile.ir.program import Program
-from qcompile.recipe.recipe import RecipeError
+from qcompile.recipe.rule import RecipeError
 
 ops = torch.ops.qcompile
 aten = torch.ops.aten
 
 
-def _own_example(model: nn.Module) -> Any:
+def own_example(model: nn.Module) -> dict[str, Any]:
+    """The example that a model brings (transformers' `dummy_inputs`). Raises RecipeError if it brings none."""
     example = getattr(model, "dummy_inputs", None)
     if not isinstance(example, dict):
         raise RecipeError(
-            f"{type(model).__name__} brings no example input to trace with. Mend: "
+            f"{type(model).__name__} brings no example input to trace with. Fix: "
             "qcompile.quantize(model, recipe, example=<a tensor, tuple or dict of inputs>)"
         )
     return example
@@ -28,7 +29,7 @@ def _own_example(model: nn.Module) -> Any:
 
 def traceable_example(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments to trace a model with that brings its own example. Raises RecipeError."""
-    return widen_batch(*call_of(_own_example(model)))
+    return widen_batch(*call_of(own_example(model)))
 
 
 def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -41,7 +42,7 @@ def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def widen_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One row would be specialised by the tracer: trace with two."""
+    """A batch of one row would be specialized by the tracer: trace with two."""
 
     def twice(value: Any) -> Any:
         return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1 else value

@@ -29,7 +29,15 @@ def verify_model(model: nn.Module, batch: Any, recipe: str | Recipe = "exact") -
     """Certify the exact passes of a recipe in float64 (law: relative difference <= 1e-9).
 
     Args:
-        model: left as it is. batch: one batch, as for quantize. recipe: whose exact passes.
+        model: not changed.
+        batch: one batch, as for `quantize`.
+        recipe: a preset name, a JSON file or a Recipe; its exact passes run.
+
+    Returns:
+        A report whose `certificates` hold one entry per pass that rewrote something.
+
+    Raises:
+        RecipeError: an unknown recipe.
     """
     args, kwargs = call_of(batch)
     program = capture(model, *widen_batch(args, kwargs))
@@ -37,7 +45,7 @@ def verify_model(model: nn.Module, batch: Any, recipe: str | Recipe = "exact") -
 
 
 def verify_program(program: Program, inputs: Sequence[Any], recipe: str | Recipe = "exact") -> Report:
-    """The same for a Program and its flat inputs."""
+    """As `verify_model`, for a Program and its flat inputs."""
     wide = widen(inputs, torch.float64)
     _, report = run(program.widened(), exact_part(find_recipe(recipe)), batches=lambda: [wide], example=wide)
     return report

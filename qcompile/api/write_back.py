@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qcompile.analysis.sites import find_sites
-from qcompile.ir.node_meta import LOW_RANK, REPLACES_LAYER_NORM, SITE, WEIGHT
+from qcompile.analysis.facts import Facts
+from qcompile.ir.node_meta import LOW_RANK, REPLACES_LAYER_NORM, SITE
+from qcompile.ir.op_calls import HadamardCall, QExpertsCall, QLinearCall
 from qcompile.ir.program import Program
-from qcompile.modules.quant_experts import QuantStack, hold_stack
-from qcompile.modules.quant_linear import PARTS, QuantLinear, RotatedLinear
-from qcompile.numerics.format import Format
-from qcompile.recipe.recipe import RecipeError
+from qcompile.modules.quant_experts import QuantStack, replace_parameter
+from qcompile.modules.quant_linear import BUFFERS, QuantLinear, RotatedLinear
+from qcompile.recipe.rule import RecipeError
 
 ops = torch.ops.qcompile
 aten = torch.ops.aten
 
 
 # Weights that passes add and that no module of the model holds.
-_OF_GRAPH = {*PARTS, "turn", "center", "key_scale", "value_scale"} - {"bias"}
+_OF_GRAPH = {*BUFFERS, "rotation", "center", "key_scale", "value_scale"} - {"bias"}
 
 
 @dataclass
-class _Plan:
+class WriteBack:
     """Where the results of a Program go in the module that it was captured from."""
 
     model: nn.Module
@@ -34,10 +34,11 @@ class _Plan:
     not_plain: dict[str, str]  # site name -> why it cannot be replaced in place
 
     @staticmethod
-    def of(model: nn.Module, program: Program) -> _Plan:
+    def of(model: nn.Module, facts: Facts) -> WriteBack:
         owners: dict[str, str] = {}
         not_plain: dict[str, str] = {}
-        for site in find_sites(program):
+        program = facts.program
+        for site in facts.sites:
             if site.kind != "linear":
                 continue
             bias = program.weight_name(site.bias)
@@ -51,14 +52,14 @@ class _Plan:
                     "no module computes just this product, so nothing can take its place; "
                     "torch.compile(model, backend='qcompile') quantizes it"
                 )
-        return _Plan(model, owners, not_plain)
+        return WriteBack(model, owners, not_plain)
 
-    def check(self, before: Program, after: Program) -> None:
+    def check(self, after: Program) -> None:
         """Refuse what cannot be written back, before anything is written."""
         homeless = [
-            n.name
-            for n in after.graph.find_nodes(op="call_function", target=ops.hadamard.default)
-            for user in n.users
+            node.name
+            for node, _ in HadamardCall.find(after)
+            for user in node.users
             if self._linear_behind(user) is None
         ]
         if homeless:
@@ -93,14 +94,14 @@ class _Plan:
                 old = self.model.get_submodule(path)
                 norm = nn.RMSNorm(node.args[1], eps=node.args[3], dtype=old.weight.dtype)
                 self.model.set_submodule(path, norm.requires_grad_(False).eval())
-        for node in after.graph.find_nodes(op="call_function", target=ops.qlinear.default):
-            self.model.set_submodule(self._path(node.meta[SITE]), _quant_linear(after, node))
-        for node in after.graph.find_nodes(op="call_function", target=ops.qexperts.default):
-            hold_stack(self.model, node.meta[SITE], QuantStack.of(after, node, before))
+        for node, call in QLinearCall.find(after):
+            self.model.set_submodule(self._path(node.meta[SITE]), _quant_linear(after, node, call))
+        for node, _ in QExpertsCall.find(after):
+            replace_parameter(self.model, node.meta[SITE], QuantStack.of(after, node, before))
         for node in after.graph.find_nodes(op="call_function", target=aten.linear.default):
             signs = _signs(after, node.args[0])
             if signs is not None:
-                path = self._path(after.weight_name(node.args[1]) or "")
+                path = self._path(str(after.weight_name(node.args[1])))
                 self.model.set_submodule(path, RotatedLinear(self.model.get_submodule(path), signs))
 
     def _path(self, site: str) -> str:
@@ -139,7 +140,7 @@ def _is_plain_linear(module: nn.Module, program: Program, weight: str, bias: str
     try:
         with torch.no_grad():
             got = module(x)
-    except Exception:  # any failure means that it is something else: the site is then left, with a reason
+    except Exception:  # any failure means that it is something else: the site is then skipped, with a reason
         return False
     want = torch.nn.functional.linear(x, matrix, shift)
     return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-2, atol=1e-2)
@@ -147,25 +148,18 @@ def _is_plain_linear(module: nn.Module, program: Program, weight: str, bias: str
 
 def _signs(program: Program, x: Any) -> Tensor | None:
     while isinstance(x, fx.Node):
-        if x.target is ops.hadamard.default:
-            return program.weights[x.args[1].meta[WEIGHT]]
+        if HadamardCall.matches(x):
+            return program.weight_of(HadamardCall.of(x).signs)
         if not _only_carries(x):
             return None
         x = x.args[0]
     return None
 
 
-def _quant_linear(program: Program, node: fx.Node) -> QuantLinear:
-    x, _, _, codes, scale, zero, group_scale, bias, form, act, columns, _ = node.args
-    parts = {"codes": codes, "scale": scale, "zero": zero, "group_scale": group_scale, "bias": bias}
-    tensors = {k: None if v is None else program.weights[v.meta[WEIGHT]] for k, v in parts.items()}
-    tensors["signs"] = _signs(program, x)
+def _quant_linear(program: Program, node: fx.Node, call: QLinearCall) -> QuantLinear:
+    parts = dict(zip(("codes", "scale", "zero", "group_scale", "bias"), (*call.stored, call.bias), strict=True))
+    tensors = {name: None if part is None else program.weight_of(part) for name, part in parts.items()}
+    tensors["signs"] = _signs(program, call.x)
     tensors |= {part: program.weights[weight] for part, weight in (node.meta.get(LOW_RANK) or {}).items()}
-    rows = tensors["codes"].shape[0]
-    return QuantLinear(
-        int(columns),
-        rows,
-        Format.parse(str(form)),
-        Format.parse(str(act)) if act else None,
-        tensors,
-    )
+    rows = program.weight_of(call.weight).shape[0]
+    return QuantLinear(call.columns, rows, call.weight_format, call.act_format, tensors)

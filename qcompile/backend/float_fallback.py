@@ -1,7 +1,7 @@
-"""Sites that stay float because, at their rows, no quantized product is as fast as the float one.
+"""Sites that are kept float because, at their M, no quantized kernel is as fast as the float matmul.
 
-On a CPU a committed table says it (codegen/cpu/cpu_kernel_choice.py), on a GPU what `qcompile kernels tune` measured there
-(codegen/triton/gpu_kernel_choice.py).
+On a CPU committed measurements decide (codegen/cpu/cpu_kernel_choice.py), on a GPU what `qcompile kernels tune`
+measured there (codegen/triton/gpu_kernel_choice.py).
 """
 
 from __future__ import annotations
@@ -9,51 +9,60 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from qcompile.analysis.sites import find_sites
-from qcompile.codegen.cpu.cpu_kernel_choice import choose as choose_for_cpu
-from qcompile.codegen.rows import regime, rows_of
-from qcompile.ir.program import Program
+from qcompile.analysis.facts import Facts
+from qcompile.codegen.cpu.cpu_kernel_choice import choose_cpu_kernel
+from qcompile.codegen.kernel_choice import KernelChoice
+from qcompile.codegen.rows import rows_label, rows_of
+from qcompile.numerics.format import Format
 from qcompile.passes.qdq.site_plan import Quantize, formats_of
 from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import Rule
 
-_KEEP = "(options={'on_slow_kernel': 'quantize'} quantizes it)"
+_OVERRIDE = "(options={'on_slow_kernel': 'quantize'} quantizes it)"
 
 
 def float_fallback_sites(
-    program: Program, recipe: Recipe, device: torch.device | None, rows: int | None
+    facts: Facts, recipe: Recipe, rules: dict[str, Rule | None], device: torch.device | None, rows: int | None
 ) -> dict[str, str]:
-    """Sites whose best way is slower than float.
+    """Sites whose kernel is slower than the float matmul.
 
     Args:
-        program: as captured. recipe: to be applied, with its rules.
+        facts: of the program, as captured.
+        recipe: to be applied.
+        rules: its rules, resolved for the program's sites.
         device: the GPU that the weights are on; None for a CPU.
-        rows: of x, that every site is judged at; None takes those of this graph's example.
+        rows: M at which every site is judged; None takes each site's M in this graph's example.
 
     Returns:
-        weight name -> why, for the report.
+        weight name -> reason, for the report.
     """
     config = next((c for c in recipe.passes if isinstance(c, Quantize)), None)
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     if config is None:
-        return found
-    rules = recipe.resolve(dict.fromkeys(s.name for s in find_sites(program)))
-    for site in find_sites(program):
+        return reasons
+    for site in facts.sites:
         weight, act = formats_of(site, config, rules[site.name])
         if site.kind == "experts":
-            found[site.name] = f"experts have no fast kernel yet: float is faster {_KEEP}"
+            reasons[site.name] = f"experts have no fast kernel yet: float is faster {_OVERRIDE}"
             continue
-        how = (weight, str(act) if act else "", site.node.meta["val"].dtype, rows or rows_of(site.input)[0])
-        if device is None:
-            choice = choose_for_cpu(*how, site.K, site.N)
-        else:
-            from qcompile.codegen.triton.gpu_kernel_choice import choose as choose_for_gpu
-            from qcompile.codegen.triton.launch.gemm import gpu
-
-            choice = choose_for_gpu(gpu(device), *how, site.K, site.N)
+        m = rows or rows_of(site.input)[0]
+        choice = _choose(device, weight, str(act) if act else "", site.node.meta["val"].dtype, m, site.K, site.N)
         if choice.slower_than_float:
-            found[site.name] = f"{choice} at {_judged(site.input, rows)}: slower than float {_KEEP}"
-    return found
+            reasons[site.name] = f"{choice} at {_rows_label(site.input, rows)}: slower than float {_OVERRIDE}"
+    return reasons
 
 
-def _judged(x: fx.Node, rows: int | None) -> str:
-    return regime(x) if rows is None else f"rows {rows} (option)"
+def _choose(
+    device: torch.device | None, weight: Format, act: str, dtype: torch.dtype, m: int, k: int, n: int
+) -> KernelChoice:
+    """The kernel of x [M, K] times a weight [N, K] on a device; None is the CPU."""
+    if device is None:
+        return choose_cpu_kernel(weight, act, dtype, m, k, n)
+    from qcompile.codegen.triton.gpu_kernel_choice import choose_gpu_kernel
+    from qcompile.codegen.triton.launch.gemm import gpu
+
+    return choose_gpu_kernel(gpu(device), weight, act, dtype, m, k, n)
+
+
+def _rows_label(x: fx.Node, rows: int | None) -> str:
+    return rows_label(x) if rows is None else f"rows {rows} (option)"

@@ -7,16 +7,18 @@ from typing import Any
 
 from qcompile.backend.inductor import patches_of
 from qcompile.pipeline.presets import find_recipe
-from qcompile.recipe.recipe import Recipe, RecipeError, Rule
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError, Rule
 
 OPTIONS = {
     "recipe": "preset name, JSON path, dict or Recipe; default int8 (W8A8, dynamic per token)",
     "rules": "list of Rule or dicts, before the recipe's own",
     "verify": "certify exact passes on the first inputs; default True",
-    "on_slow_kernel": "'keep_float' (default) keeps a site float where no kernel reaches float speed, 'quantize' quantizes it",
-    "rows": "rows of x that on_slow_kernel='keep_float' judges every graph at (in decoding the batch); default its first call's",
+    "on_slow_kernel": "'keep_float' (default): a site stays float where no kernel reaches float speed; or 'quantize'",
+    "rows": "rows of x that 'keep_float' compares kernels at (in decoding the batch); default: those of the first call",
     "mode": "'reduce-overhead' runs every graph as a CUDA graph, which needs a GPU; also as torch.compile(mode=...)",
     "inductor": "options passed on to Inductor",
+    "dump": "folder for the graph before and after every pass, as text with diffs; of the graph compiled last",
 }
 
 
@@ -30,6 +32,7 @@ class Options:
     on_slow_kernel: str = "keep_float"
     rows: int | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
+    dump: str | None = None
 
     @staticmethod
     def read(options: dict[str, Any] | None) -> Options:
@@ -56,8 +59,10 @@ class Options:
         if recipe.needs:
             who = ", ".join(recipe.needs)
             raise RecipeError(
-                f"recipe {recipe.name!r} needs calibration data for {who}; torch.compile has none. Mend:\n"
+                f"recipe {recipe.name!r} needs calibration data for {who}; torch.compile has none. Fix:\n"
                 f"  qcompile.quantize(model, {recipe.name!r}, batches)\n"
                 f"  torch.compile(model, backend='qcompile')"
             )
-        return Options(recipe, rules, bool(given.get("verify", True)), on_slow_kernel, rows, inductor)
+        return Options(
+            recipe, rules, bool(given.get("verify", True)), on_slow_kernel, rows, inductor, given.get("dump")
+        )

@@ -1,42 +1,40 @@
-"""Calibration: statistics streamed through a program, node by node, never activations kept.
+"""Statistics streamed through a program, node by node; activations are never kept.
 
 One batch at a time runs through the graph; values are freed after their last use, and a statistic
-is updated as its node is computed. What stays is one vector for each watched value.
+is updated as its node is computed. What stays is one vector for each observed value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, fx
 
-from qcompile.analysis.attention_scores import products
-from qcompile.analysis.scale_folding import groups_of_consumers
-from qcompile.analysis.sites import find_sites
+from qcompile.analysis.facts import Facts
 from qcompile.ir.program import Program
 
-_PIVOTS = 4  # first tokens of a sequence, which carry massive activations
+_SINK_TOKENS = 4  # first tokens of a sequence, which carry massive activations
 
 
 class CalibrationError(ValueError):
-    """Calibration data that cannot be used; the text names the batch or the site and the mend."""
+    """Calibration data that cannot be used; the text names the batch or the site and the fix."""
 
 
 @dataclass
 class Statistics:
-    """What calibration saw, by the name of the graph node: on the CPU, wherever the model is.
+    """What calibration observed, by the name of the graph node; on the CPU, wherever the model is.
 
     Attributes:
-        absmax: node name -> max |value| for each channel, [K] float32.
-        keys: node name -> max |key| of a sequence for each head and channel of an attention, the mean
-            over sequences, [heads, D] float32.
-        key_means: the mean key of an attention, [heads, D] float32.
-        cached: node name -> max |key| or |value| of all tokens for each head and channel, [heads, D] float32.
-        batches: how many batches were seen.
+        absmax: of a site's input: max |x| for each channel, [K] float32.
+        keys: of an attention's keys: max |key| of a sequence for each head and channel, the mean over sequences,
+            [H, D] float32.
+        key_means: the mean key of an attention, [H, D] float32.
+        cached: of keys and of values: max over all tokens for each head and channel, [H, D] float32.
+        batches: how many batches were observed.
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
@@ -47,54 +45,73 @@ class Statistics:
 
 
 def observe(
-    program: Program, batches: Iterable[Sequence[Any]], *, sites: bool = True, progress: bool = False
+    program: Program,
+    batches: Iterable[Sequence[Any]],
+    *,
+    sites: bool = True,
+    attentions: bool = True,
+    facts: Facts | None = None,
+    progress: bool = False,
 ) -> Statistics:
-    """Stream batches through a program and gather the absmax of every site's input, of all keys and values.
+    """Stream batches through a program and gather the absmax of site inputs, and statistics of keys and values.
 
     Args:
-        program: the program. batches: flat inputs of the program, one sequence for each batch.
-        sites: whether inputs of sites are wanted; if not, less is computed. progress: show a bar.
+        program: what runs.
+        batches: flat inputs of the program, one sequence for each batch.
+        sites: whether to observe the inputs of sites.
+        attentions: whether to observe keys and values.
+        facts: of the program, if they are known.
+        progress: show a bar.
 
     Raises:
         CalibrationError: no batch at all, or NaN or Inf in the input of a site, a key or a value.
     """
-    seen = Statistics()
-    groups = groups_of_consumers(find_sites(program)) if sites else []
-    label = {g.root: (g.sites[0].name if g.sites else g.root.name) for g in groups}
-    turned = {p.keys: p.turned for p in products(program)}
-    cached = {p.values: False for p in products(program)} | turned
+    statistics = Statistics()
+    facts = facts or Facts(program)
+    groups = facts.consumers if sites else []
+    flows = facts.attentions if attentions else []
+    labels = {g.root: (g.sites[0].name if g.sites else g.root.name) for g in groups}
+    transposed = {flow.keys: flow.keys_transposed for flow in flows}
+    cached = {flow.values: False for flow in flows} | transposed
 
-    def check(node: Any, peak: Tensor, where: str) -> None:
-        if not bool(torch.isfinite(peak).all()):
+    def check(node: fx.Node, absmax: Tensor, where: str) -> None:
+        if not bool(torch.isfinite(absmax).all()):
             raise CalibrationError(
-                f"batch {seen.batches + 1} brings NaN or Inf to {where} (node {node.name}): "
-                "drop that batch, or calibrate in float32"
+                f"batch {statistics.batches + 1} brings NaN or Inf to {where} (node {node.name}). "
+                "Fix: drop that batch, or calibrate in float32"
             )
 
-    def see(node: Any, value: Any) -> None:
+    def see(node: fx.Node, value: Tensor) -> None:
         if node in cached:
             vectors = value.detach().transpose(-1, -2) if cached[node] else value.detach()
-            peak = _by_head(vectors).abs().amax(-2).flatten(0, -3).amax(0).float().cpu()
-            check(node, peak, "an attention")
-            seen.cached[node.name] = torch.maximum(seen.cached.get(node.name, peak), peak)
-        if node in turned:
-            for held, of in ((seen.keys, _key_peak), (seen.key_means, _key_mean)):
-                held[node.name] = held.get(node.name, 0) + of(vectors).cpu()
-        if node not in label:
-            return
-        peak = value.detach().abs().flatten(0, -2).amax(0).float().cpu()
-        check(node, peak, label[node])
-        old = seen.absmax.get(node.name)
-        seen.absmax[node.name] = peak if old is None else torch.maximum(old, peak)
+            absmax = _by_head(vectors).abs().amax(-2).flatten(0, -3).amax(0).float().cpu()
+            check(node, absmax, "an attention")
+            _raise_to(statistics.cached, node.name, absmax)
+            if node in transposed:
+                _add_to(statistics.keys, node.name, _key_absmax, vectors)
+                _add_to(statistics.key_means, node.name, _key_mean, vectors)
+        if node in labels:
+            absmax = value.detach().abs().flatten(0, -2).amax(0).float().cpu()
+            check(node, absmax, labels[node])
+            _raise_to(statistics.absmax, node.name, absmax)
 
     for batch in track(batches, "calibrating", disable=not progress, transient=True):
-        program.watch({*label, *cached}, batch, see)
-        seen.batches += 1
-    if not seen.batches:
+        program.watch({*labels, *cached}, batch, see)
+        statistics.batches += 1
+    if not statistics.batches:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
-    for held in (seen.keys, seen.key_means):
-        held.update({name: total / seen.batches for name, total in held.items()})
-    return seen
+    for sums in (statistics.keys, statistics.key_means):
+        sums.update({name: total / statistics.batches for name, total in sums.items()})
+    return statistics
+
+
+def _raise_to(found: dict[str, Tensor], name: str, value: Tensor) -> None:
+    found[name] = torch.maximum(found.get(name, value), value)
+
+
+def _add_to(sums: dict[str, Tensor], name: str, of: Callable[[Tensor], Tensor], vectors: Tensor) -> None:
+    value = of(vectors).cpu()
+    sums[name] = sums[name] + value if name in sums else value
 
 
 def _by_head(vectors: Tensor) -> Tensor:
@@ -102,17 +119,17 @@ def _by_head(vectors: Tensor) -> Tensor:
     return vectors.unsqueeze(1) if vectors.ndim == 3 else vectors
 
 
-def _ordinary(keys: Tensor) -> Tensor:
+def _without_sinks(keys: Tensor) -> Tensor:
     """Keys [.., H, T, D] but for the first tokens, whose keys are unlike all others."""
     keys = _by_head(keys)
-    return keys[..., _PIVOTS:, :] if keys.shape[-2] > 2 * _PIVOTS else keys
+    return keys[..., _SINK_TOKENS:, :] if keys.shape[-2] > 2 * _SINK_TOKENS else keys
 
 
-def _key_peak(keys: Tensor) -> Tensor:
+def _key_absmax(keys: Tensor) -> Tensor:
     """Max |key| over positions, mean over sequences, which lets no single token decide: -> [H, D]."""
-    return _ordinary(keys).abs().amax(-2).flatten(0, -3).mean(0).float()
+    return _without_sinks(keys).abs().amax(-2).flatten(0, -3).mean(0).float()
 
 
 def _key_mean(keys: Tensor) -> Tensor:
     """The mean key over positions and sequences: -> [H, D]."""
-    return _ordinary(keys).float().mean(-2).flatten(0, -3).mean(0)
+    return _without_sinks(keys).float().mean(-2).flatten(0, -3).mean(0)

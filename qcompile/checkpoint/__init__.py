@@ -1,1 +1,1 @@
-"""Folders on disk: written whole or not at all."""
+"""Checkpoints: folders that are written whole or not at all."""

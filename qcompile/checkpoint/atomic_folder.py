@@ -15,16 +15,20 @@ from filelock import FileLock, Timeout
 
 
 class CheckpointError(ValueError):
-    """A folder that cannot be read or written; the text names the file and the mend."""
+    """A folder that cannot be read or written; the text names the file and the fix."""
 
 
-def refuse_full(folder: str | Path) -> None:
-    """Raise CheckpointError if a folder exists and is not empty: asked before long work."""
+def require_empty(folder: str | Path) -> None:
+    """Check that a folder can be written: before long work, whose result would have no place.
+
+    Raises:
+        CheckpointError: it exists and is not empty, or is a mount point or the current folder.
+    """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not empty: choose another folder or remove it")
+        raise CheckpointError(f"{target} exists and is not empty. Fix: choose another folder or remove it")
     if target.is_dir() and (os.path.ismount(target) or target.resolve() == Path.cwd()):
-        raise CheckpointError(f"{target} cannot be replaced as a whole while it is in use: name a folder inside it")
+        raise CheckpointError(f"{target} is in use and cannot be replaced as a whole. Fix: name a folder inside it")
 
 
 @contextmanager
@@ -36,36 +40,38 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
     Raises:
         CheckpointError: the folder exists and is not empty, or another process writes it (both before any work), or
-            something came to lie there meanwhile (which then stays).
+            something was put there meanwhile (which then stays).
     """
-    refuse_full(folder)
+    require_empty(folder)
     target = Path(folder).resolve()  # the folder that a link names, not the link
     target.parent.mkdir(parents=True, exist_ok=True)
-    guard = FileLock(target.parent / f".{target.name}.lock")
+    lock = FileLock(target.parent / f".{target.name}.lock")
     try:
-        guard.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
-        raise CheckpointError(f"{target} is being written by another run: wait for it, or choose another") from None
-    work: Path | None = None
+        raise CheckpointError(
+            f"{target} is being written by another run. Fix: wait for it, or choose another folder"
+        ) from None
+    sibling: Path | None = None
     try:
-        refuse_full(target)  # another run may have ended meanwhile
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield work
+        require_empty(target)  # another run may have ended meanwhile
+        sibling = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield sibling
         try:
             if target.exists():
                 target.rmdir()
-            os.replace(work, target)
+            os.replace(sibling, target)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             raise CheckpointError(
                 f"{target} is not empty any more: something was written there meanwhile, and stays. "
-                "Run again with another folder"
+                "Fix: run again with another folder"
             ) from error
         target.chmod(0o755)
     finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
-        with contextlib.suppress(OSError):  # some systems do not delete what is open
-            Path(guard.lock_file).unlink(missing_ok=True)
-        guard.release()
+        if sibling is not None:
+            shutil.rmtree(sibling, ignore_errors=True)
+        with contextlib.suppress(OSError):  # some systems do not delete open files
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from qcompile.cli.arguments import app, console, load
+from qcompile.cli.arguments import app, is_exported, load
+from qcompile.cli.output import console
 
 Runnable = Annotated[str, typer.Argument(help="exported ONNX folder, or any MODEL", metavar="FOLDER")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy")]
+Temperature = Annotated[float, typer.Option(help="of the sampling; 0 is greedy")]
 Seed = Annotated[int, typer.Option(help="of the sampling")]
 
 
 def open_model(name: str) -> tuple[Any, Any, set[int]]:
-    """What makes logits from ids (qcompile.generation.sampling.Step), the tokenizer, and the tokens that end a text."""
-    from qcompile.generation.sampling import ends_of, steps_of
+    """The function that computes logits from ids (qcompile.generation.sampling.Step), the tokenizer, the end tokens."""
+    from qcompile.generation.sampling import end_tokens, step_function
 
-    if (Path(name) / "model.onnx").is_file():
-        from qcompile.generation.onnx_session import Session, tokenizer_of
+    if is_exported(name):
+        from qcompile.generation.onnx_session import Session, load_tokenizer
 
-        session, tokenizer = Session(name), tokenizer_of(name)
-        return session.read, tokenizer, session.ends | ends_of(tokenizer)
+        session, tokenizer = Session(name), load_tokenizer(name)
+        return session.read, tokenizer, session.end_tokens | end_tokens(tokenizer)
     model, tokenizer = load(name)
-    return steps_of(model), tokenizer, ends_of(tokenizer, model)
+    return step_function(model), tokenizer, end_tokens(tokenizer, model)
 
 
 @app.command()
@@ -38,14 +38,14 @@ def generate(
     seed: Seed = 0,
 ) -> None:
     """Continue a prompt with an exported ONNX folder (or with a PyTorch MODEL)."""
-    from qcompile.generation.sampling import readable, stream
+    from qcompile.generation.sampling import readable_text, stream
 
     step, tokenizer, end = open_model(folder)
     ids = np.array(tokenizer(prompt)["input_ids"], np.int64)[None]
     if not ids.size:
-        raise ValueError("the prompt is empty: give at least one token")
+        raise ValueError("the prompt is empty. Fix: give at least one token")
     sys.stdout.write(prompt)
-    for piece in readable(tokenizer, stream(step, ids, tokens, temperature=temperature, seed=seed, stop=end)):
+    for piece in readable_text(tokenizer, stream(step, ids, tokens, temperature=temperature, seed=seed, stop=end)):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -54,8 +54,8 @@ def generate(
 @app.command()
 def chat(
     folder: Runnable,
-    system: Annotated[str, typer.Option(help="what the model is told before the first turn")] = "",
-    tokens: Annotated[int, typer.Option(help="tokens of an answer at most")] = 512,
+    system: Annotated[str, typer.Option(help="system message, before the first turn")] = "",
+    tokens: Annotated[int, typer.Option(help="new tokens at most, per answer")] = 512,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
 ) -> None:
@@ -63,7 +63,9 @@ def chat(
     from qcompile.generation.sampling import Conversation
 
     step, tokenizer, end = open_model(folder)
-    talk = Conversation(step, tokenizer, system=system, new=tokens, temperature=temperature, seed=seed, stop=end)
+    talk = Conversation(
+        step, tokenizer, system=system, max_new_tokens=tokens, temperature=temperature, seed=seed, stop=end
+    )
     while True:
         try:
             said = console.input("[bold]you:[/] ")

@@ -1,8 +1,7 @@
-"""Recipes side by side on one model and one text: what each costs and what it keeps.
+"""Recipes side by side on one model and one text: quality, bytes, time and memory of each.
 
-Each recipe's row is written to disk as soon as it is measured, so an interrupted comparison goes on
-where it stopped. The float model is run beside each candidate and not remembered: memory does not
-grow with the text.
+The row of a recipe is written to disk as soon as it is measured, so an interrupted comparison continues where it
+stopped. The float model is run beside each candidate, and its logits are not kept: memory does not grow with the text.
 """
 
 from __future__ import annotations
@@ -22,8 +21,10 @@ from torch import Tensor, nn
 
 from qcompile.api.quantize import quantize
 from qcompile.evaluation.perplexity import agreement, perplexity
+from qcompile.evaluation.plots import label_point, plot_file
 from qcompile.memory.environment import versions
 from qcompile.memory.process import measure_peak
+from qcompile.passes import FoldNorm, Rotate, Untie
 from qcompile.pipeline.presets import find_recipe
 from qcompile.recipe.recipe import Recipe
 
@@ -33,10 +34,13 @@ class RecipeResult:
     """One recipe on one model and text.
 
     Attributes:
-        perplexity: over the windows. kl: mean KL(float || quantized), nats for each token.
+        recipe: its name.
+        perplexity: over the windows.
+        kl: mean KL(float || quantized), nats per token.
         agreement: share of tokens whose most likely successor is the float model's.
-        site_bytes: bytes of all site weights. seconds: to quantize, calibration included.
-        peak_bytes: the most memory that quantizing took above what was held before; 0 if unknown.
+        site_bytes: bytes of the weights of all sites, as they are stored.
+        seconds: to quantize, calibration included.
+        peak_bytes: peak memory of quantizing, above what the process used before; 0 if unknown.
     """
 
     recipe: str
@@ -50,13 +54,14 @@ class RecipeResult:
 
 @dataclass
 class Comparison:
-    """Rows of recipes on one model and text, measured once and remembered in a file.
+    """Rows of recipes on one model and text, measured once and kept in a file.
 
     Attributes:
-        model: float, of transformers; left as it is. token_windows: int64 [1, T] each.
-        calibration: gives the batches for recipes that need data.
-        out: a JSON file to write to and to continue from. label: what is measured (model, text);
-            an `out` with another label is refused.
+        model: a float causal LM; not changed.
+        token_windows: int64 [1, T] each.
+        calibration: returns the batches for recipes that need data.
+        out: a JSON file to write to and to continue from.
+        label: what is measured (model, text); an `out` with another label is refused.
     """
 
     model: nn.Module
@@ -99,7 +104,7 @@ class Comparison:
         data = json.loads(self.out.read_text())
         if data.get("of") != self._key:
             raise ValueError(
-                f"{self.out} is of another comparison ({data.get('of')}): choose another file or remove it"
+                f"{self.out} is of another comparison ({data.get('of')}). Fix: choose another file, or remove it"
             )
         return {row["recipe"]: RecipeResult(**row) for row in data["rows"]}
 
@@ -126,8 +131,8 @@ def compare(comparison: Comparison, recipes: Sequence[str], *, progress: bool = 
 
 
 def table(rows: Sequence[RecipeResult]) -> Table:
-    """A rich table."""
-    found = Table("recipe", "perplexity", "KL to float", "same top-1", "site weights MB", "quantize s", "peak MB")
+    """One row per recipe."""
+    found = Table("recipe", "perplexity", "KL to float", "same top-1", "weights MB", "quantize s", "peak MB")
     for r in rows:
         cost = (f"{r.site_bytes / 1e6:.0f}", f"{r.seconds:.1f}", f"{r.peak_bytes / 1e6:.0f}") if r.site_bytes else ()
         found.add_row(r.recipe, f"{r.perplexity:.2f}", f"{r.kl:.4f}", f"{r.agreement:.1%}", *cost)
@@ -135,40 +140,34 @@ def table(rows: Sequence[RecipeResult]) -> Table:
 
 
 def plot(rows: Sequence[RecipeResult], path: Path) -> None:
-    """Perplexity against megabytes of site weights. Raises ImportError without matplotlib."""
-    import matplotlib
+    """Draw perplexity against megabytes of quantized weights.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    for r in rows:
-        if r.site_bytes:
-            axis.scatter(r.site_bytes / 1e6, r.perplexity, s=40, color="C0")
-            axis.annotate(r.recipe, (r.site_bytes / 1e6, r.perplexity), (5, 4), textcoords="offset points", fontsize=8)
-        else:
-            axis.axhline(r.perplexity, color="0.5", linestyle="--", linewidth=1)
-            axis.annotate("float", (1, r.perplexity), (-4, 3), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
-    axis.set_yscale("log")
-    axis.set_xlabel("site weights, MB (less is better)")
-    axis.set_ylabel("perplexity (less is better)")
-    axis.grid(alpha=0.3, which="both")
-    axis.margins(x=0.15)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def rotated_twin(model: nn.Module) -> nn.Module:
-    """A copy that computes the same in randomly rotated bases.
-
-    Weights that come from a quantized file lie on that file's grid, where rounding is nearly free;
-    the twin's do not, so it is what weight formats should be judged on.
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
     """
-    from qcompile.passes import FoldNorm, Rotate, Untie
+    with plot_file(path) as axes:
+        for r in rows:
+            if r.site_bytes:
+                axes.scatter(r.site_bytes / 1e6, r.perplexity, s=40, color="C0")
+                label_point(axes, r.recipe, r.site_bytes / 1e6, r.perplexity)
+            else:
+                axes.axhline(r.perplexity, color="0.5", linestyle="--", linewidth=1)
+                axes.annotate("float", (1, r.perplexity), (-4, 3), xycoords=("axes fraction", "data"),
+                              textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_xlabel("quantized weights, MB (less is better)")
+        axes.set_ylabel("perplexity (less is better)")
+        axes.grid(alpha=0.3, which="both")
+        axes.margins(x=0.15)
 
-    twin = copy.deepcopy(model)
+
+def rotated_copy(model: nn.Module) -> nn.Module:
+    """A copy that computes the same function in randomly rotated bases.
+
+    Weights that come from a quantized file lie on that file's grid, where rounding is nearly free; those of the copy
+    do not, so it is what weight formats should be judged on.
+    """
+    copied = copy.deepcopy(model)
     with torch.no_grad():
-        quantize(twin, Recipe("twin", (Untie(), FoldNorm(), Rotate())), progress=False)
-    return twin
+        quantize(copied, Recipe("rotated copy", (Untie(), FoldNorm(), Rotate())), progress=False)
+    return copied

@@ -1,4 +1,4 @@
-"""How fast exported folders read a prompt and write tokens, in turn."""
+"""Prefill and decode speed of exported ONNX folders, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qcompile.generation.onnx_session import Session
 
 @dataclass(frozen=True)
 class OnnxSpeed:
-    """Medians, tokens a second."""
+    """Medians, tokens per second."""
 
     prefill: float
     decode: float
@@ -24,11 +24,19 @@ class OnnxSpeed:
 def speeds(
     sessions: Mapping[str, Session], *, prompt: int = 512, new: int = 16, rounds: int = 5, progress: bool = True
 ) -> dict[str, OnnxSpeed]:
-    """Time every session on one prompt and the tokens after it, all in turn; a first round warms up."""
+    """Time sessions on one prompt and the tokens after it, interleaved.
+
+    Args:
+        sessions: by name.
+        prompt: its length in tokens.
+        new: tokens to decode after it.
+        rounds: counted rounds; one more warms up.
+        progress: show a bar.
+    """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
     for step in track(range(rounds + 1), "timing", disable=not progress, transient=True):
         for name, session in sessions.items():
-            ids = np.arange(1, prompt + 1)[None] % 1000  # of any vocabulary: what they say costs no time
+            ids = np.arange(1, prompt + 1)[None] % 1000  # ids of any vocabulary: their values do not change the time
             start = time.perf_counter()
             _, cache = session.read(ids, None)
             read = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How good a model still is: perplexity, KL divergence to the float model, top-1 agreement."""
+"""Quality of a model on a text: perplexity, KL divergence to the float model, top-1 agreement."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ def perplexity(
 
     Args:
         model: called with input_ids [1, T]; returns an object with `logits` [1, T, V], or the logits.
-        token_windows: int64 [1, T] each. progress: show a bar named `label`.
+        token_windows: int64 [1, T] each.
+        progress: show a bar.
+        label: the bar's name.
     """
     total, count = 0.0, 0
     for ids in track(token_windows, label, disable=not progress, transient=True):
         scores = logits_of(model, ids)[0, :-1]
-        # cross_entropy in float32, in pieces: the logits of a long window are the largest tensor
+        # cross_entropy in float32, 512 tokens at a time: the logits of a long window are the largest tensor
         for start in range(0, scores.shape[0], 512):
             part = scores[start : start + 512].float()
             target = ids[0, 1 + start : 1 + start + part.shape[0]]
@@ -43,10 +45,11 @@ def logits_of(model: Callable[..., Any], ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a model does on a text, and how near it is to a reference.
+    """The quality of a model on a text, and its distance from a reference.
 
     Attributes:
-        perplexity: as `perplexity`. kl: mean KL(reference || model), nats for each token.
+        perplexity: as `perplexity`.
+        kl: mean KL(reference || model), nats per token.
         top1: share of tokens whose most likely successor is the reference's.
     """
 
@@ -56,7 +59,15 @@ class Agreement:
 
 
 def agreement(model: Callable[..., Any], reference: Callable[..., Any], token_windows: Sequence[Tensor]) -> Agreement:
-    """Run both models over the windows, one forward of each, in pieces of 512 tokens after that."""
+    """Compare two models on windows of tokens.
+
+    Each model runs once per window; the logits are compared in float32, 512 tokens at a time.
+
+    Args:
+        model: what is judged, called as `perplexity` does.
+        reference: the float model.
+        token_windows: int64 [1, T] each.
+    """
     loss, total, agree, count, predicted = 0.0, 0.0, 0, 0, 0
     for ids in token_windows:
         ours, theirs = logits_of(model, ids)[0], logits_of(reference, ids)[0]

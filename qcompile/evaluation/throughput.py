@@ -1,28 +1,42 @@
-"""Timing whole models: prefill and decode of a causal LM, candidates interleaved in one run."""
+"""Prefill and decode speed of whole models under torch.compile, candidates interleaved in one run."""
 
 from __future__ import annotations
 
+import copy
+import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from rich.progress import track
+from rich.table import Table
 
+from qcompile.backend import dynamo as backend
 from qcompile.memory.environment import versions
 
 
 @dataclass
 class ModelSpeed:
-    """Medians over interleaved rounds, in seconds; tokens per second as properties."""
+    """Times of one model; its rates are medians over the counted rounds.
+
+    Attributes:
+        name: the candidate.
+        prompt: tokens of the prompt.
+        prefill: seconds for the prompt, one entry per round.
+        decode: seconds for one token, `new` entries per round.
+        first: seconds for the prompt and two tokens in the round that is not counted, in which all graphs compile.
+    """
 
     name: str
     prompt: int
     prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)  # seconds for one token
-    first: float = 0.0  # seconds of the prompt and two tokens of the round that is not counted: all graphs compile
+    decode: list[float] = field(default_factory=list)
+    first: float = 0.0
 
     @property
     def prefill_rate(self) -> float:
@@ -38,12 +52,15 @@ class ModelSpeed:
 def time_models(
     models: dict[str, Callable[..., Any]], ids: torch.Tensor, *, new: int = 16, rounds: int = 5, progress: bool = True
 ) -> dict[str, ModelSpeed]:
-    """Prefill `ids` [1, T] and decode `new` tokens greedily with each model, in turn.
+    """Prefill a prompt and decode tokens greedily with each model, interleaved.
 
     Args:
-        models: name -> module or compiled module with the `(input_ids, past_key_values)` interface
-            of a causal LM. The first call of each compiles and is not counted.
-        ids: the prompt. new: tokens. rounds: counted rounds. progress: show a bar.
+        models: name -> module or compiled module with the `(input_ids, past_key_values)` interface of a causal LM. The
+            first call of each compiles and is not counted.
+        ids: the prompt, int64 [1, T].
+        new: tokens to decode.
+        rounds: counted rounds.
+        progress: show a bar.
     """
     speeds = {name: ModelSpeed(name, ids.shape[1]) for name in models}
     for run in track(range(rounds + 1), "compiling and timing", disable=not progress, transient=True):
@@ -58,13 +75,13 @@ def time_models(
 
 
 def time_text(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[float, list[float]]:
-    """Seconds that one causal LM takes to read `ids` [1, T], and for each of `new` tokens that it goes on with."""
+    """Seconds for the prefill of `ids` [1, T], and for each of `new` decoded tokens."""
     with torch.no_grad():
         start = time.perf_counter()
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         prefill = time.perf_counter() - start
         for layer in getattr(out.past_key_values, "layers", ()):
-            # Inductor's own prompts leave a transposed view, later steps dense caches: without this it would
+            # Inductor's prefill returns transposed views as caches, its decode steps dense ones: without this it would
             # compile decoding twice.
             layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
         decode = []
@@ -78,28 +95,24 @@ def time_text(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[f
 
 @dataclass
 class SpeedComparison:
-    """Speeds of several candidates in one run; the float ones are the peers."""
+    """Speeds of several candidates in one run.
+
+    Attributes:
+        speeds: by candidate; those of torch.compile's own backend are named "inductor DTYPE".
+        weight_bytes: of the weights of all sites, by candidate; embedding tables are not counted.
+    """
 
     speeds: dict[str, ModelSpeed]
     weight_bytes: dict[str, int]
 
-    def table(self) -> Any:
-        """A rich table; ratios are against the best float peer in that column."""
-        from rich.table import Table
-
+    def table(self) -> Table:
+        """One row per candidate; ratios are to the fastest float candidate in that column."""
         peers = [s for name, s in self.speeds.items() if name.startswith("inductor")]
         best_prefill = max(s.prefill_rate for s in peers)
         best_decode = max(s.decode_rate for s in peers)
-        columns = (
-            "candidate",
-            "weights MB",
-            "prefill tok/s",
-            "x best float",
-            "decode tok/s",
-            "x best float ",
-            "cold start s",
-        )
-        table = Table(*columns)
+        table = Table(
+            "candidate", "weights MB", "prefill tok/s", "x float", "decode tok/s", "x float", "cold start s"
+        )  # fmt: skip
         for name, s in self.speeds.items():
             table.add_row(
                 name,
@@ -129,11 +142,8 @@ class SpeedComparison:
             ],
         }
 
-    def write(self, path: Any) -> None:
+    def write(self, path: str | Path) -> None:
         """Write `to_json()`."""
-        import json
-        from pathlib import Path
-
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
 
@@ -148,16 +158,17 @@ def compare_with_inductor(
     rounds: int = 5,
     progress: bool = True,
 ) -> SpeedComparison:
-    """Time a causal LM under Inductor in its own dtype (and in `also`) and under qcompile recipes.
+    """Time a causal LM under Inductor and under qcompile recipes, in its own dtype.
 
-    Site weights are counted: what the products read, float or quantized; tables are not.
+    Args:
+        model: a float causal LM.
+        recipes: preset names or JSON files.
+        also: a second dtype in which Inductor is timed.
+        prompt: tokens of the prompt.
+        new: tokens to decode after it.
+        rounds: counted rounds.
+        progress: show a bar.
     """
-    import copy
-
-    import torch._dynamo
-
-    from qcompile.backend import dynamo as backend
-
     torch._dynamo.config.recompile_limit = 256  # every candidate compiles the same code anew
     torch._dynamo.config.accumulated_recompile_limit = 1024
     generator = torch.Generator().manual_seed(0)

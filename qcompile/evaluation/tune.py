@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcompile.evaluation.compare import Comparison, RecipeResult
+from qcompile.evaluation.plots import label_point, plot_file
 from qcompile.pipeline.presets import find_recipe
 
-# Bytes first: four bits round to nearest, then with more work, then with eight bits.
+# By bytes, then by work: 4 bits rounded to nearest, 4 bits by slower algorithms, then 8 bits.
 LADDER = (
     "w4a8", "w4a16", "w4a16-hqq", "w4a16-awq", "w4a16-gptq", "w4a16-rotated-gptq",
     "int8", "int8-rotated", "int8-gptq", "w8a16",
@@ -26,7 +27,8 @@ class Tuned:
     """What a search found.
 
     Attributes:
-        chosen: the first recipe within the goal, or None. nearest: the best of those tried.
+        chosen: the first recipe within the goal, or None.
+        nearest: the best of those tried.
         rows: what was tried, the float model first.
     """
 
@@ -45,17 +47,20 @@ def tune(
     """Try recipes in order until one's perplexity is within `max_loss` of the float model's.
 
     Args:
-        comparison: the model and the text; its file lets an interrupted search go on.
-        max_loss: relative, 0.01 for one percent. recipes: in the order to try. tell: gets one line
-            for each recipe as it is measured.
+        comparison: the model and the text; its file lets an interrupted search continue.
+        max_loss: relative, 0.01 for one percent.
+        recipes: in the order to try.
+        tell: receives one line per recipe as it is measured.
 
     Raises:
-        ValueError: a goal or a recipe that cannot be, before any work.
+        ValueError: an impossible goal or an unknown recipe, before any work.
     """
     if not 0 < max_loss < 10:
-        raise ValueError(f"max_loss is a share of the perplexity, as 0.01 for 1%; got {max_loss}")
+        raise ValueError(
+            f"max_loss is a share of the float perplexity (0.01 is 1%), above 0 and below 10; got {max_loss}"
+        )
     if not recipes:
-        raise ValueError("no recipe to try: give at least one name")
+        raise ValueError("no recipe to try. Fix: give at least one name")
     for name in recipes:
         find_recipe(name).check()
     rows = [comparison.measure("float")]
@@ -72,25 +77,27 @@ def tune(
 
 
 def plot_frontier(rows: Sequence[RecipeResult], max_loss: float, path: Path) -> None:
-    """Loss of perplexity against megabytes, with the goal and the frontier. Needs matplotlib."""
-    import matplotlib
+    """Draw the loss of perplexity against megabytes, with the goal and the Pareto frontier.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    Args:
+        rows: as in `Tuned`.
+        max_loss: the goal, relative.
+        path: the file to write.
 
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     base, tried = rows[0].perplexity, rows[1:]
     points = [(r.site_bytes / 1e6, max(r.perplexity / base - 1, 1e-4), r.recipe) for r in tried]
     best = [p for p in points if not any(o[0] <= p[0] and o[1] < p[1] for o in points)]
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    axis.plot(*zip(*[p[:2] for p in sorted(best)], strict=True), color="C0", linewidth=1, label="frontier")
-    for x, y, name in points:
-        axis.scatter(x, y, s=40, color="C2" if y <= max_loss else "C3")
-        axis.annotate(name, (x, y), (5, 4), textcoords="offset points", fontsize=8)
-    axis.axhline(max_loss, color="0.5", linestyle="--", linewidth=1, label=f"goal {max_loss:.1%}")
-    axis.set(yscale="log", xlabel="site weights, MB (less is better)", ylabel="loss of perplexity (less is better)")
-    axis.grid(alpha=0.3, which="both")
-    axis.margins(x=0.15)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with plot_file(path) as axes:
+        axes.plot(*zip(*[p[:2] for p in sorted(best)], strict=True), color="C0", linewidth=1, label="frontier")
+        for x, y, name in points:
+            axes.scatter(x, y, s=40, color="C2" if y <= max_loss else "C3")
+            label_point(axes, name, x, y)
+        axes.axhline(max_loss, color="0.5", linestyle="--", linewidth=1, label=f"goal {max_loss:.1%}")
+        axes.set(yscale="log", xlabel="quantized weights, MB (less is better)")
+        axes.set(ylabel="loss of perplexity (less is better)")
+        axes.grid(alpha=0.3, which="both")
+        axes.margins(x=0.15)
+        axes.legend(fontsize=8)

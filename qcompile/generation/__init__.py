@@ -1,1 +1,1 @@
-"""Running a model: loading it, sampling from it, sessions of ONNX Runtime."""
+"""Running a model: loading it, generating tokens, sessions of ONNX Runtime."""

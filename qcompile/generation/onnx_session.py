@@ -18,65 +18,77 @@ from qcompile.memory.process import release_freed_memory
 
 PREFIX_FILE = "prefix.safetensors"  # ids, logits, keys and values of a prefix (passes/kv_cache/intact_kv.py)
 
-
-# A prompt is read in pieces: ONNX Runtime's attention computes and holds every score of a piece, masked or not.
-PIECE = 256
+# A prompt is read in chunks: ONNX Runtime's attention computes and keeps every score of a chunk, masked or not.
+PREFILL_CHUNK = 256
 
 
 class FolderError(ValueError):
-    """Not an exported folder; the text says what is missing."""
+    """Not an exported folder, or an unsuitable one; the text names what is missing and the fix."""
 
 
 class Session:
-    """An exported causal LM with its cache."""
+    """An exported causal LM with its cache.
+
+    Attributes:
+        session: the InferenceSession.
+        past_inputs: its inputs of cached keys and values, layer by layer.
+        cache_shapes: (heads, head size) of each past input.
+        cache_dtype: float32, or int8 of a quantized cache.
+        max_length: tokens that the folder's rotary tables reach; None if it does not say.
+        end_tokens: the tokens that end a text.
+        prefix: ids, logits, keys and values of a float prefix; None without one.
+    """
 
     def __init__(self, folder: str | Path, threads: int = 0) -> None:
-        """Open `folder`; `threads` 0 takes torch's number.
+        """Open a folder.
+
+        Args:
+            folder: what export_onnx wrote, or a folder of the same layout.
+            threads: of ONNX Runtime; 0 takes as many as torch.
 
         Raises:
             FolderError: no model.onnx, or a model without a cache.
-
-        `longest` is the number of tokens that the folder's tables reach, None if it does not say; `ends` the
-        tokens that end a text.
         """
         import onnxruntime
 
         path = Path(folder) / "model.onnx"
         if not path.is_file():
-            raise FolderError(f"{folder} holds no model.onnx: write it with qcompile export-onnx")
+            raise FolderError(f"{folder} holds no model.onnx. Fix: write it with qcompile export-onnx")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        release_freed_memory()  # opening computes int8 weights, which takes several times their size for a moment
-        self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
-        if not self.past:
-            raise FolderError(f"{path} takes no cache: it is not a causal LM")
+        release_freed_memory()  # opening packs int8 weights, which takes several times their size for a moment
+        self.past_inputs = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        if not self.past_inputs:
+            raise FolderError(f"{path} takes no cache. Fix: name the folder of a causal LM")
 
-        described = json.loads((Path(folder) / FILE).read_text())["model"] if (Path(folder) / FILE).is_file() else {}
-        self.longest: int | None = described.get("context_length")
-        size = described.get("decoder", {}).get("head_size")  # folders of other tools leave it free in the graph
-        self.cached = np.int8 if self.past[0].type == "tensor(int8)" else np.float32
-        self.shapes = [(i.shape[1], i.shape[3] if isinstance(i.shape[3], int) else size) for i in self.past]
-        ends = described.get("eos_token_id") or []
-        self.ends: set[int] = set(ends) if isinstance(ends, list) else {ends}
+        config = json.loads((Path(folder) / FILE).read_text())["model"] if (Path(folder) / FILE).is_file() else {}
+        self.max_length: int | None = config.get("context_length")
+        self.cache_dtype = np.int8 if self.past_inputs[0].type == "tensor(int8)" else np.float32
+        head_size = config.get("decoder", {}).get("head_size")  # dynamic in the graphs of other exporters
+        self.cache_shapes = [
+            (i.shape[1], i.shape[3] if isinstance(i.shape[3], int) else head_size) for i in self.past_inputs
+        ]
+        ends = config.get("eos_token_id") or []
+        self.end_tokens: set[int] = set(ends) if isinstance(ends, list) else {ends}
         self.prefix: dict[str, np.ndarray] | None = None
         if (Path(folder) / PREFIX_FILE).is_file():
             self.prefix = load_file(str(Path(folder) / PREFIX_FILE))
 
-    def _behind_prefix(self, ids: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], np.ndarray] | None:
-        """What is left of ids that begin with the prefix, its caches, and its logits; None for others."""
-        if self.prefix is None:
-            return None
-        start = self.prefix["ids"]
-        if ids.shape[1] <= len(start) or not (ids[:, : len(start)] == start).all():
-            return None
-        caches = [self.prefix[f"{part}{i}"] for i in range(len(self.past) // 2) for part in ("keys", "values")]
-        rows = [np.repeat(value, len(ids), 0) for value in (*caches, self.prefix["logits"])]
-        return ids[:, len(start) :], rows[:-1], rows[-1]
-
     def step(self, ids: np.ndarray, cache: list[np.ndarray] | None) -> tuple[np.ndarray, list[np.ndarray]]:
-        """ids [B, T] after a cache -> logits [B, T, V] and the grown cache."""
+        """Run the model once.
+
+        Args:
+            ids: [B, S] int64.
+            cache: keys and values of the tokens before, [B, H, T, D] each; None for none.
+
+        Returns:
+            Logits [B, S, V] and the cache of [B, H, T + S, D].
+
+        Raises:
+            FolderError: the tokens outreach the rotary tables.
+        """
         behind = self._behind_prefix(ids) if cache is None else None
         if behind is not None:
             rest, cache, first = behind
@@ -84,58 +96,84 @@ class Session:
             return np.concatenate([first, logits], 1), grown
         batch = ids.shape[0]
         if cache is None:
-            cache = [np.zeros((batch, groups, 0, size), self.cached) for groups, size in self.shapes]
+            cache = [np.zeros((batch, heads, 0, size), self.cache_dtype) for heads, size in self.cache_shapes]
         if batch > 1 and ids.shape[1] > 1 and cache[0].shape[2]:  # more than GroupQueryAttention does at once
             rows = [self.step(ids[i : i + 1], [part[i : i + 1] for part in cache]) for i in range(batch)]
             grown = [np.concatenate(parts) for parts in zip(*(caches for _, caches in rows), strict=True)]
             return np.concatenate([logits for logits, _ in rows]), grown
         total = cache[0].shape[2] + ids.shape[1]
-        if self.longest is not None and total > self.longest:
-            raise FolderError(f"a text of {total} tokens: the rotary tables of this folder end at {self.longest}")
+        if self.max_length is not None and total > self.max_length:
+            raise FolderError(
+                f"a text of {total} tokens: the rotary tables of this folder end at {self.max_length}. Fix: shorten it"
+            )
         mask = np.ones((batch, total), np.int64)
         feeds = {"input_ids": ids, "attention_mask": mask}
-        feeds |= {i.name: value for i, value in zip(self.past, cache, strict=True)}
+        feeds |= {i.name: value for i, value in zip(self.past_inputs, cache, strict=True)}
         logits, *grown = self.session.run(None, feeds)
         return logits, grown
 
     def read(self, ids: np.ndarray, cache: list[np.ndarray] | None) -> tuple[np.ndarray, list[np.ndarray]]:
-        """As step, a long text in pieces; the logits are those of the last piece."""
-        piece = PIECE if self.prefix is None else max(PIECE, len(self.prefix["ids"]) + 1)
-        logits, cache = self.step(ids[:, :piece], cache)
-        for start in range(piece, ids.shape[1], piece):
-            logits, cache = self.step(ids[:, start : start + piece], cache)
+        """As `step`, a long prompt in chunks; the logits are those of the last chunk."""
+        chunk = PREFILL_CHUNK if self.prefix is None else max(PREFILL_CHUNK, len(self.prefix["ids"]) + 1)
+        logits, cache = self.step(ids[:, :chunk], cache)
+        for start in range(chunk, ids.shape[1], chunk):
+            logits, cache = self.step(ids[:, start : start + chunk], cache)
         return logits, cache
 
     def __call__(self, *, input_ids: Tensor) -> Tensor:
-        """Logits [B, T, V] of a window; what evaluate.perplexity calls.
+        """Logits [B, S, V] of a window; what evaluation/perplexity.py calls.
 
-        With a cache of codes it is read piece by piece: within a piece of many tokens nothing is rounded.
+        With an int8 cache it is read chunk by chunk: within one chunk attention sees float keys and values.
+
+        Raises:
+            FolderError: the folder gives the last token's logits only.
         """
-        ids, parts, cache = input_ids.numpy(), [], None
-        piece = PIECE if self.cached is np.int8 and len(ids) == 1 else ids.shape[1]
-        for start in range(0, ids.shape[1], piece):
-            part, cache = self.step(ids[:, start : start + piece], cache)
-            parts.append(part)
-        logits = np.concatenate(parts, 1)
-        if logits.shape[1] != input_ids.shape[1]:
-            raise FolderError("this folder gives the last token's logits only: export it without last_logits")
-        return torch.from_numpy(logits)
+        ids, cache = input_ids.numpy(), None
+        logits_of_chunks = []
+        chunk = PREFILL_CHUNK if self.cache_dtype is np.int8 and len(ids) == 1 else ids.shape[1]
+        for start in range(0, ids.shape[1], chunk):
+            logits, cache = self.step(ids[:, start : start + chunk], cache)
+            logits_of_chunks.append(logits)
+        whole = np.concatenate(logits_of_chunks, 1)
+        if whole.shape[1] != input_ids.shape[1]:
+            raise FolderError("this folder gives the last token's logits only. Fix: export it without last_logits")
+        return torch.from_numpy(whole)
 
     def stream(
-        self, ids: Tensor, new: int, *, temperature: float = 0.0, seed: int = 0, stop: set[int] | None = None
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: set[int] | None = None,
     ) -> Iterator[int]:
-        """New tokens after ids [1, T], one by one; temperature 0 is greedy."""
-        yield from stream(self.read, ids.numpy(), new, temperature=temperature, seed=seed, stop=stop)
+        """New tokens after ids [1, S], one by one; see sampling.stream."""
+        yield from stream(self.read, ids.numpy(), max_new_tokens, temperature=temperature, seed=seed, stop=stop)
+
+    def _behind_prefix(self, ids: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], np.ndarray] | None:
+        """For ids that begin with the prefix: the ids behind it, the prefix's cache and its logits. Else None."""
+        if self.prefix is None:
+            return None
+        start = self.prefix["ids"]
+        if ids.shape[1] <= len(start) or not (ids[:, : len(start)] == start).all():
+            return None
+        layers = range(len(self.past_inputs) // 2)
+        caches = [self.prefix[f"{part}{layer}"] for layer in layers for part in ("keys", "values")]
+        *caches, logits = (np.repeat(value, len(ids), 0) for value in (*caches, self.prefix["logits"]))
+        return ids[:, len(start) :], caches, logits
 
 
-def tokenizer_of(folder: str | Path) -> Any:
-    """The tokenizer of an exported folder.
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of an exported folder, as transformers reads it.
 
     Raises:
-        FolderError: it holds none.
+        FolderError: the folder holds none.
     """
     from transformers import AutoTokenizer
 
     if not (Path(folder) / "tokenizer_config.json").is_file():
-        raise FolderError(f"{folder} holds no tokenizer: give export_onnx one (tokenizer=..), or copy its files there")
+        raise FolderError(
+            f"{folder} holds no tokenizer. Fix: give export_onnx one (tokenizer=..), or copy its files there"
+        )
     return AutoTokenizer.from_pretrained(str(folder))

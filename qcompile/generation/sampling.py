@@ -1,4 +1,4 @@
-"""Tokens one by one, text as it becomes readable, and conversations that keep their cache from turn to turn."""
+"""Generation: token by token, text as it becomes readable, and conversations that keep their cache between turns."""
 
 from __future__ import annotations
 
@@ -9,25 +9,38 @@ import numpy as np
 import torch
 
 Step = Callable[[np.ndarray, Any], tuple[np.ndarray, Any]]
-"""ids [1, T] int64 behind a cache (None: from nothing) -> logits [1, .., V] and the grown cache."""
+"""Token ids [1, S] int64 and a cache (None: empty) -> logits [1, .., V] and the cache with these tokens."""
 
 
 def stream(
     step: Step,
     ids: np.ndarray,
-    new: int,
+    max_new_tokens: int,
     *,
     cache: Any = None,
     temperature: float = 0.0,
     seed: int = 0,
     stop: set[int] | None = None,
 ) -> Generator[int, None, Any]:
-    """New tokens after ids [1, T], one by one, up to one of `stop`; temperature 0 is greedy.
+    """Generate tokens one by one.
 
-    Returns (as a generator does): the cache, which has seen every token but the last.
+    Args:
+        step: the model.
+        ids: the prompt [1, S], or what of it is not in the cache.
+        max_new_tokens: where to end.
+        cache: tokens that the model has read before.
+        temperature: of the sampling; 0 is greedy.
+        seed: of the sampling.
+        stop: tokens that end the text; they are yielded too.
+
+    Yields:
+        Tokens.
+
+    Returns:
+        As generators do: the cache, which has every token but the last.
     """
     generator = np.random.default_rng(seed)
-    for _ in range(new):
+    for _ in range(max_new_tokens):
         logits, cache = step(ids, cache)
         scores = logits[0, -1].astype(np.float64)
         if temperature > 0:
@@ -42,20 +55,20 @@ def stream(
     return cache
 
 
-def readable(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+def readable_text(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
     """The text of tokens, piece by piece; a character may span several tokens."""
-    held: list[int] = []
+    read: list[int] = []
     shown = ""
     for token in tokens:
-        held.append(token)
-        text = tokenizer.decode(held, skip_special_tokens=True)
+        read.append(token)
+        text = tokenizer.decode(read, skip_special_tokens=True)
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
 
 
-def steps_of(model: torch.nn.Module) -> Step:
-    """A causal LM of transformers as a Step."""
+def step_function(model: torch.nn.Module) -> Step:
+    """A causal LM of transformers as a Step; it gives the logits of the last token."""
 
     def step(ids: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
         with torch.no_grad():
@@ -65,18 +78,21 @@ def steps_of(model: torch.nn.Module) -> Step:
     return step
 
 
-def ends_of(tokenizer: Any, model: torch.nn.Module | None = None) -> set[int]:
+def end_tokens(tokenizer: Any, model: torch.nn.Module | None = None) -> set[int]:
     """The tokens that end a text: the tokenizer's, and those that the model's generation config names."""
-    found = {tokenizer.eos_token_id}
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found |= set(named) if isinstance(named, list) else {named}
+    found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
     return found - {None}
 
 
 class Conversation:
     """Turns of a user and a model, in the chat template of the tokenizer.
 
-    Only what is new since the last turn is read, where the template writes earlier turns as they were.
+    Only what is new since the last turn is read, where the template writes earlier turns the same again.
+
+    Attributes:
+        turns: messages, as chat templates take them.
+        cached_tokens: the tokens in the cache.
     """
 
     def __init__(
@@ -85,51 +101,68 @@ class Conversation:
         tokenizer: Any,
         *,
         system: str = "",
-        new: int = 512,
+        max_new_tokens: int = 512,
         temperature: float = 0.0,
         seed: int = 0,
         stop: set[int] | None = None,
     ) -> None:
-        """Begin; an answer has `new` tokens at most and ends at one of `stop` (None: the tokenizer's end).
+        """Begin a conversation.
+
+        Args:
+            step: the model.
+            tokenizer: of transformers, with a chat template.
+            system: the system message; "" for none.
+            max_new_tokens: of one answer.
+            temperature: of the sampling; 0 is greedy.
+            seed: of the sampling.
+            stop: tokens that end an answer; None for the tokenizer's.
 
         Raises:
             ValueError: the tokenizer has no chat template.
         """
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("this tokenizer has no chat template: the model continues text (qcompile generate)")
+            raise ValueError(
+                "this tokenizer has no chat template: the model continues text. Fix: use qcompile generate, or a model "
+                "that was trained for conversations"
+            )
         self.step, self.tokenizer = step, tokenizer
-        self.new, self.temperature, self.seed = new, temperature, seed
+        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         self.turns = [{"role": "system", "content": system}] if system else []
-        self.seen: list[int] = []  # the tokens in the cache
+        self.cached_tokens: list[int] = []
         self.cache: Any = None
-        self.stop = ends_of(tokenizer) if stop is None else stop
+        self.stop = end_tokens(tokenizer) if stop is None else stop
 
     def answer(self, text: str) -> Iterator[str]:
-        """The model's answer to a turn, piece by piece."""
+        """The model's answer to a turn of the user, piece by piece."""
         self.turns.append({"role": "user", "content": text})
         written = self.tokenizer.apply_chat_template(self.turns, add_generation_prompt=True, tokenize=False)
         ids = list(self.tokenizer(written, add_special_tokens=False)["input_ids"])
-        if ids[: len(self.seen)] != self.seen or len(ids) == len(self.seen):
-            self.seen, self.cache = [], None
+        if ids[: len(self.cached_tokens)] != self.cached_tokens or len(ids) == len(self.cached_tokens):
+            self.cached_tokens, self.cache = [], None
         tokens: list[int] = []
-
-        def run() -> Iterator[int]:
-            rest = np.array([ids[len(self.seen) :]], np.int64)
-            made = stream(
-                self.step, rest, self.new, cache=self.cache, temperature=self.temperature, seed=self.seed,
-                stop=self.stop,
-            )  # fmt: skip
-            while True:
-                try:
-                    tokens.append(next(made))
-                except StopIteration as end:
-                    self.cache = end.value
-                    return
-                yield tokens[-1]
-
         pieces: list[str] = []
-        for piece in readable(self.tokenizer, run()):
+        for piece in readable_text(self.tokenizer, self._generate(ids, tokens)):
             pieces.append(piece)
             yield piece
-        self.seen = ids + tokens[:-1]
+        self.cached_tokens = ids + tokens[:-1]
         self.turns.append({"role": "assistant", "content": "".join(pieces)})
+
+    def _generate(self, ids: list[int], tokens: list[int]) -> Iterator[int]:
+        """New tokens after `ids`, which are also appended to `tokens`."""
+        rest = np.array([ids[len(self.cached_tokens) :]], np.int64)
+        generated = stream(
+            self.step,
+            rest,
+            self.max_new_tokens,
+            cache=self.cache,
+            temperature=self.temperature,
+            seed=self.seed,
+            stop=self.stop,
+        )
+        while True:
+            try:
+                tokens.append(next(generated))
+            except StopIteration as end:
+                self.cache = end.value
+                return
+            yield tokens[-1]

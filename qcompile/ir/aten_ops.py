@@ -53,6 +53,20 @@ DROPOUTS: Ops = frozenset({aten.dropout.default, aten.native_dropout.default, at
 SIZES: Ops = frozenset({aten.sym_size.int, aten.sym_size.default, aten.size.default, aten.size.int})
 """Reads a shape, never an element."""
 
+FILLS: Ops = frozenset(
+    {
+        aten.new_ones.default,
+        aten.new_zeros.default,
+        aten.new_full.default,
+        aten.new_empty.default,
+        aten.ones_like.default,
+        aten.zeros_like.default,
+        aten.full_like.default,
+        aten.empty_like.default,
+    }
+)
+"""A constant of the shape and dtype of another tensor, whose elements are not read."""
+
 VIEWS: Ops = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 """The same elements in the same order under other sizes."""
 

@@ -18,11 +18,18 @@ import torch
 from torch import fx
 
 import qcompile.ir.ops  # noqa: F401  registers torch.ops.qcompile
+from qcompile.ir.node_meta import SITE
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 
 Operand = fx.Node | None
 """A tensor argument of a call; None where the schema allows no tensor."""
+
+
+def site_name(program: Program, node: fx.Node) -> str:
+    """The name of a quantized product's site: what the pass that quantized it noted, or where its codes are."""
+    noted: str | None = node.meta.get(SITE)
+    return noted or (program.weight_name(QLinearCall.of(node).weight) or node.name).removesuffix(".codes")
 
 
 @dataclass(frozen=True)
@@ -154,3 +161,7 @@ class QExpertsCall(OpCall):
     def stored(self) -> tuple[fx.Node, fx.Node, Operand, Operand]:
         """The stack's codes, scale, zero point and group scale, as placeholders."""
         return self.weight, self.scale, self.zero, self.group_scale
+
+
+OUR_OPS = frozenset(call.target for call in (QuantizeCall, DequantizeCall, HadamardCall, QLinearCall, QExpertsCall))
+"""The operators of ops.py: a captured graph that calls one comes from a model that was quantized before."""

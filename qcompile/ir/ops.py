@@ -18,8 +18,8 @@ from torch import Tensor
 from qcompile.numerics.bit_packing import packed_columns
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard
-from qcompile.numerics.int8_matmul import int8_sums
-from qcompile.numerics.qtensor import dequantize_codes, int8_codes, load_codes
+from qcompile.numerics.int8_matmul import int8_matmul
+from qcompile.numerics.qtensor import dequantize_codes, dequantize_to_int8, unpack_codes
 from qcompile.numerics.rounding import quantize_tensor
 
 
@@ -52,7 +52,7 @@ def dequantize(
 ) -> Tensor:
     """Codes -> numbers; `columns` > 0 says that the codes are stored packed with K = columns."""
     form = Format.parse(format)
-    unpacked = load_codes(codes, form, columns) if columns else codes
+    unpacked = unpack_codes(codes, form, columns) if columns else codes
     return dequantize_codes(unpacked, scale, zero, group_scale, form).to(dtype).clone()
 
 
@@ -107,12 +107,12 @@ def qlinear(
     """
     form = Format.parse(format)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    codes = load_codes(weight, form, columns)
+    codes = unpack_codes(weight, form, columns)
     if act and Format.parse(act).is_int8_rows and _integer_rows(form):
         assert x_scale is not None
         if form.dual:
-            codes = int8_codes(codes, zero, group_scale, form)
-        sums = int8_sums(x.reshape(-1, columns), codes).reshape(*x.shape[:-1], len(codes))
+            codes = dequantize_to_int8(codes, zero, group_scale, form)
+        sums = int8_matmul(x.reshape(-1, columns), codes).reshape(*x.shape[:-1], len(codes))
         out = sums.to(wide) * x_scale.to(wide) * scale.squeeze(-1).to(wide)
     else:
         if act:
@@ -174,7 +174,7 @@ def qexperts(
         if end > start:
             s, z, g = (t if t is None or not t.ndim else t[expert] for t in (scale, zero, group_scale))
             assert s is not None
-            numbers = dequantize_codes(load_codes(weight[expert], form, columns), s, z, g, form)
+            numbers = dequantize_codes(unpack_codes(weight[expert], form, columns), s, z, g, form)
             out[start:end] = (x[start:end].to(wide) @ numbers.to(wide).t()).to(dtype)
             start = end
     return out

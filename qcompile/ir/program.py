@@ -65,6 +65,7 @@ class Program:
         breaks: where the frontend had to split the model, as text.
         scalars: Dynamo inputs that were baked in as numbers: index -> value.
         alive: what keeps shared tensors alive (see weight_cache.py).
+        version: rises with every change of the graph that goes through this class.
     """
 
     graph_module: fx.GraphModule
@@ -75,6 +76,7 @@ class Program:
     breaks: list[str] = field(default_factory=list)
     scalars: dict[int, float] = field(default_factory=dict)
     alive: list[object] = field(default_factory=list)
+    version: int = 0
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -137,6 +139,7 @@ class Program:
         """Add the placeholder of a new weight; an existing name is an error."""
         if name in self.weights:
             raise ValueError(f"the program already has a weight {name!r}")
+        self.version += 1
         last = self.placeholders[-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder("w_" + "".join(c if c.isalnum() else "_" for c in name))
@@ -155,6 +158,7 @@ class Program:
         after: fx.Node | None = None,
     ) -> fx.Node:
         """Insert a call next to a node and give it its fake value."""
+        self.version += 1
         place = self.graph.inserting_before(before) if before else self.graph.inserting_after(after)
         with place:
             node = self.graph.call_function(target, tuple(args), dict(kwargs or {}))
@@ -177,6 +181,7 @@ class Program:
             function: takes and returns tensors; traced on the fake values of `args`.
             args: nodes, or constants that are baked in. before: where to insert.
         """
+        self.version += 1
         nodes = [a for a in args if isinstance(a, fx.Node)]
 
         def over_nodes(*values: Any) -> Any:
@@ -204,10 +209,12 @@ class Program:
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Send every user of `old` to `new`, except `new` itself."""
+        self.version += 1
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def cleanup(self) -> None:
         """Drop dead nodes and the weights that nothing reads any more, then recompile."""
+        self.version += 1
         self.graph.eliminate_dead_code()
         for node in self.placeholders:
             if WEIGHT in node.meta and not node.users:

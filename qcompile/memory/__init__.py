@@ -1,1 +1,1 @@
-"""Memory of the process: weights that are made once and shared, pages given back, and the machine's description."""
+"""Memory of the process: prepared weights that are cached, pages given back; and the environment of a measurement."""

@@ -1,4 +1,4 @@
-"""What a measurement was made with: versions of the libraries, the processor, threads."""
+"""The environment of a measurement: versions of the libraries, the processor, threads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """What a number was measured with."""
+    """Versions of Python and the libraries, the processor, its instruction set, and torch's threads."""
     found = {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
     for name in ("torch", "transformers", "onnxruntime", "torch-qcompile"):
         try:

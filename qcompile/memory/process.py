@@ -1,4 +1,4 @@
-"""Memory of the process: giving freed pages back, and the peak during a piece of work."""
+"""Memory of the process: giving freed pages back, and the peak during a block of code."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ import ctypes
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass
+class PeakMemory:
+    """The peak of a block.
+
+    Attributes:
+        bytes: resident bytes above those at the start, set when the block ends; 0 where it cannot be measured.
+    """
+
+    bytes: int = 0
 
 
 def release_freed_memory() -> None:
@@ -21,31 +33,29 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-class Peak:
-    """Bytes above what was held at the start; 0 where it cannot be known."""
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Resident memory of this process in bytes ("VmHWM": its high-water mark).
 
-    bytes = 0
-
-
-def held(name: str = "VmRSS") -> int:
-    """Bytes that this process holds ("VmHWM": held at most). Linux only: 0 elsewhere."""
+    Raises:
+        OSError: the system has no /proc (it is not Linux).
+    """
     for line in _STATUS.read_text().splitlines():
-        if line.startswith(name):
+        if line.startswith(field):
             return int(line.split()[1]) * 1024
     return 0
 
 
 @contextmanager
-def measure_peak() -> Iterator[Peak]:
-    """Measure the block; `peak.bytes` is set when it ends. Linux only: elsewhere it stays 0."""
-    peak = Peak()
+def measure_peak() -> Iterator[PeakMemory]:
+    """Measure the peak memory of the block; `bytes` is set when it ends. Linux only: elsewhere it stays 0."""
+    peak = PeakMemory()
     gc.collect()
-    release_freed_memory()  # what was freed before must not hide what is taken now
+    release_freed_memory()  # what was freed before must not hide what is allocated now
     try:
-        _CLEAR.write_text("5")  # forget the high-water mark of before
-        start = held()
+        _CLEAR.write_text("5")  # reset the high-water mark
+        start = resident_bytes()
     except OSError:
         yield peak
         return
     yield peak
-    peak.bytes = max(0, held("VmHWM") - start)
+    peak.bytes = max(0, resident_bytes("VmHWM") - start)

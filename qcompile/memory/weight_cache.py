@@ -1,18 +1,19 @@
-"""Tensors made once and shared: equal weights are one weight, whoever holds them.
+"""Tensors that are prepared from weights once, and found again by the content of those weights.
 
-A model that Dynamo compiles has several graphs (prefill, decode, ..). What is made from a weight,
-its codes or a kernel's own layout, is found again by the content that it was made from, and lives
-as long as some graph keeps the `Shared` that holds it.
+A model that Dynamo compiles has several graphs (prefill, decode, ..). What is prepared from a weight, its codes or
+the layout of a kernel, is looked up by the weight's content, and lives as long as some graph keeps the
+`CachedTensors` that holds it.
 
-Found means: equal fingerprints (fingerprint.py), and equal bytes too as long as the tensors that it was made from
-are somewhere in memory. They are watched, not kept: a rotated weight is given up when its codes are made, and then
-the fingerprint alone decides.
+A lookup succeeds for equal fingerprints (fingerprint.py), and equal bytes too as long as the source tensors of the
+entry are somewhere in memory. The cache refers to them weakly: a rotated weight is freed when its codes are made,
+and from then on the fingerprint alone decides.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,56 +22,78 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from qcompile.memory.fingerprint import as_bytes, fingerprint
 
 Remember = Callable[[str, Sequence[Tensor], Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]]
-"""remember(kernel, tensors, make): what a kernel's layout makes of some tensors, made once for equal ones."""
+"""remember(layout, sources, make): what make() prepares from the sources, made once for equal ones."""
+
+Tensors = TypeVar("Tensors", bound=tuple[Tensor | None, ...])
 
 
-class SharedTensors:
-    """Tensors that were made from others."""
+class CachedTensors(Generic[Tensors]):
+    """An entry of the cache: tensors, and weak references to what they were made from."""
 
-    def __init__(self, tensors: tuple[Tensor | None, ...], sources: Sequence[Tensor] = ()) -> None:
+    def __init__(self, tensors: Tensors, sources: Sequence[Tensor] = ()) -> None:
         self.tensors = tensors
-        self._sources = [_Watched(source) for source in sources]
+        self._sources = [_WeakTensor(source) for source in sources]
 
-    def may_serve(self, sources: Sequence[Tensor]) -> bool:
-        """Whether no source that is still there differs from these, of equal fingerprints."""
-        return all(seen.may_be(now) for seen, now in zip(self._sources, sources, strict=True))
+    def matches(self, sources: Sequence[Tensor]) -> bool:
+        """Whether no source that still exists differs from these, which have equal fingerprints."""
+        return all(kept.is_gone_or_equals(new) for kept, new in zip(self._sources, sources, strict=True))
 
 
-class _Watched:
-    """A tensor that is looked at again if it is still there."""
+def cached(key: Hashable, sources: Sequence[Tensor], make: Callable[[], Tensors]) -> CachedTensors[Tensors]:
+    """The entry for `sources` under `key`, made now if there is none.
+
+    Args:
+        key: what is made of the sources: the name of a layout, a format.
+        sources: the weights that the tensors depend on.
+        make: makes the tensors.
+
+    Returns:
+        The entry. It stays in the cache while the caller keeps it.
+    """
+    full_key = (key, *map(fingerprint, sources))
+    entry = cast(CachedTensors[Tensors] | None, _entries.get(full_key))  # a key has one `make`, so one type
+    if entry is None or not entry.matches(sources):
+        entry = CachedTensors(make(), sources)
+        _entries[full_key] = entry
+    return entry
+
+
+def entry_count() -> int:
+    """The number of entries that somebody keeps; for tests."""
+    return len(_entries)
+
+
+_entries: weakref.WeakValueDictionary[Hashable, CachedTensors[Any]] = weakref.WeakValueDictionary()
+
+
+class _WeakStorage(Protocol):
+    """What torch's StorageWeakRef is, which has no types."""
+
+    cdata: int
+
+    def expired(self) -> bool: ...
+
+
+_weak_storage: Callable[[torch.UntypedStorage], _WeakStorage] = StorageWeakRef
+
+
+class _WeakTensor:
+    """A tensor whose memory is looked at again if it still exists."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._storage = StorageWeakRef(tensor.untyped_storage())
-        self._place = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        self._storage = _weak_storage(tensor.untyped_storage())
+        self._view = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
         self._dtype, self._device = tensor.dtype, tensor.device
 
-    def may_be(self, other: Tensor) -> bool:
-        """Whether it is gone, or has the other's bytes."""
+    def is_gone_or_equals(self, other: Tensor) -> bool:
+        """Whether the memory was freed, or holds the bytes of the other tensor."""
         if self._storage.expired():
             return True
         storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
-        if storage is None:  # gone in between
+        if storage is None:  # freed in between
             return True
-        mine = torch.empty(0, dtype=self._dtype, device=self._device).set_(storage, *self._place)
-        place = (other.storage_offset(), tuple(other.shape), other.stride())
-        if mine.data_ptr() == other.data_ptr() and self._place == place:
+        mine = torch.empty(0, dtype=self._dtype, device=self._device).set_(storage, *self._view)
+        view = (other.storage_offset(), tuple(other.shape), other.stride())
+        if mine.data_ptr() == other.data_ptr() and self._view == view:
             return True
         return torch.equal(as_bytes(mine), as_bytes(other))
-
-
-_alive: weakref.WeakValueDictionary[Hashable, SharedTensors] = weakref.WeakValueDictionary()
-
-
-def shared(key: Hashable, sources: Sequence[Tensor], make: Callable[[], tuple[Tensor | None, ...]]) -> SharedTensors:
-    """What was made of `sources` in the way that `key` says, made now if nobody holds it."""
-    full = (key, *map(fingerprint, sources))
-    found = _alive.get(full)
-    if found is None or not found.may_serve(sources):
-        found = SharedTensors(make(), sources)
-        _alive[full] = found
-    return found
-
-
-def count() -> int:
-    """How many are alive; for tests."""
-    return len(_alive)

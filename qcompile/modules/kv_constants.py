@@ -1,20 +1,28 @@
-"""What a recipe's cache needs beside the weights, as submodules, so that checkpoints carry it."""
+"""What a quantized KV cache needs beside the weights, as submodules of the model, so that checkpoints carry it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-PREFIX = "qcompile_prefix"  # the submodule that holds the prefix
-CENTERS = "qcompile_centers"  # the one that holds the mean keys
-SCALES = "qcompile_scales"  # and the one that holds fixed scales
+from qcompile.modules.fixed_dtype import FixedDtypeModule
+
+# Names of the submodules.
+PREFIX = "qcompile_prefix"
+CENTERS = "qcompile_centers"
+SCALES = "qcompile_scales"
 
 
 class Prefix(nn.Module):
-    """Float keys and values [1, H, p, D] of every layer, and logits [1, p, V], of `ids` [p]."""
+    """A prefix of tokens whose keys and values stay float (IntactKV).
+
+    Attributes:
+        ids: the tokens, int64 [P].
+        logits: the model's logits of these tokens, [1, P, V].
+        layers: the number of layers; their keys and values are the buffers keys0, values0, .. of [1, H, P, D].
+    """
 
     ids: Tensor
     logits: Tensor
@@ -29,20 +37,21 @@ class Prefix(nn.Module):
             self.register_buffer(f"values{index}", values)
 
     def starts(self, ids: Tensor) -> bool:
-        """Whether every row of ids [B, T] begins with the prefix and goes on."""
+        """Whether every row of ids [B, S] begins with the prefix and is longer."""
         p = len(self.ids)
         return ids.ndim == 2 and ids.shape[1] > p and bool((ids[:, :p] == self.ids).all())
 
-    def caches(self, rows: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of every layer for a batch."""
-        return tuple(
-            [getattr(self, f"{part}{i}").expand(rows, -1, -1, -1) for i in range(self.layers)]
+    def caches(self, batch: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of every layer, [B, H, P, D] with B = batch."""
+        keys, values = (
+            [self.get_buffer(f"{part}{i}").expand(batch, -1, -1, -1) for i in range(self.layers)]
             for part in ("keys", "values")
         )
+        return keys, values
 
     @staticmethod
     def empty(shapes: Mapping[str, list[int]]) -> Prefix:
-        """A prefix of the right shapes, for loading."""
+        """A prefix with unset buffers of the given shapes, for loading."""
         count = len(shapes) // 2 - 1
         layers = [(torch.empty(shapes[f"keys{i}"]), torch.empty(shapes[f"values{i}"])) for i in range(count)]
         return Prefix(torch.empty(shapes["ids"], dtype=torch.int64), layers, torch.empty(shapes["logits"]))
@@ -58,12 +67,17 @@ class Centers(nn.Module):
 
     @property
     def all(self) -> list[Tensor]:
-        """Layer by layer."""
-        return [getattr(self, f"center{index}") for index in range(len(self._buffers))]
+        """The mean keys, layer by layer."""
+        return [self.get_buffer(f"center{index}") for index in range(len(self._buffers))]
+
+    @staticmethod
+    def empty(shapes: Mapping[str, list[int]]) -> Centers:
+        """Centers with unset buffers of the given shapes, for loading."""
+        return Centers([torch.empty(shape) for shape in shapes.values()])
 
 
-class Scales(nn.Module):
-    """Fixed scales of the cached keys and values [H, D] of every layer."""
+class Scales(FixedDtypeModule):
+    """Static per-channel scales of the cached keys and values, float32 [H, D] of every layer."""
 
     def __init__(self, scales: Sequence[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
@@ -71,22 +85,14 @@ class Scales(nn.Module):
             self.register_buffer(f"keys{index}", keys)
             self.register_buffer(f"values{index}", values)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = dict(self._buffers)
-        result = super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:  # a cast: scales stay float32
-                self._buffers[name] = old.to(new.device)
-        return result
-
     @property
     def all(self) -> list[tuple[Tensor, Tensor]]:
-        """Layer by layer."""
-        return [(getattr(self, f"keys{i}"), getattr(self, f"values{i}")) for i in range(len(self._buffers) // 2)]
+        """Scales of keys and of values, layer by layer."""
+        count = len(self._buffers) // 2
+        return [(self.get_buffer(f"keys{i}"), self.get_buffer(f"values{i}")) for i in range(count)]
 
     @staticmethod
     def empty(shapes: Mapping[str, list[int]]) -> Scales:
-        """Of the right shapes, for loading."""
+        """Scales with unset buffers of the given shapes, for loading."""
         tensors = [torch.empty(shape) for shape in shapes.values()]
         return Scales(list(zip(tensors[::2], tensors[1::2], strict=True)))

@@ -1,48 +1,43 @@
-"""Modules that hold packed weights and call the dialect, so that they trace, save and compile."""
+"""Linear modules that hold packed weights and call the operators of ir/ops.py, so that they trace, save and compile."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import qcompile.ir.ops  # noqa: F401  registers torch.ops.qcompile
+from qcompile.modules.fixed_dtype import FixedDtypeModule
 from qcompile.numerics.bit_packing import packed_columns
 from qcompile.numerics.format import Format
-from qcompile.numerics.qtensor import dequantize_codes, load_codes
+from qcompile.numerics.qtensor import PARTS, QTensor
 
-_FACTORS = ("low_in", "low_in_scale", "low_out", "low_out_scale")
-PARTS = ("codes", "scale", "zero", "group_scale", "bias", "signs", *_FACTORS)
-
-
-class Coded(nn.Module):
-    """Holds codes and scales, whose precision a cast of the model must not change; moves between devices go through."""
-
-    KEPT: tuple[str, ...] = ()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {name: held for name in self.KEPT if (held := getattr(self, name)) is not None}
-        result = super()._apply(fn, recurse)
-        for name, old in kept.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype:  # a cast, not a move; fp8 codes count as floating for one
-                setattr(self, name, old.to(new.device))
-        return result
+_CORRECTION = ("low_in", "low_in_scale", "low_out", "low_out_scale")
+BUFFERS = (*PARTS, "bias", "signs", *_CORRECTION)
 
 
-class QuantLinear(Coded):
-    """x -> [Hadamard] -> [quantize] -> qlinear [+ low rank], with stored codes as buffers.
+class QuantLinear(FixedDtypeModule):
+    """x -> [Hadamard] -> [quantize] -> qlinear [+ low-rank correction], with packed codes as buffers.
 
-    Buffers: codes [N, packed K], scale, zero, group_scale (see format.py), bias [N] or None, signs
-    [K] or None (an online Hadamard before the product), low_in [m, K] and low_out [N, m] or None (a
-    correction of the weight, passes/weights/lorc.py; int8 where low_in_scale [m, 1] and low_out_scale [N, 1]
-    are given). The result has the dtype of x. Scales stay float32
-    whatever dtype the model is cast to.
+    The result has the dtype of x. Codes and scales keep their dtype when the model is cast.
+
+    Attributes:
+        in_features: K.
+        out_features: N.
+        format: the weight's format.
+        act: the format of x, quantized dynamically; None for float activations.
+        codes: stored codes of [N, K] (see bit_packing.py).
+        scale: the scale, as in QTensor.
+        zero: the zero point, as in QTensor.
+        group_scale: the group scale, as in QTensor.
+        bias: [N] or None.
+        signs: [K] of +-1, or None: those of an online Hadamard transform of x.
+        low_in: [m, K] or None: V' of a low-rank correction (passes/weights/lorc.py), int8 with a scale, else float.
+        low_in_scale: [m, 1] or None.
+        low_out: [N, m] or None: U' of the correction.
+        low_out_scale: [N, 1] or None.
     """
 
-    KEPT = ("codes", "scale", "zero", "signs", "low_in_scale", "low_out_scale")
+    FIXED_DTYPE = ("codes", "scale", "zero", "signs", "low_in_scale", "low_out_scale")
 
     codes: Tensor
     scale: Tensor
@@ -63,49 +58,59 @@ class QuantLinear(Coded):
         act: Format | None,
         tensors: dict[str, Tensor | None],
     ) -> None:
+        """Build from tensors by the names of BUFFERS; missing ones are None."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.format, self.act = format, act
-        for name in PARTS:
+        for name in BUFFERS:
             self.register_buffer(name, tensors.get(name))
 
     @staticmethod
     def empty(
         in_features: int, out_features: int, format: Format, act: Format | None, has: set[str], rank: int = 0
     ) -> QuantLinear:
-        """A module with unset buffers of the right shapes, for loading."""
+        """A module with unset buffers of the right shapes, for loading.
+
+        Args:
+            in_features: K.
+            out_features: N.
+            format: the weight's format.
+            act: the activation's format, or None.
+            has: the names of BUFFERS that are not None.
+            rank: m of the low-rank correction.
+        """
         groups = format.groups(in_features)
         shape = () if format.per == "tensor" else (out_features, groups if format.per == "group" else 1)
         packed = packed_columns(in_features, format.bits)
-        code = torch.uint8 if format.bits < 8 else format.code_dtype
-        zero = torch.uint8 if format.zero == "int" else torch.float32
-        low = torch.int8 if "low_in_scale" in has else torch.float32
+        code_dtype = torch.uint8 if format.bits < 8 else format.code_dtype
+        zero_dtype = torch.uint8 if format.zero == "int" else torch.float32
+        low_dtype = torch.int8 if "low_in_scale" in has else torch.float32
         tensors: dict[str, Tensor | None] = {
-            "codes": torch.empty(out_features, packed, dtype=code),
+            "codes": torch.empty(out_features, packed, dtype=code_dtype),
             "scale": torch.empty((out_features, 1) if format.two_level else shape),
-            "zero": torch.empty(shape, dtype=zero),
+            "zero": torch.empty(shape, dtype=zero_dtype),
             "group_scale": torch.empty(shape, dtype=torch.int8),
             "bias": torch.empty(out_features),
             "signs": torch.empty(in_features),
-            "low_in": torch.empty(rank, in_features, dtype=low),
+            "low_in": torch.empty(rank, in_features, dtype=low_dtype),
             "low_in_scale": torch.empty(rank, 1),
-            "low_out": torch.empty(out_features, rank, dtype=low),
+            "low_out": torch.empty(out_features, rank, dtype=low_dtype),
             "low_out_scale": torch.empty(out_features, 1),
         }
         return QuantLinear(in_features, out_features, format, act, {n: t for n, t in tensors.items() if n in has})
 
     @property
     def weight(self) -> Tensor:
-        """The numbers that the codes stand for, [N, K] float32; made anew at each read."""
-        codes = load_codes(self.codes, self.format, self.in_features)
-        return dequantize_codes(codes, self.scale, self.zero, self.group_scale, self.format)
+        """The dequantized weight, [N, K] float32; computed at each access, without the low-rank correction."""
+        parts = self.codes, self.scale, self.zero, self.group_scale
+        return QTensor.from_stored(parts, self.format, self.in_features).dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N]."""
         dtype = x.dtype
         if self.signs is not None:
             x = torch.ops.qcompile.hadamard(x, self.signs)
-        numbers, x_scale, x_zero = x, None, None
+        correction, x_scale, x_zero = x, None, None
         if self.act is not None:
             x, x_scale, zero = torch.ops.qcompile.quantize(x, str(self.act))
             x_zero = zero if self.act.zero != "none" else None
@@ -124,24 +129,31 @@ class QuantLinear(Coded):
             dtype,
         )
         for factor in self.factors(dtype):
-            numbers = torch.nn.functional.linear(numbers, factor)
-        return out if self.low_in is None else out + numbers
+            correction = torch.nn.functional.linear(correction, factor)
+        return out if self.low_in is None else out + correction
 
     def factors(self, dtype: torch.dtype) -> list[Tensor]:
-        """V' [m, K] and U' [N, m] of a correction, as numbers; nothing without one."""
+        """V' [m, K] and U' [N, m] of the low-rank correction, dequantized; empty without one."""
         pairs = (self.low_in, self.low_in_scale), (self.low_out, self.low_out_scale)
         return [f.to(dtype) if s is None else (f.float() * s).to(dtype) for f, s in pairs if f is not None]
 
     def extra_repr(self) -> str:
-        """As nn.Linear, with the formats."""
-        turned = ", hadamard" if self.signs is not None else ""
-        turned += f", low rank {self.low_in.shape[0]}" if self.low_in is not None else ""
+        """As nn.Linear's, with the formats."""
+        extra = ", hadamard" if self.signs is not None else ""
+        extra += f", low rank {self.low_in.shape[0]}" if self.low_in is not None else ""
         act = self.act or "float"
-        return f"{self.in_features}, {self.out_features}, weight={self.format}, act={act}{turned}"
+        return f"{self.in_features}, {self.out_features}, weight={self.format}, act={act}{extra}"
 
 
 class RotatedLinear(nn.Module):
-    """A float linear behind an online Hadamard transform, for a site that stays float."""
+    """A float linear behind an online Hadamard transform, for a site that stays float.
+
+    Attributes:
+        inner: the linear, whose weight is rotated.
+        signs: [K] of +-1.
+    """
+
+    signs: Tensor
 
     def __init__(self, inner: nn.Module, signs: Tensor) -> None:
         super().__init__()

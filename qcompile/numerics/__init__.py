@@ -1,1 +1,1 @@
-"""What a number becomes: formats, rounding, packing. Tensors only, no graph and no model."""
+"""Quantized values: formats, scales and zero points, rounding, packing. Tensors only, no graph and no model."""

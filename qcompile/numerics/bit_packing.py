@@ -29,12 +29,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     stream = (codes[..., None] >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
     stream = stream.flatten(-2)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8))
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
-    return (stream.unflatten(-1, (-1, 8)) * weights).sum(-1).to(torch.uint8)
+    place_values = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return (torch.unflatten(stream, -1, (-1, 8)) * place_values).sum(-1).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack`: uint8 [.., ceil(K bits / 8)] -> unsigned codes uint8 [.., K]."""
+    """The inverse of `pack`: uint8 [.., ceil(K bits / 8)] -> unsigned codes uint8 [.., K], K = columns."""
     if bits == 8:
         return packed
     if bits == 4:
@@ -42,8 +42,8 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         return both[..., :columns]
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream = ((packed[..., None] >> shifts) & 1).flatten(-2)[..., : columns * bits]
-    weights = 1 << torch.arange(bits, dtype=torch.uint8, device=packed.device)
-    return (stream.unflatten(-1, (columns, bits)) * weights).sum(-1).to(torch.uint8)
+    place_values = 1 << torch.arange(bits, dtype=torch.uint8, device=packed.device)
+    return (torch.unflatten(stream, -1, (columns, bits)) * place_values).sum(-1).to(torch.uint8)
 
 
 def packed_columns(columns: int, bits: int) -> int:

@@ -1,20 +1,33 @@
-"""How far outputs are from the float model's: what training lowers, and searches and sensitivity rank by."""
+"""Distances of outputs from a reference's: what training minimizes, and what searches and sensitivity rank by."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+_TOKENS = 512  # compared at once: float32 log-probabilities of a large vocabulary take much memory
 
-def divergence(want: Tensor, got: Tensor) -> Tensor:
-    """Mean KL(want || got) over all tokens of logits [.., V], nats; differentiable, in pieces of 512 tokens."""
-    total, tokens = torch.zeros(()), want.numel() // want.shape[-1]
-    for p, q in zip(want.flatten(0, -2).split(512), got.flatten(0, -2).split(512), strict=True):
-        a, b = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        total = total + (a.exp() * (a - b)).sum()
+
+def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """Mean KL(reference || logits) over all tokens, in nats; differentiable.
+
+    Args:
+        reference: logits [.., V] of the reference model.
+        logits: logits [.., V] of the same tokens.
+
+    Returns:
+        A float32 scalar.
+    """
+    total, tokens = torch.zeros(()), reference.numel() // reference.shape[-1]
+    chunks = zip(
+        torch.split(reference.flatten(0, -2), _TOKENS), torch.split(logits.flatten(0, -2), _TOKENS), strict=True
+    )
+    for p, q in chunks:
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        total = total + (log_p.exp() * (log_p - log_q)).sum()
     return total / tokens
 
 
-def squared_error(want: Tensor, got: Tensor) -> Tensor:
-    """|got - want|^2 / |want|^2."""
-    return (got - want).float().square().sum() / want.float().square().sum().clamp_min(1e-30)
+def relative_squared_error(reference: Tensor, output: Tensor) -> Tensor:
+    """|output - reference|^2 / |reference|^2, a float32 scalar."""
+    return (output - reference).float().square().sum() / reference.float().square().sum().clamp_min(1e-30)

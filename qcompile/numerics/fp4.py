@@ -1,11 +1,11 @@
-"""The four-bit float e2m1, and scales that are powers of two.
+"""The four-bit float e2m1, and power-of-two group scales.
 
     code   0    1    2    3    4    5    6    7          bit 3 is the sign
     value  0   .5    1  1.5    2    3    4    6
 
 Source: ZeroQuant-FP, arXiv:2307.09782 sec. 3 (e2m1 weights beside e4m3 activations; M1, M2).
-An e2m1 number times 2^k is an e4m3 number exactly for -8 <= k <= 6, so scales that differ by powers of
-two let a kernel turn e2m1 into e4m3 by adding to an exponent.
+An e2m1 value times 2^k is exactly an e4m3 value for -8 <= k <= 6, so scales that differ by powers of
+two let a kernel convert e2m1 into e4m3 by adding to the exponent.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 E2M1_MAX = 6.0
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-LEAST_EXPONENT = -8  # of the powers of two below the row's scale
+MIN_EXPONENT = -8  # of a group's power of two below the scale of its row
 
 # |x| above bound i rounds to code i + 1. A tie goes to the even code: where that is the upper one,
 # the bound is the float32 just below the tie.
@@ -26,16 +25,16 @@ _BOUNDS = tuple(t - math.ulp(t) * 2**29 if code % 2 else t for code, t in enumer
 
 
 def encode_e2m1(x: Tensor) -> Tensor:
-    """Float -> codes uint8 0..15, to nearest, ties to even, saturating at 6."""
+    """Float values -> codes uint8 0..15, round to nearest, ties to even, saturating at 6."""
     bounds = torch.tensor(_BOUNDS, dtype=x.dtype, device=x.device)
     magnitude = torch.bucketize(x.abs().contiguous(), bounds).to(torch.uint8)
     return magnitude | (torch.signbit(x).to(torch.uint8) << 3)
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
-    """Codes uint8 0..15 -> float32."""
+    """Codes uint8 0..15 -> float32 values."""
     magnitude = (codes & 7).to(torch.float32)
-    # 0 .5 1 1.5 2 are even steps; above 2 the steps are 1, 1, 2
+    # codes 0 .. 4 stand for 0 .5 1 1.5 2; above 2 the values are 3, 4, 6
     value = torch.where(magnitude > 4, magnitude - 2, magnitude / 2)
     value = torch.where(magnitude == 7, torch.full_like(value, E2M1_MAX), value)
     return torch.where(codes > 7, -value, value)
@@ -46,20 +45,25 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-def constrain(scale: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
-    """Scales [N, groups] -> a float scale of the row [N, 1] and exponents int8 [N, groups] <= 0.
+def power_of_two_scales(scale: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    """Round free group scales to a float scale per row times a power of two per group.
 
-    m1 makes every scale a power of two; m2 only the ratios of a row's scales to its largest.
-    The paper rounds the exponents up ("m1ceil", "m2ceil"); to nearest loses less: with m2, up means
-    a scale that is up to half of what the group needs, and its largest weights saturate.
+    Args:
+        scale: float32 [.., groups], positive.
+        scheme: "m1" makes every scale a power of two, "m2" only the ratios of a row's scales to its largest.
+            The paper rounds the exponents up ("m1ceil", "m2ceil"). Rounding to nearest loses less: with m2, up means
+            a scale that is down to half of what the group needs, and its largest weights saturate.
+
+    Returns:
+        The scales of rows [.., 1], float32, and the exponents of groups [.., groups], int8, MIN_EXPONENT..0.
     """
-    rounded = torch.ceil if constraint.endswith("ceil") else torch.round
-    if constraint.startswith("m1"):
-        exponent = rounded(scale.double().log2())
-        row = exponent.amax(-1, keepdim=True)
-        steps = exponent - row
-        top = power_of_two(row.clamp(-126, 127))
+    round_exponent = torch.ceil if scheme.endswith("ceil") else torch.round
+    if scheme.startswith("m1"):
+        absolute = round_exponent(scale.double().log2())
+        largest = absolute.amax(-1, keepdim=True)
+        exponent = absolute - largest
+        row_scale = power_of_two(largest.clamp(-126, 127))
     else:
-        top = scale.amax(-1, keepdim=True)
-        steps = -rounded((top.double() / scale.double()).log2())
-    return top, steps.clamp(LEAST_EXPONENT, 0).to(torch.int8)
+        row_scale = scale.amax(-1, keepdim=True)
+        exponent = -round_exponent((row_scale.double() / scale.double()).log2())
+    return row_scale, exponent.clamp(MIN_EXPONENT, 0).to(torch.int8)

@@ -1,8 +1,8 @@
-"""Sums of int8 products: exact, by what the processor at hand multiplies fast.
+"""int8 matmul with exact int32 sums, by whatever the processor at hand multiplies fast.
 
-On a CPU, torch's `_int_mm` is fast where there are 8-bit dot products for AVX-512, or tiles of AMX; anywhere else
-torch 2.13 runs one plain loop, tens of times slower than its float32 product. There integers are multiplied as
-float32, a few columns at a time: every partial sum is a whole number below 2^24, so it is exact in any order.
+On a CPU, torch's `_int_mm` is fast where there are 8-bit dot products of AVX-512 (VNNI), or AMX tiles; anywhere else
+torch 2.13 runs one plain loop, tens of times slower than its float32 matmul. There integers are multiplied as
+float32, a block of columns at a time: every partial sum is an integer below 2^24, so it is exact in any order.
 """
 
 from __future__ import annotations
@@ -14,54 +14,71 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-COLUMNS = 1024  # |sum of 1024 products of -128 .. 127| <= 2^24, up to which float32 has every whole number
+BLOCK_K = 1024  # |sum of 1024 products of -128 .. 127| <= 2^24, up to which float32 represents every integer
 
 Processor = Literal["amx", "vnni", "avx2", "other"]
-Room = Callable[[str, int, int, torch.dtype], Tensor]
+
+Workspace = Callable[[str, int, int, torch.dtype], Tensor]
+"""workspace(name, rows, columns, dtype): uninitialized CPU memory [rows, columns], one buffer for each name."""
 
 
 @functools.cache
 def processor() -> Processor:
-    """What torch multiplies int8 with on this CPU: tiles, dot products of AVX-512, or (AVX2, other) neither."""
-    can = torch.cpu.get_capabilities()
-    if can.get("amx_int8"):
+    """What torch multiplies int8 with on this CPU: AMX tiles, AVX-512 dot products, or (AVX2, other) neither."""
+    capabilities = torch.cpu.get_capabilities()
+    if capabilities.get("amx_int8"):
         return "amx"
-    return "vnni" if can.get("avx512_vnni") else "avx2" if can.get("avx2") else "other"
+    return "vnni" if capabilities.get("avx512_vnni") else "avx2" if capabilities.get("avx2") else "other"
 
 
-def multiplies_int8() -> bool:
+def has_fast_int8_matmul() -> bool:
     """Whether `_int_mm` is fast on this CPU."""
     return processor() in ("amx", "vnni")
 
 
-def int8_sums(x: Tensor, weight: Tensor) -> Tensor:
-    """x int8 [M, K] times weight int8 [N, K] turned: exact sums, int32 [M, N]."""
+def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, exactly.
+
+    Args:
+        x: int8 [M, K].
+        weight: int8 [N, K], on the same device.
+
+    Returns:
+        int32 [M, N].
+    """
     if x.shape[1] == 1:  # torch's CPU _int_mm misreads the strides of a lone column
         return x.int() * weight.t().int()
-    if x.device.type != "cpu" or multiplies_int8():
-        rows = x.reshape(-1).view(x.shape)  # dense: it misreads the stride of a lone row too
-        return torch._int_mm(rows, weight.t())
-    return sum_as_float(x.float(), weight, x.new_empty(len(x), len(weight), dtype=torch.int32))
+    if x.device.type != "cpu" or has_fast_int8_matmul():
+        dense = x.reshape(-1).view(x.shape)  # it misreads the stride of a lone row too
+        return torch._int_mm(dense, weight.t())
+    return int8_matmul_as_float(x.float(), weight, x.new_empty(len(x), len(weight), dtype=torch.int32))
 
 
-def _fresh(what: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _allocate(name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype, device="cpu")
 
 
-def sum_as_float(x: Tensor, weight: Tensor, sums: Tensor, room: Room = _fresh) -> Tensor:
-    """sums int32 [M, N] = x (whole numbers of int8, as float32) [M, K] times weight int8 [N, K] turned; in place.
+def int8_matmul_as_float(x: Tensor, weight: Tensor, out: Tensor, workspace: Workspace = _allocate) -> Tensor:
+    """out = x @ weight.T, exactly, by float32 matmuls of BLOCK_K columns.
 
-    room: uninitialised memory [rows, columns] of a dtype, one for each name.
+    Args:
+        x: int8 values as float32 [M, K].
+        weight: int8 [N, K].
+        out: int32 [M, N], written in place.
+        workspace: buffers that may be reused from call to call.
+
+    Returns:
+        out.
     """
     (m, k), n = x.shape, len(weight)
-    product, more = room("product", m, n, torch.float32), room("more", m, n, torch.int32)
+    product, converted = workspace("product", m, n, torch.float32), workspace("converted", m, n, torch.int32)
     with torch.autocast("cpu", enabled=False):  # which would round the product to 16 bits
-        for first in range(0, k, COLUMNS):
-            part = slice(first, min(first + COLUMNS, k))
-            wide = room("wide", n, part.stop - first, torch.float32).copy_(weight[:, part])
-            torch.mm(x[:, part], wide.t(), out=product)
+        for first in range(0, k, BLOCK_K):
+            block = slice(first, min(first + BLOCK_K, k))
+            wide = workspace("weight", n, block.stop - first, torch.float32).copy_(weight[:, block])
+            torch.mm(x[:, block], wide.t(), out=product)
             if first:
-                sums += more.copy_(product)
+                out += converted.copy_(product)
             else:
-                sums.copy_(product)
-    return sums
+                out.copy_(product)
+    return out

@@ -1,7 +1,8 @@
-"""QTensor: codes with their scales and zero points, stored and dequantized."""
+"""QTensor: codes with their scales and zero points, their stored form, and dequantization."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,24 @@ from qcompile.numerics.bit_packing import pack, unpack
 from qcompile.numerics.format import Format
 from qcompile.numerics.fp4 import decode_e2m1, power_of_two
 
+PARTS = ("codes", "scale", "zero", "group_scale")
+
+StoredParts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Packed codes, scale, zero point and group scale: what programs, modules and checkpoints hold of a QTensor."""
+
 
 @dataclass(frozen=True)
 class QTensor:
-    """Codes [.., K] (unpacked) with scale, zero and group scale, float32 [.., groups] or [..]."""
+    """A quantized tensor [.., K].
+
+    Attributes:
+        codes: [.., K], unpacked, of `format.code_dtype`.
+        scale: float32; [] per tensor, [.., 1] per row, [.., groups] per group; [.., 1] of two-level formats.
+        zero: zero points of the shape of the scales (of the group scales in two-level formats), uint8 or float32;
+            None in symmetric formats.
+        group_scale: int8 [.., groups] of two-level formats: multipliers, or exponents of two; else None.
+        format: the format.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -22,61 +37,80 @@ class QTensor:
     group_scale: Tensor | None
     format: Format
 
+    @staticmethod
+    def from_stored(parts: StoredParts, format: Format, columns: int) -> QTensor:
+        """The inverse of `stored_parts`, for codes of `columns` = K."""
+        stored, scale, zero, group_scale = parts
+        return QTensor(unpack_codes(stored, format, columns), scale, zero, group_scale, format)
+
     @property
     def columns(self) -> int:
-        """K."""
+        """K, the number of columns."""
         return self.codes.shape[-1]
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The numbers that the codes stand for, [.., K]."""
-        return dequantize_codes(self.codes, self.scale, self.zero, self.group_scale, self.format).to(dtype)
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Unpacked codes, scale, zero point, group scale."""
+        return self.codes, self.scale, self.zero, self.group_scale
 
-    def split(self, rows: list[int]) -> list[QTensor]:
-        """Matrices [N, K] that were quantized as one, apart again; `rows` are their N."""
-        per_tensor = self.format.per == "tensor"
-        parts = [
-            [None] * len(rows) if t is None else [t] * len(rows) if per_tensor and not t.ndim else list(t.split(rows))
-            for t in (self.codes, self.scale, self.zero, self.group_scale)
-        ]
-        return [QTensor(c.contiguous(), s, z, g, self.format) for c, s, z, g in zip(*parts, strict=True)]
+    @property
+    def stored_parts(self) -> StoredParts:
+        """Packed codes, scale, zero point, group scale."""
+        return self.stored(), self.scale, self.zero, self.group_scale
 
     def stored(self) -> Tensor:
-        """Codes as a checkpoint holds them: unsigned and packed below 8 bits."""
-        return store_codes(self.codes, self.format)
+        """Packed codes: unsigned, with a row in ceil(K bits / 8) bytes."""
+        return pack_codes(self.codes, self.format)
 
     @property
     def nbytes(self) -> int:
-        """Bytes when stored: packed codes, scales and zeros."""
-        rest = [t for t in (self.scale, self.zero, self.group_scale) if t is not None]
-        return self.stored().nbytes + sum(t.nbytes for t in rest)
+        """Bytes of the stored parts."""
+        return sum(part.nbytes for part in self.stored_parts if part is not None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dequantized values [.., K]."""
+        return dequantize_codes(*self.parts, self.format).to(dtype)
+
+    def split(self, rows: list[int]) -> list[QTensor]:
+        """Separate matrices [N, K] that were quantized as one along N.
+
+        Args:
+            rows: N of each matrix.
+        """
+        none = [None] * len(rows)
+
+        def blocks(part: Tensor) -> Sequence[Tensor]:
+            return torch.split(part, rows) if part.ndim else [part] * len(rows)  # a per-tensor scale is shared
+
+        parts = zip(
+            blocks(self.codes),
+            blocks(self.scale),
+            none if self.zero is None else blocks(self.zero),
+            none if self.group_scale is None else blocks(self.group_scale),
+            strict=True,
+        )
+        return [QTensor(c.contiguous(), s, z, g, self.format) for c, s, z, g in parts]
 
 
-def store_codes(codes: Tensor, format: Format) -> Tensor:
-    """Unpacked codes -> the stored form: packed unsigned below 8 bits, else as they are."""
+def pack_codes(codes: Tensor, format: Format) -> Tensor:
+    """Unpacked codes [.., K] -> the stored form: unsigned and packed along K below 8 bits, else unchanged."""
     if format.bits == 8:
         return codes
     return pack(codes if format.qmin == 0 else codes.to(torch.int16) - format.qmin, format.bits)
 
 
-def load_codes(stored: Tensor, format: Format, columns: int) -> Tensor:
-    """The inverse of `store_codes`."""
+def unpack_codes(stored: Tensor, format: Format, columns: int) -> Tensor:
+    """The inverse of `pack_codes`, for codes of `columns` = K."""
     if format.bits == 8:
         return stored
     unsigned = unpack(stored, format.bits, columns)
     return unsigned if format.qmin == 0 else (unsigned.to(torch.int8) + format.qmin)
 
 
-def expand_groups(scale: Tensor, format: Format, columns: int) -> Tensor:
-    """Scales [.., groups] -> one for each column, [.., K]; other granularities broadcast."""
-    if format.per != "group":
-        return scale
-    return scale.repeat_interleave(format.group, dim=-1)[..., :columns]
-
-
 def dequantize_codes(
     codes: Tensor, scale: Tensor, zero: Tensor | None, group_scale: Tensor | None, format: Format
 ) -> Tensor:
-    """Unpacked codes -> float32."""
+    """Unpacked codes [.., K] -> float32 values; the parts of a QTensor one by one, for code that is traced."""
     columns = codes.shape[-1]
     value = decode_e2m1(codes) if format.dtype == "fp4" else codes.to(torch.float32)
     if zero is not None:
@@ -90,22 +124,32 @@ def dequantize_codes(
     return value * expand_groups(scale, format, columns)
 
 
-def int8_codes(codes: Tensor, zero: Tensor | None, group_scale: Tensor | None, format: Format) -> Tensor:
-    """Unpacked codes [N, K] of a dual format -> s1 (q - z), which int8 activations multiply."""
+def dequantize_to_int8(codes: Tensor, zero: Tensor | None, group_scale: Tensor | None, format: Format) -> Tensor:
+    """Undo the second level of a dual format: unpacked codes [N, K] -> s1 (q - z) int8 [N, K].
+
+    These are what int8 activations are multiplied with; the scale of a row remains.
+    """
     assert group_scale is not None
-    levels = group_columns(codes.to(torch.int8), format)
-    levels = levels if zero is None else levels - zero.to(torch.int8)[..., None]
-    return ungroup_columns(levels * group_scale[..., None], codes.shape[-1]).contiguous()
+    centered = group_columns(codes.to(torch.int8), format)
+    centered = centered if zero is None else centered - zero.to(torch.int8)[..., None]
+    return ungroup_columns(centered * group_scale[..., None], codes.shape[-1]).contiguous()
+
+
+def expand_groups(scale: Tensor, format: Format, columns: int) -> Tensor:
+    """Repeat group scales [.., groups] for each column, [.., K]; other granularities broadcast and stay."""
+    if format.per != "group":
+        return scale
+    return scale.repeat_interleave(format.group, dim=-1)[..., :columns]
 
 
 def group_columns(x: Tensor, format: Format) -> Tensor:
-    """[.., K] -> [.., groups, width]; a ragged last group is padded with zeros."""
+    """[.., K] -> [.., groups, width], a row of values for each scale; a ragged last group is padded with zeros."""
     if format.per == "tensor":
         return x.reshape(1, -1) if x.ndim else x.reshape(1, 1)
     if format.per == "row":
         return x[..., None, :]
     x = torch.nn.functional.pad(x, (0, -x.shape[-1] % format.group))
-    return x.unflatten(-1, (-1, format.group))
+    return torch.unflatten(x, -1, (-1, format.group))
 
 
 def ungroup_columns(groups: Tensor, columns: int) -> Tensor:

@@ -8,29 +8,38 @@ Source: "Give Me BF16 or Give Me Death", arXiv:2411.02355 sec. 5 (deployment gui
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from qcompile.numerics.int8_matmul import multiplies_int8
+from qcompile.numerics.int8_matmul import has_fast_int8_matmul
 
 Serving = Literal["sync", "async"]
 
 _FEW = 1_000_000_000  # parameters below which four bits cost more quality than they are worth
-_LARGE_MEMORY = 64e9  # bytes of a data-centre chip
+_LARGE_MEMORY = 64e9  # bytes of a data-center chip
 
 
 @dataclass(frozen=True)
 class Device:
-    """A machine to run on: kind "cpu" or "cuda", bytes of memory, a CUDA compute capability, or int8 dot products."""
+    """A machine to run on.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        memory: bytes.
+        capability: CUDA compute capability.
+        name: for messages.
+        int8: of a CPU: whether it has 8-bit dot products.
+    """
 
     kind: Literal["cpu", "cuda"]
     memory: float
     capability: tuple[int, int] = (0, 0)
     name: str = ""
-    int8: bool = True  # a CPU with 8-bit dot products
+    int8: bool = True
 
     @staticmethod
     def here() -> Device:
@@ -46,7 +55,7 @@ class Device:
         if name == "here":
             return Device.here()
         if name == "cpu":
-            return Device("cpu", _ram(), name="this CPU", int8=multiplies_int8())
+            return Device("cpu", _ram(), name="this CPU", int8=has_fast_int8_matmul())
         if name.lower() not in KNOWN:
             raise ValueError(f"device {name!r} is unknown; known: here, cpu, {', '.join(KNOWN)}")
         memory, capability = KNOWN[name.lower()]
@@ -62,15 +71,18 @@ KNOWN: dict[str, tuple[int, tuple[int, int]]] = {
 
 @dataclass(frozen=True)
 class Advice:
-    """A preset, whether it wants calibration data, and why."""
+    """A preset and the reasons for it.
+
+    Attributes:
+        recipe: the name of the preset.
+        reasons: one sentence each.
+    """
 
     recipe: str
     reasons: tuple[str, ...]
 
 
 def _ram() -> float:
-    import os
-
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
@@ -83,12 +95,13 @@ def advise(count: int, device: Device, serving: Serving = "sync", *, data: bool 
     """Choose a preset.
 
     Args:
-        count: parameters of the model. device: where it will run.
+        count: parameters of the model.
+        device: where it will run.
         serving: "sync", one request at a time, or "async", continuous batches.
-        data: whether calibration data is at hand; without, a data-free preset is chosen.
+        data: whether calibration data is available; without, a data-free preset is chosen.
 
     Raises:
-        ValueError: an unknown way of serving; a model that fits in no format.
+        ValueError: an unknown kind of serving, or a model that fits the device in no format.
     """
     if serving not in ("sync", "async"):
         raise ValueError(f"serving is 'sync' or 'async', got {serving!r}")
@@ -97,13 +110,13 @@ def advise(count: int, device: Device, serving: Serving = "sync", *, data: bool 
     if needs4 > 0.9 * device.memory:
         raise ValueError(
             f"{count / 1e9:.1f} B parameters need {needs4 / 1e9:.0f} GB in four bits, the device has "
-            f"{device.memory / 1e9:.0f} GB: take a larger device or several"
+            f"{device.memory / 1e9:.0f} GB. Fix: take a larger device, or several"
         )
     tight = needs8 > 0.8 * device.memory
     four = "w4a16-gptq" if data else "w4a16"
     eight = "int8-gptq" if data else "int8"
     if tight:
-        reasons.append(f"in eight bits ({needs8 / 1e9:.0f} GB) it would fill the device: four bits")
+        reasons.append(f"in eight bits ({needs8 / 1e9:.0f} GB) the weights would fill the device: four bits")
     elif count < _FEW:
         reasons.append("small models lose much in four bits (SmolLM2-135M: +20% perplexity with GPTQ): eight bits")
         if device.kind == "cuda" and device.capability >= (8, 9):
@@ -123,7 +136,7 @@ def advise(count: int, device: Device, serving: Serving = "sync", *, data: bool 
         reasons.append("one request at a time reads all weights for each token: the fewest bytes win (W4A16)")
         return Advice(four, tuple(reasons))
     if device.memory < _LARGE_MEMORY:
-        reasons.append("continuous batches on a mid-tier GPU: W4A16 leaves the most memory for requests")
+        reasons.append("continuous batches on a mid-tier GPU: W4A16 keeps the most memory free for requests")
         return Advice(four, tuple(reasons))
     reasons.append("continuous batches on a large GPU are bound by arithmetic: 8-bit activations (W8A8)")
     if device.capability >= (8, 9):

@@ -29,7 +29,8 @@ from qcompile.passes import (
     Untie,
 )
 from qcompile.pipeline.advise import Device, advise, parameters
-from qcompile.recipe.recipe import Recipe, RecipeError
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError
 
 _FOLDED = (Untie(), FoldNorm(), Rotate())
 _ROTATIONS = (*_FOLDED, OnlineHadamard())

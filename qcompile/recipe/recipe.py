@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,38 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.numerics.format import Format
-from qcompile.recipe.registry import Registered, kinds, registered
+from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.registry import kinds, registered
+from qcompile.recipe.rule import RecipeError, Rule
 from qcompile.recipe.schema import UnknownSchema, stamp, upgraded_recipe
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot run; the text lists every fault with its mend."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What to do with the sites whose weight's attribute path matches a glob.
-
-    Attributes:
-        match: a glob over weight names ("*.experts.*"); `*` crosses dots.
-        keep: leave the site float.
-        weight, act: formats in place of the recipe's; None keeps the recipe's own.
-    """
-
-    match: str
-    keep: bool = False
-    weight: Format | None = None
-    act: Format | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("weight", "act"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                object.__setattr__(self, name, Format.parse(value))
-        if self.keep and (self.weight or self.act):
-            raise RecipeError(f"rule {self.match!r} keeps the site float and gives it a format too")
-        if not (self.keep or self.weight or self.act):
-            raise RecipeError(f"rule {self.match!r} does nothing: give keep=True, weight= or act=")
 
 
 @dataclass(frozen=True)
@@ -56,7 +27,7 @@ class Recipe:
     """Passes in order, rules, and where the recipe comes from."""
 
     name: str
-    passes: tuple[Any, ...] = ()
+    passes: tuple[PassConfig, ...] = ()
     rules: tuple[Rule, ...] = ()
     source: str = field(default="", compare=False)
 
@@ -83,20 +54,21 @@ class Recipe:
             RecipeError: the order or the combination is illegal.
         """
         faults: list[str] = []
-        place: dict[str, int] = {}
+        place: dict[type[PassConfig], int] = {}
         for index, config in enumerate(self.passes):
-            for name in kinds(config):
-                if name in place:
-                    faults.append(f"{name} stands twice (places {place[name] + 1} and {index + 1}): drop one")
-                place[name] = index
-        for config in self.passes:
+            for kind in kinds(config):
+                if kind in place:
+                    places = f"places {place[kind] + 1} and {index + 1}"
+                    faults.append(f"{kind.__name__} stands twice ({places}): drop one")
+                place[kind] = index
+        for index, config in enumerate(self.passes):
             entry, name = registered()[type(config)], type(config).__name__
-            for before in entry.after:
-                if before in place and place[before] > place[name]:
-                    faults.append(f"{name} must come after {before}: move it behind")
+            for later in self.passes[index + 1 :]:
+                if registered()[type(later)].stage < entry.stage:
+                    faults.append(f"{name} must come after {type(later).__name__}: move it behind")
             for other in entry.requires(config):
                 if other not in place:
-                    faults.append(f"{name} needs {other} before it: add {other}()")
+                    faults.append(f"{name} needs {other.__name__} before it: add {other.__name__}()")
             faults += entry.conflicts(config, self.passes)
         if faults:
             raise RecipeError(f"recipe {self.name!r} cannot run:\n  " + "\n  ".join(faults))
@@ -110,8 +82,7 @@ class Recipe:
         names = list(names)
 
         def hits(rule: Rule, name: str) -> bool:
-            spellings = (name, *(aliases or {}).get(name, ()))
-            return any(fnmatch.fnmatchcase(spelling, rule.match) for spelling in spellings)
+            return rule.matches(name, *(aliases or {}).get(name, ()))
 
         idle = [r for r in self.rules if not any(hits(r, n) for n in names)]
         if idle:
@@ -187,5 +158,5 @@ def _build(kind: type, fields: dict[str, Any]) -> Any:
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
-def _names(known: dict[type, Registered]) -> str:
+def _names(known: Iterable[type[PassConfig]]) -> str:
     return ", ".join(sorted(config.__name__ for config in known))

@@ -6,11 +6,16 @@ on the side: a site or a pass that did nothing says so here.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+
+from qcompile.numerics.format import Format
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,49 @@ class Skipped:
         return f"{self.site}: {self.reason}" + (f" (node {self.node})" if self.node else "")
 
 
+@dataclass(frozen=True)
+class PrefixValues:
+    """What the float model computes for a prefix of p tokens.
+
+    Attributes:
+        ids: [p] int64.
+        keys: of each attention, [1, H, p, D].
+        values: of each attention, [1, H, p, D].
+        logits: [1, p, V].
+    """
+
+    ids: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class KVConstants:
+    """Tensors that a quantized key/value cache needs beside the weights, one for each attention in graph order.
+
+    Attributes:
+        centers: the mean key of each head, [H, D].
+        key_scales: static scales of the keys' channels, [H, D].
+        value_scales: static scales of the values' channels, [H, D].
+        prefix: keys, values and logits that stay float.
+    """
+
+    centers: tuple[Tensor, ...] = ()
+    key_scales: tuple[Tensor, ...] = ()
+    value_scales: tuple[Tensor, ...] = ()
+    prefix: PrefixValues | None = None
+
+    def updated(self, other: KVConstants) -> KVConstants:
+        """These, but for those that `other` has."""
+        return KVConstants(
+            other.centers or self.centers,
+            other.key_scales or self.key_scales,
+            other.value_scales or self.value_scales,
+            other.prefix or self.prefix,
+        )
+
+
 @dataclass
 class PassReport:
     """What one pass did.
@@ -33,7 +81,8 @@ class PassReport:
         name: the pass. done: the places it rewrote. skipped: the places it did not, with reasons.
         notes: choices made ("hadamard 16*36 for 576"). changed: names of graph nodes whose values
             the pass changes on purpose, so that a certificate does not blame them.
-        tensors: what the pass made for the calls of the module, not for its graph.
+        renamed: new name of a site -> its name before, where a pass gave it a weight of its own.
+        constants: what the pass computed for the key/value cache of the module's calls.
     """
 
     name: str
@@ -41,7 +90,8 @@ class PassReport:
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     changed: set[str] = field(default_factory=set)
-    tensors: dict[str, Any] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    constants: KVConstants = field(default_factory=KVConstants)
 
     def skip(self, site: str, reason: str, node: str = "") -> None:
         """Record a place that stays as it is."""
@@ -93,6 +143,11 @@ class SiteReport:
         """Whether the weight is quantized."""
         return self.weight != "float"
 
+    def set_quantized(self, weight: Format, act: Format | None, stored_bytes: int) -> None:
+        """Record the formats that the site was quantized to, and the bytes of codes, scales and zero points."""
+        self.weight, self.act, self.reason = str(weight), "float" if act is None else str(act), ""
+        self.bytes_after = stored_bytes
+
 
 @dataclass
 class Report:
@@ -108,9 +163,12 @@ class Report:
     numbers: dict[str, float] = field(default_factory=dict)  # perplexity, KL, ... when measured
 
     @property
-    def made(self) -> dict[str, Any]:
-        """What passes made for the calls of the module; of two with one name, the later one's."""
-        return {name: tensor for done in self.passes for name, tensor in done.tensors.items()}
+    def constants(self) -> KVConstants:
+        """What the passes computed for the key/value cache; the later one's where two did."""
+        found = KVConstants()
+        for entry in self.passes:
+            found = found.updated(entry.constants)
+        return found
 
     @property
     def bytes_before(self) -> int:
@@ -155,10 +213,12 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
-        data = asdict(self)
+        data = asdict(
+            dataclasses.replace(self, passes=[dataclasses.replace(p, constants=KVConstants()) for p in self.passes])
+        )
         for entry in data["passes"]:
             entry["changed"] = sorted(entry["changed"])
-            del entry["tensors"]
+            del entry["constants"]
         data["bytes_before"], data["bytes_after"] = self.bytes_before, self.bytes_after
         return data
 

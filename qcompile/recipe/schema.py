@@ -1,6 +1,6 @@
-"""The schema of recipes on disk: plain data of an older schema is upgraded, of an unknown one refused.
+"""The schema of recipes and checkpoints: plain data of schema 1 is upgraded, of an unknown schema refused.
 
-Schema 1 used private words for passes and fields; schema 2 uses those of the field. A file carries the version of
+Schema 2 renamed passes and fields to the terms of the field. Every file has a stamp: its schema, and the version of
 qcompile that wrote it, which the error about an unknown schema names.
 """
 
@@ -51,41 +51,49 @@ def stamp() -> dict[str, Any]:
     return {"schema": SCHEMA, "qcompile": VERSION}
 
 
-def upgraded_recipe(data: Mapping[str, Any], what: str) -> dict[str, Any]:
+def upgraded_recipe(data: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A recipe as plain data of the present schema.
 
     Args:
         data: plain data of a recipe, of schema 1 or 2.
-        what: what holds it, for messages: "recipe 'mine'", a path.
+        source: where it is from, for messages: "recipe 'mine'", a path.
 
     Raises:
-        UnknownSchema: neither of them; the text names the version that wrote it.
+        UnknownSchema: another schema; the text names the version that wrote it.
     """
-    return upgraded(data) if is_older(data, what) else dict(data)
+    return upgrade(data) if needs_upgrade(data, source) else dict(data)
 
 
-def upgraded(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of schema 1 in schema 2."""
-    return {**recipe, **stamp(), "passes": [_upgraded_pass(entry) for entry in recipe.get("passes", [])]}
+def needs_upgrade(data: Mapping[str, Any], source: str) -> bool:
+    """Whether stamped data is of schema 1; warns that it is upgraded.
 
+    Args:
+        data: a recipe, or the description of a checkpoint.
+        source: where it is from, for messages.
 
-def is_older(data: Mapping[str, Any], what: str) -> bool:
-    """Whether plain data is of schema 1, with a warning that says it is upgraded. Raises UnknownSchema."""
-    found = data.get("schema")
-    if found == SCHEMA:
+    Raises:
+        UnknownSchema: another schema; the text names the version that wrote it.
+    """
+    schema = data.get("schema")
+    if schema == SCHEMA:
         return False
-    if found != 1:
+    if schema != 1:
         writer = data.get("qcompile")
         by = f"written by qcompile {writer}" if writer else "by an unknown writer"
         raise UnknownSchema(
-            f"{what} has schema {found!r}, {by}; qcompile {VERSION} reads 1 and {SCHEMA}. "
+            f"{source} has schema {schema!r}, {by}; qcompile {VERSION} reads 1 and {SCHEMA}. "
             "Fix: install the version that wrote it, or a newer one"
         )
-    warnings.warn(f"{what} was upgraded from schema 1 to {SCHEMA}", SchemaUpgraded, stacklevel=3)
+    warnings.warn(f"{source} was upgraded from schema 1 to {SCHEMA}", SchemaUpgraded, stacklevel=3)
     return True
 
 
-def _upgraded_pass(entry: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe of schema 1 in schema 2."""
+    return {**recipe, **stamp(), "passes": [_upgrade_pass(entry) for entry in recipe.get("passes", [])]}
+
+
+def _upgrade_pass(entry: Mapping[str, Any]) -> dict[str, Any]:
     name = _PASSES.get(entry.get("pass", ""), entry.get("pass", ""))
-    fields = _FIELDS.get(name, {})
-    return {"pass": name, **{fields.get(k, k): v for k, v in entry.items() if k != "pass"}}
+    renamed = _FIELDS.get(name, {})
+    return {"pass": name, **{renamed.get(k, k): v for k, v in entry.items() if k != "pass"}}

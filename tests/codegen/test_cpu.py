@@ -14,7 +14,7 @@ from qcompile.codegen.cpu import traced_kernels as kernels
 from qcompile.codegen.cpu.cpu_kernel_choice import choose, kernel_of
 from qcompile.numerics import int8_matmul as integer_product
 from qcompile.numerics.format import Format
-from qcompile.numerics.qtensor import int8_codes
+from qcompile.numerics.qtensor import dequantize_to_int8
 from qcompile.numerics.rounding import quantize_tensor
 
 DUAL = Format.parse("int4/group128/zero/dual")
@@ -93,7 +93,7 @@ def test_dual_sums_are_exact(rows, columns, group, seed):
     form, levels = Format("int4", "group", group, dual=True), codes.clamp(0, 15) - 8
     steps = torch.where(torch.rand(scale.shape, generator=generator) < 0.5, -1, 1).to(torch.int8) * scale.clamp(max=15)
     stored = type(q)(levels.to(torch.int8), q.scale, None, steps, form).stored()
-    weight = int8_codes(levels, None, steps, form).long()
+    weight = dequantize_to_int8(levels, None, steps, form).long()
     assert torch.equal(
         dual_sums(x, *kernels.prepare_symmetric(stored, steps, form, columns)).long(), x.long() @ weight.t()
     )
@@ -189,36 +189,22 @@ def test_a_lone_column():
 @pytest.mark.parametrize("fast", [False, True])
 def test_sums_are_exact_on_every_processor(monkeypatch, columns, fast):
     """The largest integers, with and without 8-bit dot products: float32 sums stay below 2^24."""
-    monkeypatch.setattr(integer_product, "multiplies_int8", lambda: fast)
-    monkeypatch.setattr(native, "multiplies_int8", lambda: fast)
+    monkeypatch.setattr(integer_product, "has_fast_int8_matmul", lambda: fast)
+    monkeypatch.setattr(native, "has_fast_int8_matmul", lambda: fast)
     x = torch.tensor([-128, -128, -127, 127], dtype=torch.int8)[torch.randint(4, (20, columns))]
     w = torch.tensor([-128, -128, 127, -127], dtype=torch.int8)[torch.randint(4, (33, columns))]
     x[0], w[0] = -128, -128  # the largest sum of all
     x[1], w[1] = 127, 127  # and an odd one, which float32 has not beyond 2^24
     x[1, 0] = 127 if columns % 2 else 126
     want = (x.double() @ w.double().t()).int()
-    assert torch.equal(integer_product.int8_sums(x, w), want)
-    assert torch.equal(integer_product.int8_sums(x.t().contiguous().t()[:1], w), want[:1])
+    assert torch.equal(integer_product.int8_matmul(x, w), want)
+    assert torch.equal(integer_product.int8_matmul(x.t().contiguous().t()[:1], w), want[:1])
     one = torch.ones(20, 1), torch.ones(33, 1)
     found = torch.ops.qcompile_cpu.int8_mm(x, one[0], w, one[1], None, torch.float32)
     assert torch.equal(found, want.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(integer_product.int8_sums(x, w), want)
-    assert integer_product.int8_sums(x[:0], w).shape == (0, 33)
-
-
-def test_the_processor_is_told_by_its_instructions(monkeypatch):
-    for said, kind, fast in (
-        (dict(amx_int8=True, avx512_vnni=True), "amx", True),
-        (dict(avx512_vnni=True, avx2=True), "vnni", True),
-        (dict(avx_vnni=True, avx2=True), "avx2", False),  # torch asks for those of AVX-512
-        (dict(avx2=True, amx_tile=True), "avx2", False),
-        (dict(neon=True), "other", False),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda said=said: said)
-        integer_product.processor.cache_clear()
-        assert (integer_product.processor(), integer_product.multiplies_int8()) == (kind, fast)
-    integer_product.processor.cache_clear()
+        assert torch.equal(integer_product.int8_matmul(x, w), want)
+    assert integer_product.int8_matmul(x[:0], w).shape == (0, 33)
 
 
 @pytest.mark.parametrize("of", ["vnni", "avx2"])

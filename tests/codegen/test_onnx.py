@@ -53,13 +53,13 @@ def test_forms(form, act, columns, bias, signs, tmp_path):
     for portable in (False, True):
         if portable and ("floatzero" in form or "int2" in form):
             with pytest.raises(NoOnnxForm, match="DequantizeLinear"):
-                qcompile.export_onnx(model, tmp_path / "m", example=x, portable=True)
+                qcompile.export_onnx(model, tmp_path / "m", example=x, contrib_ops=False)
             continue
         with torch.no_grad(), unrounded(model, lambda site, portable=portable: portable and two_ways(site)):
             error = float((OnnxLinear(model[0], portable)(x) - model(x)).abs().max())
         assert error < 1e-4
         place = tmp_path / str(portable)
-        report = qcompile.export_onnx(model, place, example=x, portable=portable, progress=False)
+        report = qcompile.export_onnx(model, place, example=x, contrib_ops=not portable, progress=False)
         assert report.numbers["onnx relative error"] < 1e-3 and report.numbers["onnx relative error as run"] < 0.05
     assert isinstance(model[0], QuantLinear)
 

@@ -22,7 +22,8 @@ from qcompile.generation import onnx_session
 from qcompile.generation.onnx_session import Session
 from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, Quantize, QuantizeKV
-from qcompile.recipe.recipe import Recipe, RecipeError
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError
 
 INT4, DUAL = Format.parse("int4/group32/zero"), Format.parse("int4/group32/dual")
 WEIGHTS = (QuantizeKV(8, static=True), Quantize(INT4, None), Fuse())
@@ -115,7 +116,7 @@ def test_a_cache_is_extended_in_the_buffer_that_it_came_in(passes, new, tmp_path
     binding.bind_cpu_input("input_ids", rest)
     binding.bind_cpu_input("attention_mask", mask := np.ones((1, 12 + new), np.int64))
     buffers = []
-    for entry, part in zip(session.past, past, strict=True):
+    for entry, part in zip(session.past_inputs, past, strict=True):
         room = np.full((1, part.shape[1], 40, part.shape[3]), 77, np.int8)
         room[:, :, :12] = part
         buffers.append(onnxruntime.OrtValue.ortvalue_from_numpy(room))
@@ -214,7 +215,7 @@ def test_what_has_no_such_attention(tmp_path):
     report = qcompile.export_onnx(optional, tmp_path / "left", progress=False)
     assert any(place.site == "cache" and "stays float32" in place.reason for place in report.passes[-1].skipped)
     for folder in ("float", "left"):
-        assert Session(tmp_path / folder).cached == np.float32
+        assert Session(tmp_path / folder).cache_dtype == np.float32
 
 
 def test_a_float_cache_where_it_is_asked_for(tmp_path):
@@ -223,10 +224,10 @@ def test_a_float_cache_where_it_is_asked_for(tmp_path):
     with torch.no_grad():
         want = model(input_ids=(text := ids(9))).logits
     model.qcompile_calls.enabled = True
-    for options in ({"float_cache": True}, {"portable": True}):
+    for options in ({"float_cache": True}, {"contrib_ops": False}):
         report = qcompile.export_onnx(model, folder := tmp_path / next(iter(options)), progress=False, **options)
         session = Session(folder)
-        assert session.cached == np.float32
+        assert session.cache_dtype == np.float32
         assert relative(by_steps(session, text, [5, 1, 1, 1, 1])[0], want) < 0.02, "the module's without its cache"
         assert [place.reason for place in report.passes[-1].skipped if place.site == "cache"] == [
             "stays float32, as asked for, or as files of this kind have it"
@@ -237,7 +238,7 @@ def test_a_float_cache_where_it_is_asked_for(tmp_path):
     with pytest.raises(RecipeError, match="an encoder has no cache"):
         qcompile.export_onnx(build("bert"), tmp_path / "b", "kv8-fixed", [example("bert")], example=example("bert"))
     with pytest.raises(RecipeError, match="a portable file has a float cache"):
-        qcompile.export_onnx(quantized("llama"), tmp_path / "m", portable=True, progress=False)
+        qcompile.export_onnx(quantized("llama"), tmp_path / "m", contrib_ops=False, progress=False)
 
 
 def test_a_quantized_cache_is_refused_before_any_work(tmp_path, monkeypatch):
@@ -267,7 +268,7 @@ def test_perplexity_is_that_of_the_codes(tmp_path):
         want = model(input_ids=text).logits
     session = exported(model, tmp_path / "m")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_session, "PIECE", 20)
+        patch.setattr(onnx_session, "PREFILL_CHUNK", 20)
         fine = session(input_ids=text)
         for pair in model.qcompile_scales.all:
             for part in pair:

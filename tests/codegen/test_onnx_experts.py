@@ -22,7 +22,7 @@ from qcompile.codegen.onnx.tracing.onnx_linear import NoOnnxForm
 from qcompile.generation.onnx_session import Session
 from qcompile.ir.capture import capture
 from qcompile.pipeline.presets import find_recipe
-from qcompile.recipe.recipe import Rule
+from qcompile.recipe.rule import Rule
 
 ops = torch.ops.qcompile_onnx
 
@@ -65,7 +65,7 @@ def test_the_file_generates_the_same(name, recipe, portable, tmp_path):
     if recipe:
         qcompile.quantize(model, recipe, [example(name)], progress=False)
     level = {} if portable else {"accuracy_level": 1}
-    report = qcompile.export_onnx(model, tmp_path / "m", portable=portable, progress=False, **level)
+    report = qcompile.export_onnx(model, tmp_path / "m", contrib_ops=not portable, progress=False, **level)
     assert report.numbers["onnx relative error"] < (0.05 if rounded else 1e-5)
     assert any("4 products of experts" in note for part in report.passes for note in part.notes)
     if rounded:

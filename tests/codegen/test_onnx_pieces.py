@@ -15,7 +15,7 @@ from qcompile.codegen.onnx.lowering.node_builder import every_node
 from qcompile.generation import onnx_session as sessions
 from qcompile.generation.onnx_session import Session
 from qcompile.generation.sampling import stream
-from qcompile.recipe.recipe import RecipeError
+from qcompile.recipe.rule import RecipeError
 
 PROMPT = np.random.default_rng(0).integers(3, 128, (1, 45))
 
@@ -49,7 +49,7 @@ def test_our_session_does_too(folder, monkeypatch):
     whole, cache = session.step(PROMPT, None)
     calls = []
     step = session.step
-    monkeypatch.setattr(sessions, "PIECE", 20)
+    monkeypatch.setattr(sessions, "PREFILL_CHUNK", 20)
     monkeypatch.setattr(session, "step", lambda ids, cache: calls.append(ids.shape[1]) or step(ids, cache))
     logits, grown = session.read(PROMPT, None)
     assert calls == [20, 20, 5]
@@ -70,7 +70,9 @@ def test_norms_write_only_what_is_read(folder):
 
 
 def test_refusals(tmp_path):
-    for chunk, sample in ((0, None), (-4, None), (16, example("bert"))):
+    for chunk in (0, -4):
         with pytest.raises(RecipeError, match=f"a decoder's prompt, 1 or more, got {chunk}"):
-            qcompile.export_onnx(build("bert"), tmp_path / "m", example=sample, chunk=chunk)
+            qcompile.export_onnx(build("bert"), tmp_path / "m", chunk=chunk)
+    with pytest.raises(RecipeError, match="chunk is for decoders"):
+        qcompile.export_onnx(build("bert"), tmp_path / "m", example=example("bert"), chunk=16)
     assert not (tmp_path / "m").exists()

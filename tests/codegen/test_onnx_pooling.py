@@ -16,7 +16,7 @@ from qcompile.api import export_onnx
 from qcompile.calibration.text import sentence_batches, sentences
 from qcompile.codegen.onnx.sentence_embedding import WAYS, Pooled, Pooling, PoolingError
 from qcompile.generation.pretrained import load_encoder
-from qcompile.recipe.recipe import RecipeError
+from qcompile.recipe.rule import RecipeError
 
 
 def padded():

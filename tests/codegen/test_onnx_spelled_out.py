@@ -87,7 +87,7 @@ def test_a_portable_file_repeats_no_keys(name, tmp_path):
     """Of a text and its continuation."""
     model = build(name)
     assert model.config.num_attention_heads > model.config.num_key_value_heads
-    qcompile.export_onnx(model, tmp_path / "m", portable=True, progress=False)
+    qcompile.export_onnx(model, tmp_path / "m", contrib_ops=False, progress=False)
     graph = onnx.load(str(tmp_path / "m/model.onnx"), load_external_data=False).graph
     kinds = collections.Counter(node.op_type for node in graph.node)
     layers = model.config.num_hidden_layers

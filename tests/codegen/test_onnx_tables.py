@@ -36,7 +36,7 @@ def notes(report):
     return [note for note in report.passes[-1].notes if "8 bits" in note]
 
 
-@pytest.mark.parametrize("options", [{"accuracy_level": 1}, {"portable": True}])
+@pytest.mark.parametrize("options", [{"accuracy_level": 1}, {"contrib_ops": False}])
 def test_the_file_computes_with_rounded_tables(options, tmp_path):
     model, inputs = build("bert"), example("bert")
     report = qcompile.quantize(model, WEIGHTS, [inputs], example=inputs, progress=False)
@@ -56,7 +56,7 @@ def test_the_file_computes_with_rounded_tables(options, tmp_path):
     assert not {tuple(table.weight.shape) for table in tables} & set(floats(tmp_path / "m"))
 
 
-@pytest.mark.parametrize("options", [{}, {"portable": True}])
+@pytest.mark.parametrize("options", [{}, {"contrib_ops": False}])
 @pytest.mark.parametrize("columns, block", [(192, 64), (40, 128)])  # three blocks; a part of one
 def test_blocks_of_a_table(columns, block, options, tmp_path):
     torch.manual_seed(0)

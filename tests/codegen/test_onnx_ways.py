@@ -30,7 +30,7 @@ from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.format import Format
 from qcompile.numerics.int8_matmul import processor
 from qcompile.pipeline.presets import find_recipe
-from qcompile.recipe.recipe import RecipeError, Rule
+from qcompile.recipe.rule import RecipeError, Rule
 
 DUAL = "int4-cpu"
 
@@ -230,7 +230,7 @@ def test_the_last_logits_are_enough_to_generate(name, recipe, portable, tmp_path
         for parameter in model.parameters():  # what layers add must outweigh the token, or it repeats for ever
             if parameter.ndim == 2 and parameter is not model.get_input_embeddings().weight:
                 parameter.mul_(6)
-    options = dict(accuracy_level=4 if portable else 1, portable=portable, progress=False)
+    options = dict(accuracy_level=4 if portable else 1, contrib_ops=not portable, progress=False)
     qcompile.export_onnx(model, tmp_path / "all", recipe, [example(name)], **options)
     qcompile.export_onnx(model, tmp_path / "last", recipe, [example(name)], last_logits=True, **options)
     rows = [[5, 9, 17, 33], [90, 8, 51, 0]]  # genai pads the shorter behind
@@ -262,7 +262,7 @@ def test_last_tokens_of_padded_texts():
     "options,words",
     [
         (dict(example=torch.randn(2, 8), last_logits=True), "for decoders"),
-        (dict(example=torch.randn(2, 8), portable=True, accuracy_level=1), "cannot be written into a portable file"),
+        (dict(example=torch.randn(2, 8), contrib_ops=False, accuracy_level=1), "cannot be written with standard operators only"),
         (dict(example=torch.randn(2, 8), accuracy_level=2), "accuracy_level 2 is unknown"),
     ],
 )
@@ -279,7 +279,7 @@ def test_options_that_cannot_be_kept_are_refused_before_any_work(options, words,
 def test_a_portable_file_is_of_standard_operators(name, recipe, tmp_path):
     batch = example(name)
     more = dict(example=batch) if name == "bert" else {}
-    report = qcompile.export_onnx(build(name), tmp_path / "m", recipe, [batch], portable=True, progress=False, **more)
+    report = qcompile.export_onnx(build(name), tmp_path / "m", recipe, [batch], contrib_ops=False, progress=False, **more)
     path = str(tmp_path / "m/model.onnx")
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
@@ -300,7 +300,7 @@ def test_a_portable_file_in_another_runtime(tmp_path):
 
     model = build("llama")
     qcompile.quantize(model, "w4a16", progress=False)
-    qcompile.export_onnx(model, tmp_path / "m", portable=True, progress=False)
+    qcompile.export_onnx(model, tmp_path / "m", contrib_ops=False, progress=False)
     ids = torch.tensor([[5, 9, 17, 33], [90, 8, 51, 70]])
     feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones((2, 4), np.int64)}
     feeds |= {
@@ -312,7 +312,7 @@ def test_a_portable_file_in_another_runtime(tmp_path):
 
 def test_float_zero_points_are_not_portable(tmp_path):
     with pytest.raises(NoOnnxForm, match="integer zero points"):
-        qcompile.export_onnx(build("llama"), tmp_path / "m", "w4a16-hqq", portable=True, progress=False)
+        qcompile.export_onnx(build("llama"), tmp_path / "m", "w4a16-hqq", contrib_ops=False, progress=False)
 
 
 def test_scales_are_stored_as_a_byte_for_a_group(folders):

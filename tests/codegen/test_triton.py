@@ -19,7 +19,7 @@ from qcompile.codegen.triton.launch.pack_weights import pack_plain, pack_stored,
 from qcompile.codegen.triton.launch.tiles import Launch
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard, random_signs
-from qcompile.numerics.qtensor import store_codes
+from qcompile.numerics.qtensor import pack_codes
 from qcompile.numerics.rounding import quantize_tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,7 +86,7 @@ def test_packing_by_the_kernel_is_the_same(form):
     layout = layout_of(form)
     for n, k in ((1, 16), (3, 200), (65, 130), (70, 257), (129, 384), (0, 128)):
         codes = torch.randint(form.qmin, form.qmax + 1, (n, k), generator=torch.Generator().manual_seed(k))
-        stored = store_codes(codes.to(form.code_dtype), form).to(DEVICE)
+        stored = pack_codes(codes.to(form.code_dtype), form).to(DEVICE)
         want = pack_plain(stored, form, layout, k)
         got = pack_stored(stored, form, layout, k)
         assert got.dtype == want.dtype and torch.equal(got, want)

@@ -107,7 +107,7 @@ def test_all_kernels_compile_for_all_architectures_within_budget():
     done = subprocess.run(command, env=without_interpreter(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     total = sum(len(list(shipped(arch))) for arch in (80, 89, 90, 100))
-    assert f"{total} of {total} kernels as they should be" in done.stdout
+    assert f"{total} of {total} kernels pass" in done.stdout
 
 
 GOOD = Built(registers=100, spilled=0, shared=50_000, instructions=600, mma={"wgmma": 8}, from_registers=8)
@@ -206,44 +206,3 @@ def test_candidates_that_spill_are_not_timed():
     assert tuned.fastest(left, lambda how: -how.channels) == (next(h for h in left if h.channels == 128), -128)
     with pytest.raises(ValueError, match="nothing to time"):
         tuned.fastest([], lambda how: 1.0)
-
-
-# -- the command line ----------------------------------------------------------------------------------
-
-
-def test_commands():
-    def call(*arguments):
-        result = CliRunner().invoke(app, ["kernels", *arguments])
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    assert call("show", "gemm_w/fp16/bias") == render(GemmW("fp16", bias=True))
-    assert "gemm_a8/bf16/codes=fp8" in call("list") and "fp8" not in call("list", "--arch", "80")
-
-
-@pytest.mark.parametrize(
-    "arguments,words",
-    [
-        (["show", "gemm"], "no template 'gemm'"),
-        (["check"], "TRITON_INTERPRET"),
-        (["bench"], "no GPU here"),
-        (["tune"], "no GPU here"),
-        (["bench", "--shapes", "4096"], "write 4096x4096"),
-    ],
-)
-def test_errors_are_one_line(arguments, words, monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["qcompile", "kernels", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2 and words in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.parametrize(
-    "arguments,words", [(["--arch", "x"], "write numbers"), (["--only", "zzz"], "no kernel holds")]
-)
-def test_a_check_of_nothing_is_an_error(arguments, words, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    result = CliRunner().invoke(app, ["kernels", "check", *arguments])
-    assert result.exit_code == 1 and words in str(result.exception)

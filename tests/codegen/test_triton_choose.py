@@ -12,6 +12,7 @@ from test_triton import DEVICE  # also gives the interpreter a bfloat16
 from typer.testing import CliRunner
 from zoo import build, example
 
+from qcompile.analysis.facts import Facts
 from qcompile.api.example_inputs import widen_batch
 from qcompile.backend.float_fallback import float_fallback_sites
 from qcompile.cli import app
@@ -120,6 +121,11 @@ def test_formats_without_a_kernel_are_refused_before_work():
     assert not machine.called
 
 
+def kept_float(program, recipe, device, rows):
+    facts = Facts(program)
+    return float_fallback_sites(facts, recipe, recipe.resolve(site.name for site in facts.sites), device, rows)
+
+
 def test_sites_that_were_measured_slower_stay_float(monkeypatch):
     monkeypatch.setattr(gemm, "gpu", lambda device: HERE)
     model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.ReLU(), torch.nn.Linear(64, 128), torch.nn.ReLU(),
@@ -127,23 +133,23 @@ def test_sites_that_were_measured_slower_stay_float(monkeypatch):
     program = capture(model, (torch.randn(20, 128).bfloat16(),))
     recipe, device = Recipe("all", (Quantize(INT4, None, lm_head=INT4), Fuse())), torch.device("cuda")
     name = ways.by_numbers(4, 128, "int", "bf16")
-    assert float_fallback_sites(program, recipe, device, None) == {}  # not measured is not slower
+    assert kept_float(program, recipe, device, None) == {}  # not measured is not slower
     ways.remember(HERE, name, 64, 128, 32, {"kernel": 8.0, "dequant": 6.0, "float": 5.0})
     ways.remember(HERE, name, 128, 64, 32, {"kernel": 5.2, "dequant": 6.0, "float": 5.0})  # 0.96 is fast enough
     ways.remember(HERE, name, 64, 128, 1, {"kernel": 2.0, "dequant": 9.0, "float": 5.0})
-    found = float_fallback_sites(program, recipe, device, None)
+    found = kept_float(program, recipe, device, None)
     assert list(found) == ["0.weight", "4.weight"]
     assert found["0.weight"].startswith("dequant, then cuBLAS (0.83x cuBLAS) at rows 20 (dynamic): slower than")
-    assert float_fallback_sites(program, recipe, device, 1) == {}  # decoding is what counts
-    assert "rows 30 (option)" in float_fallback_sites(program, recipe, device, 30)["0.weight"]
+    assert kept_float(program, recipe, device, 1) == {}  # decoding is what counts
+    assert "rows 30 (option)" in kept_float(program, recipe, device, 30)["0.weight"]
     fp4 = Recipe("fp4", (Quantize(Format.parse("fp4/group32"), None, lm_head=Format.parse("fp4/group32")), Fuse()))
-    assert all("dequantize, then cuBLAS" in why for why in float_fallback_sites(program, fp4, device, None).values())
+    assert all("dequantize, then cuBLAS" in why for why in kept_float(program, fp4, device, None).values())
 
 
 def test_stacks_of_experts_stay_float_on_a_gpu_too(monkeypatch):
     monkeypatch.setattr(gemm, "gpu", lambda device: HERE)
     program = capture(build("mixtral").bfloat16(), *widen_batch((), example("mixtral")))
-    found = float_fallback_sites(program, Recipe("all", (Quantize(INT8, INT8), Fuse())), torch.device("cuda"), None)
+    found = kept_float(program, Recipe("all", (Quantize(INT8, INT8), Fuse())), torch.device("cuda"), None)
     assert found and all("experts" in name and "no fast kernel" in why for name, why in found.items())
 
 

@@ -16,7 +16,8 @@ from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, OnlineHadamard, Quantize
 from qcompile.pipeline.presets import find_recipe
-from qcompile.recipe.recipe import Recipe, Rule
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import Rule
 
 INT8 = Format("int8")
 ALL = (Quantize(INT8, INT8, lm_head=INT8, lm_head_act=INT8), Fuse())

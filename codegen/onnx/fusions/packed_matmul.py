@@ -1,130 +1,150 @@
-"""Products of one value with several weights as one product: q, k, v of an attention, gate and up.
+"""Linears that read the same value, packed into one: queries, keys and values of an attention, gate and up.
 
-A product is `nbits_linear`, `dual_linear`, `int8_linear` or a float linear with weights of the program. Each row of its
-weight (codes, scales, zero points, bias) makes one channel, so rows may be chosen, put in another order
-and joined with those of another product of the same format that reads the same value.
+A linear here is `nbits_linear`, `dual_linear`, `int8_linear` or a float linear, with weights of the program. Each row of
+its weight (codes, scales, zero points, bias) makes one output channel, so rows may be selected, permuted and packed with
+those of another linear of the same format that reads the same value.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-import qcompile.codegen.onnx.ops.matmul_ops  # noqa: F401  registers torch.ops.qcompile_onnx
-from qcompile.ir.node_meta import WEIGHT
+from qcompile.codegen.onnx.ops.matmul_ops import DualLinearCall, Int8LinearCall, LinearCall, NBitsLinearCall
+from qcompile.ir.aten_ops import LINEAR
+from qcompile.ir.op_calls import Operand
 from qcompile.ir.program import Program
 
 aten = torch.ops.aten
-ops = torch.ops.qcompile_onnx
 
-# operator -> (places of its weights, which axis of each holds the rows, place of the bias)
-_WEIGHTS = {
-    ops.nbits_linear.default: ((1, 2, 3), (0, 0, 0), 4),
-    ops.dual_linear.default: ((1, 2, 3, 8), (0, 0, 0, 0), 4),
-    ops.int8_linear.default: ((1, 2, 3), (1, 0, 0), 4),
-    aten.linear.default: ((1,), (0,), 2),
+
+@dataclass(frozen=True)
+class FloatLinearCall(LinearCall):
+    """aten::linear with a weight [N, K]."""
+
+    target: ClassVar[Any] = LINEAR
+    row_axes: ClassVar[dict[str, int]] = {"weight": 0}
+
+    x: fx.Node
+    weight: fx.Node
+    bias: Operand = None
+
+
+_CALLS: dict[Any, type[LinearCall]] = {
+    call.target: call for call in (NBitsLinearCall, DualLinearCall, Int8LinearCall, FloatLinearCall)
 }
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some channels of a product: all of them in order if rows is None."""
+class OutputChannels:
+    """Some output channels of a linear: `rows` of its weight in that order, or all of them if None."""
 
-    product: fx.Node
+    linear: fx.Node
     rows: Tensor | None
 
 
-def is_product(program: Program, node: fx.Node) -> bool:
-    """Whether a node is a product whose weights can be put together with others'."""
-    known = _WEIGHTS.get(node.target)
-    if known is None:
-        return False
-    places, _, bias = known
-    weights = [node.args[p] for p in places] + list(node.args[bias : bias + 1])
-    return all(w is None or program.weight_name(w) is not None for w in weights)
+def linear_call(program: Program, node: fx.Node) -> LinearCall | None:
+    """The call of a linear that can be packed, or None: something else, or a weight that is computed."""
+    if node.target not in _CALLS:
+        return None
+    call = _CALLS[node.target].of(node)
+    tensors = [getattr(call, name) for name in (*call.row_axes, "bias")]
+    return call if all(t is None or program.weight_name(t) is not None for t in tensors) else None
 
 
-def width(node: fx.Node) -> int:
-    """The number of channels that a product makes."""
+def out_features(node: fx.Node) -> int:
+    """N, the number of output channels of a linear."""
     return int(node.meta["val"].shape[-1])
 
 
-def can_join(program: Program, nodes: list[fx.Node]) -> bool:
-    """Whether products read one value in one format."""
-    first = nodes[0]
-    if not all(is_product(program, n) and n.target is first.target and n.args[0] is first.args[0] for n in nodes):
+def can_pack(program: Program, nodes: list[fx.Node]) -> bool:
+    """Whether nodes are linears that read one value and have weights of one format."""
+    calls = [linear_call(program, node) for node in nodes]
+    first = calls[0]
+    if first is None:
         return False
-    places, _, bias = _WEIGHTS[first.target]
 
-    def kinds(node: fx.Node) -> list[object]:
-        weights = [program.weights.get(program.weight_name(node.args[p]) or "") for p in places]
-        rest = [a for place, a in enumerate(node.args) if place > bias and place not in places]
-        return [getattr(w, "dtype", None) for w in weights] + rest
+    def format_of(call: LinearCall) -> list[object]:
+        tensors = [getattr(call, name) for name in call.row_axes]
+        return [None if t is None else program.weight_of(t).dtype for t in tensors] + list(call.options)
 
-    return all(kinds(n) == kinds(first) for n in nodes)
-
-
-def join(program: Program, parts: list[Part], before: fx.Node, name: str) -> fx.Node:
-    """One product that makes the channels of all parts, one after another."""
-    target = parts[0].product.target
-    places, axes, bias_at = _WEIGHTS[target]
-    args = list(parts[0].product.args)
-
-    def joined(place: int, axis: int) -> Tensor:
-        found = []
-        for part in parts:
-            weight = part.product.args[place] if len(part.product.args) > place else None
-            tensor = torch.zeros(width(part.product)) if weight is None else program.weights[weight.meta[WEIGHT]]
-            found.append(tensor if part.rows is None else tensor.index_select(axis, part.rows))
-        return torch.cat(found, axis).contiguous()
-
-    for place, axis in zip(places, axes, strict=True):
-        if args[place] is not None:
-            args[place] = program.add_weight(f"{name}.{place}", joined(place, axis))
-    if any(len(part.product.args) > bias_at and part.product.args[bias_at] is not None for part in parts):
-        args[bias_at : bias_at + 1] = [program.add_weight(f"{name}.bias", joined(bias_at, 0))]
-    return program.insert(target, args, before=before)
+    return all(
+        call is not None and call.target is first.target and call.x is first.x and format_of(call) == format_of(first)
+        for call in calls
+    )
 
 
-def join_siblings(program: Program) -> int:
-    """Join all products that read one value and can be joined; returns how many products went away."""
-    by_input: dict[object, list[fx.Node]] = {}
+def pack(program: Program, parts: list[OutputChannels], before: fx.Node, name: str) -> fx.Node:
+    """Insert one linear that makes the output channels of all parts, one part after another.
+
+    Args:
+        program: of the linears.
+        parts: of linears that `can_pack` accepts.
+        before: where to insert.
+        name: prefix of the new weights' names.
+    """
+    calls = [_CALLS[part.linear.target].of(part.linear) for part in parts]
+
+    def packed(argument: str, axis: int) -> Tensor:
+        selected = []
+        for part, call in zip(parts, calls, strict=True):
+            operand = getattr(call, argument)
+            tensor = torch.zeros(out_features(part.linear)) if operand is None else program.weight_of(operand)
+            selected.append(tensor if part.rows is None else tensor.index_select(axis, part.rows))
+        return torch.cat(selected, axis).contiguous()
+
+    first = calls[0]
+    tensors = {
+        argument: program.add_weight(f"{name}.{argument}", packed(argument, axis))
+        for argument, axis in first.row_axes.items()
+        if getattr(first, argument) is not None
+    }
+    if any(call.bias is not None for call in calls):
+        tensors["bias"] = program.add_weight(f"{name}.bias", packed("bias", 0))
+    return replace(first, **tensors).insert(program, before=before)
+
+
+def pack_matmuls(program: Program) -> int:
+    """Pack all linears that read one value and can be packed, in place; returns how many linears that saves."""
+    by_input: dict[tuple[fx.Node, object], list[fx.Node]] = {}
     for node in program.graph.nodes:
-        if node.op == "call_function" and is_product(program, node):
-            by_input.setdefault((node.args[0], node.target), []).append(node)
-    gone = 0
+        if node.op == "call_function" and (call := linear_call(program, node)) is not None:
+            by_input.setdefault((call.x, node.target), []).append(node)
+    saved = 0
     for nodes in by_input.values():
-        if len(nodes) < 2 or not can_join(program, nodes):
+        if len(nodes) < 2 or not can_pack(program, nodes):
             continue
-        whole = join(program, [Part(n, None) for n in nodes], nodes[0], f"joined_{nodes[0].name}")
-        pieces = program.insert(aten.split_with_sizes.default, (whole, [width(n) for n in nodes], -1), after=whole)
+        parts = [OutputChannels(node, None) for node in nodes]
+        packed = pack(program, parts, nodes[0], f"packed_{nodes[0].name}")
+        sizes = [out_features(node) for node in nodes]
+        pieces = program.insert(aten.split_with_sizes.default, (packed, sizes, -1), after=packed)
         for index, node in enumerate(nodes):
             node.replace_all_uses_with(program.insert(operator.getitem, (pieces, index), after=pieces))
-        gone += len(nodes) - 1
+        saved += len(nodes) - 1
     program.cleanup()
-    return gone
+    return saved
 
 
-def without_bias(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
-    """A product without its bias, and the bias, for an operator that adds one; None where that saves nothing.
+def split_bias(program: Program, node: fx.Node) -> tuple[fx.Node, Operand] | None:
+    """A linear without its bias, and the bias, for an operator that adds one; None where that saves nothing.
 
-    MatMulNBits adds a bias while it multiplies; the other products are followed by a node of its own.
+    MatMulNBits adds a bias while it multiplies; behind the other products the bias would be an Add of its own.
     """
-    if node.target is ops.nbits_linear.default or not is_product(program, node):
+    call = linear_call(program, node)
+    if call is None or isinstance(call, NBitsLinearCall) and not isinstance(call, DualLinearCall):
         return None
-    place = _WEIGHTS[node.target][2]
-    bias = node.args[place] if len(node.args) > place else None
-    if bias is None:
+    if call.bias is None:
         return node, None
-    return program.insert(node.target, [*node.args[:place], None, *node.args[place + 1 :]], before=node), bias
+    return replace(call, bias=None).insert(program, before=node), call.bias
 
 
 def take_bias(program: Program, node: fx.Node, users: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """As `without_bias`, of a product that has a bias and that nobody but `users` reads."""
+    """As `split_bias`, of a linear that has a bias and that nothing but `users` reads."""
     if not set(node.users) <= users:
         return None
-    found = without_bias(program, node)
-    return None if found is None or found[1] is None else (found[0], found[1])
+    parts = split_bias(program, node)
+    return None if parts is None or parts[1] is None else (parts[0], parts[1])

@@ -1,4 +1,9 @@
-"""Norms as one operator each, with the sum in front of them if there is one."""
+"""Norms as one operator each, with the sum in front of them if there is one.
+
+    RMSNorm                SimplifiedLayerNormalization, or of a sum SkipSimplifiedLayerNormalization
+    LayerNorm of a sum     SkipLayerNormalization, with the bias of a linear as its bias
+    other LayerNorms       stay: torch.onnx writes the standard LayerNormalization
+"""
 
 from __future__ import annotations
 
@@ -7,76 +12,65 @@ from torch import fx
 
 from qcompile.analysis.norms import Norm, find_norms
 from qcompile.codegen.onnx.fusions.packed_matmul import take_bias
+from qcompile.codegen.onnx.ops.norm_ops import RMSNormCall, SkipLayerNormCall, SkipRMSNormCall
 from qcompile.ir.program import Program
 from qcompile.recipe.report import PassReport
 
 aten = torch.ops.aten
-ops = torch.ops.qcompile_onnx
 
 
-def rewrite_norms(program: Program, report: PassReport) -> None:
+def fuse_norms(program: Program, report: PassReport) -> None:
     """Rewrite in place: every RMSNorm, and every LayerNorm of a sum."""
     done: dict[str, list[str]] = {"rms": [], "layer": []}
     for index, norm in enumerate(find_norms(program)):
-        replace = _replace_rms if norm.kind == "rms" else _replace_layer
-        if replace(program, norm, index):
-            done[norm.kind].append(norm.output.name)
+        if norm.kind == "rms":
+            _fuse_rms_norm(program, norm, index)
+        elif _is_sum(norm.input):
+            _fuse_layer_norm(program, norm, index)
+        else:
+            continue
+        done[norm.kind].append(norm.output.name)
     program.cleanup()
     report.done += [*done["rms"], *done["layer"]]
     report.notes.append(f"{len(done['rms'])} RMSNorms, {len(done['layer'])} LayerNorms of a sum")
 
 
-def _replace_rms(program: Program, norm: Norm, index: int) -> bool:
-    eps = _epsilon(norm)
-    if eps is None:
-        return False
-    name = program.weight_name(norm.gain)
-    if name is not None and not norm.one_plus:
-        gain = norm.gain
-    else:
-        gain = program.add_weight(f"gain_{index}", norm.gain_value(program).float())
+def _fuse_rms_norm(program: Program, norm: Norm, index: int) -> None:
+    gain = norm.gain
+    if gain is None or norm.one_plus:
+        gain = _add_gain(program, norm, index)
     x = norm.input
     if _is_sum(x):
-        both = program.insert(ops.skip_rms_norm.default, (*x.args, gain, eps), after=x)
-        out, total = program.unpack(both, 2)
+        fused = SkipRMSNormCall(*x.args, gain, norm.eps).insert(program, after=x)
+        out, total = program.unpack(fused, 2)
         norm.output.replace_all_uses_with(out)
-        x.replace_all_uses_with(total, delete_user_cb=lambda user: user is not both)
+        x.replace_all_uses_with(total, delete_user_cb=lambda user: user is not fused)
     else:
-        norm.output.replace_all_uses_with(program.insert(ops.rms_norm.default, (x, gain, eps), after=x))
-    return True
+        norm.output.replace_all_uses_with(RMSNormCall(x, gain, norm.eps).insert(program, after=x))
 
 
-def _replace_layer(program: Program, norm: Norm, index: int) -> bool:
+def _fuse_layer_norm(program: Program, norm: Norm, index: int) -> None:
     total = norm.input
-    if not _is_sum(total):  # the standard has an operator for it, which is what torch.onnx writes
-        return False
-    gain, first, second = norm.gain, *total.args
+    first, second = total.args
+    gain = norm.gain
     if gain is None:
-        gain = program.add_weight(f"gain_{index}", norm.gain_value(program).float())
-    taken = take_bias(program, first, {total})
-    if taken is None and (taken := take_bias(program, second, {total})) is not None:
+        gain = _add_gain(program, norm, index)
+    split = take_bias(program, first, {total})
+    if split is None and (split := take_bias(program, second, {total})) is not None:
         first, second = second, first
-    product, bias = taken or (first, None)
-    args = (product, second, gain, norm.bias, bias, norm.eps)
-    both = program.insert(ops.skip_layer_norm.default, args, after=total)
-    out, whole = program.unpack(both, 2)
+    x, bias = split or (first, None)
+    fused = SkipLayerNormCall(x, second, gain, norm.bias, bias, norm.eps).insert(program, after=total)
+    out, new_total = program.unpack(fused, 2)
     norm.output.replace_all_uses_with(out)
-    total.replace_all_uses_with(whole)
-    return True
+    total.replace_all_uses_with(new_total)
+
+
+def _add_gain(program: Program, norm: Norm, index: int) -> fx.Node:
+    """The gain as it is multiplied, as a weight of its own."""
+    return program.add_weight(f"gain_{index}", norm.gain_value(program).float())
 
 
 def _is_sum(x: fx.Node) -> bool:
-    """Whether a value is the sum of two of one shape, [B, T, C] or [T, C]: the operators know no other."""
+    """Whether a value is the sum of two of one shape, [B, T, C] or [T, C]: the operators take no other."""
     shapes = [n.meta["val"].shape for n in x.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     return x.target is aten.add.Tensor and not x.kwargs and shapes[1:] == shapes[:1] and len(shapes[0]) in (2, 3)
-
-
-def _epsilon(norm: Norm) -> float | None:
-    """What is added to the mean square."""
-    for node in norm.inner:
-        if node.target is aten.rms_norm.default:
-            return node.args[3] if len(node.args) > 3 else None
-        if node.target is aten.rsqrt.default:
-            added: float = node.args[0].args[1]
-            return added
-    return None

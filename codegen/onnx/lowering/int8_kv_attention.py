@@ -1,165 +1,190 @@
-"""Attentions over a cache of int8 codes, for any number of tokens.
+"""Attentions over an int8 KV cache, for any number of tokens.
 
-GroupQueryAttention reads such a cache. One token waits for memory, of which codes are a quarter: that is faster than
-over floats. A prompt waits for products, and over codes ONNX Runtime computes them three times slower than over floats.
-So an attention becomes one `If` on the number of tokens of a text:
+GroupQueryAttention reads such a cache. Decode waits for memory, of which int8 codes are a quarter: that is faster than
+over floats. Prefill waits for products, and over codes ONNX Runtime computes them three times slower than over floats.
+So an attention becomes one `If` on the number of new tokens of a text:
 
-    few     GroupQueryAttention over the codes
-    many    the past turned to float, GroupQueryAttention over that, and the new keys and values turned to codes
+    decode    GroupQueryAttention over the codes
+    prefill   GroupQueryAttention over the dequantized past; then the new keys and values are quantized
 
-New tokens see each other as they are in the second, rounded in the first; of the same keys and values both make the
-same codes. A runtime may hand over a buffer that is longer than the past, to be extended in place: what lies behind is
+New tokens see each other as they are in prefill, rounded in decode; of the same keys and values both make the same
+codes. A runtime may hand over a buffer that is longer than the past, to be extended in place: what lies behind is
 handed back, so a prompt costs a copy of the whole buffer.
 
 Up to about 2048 tokens GroupQueryAttention multiplies every new query by every key, those of later tokens too, and
-holds all scores [H, S, T] at once. A long prompt is therefore read in pieces, each behind the keys of those before: the
-same numbers, 10 of 16 products, a quarter of the scores. It reads several tokens behind a cache for one row only, so
-several rows go at once; so does what follows a past of more than half its length: whole models were not measured there.
+keeps all scores [H, S, T] at once. A long prompt is therefore read in chunks, each behind the keys of those before:
+the same values, 10 of 16 products, a quarter of the scores. It reads several tokens behind a cache for one text only,
+so a batch is read at once; so is what follows a past of more than half its length, where models were not measured.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
+import onnx_ir as ir
+from onnx_ir.tape import Tape
 
-from qcompile.codegen.onnx.lowering.node_builder import FEW, Steps
+from qcompile.codegen.onnx.lowering.constants import Constants
+from qcompile.codegen.onnx.lowering.graph_edits import make_branch, name_after, replace_node
+from qcompile.codegen.onnx.lowering.op_inputs import CONTRIB, DOMAIN, GroupQueryAttention
 
-# Of a prompt that is read in pieces: how many, its least and most tokens, and how many times what is past it must be.
-_PIECES, LONG, _LONGEST, _AHEAD = 4, 192, 2047, 2  # by benches/onnx_long_prompts.py
+DECODE_TOKENS = 4
+"""Tokens that are multiplied by 4-bit codes (lower_graph.py), and that read an int8 KV cache by its codes.
 
-# Inputs of GroupQueryAttention.
-_PAST, _LAST, _TOTAL, _POSITIONS, _BIAS, _SCALES = slice(3, 5), 5, 6, 9, 10, slice(12, 14)
-_OF_CODES = ("kv_cache_bit_width", "k_quant_type", "v_quant_type")
+One constant, so that the decode branch needs no second choice in its attentions. By benches/onnx_cpu.py.
+"""
 
-
-def is_coded(node: onnx.NodeProto) -> bool:
-    """Whether a node is an attention over codes."""
-    return node.op_type == "GroupQueryAttention" and len(node.input) > _SCALES.start
+_OF_INT8_CACHE = ("kv_cache_bit_width", "k_quant_type", "v_quant_type")
+_FLOAT, _INT8 = ir.DataType.FLOAT, ir.DataType.INT8
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Names: where a piece of a prompt starts and ends, the place of its last token, and all tokens up to there."""
+class ChunkedPrefill:
+    """Which prompts are read in chunks, by benches/onnx_long_prompts.py.
 
-    start: str
-    end: str
-    last: str
-    total: str
+    Attributes:
+        chunks: how many.
+        min_tokens: the least tokens of such a prompt.
+        max_tokens: the most: GroupQueryAttention reads longer ones in blocks of its own.
+        min_over_past: how many times its past it is at least.
+    """
+
+    chunks: int = 4
+    min_tokens: int = 192
+    max_tokens: int = 2047
+    min_over_past: int = 2
+
+
+CHUNKED_PREFILL = ChunkedPrefill()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk of a prompt: its first and end among the new tokens [1], and GroupQueryAttention's inputs for it."""
+
+    start: ir.Value
+    end: ir.Value
+    seqlens_k: ir.Value
+    total_sequence_length: ir.Value
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What all attentions ask for, made by `nodes`: how many tokens are past and past and new, and what is to be done.
+    """What all attentions of a graph ask for.
 
     Attributes:
-        is_few: whether new tokens are few. is_long: whether they are one row's, and many enough for `pieces`.
+        past: int64 [1], tokens before the new ones.
+        total: int64 [1], both.
+        is_decode: whether new tokens are few enough.
+        is_chunked: whether they are one text's, and enough for `chunks`.
     """
 
-    nodes: list[onnx.NodeProto]
-    past: str
-    total: str
-    is_few: str
-    is_long: str
-    pieces: list[Piece]
+    past: ir.Value
+    total: ir.Value
+    is_decode: ir.Value
+    is_chunked: ir.Value
+    chunks: Sequence[Chunk]
 
 
-def lengths(ids: str, attention: onnx.NodeProto, constant: Callable[[np.ndarray], str]) -> Lengths:
-    """Of tokens `ids` [B, S], as one of the attentions counts them. constant: the name of a constant."""
-    do = Steps("cache")
+def has_int8_cache(node: ir.Node) -> bool:
+    """Whether a node is an attention over int8 codes."""
+    return node.op_type == "GroupQueryAttention" and GroupQueryAttention.of(node).k_scale is not None
 
-    def whole(value: int) -> str:
-        return constant(np.array([value], np.int64))
 
-    new, rows = do("new", "Shape", ids, start=1, end=2), do("rows", "Shape", ids, start=0, end=1)
-    total = do("total", "Cast", attention.input[_TOTAL], to=TensorProto.INT64)
-    past, one = do("past", "Sub", total, new), constant(np.array([1], np.int32))
-    is_few = do("few", "LessOrEqual", new, whole(FEW))
-    seen = do("seen", "Add", do("least", "ReduceMin", attention.input[_LAST]), one)  # less than all: there is padding
-    alone = do("alone", "And", do("row", "Equal", rows, whole(1)), do("full", "Equal", seen, attention.input[_TOTAL]))
-    least, most = do("enough", "GreaterOrEqual", new, whole(LONG)), do("fewer", "LessOrEqual", new, whole(_LONGEST))
-    ahead = do("ahead", "LessOrEqual", do("most_past", "Mul", past, whole(_AHEAD)), new)
-    is_long = do("long", "And", do("between", "And", least, most), do("wins", "And", ahead, alone))
-    share = do("share", "Div", do("filled", "Add", new, whole(_PIECES - 1)), whole(_PIECES))
-    bounds = [whole(0), *(do(f"bound_{i}", "Mul", share, whole(i)) for i in range(1, _PIECES)), new]
-    pieces = []
+def insert_lengths(node: ir.Node, ids: ir.Value) -> Lengths:
+    """Of tokens `ids` [B, S], as an attention counts them; written before it."""
+    tape, attention, config = Tape(), GroupQueryAttention.of(node), CHUNKED_PREFILL
+    op, int64 = tape.op, Constants(node.graph).int64
+    one = Constants(node.graph).tensor(np.array([1], np.int32))
+
+    def both(a: ir.Value, b: ir.Value) -> ir.Value:
+        return op("And", [a, b])
+
+    new, texts = op("Shape", [ids], {"start": 1, "end": 2}), op("Shape", [ids], {"start": 0, "end": 1})
+    total = op("Cast", [attention.total_sequence_length], {"to": ir.DataType.INT64})
+    past = op("Sub", [total, new])
+    is_decode = op("LessOrEqual", [new, int64(DECODE_TOKENS)])
+    valid = op("Add", [op("ReduceMin", [attention.seqlens_k]), one])  # fewer than all: there is padding
+    is_alone = both(op("Equal", [texts, int64(1)]), op("Equal", [valid, attention.total_sequence_length]))
+    is_long = op("GreaterOrEqual", [new, int64(config.min_tokens)])
+    is_long = both(is_long, op("LessOrEqual", [new, int64(config.max_tokens)]))
+    is_ahead = op("LessOrEqual", [op("Mul", [past, int64(config.min_over_past)]), new])
+    is_chunked = both(is_long, both(is_ahead, is_alone))
+    size = op("Div", [op("Add", [new, int64(config.chunks - 1)]), int64(config.chunks)], name="chunk_size")
+    bounds = [int64(0), *(op("Mul", [size, int64(i)]) for i in range(1, config.chunks)), new]
+    chunks = []
     for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        up_to = do(f"total_{i}", "Cast", do(f"up_to_{i}", "Add", past, end), to=TensorProto.INT32)
-        pieces.append(Piece(start, end, do(f"last_{i}", "Sub", up_to, one), up_to))
-    return Lengths(do.nodes, past, total, is_few, is_long, pieces)
+        up_to = op("Cast", [op("Add", [past, end], name=f"total_{i}")], {"to": ir.DataType.INT32})
+        chunks.append(Chunk(start, end, op("Sub", [up_to, one], name=f"seqlens_k_{i}"), up_to))
+    name_after(tape.nodes, f"{DOMAIN}/lengths")
+    node.prepend(tape.nodes)
+    return Lengths(past, total, is_decode, is_chunked, chunks)
 
 
-def by_length(node: onnx.NodeProto, known: Lengths, constant: Callable[[np.ndarray], str]) -> onnx.NodeProto:
-    """The attention as an `If`."""
-    direct = copy.deepcopy(node)
-    direct.output[:] = [f"{node.name}/few/{i}" for i in range(3)]
+def split_by_length(node: ir.Node, lengths: Lengths) -> None:
+    """Replace an attention over int8 codes by an `If` on the number of tokens."""
+    decode = Tape()
+    outputs = _attend(decode, GroupQueryAttention.of(node), node.attributes)
     branches = {
-        "then_branch": _graph("few", [direct], list(direct.output), TensorProto.INT8),
-        "else_branch": _graph("many", *_over_floats(node, known, constant), TensorProto.INT8),
+        "then_branch": make_branch("decode", decode, outputs, [_FLOAT, _INT8, _INT8]),
+        "else_branch": _prefill(node, lengths),
     }
-    return helper.make_node("If", [known.is_few], list(node.output), name=f"{node.name}/by_length", **branches)
+    tape = Tape()
+    replace_node(node, tape, tape.op_multi_out("If", [lengths.is_decode], branches, num_outputs=3, name="by_length"))
 
 
-def _graph(name: str, nodes: list[onnx.NodeProto], outputs: list[str], cache: int) -> onnx.GraphProto:
-    kinds = (TensorProto.FLOAT, cache, cache)
-    infos = [helper.make_tensor_value_info(out, kind, None) for out, kind in zip(outputs, kinds, strict=True)]
-    return helper.make_graph(nodes, name, [], infos)
+def _attend(tape: Tape, inputs: GroupQueryAttention, attributes: dict[str, ir.Attr]) -> Sequence[ir.Value]:
+    operator = "GroupQueryAttention"
+    return tape.op_multi_out(operator, inputs.as_list(), attributes, num_outputs=3, domain=CONTRIB)
 
 
-def _over_floats(
-    node: onnx.NodeProto, known: Lengths, constant: Callable[[np.ndarray], str]
-) -> tuple[list[onnx.NodeProto], list[str]]:
-    """Nodes, and the names of their outputs."""
-    tokens, start = constant(np.array([2], np.int64)), constant(np.array([0], np.int64))
-    end = constant(np.array([np.iinfo(np.int64).max], np.int64))
-    one, middle = constant(np.array(1, np.float32)), constant(np.array(0, np.int8))
-    do = Steps(f"{node.name}/many")
-    over = copy.deepcopy(node)
-    del over.input[_SCALES.start :], over.attribute[:]
-    over.attribute.extend(attribute for attribute in node.attribute if attribute.name not in _OF_CODES)
-    held = []
-    for at, scale, which in zip((3, 4), node.input[_SCALES], ("key", "value"), strict=True):
-        codes = do(f"{which}_codes", "Slice", node.input[at], start, known.past, tokens)
-        over.input[at] = do(f"{which}_past", "Mul", do(f"{which}_cast", "Cast", codes, to=TensorProto.FLOAT), scale)
-        held.append((which, codes, node.input[at], scale))
-    while not over.input[-1]:
-        over.input.pop()
-    over.name, over.output[:] = f"{do.name}/float", [f"{do.name}/{i}" for i in range(3)]
-    do.nodes.append(_by_pieces(over, known, constant))
-    outputs = [over.output[0]]
-    for numbers, (which, codes, whole, scale) in zip(over.output[1:], held, strict=True):
-        new = do(f"{which}_new", "Slice", numbers, known.past, known.total, tokens)
-        rounded = do(f"{which}_rounded", "QuantizeLinear", do(f"{which}_units", "Div", new, scale), one, middle)
-        behind = do(f"{which}_behind", "Slice", whole, known.total, end, tokens)
-        outputs.append(do(f"{which}_grown", "Concat", codes, rounded, behind, axis=2))
-    return do.nodes, outputs
+def _prefill(node: ir.Node, lengths: Lengths) -> ir.Graph:
+    attention, constants, tape = GroupQueryAttention.of(node), Constants(node.graph), Tape()
+    op, tokens, zero = tape.op, constants.int64(2), constants.int64(0)  # the axis of tokens
+    end, one = constants.int64(np.iinfo(np.int64).max), constants.float32(1)
+    middle = constants.tensor(np.array(0, np.int8))
+    caches = {"key": (attention.past_key, attention.k_scale), "value": (attention.past_value, attention.v_scale)}
+    codes = {name: op("Slice", [cache, zero, lengths.past, tokens]) for name, (cache, _) in caches.items()}
+    past = {
+        f"past_{name}": op("Mul", [op("Cast", [codes[name]], {"to": _FLOAT}), scale], name=f"past_{name}")
+        for name, (_, scale) in caches.items()
+    }
+    floats = replace(attention, **past, k_scale=None, v_scale=None)
+    attributes = {name: value for name, value in node.attributes.items() if name not in _OF_INT8_CACHE}
+    out, *present = _attend_by_chunks(tape, floats, attributes, lengths, constants)
+    extended = []
+    for values, (name, (cache, scale)) in zip(present, caches.items(), strict=True):
+        new = op("Slice", [values, lengths.past, lengths.total, tokens])
+        rounded = op("QuantizeLinear", [op("Div", [new, scale], name=f"scaled_{name}"), one, middle])
+        behind = op("Slice", [cache, lengths.total, end, tokens])
+        extended.append(op("Concat", [codes[name], rounded, behind], {"axis": 2}))
+    return make_branch("prefill", tape, [out, *extended], [_FLOAT, _INT8, _INT8])
 
 
-def _by_pieces(node: onnx.NodeProto, known: Lengths, constant: Callable[[np.ndarray], str]) -> onnx.NodeProto:
-    """An attention over floats that reads a long prompt in pieces; one with positions or a bias of its own as it is."""
-    if any(node.input[_POSITIONS : _BIAS + 1]):
-        return node
-    at_once = copy.deepcopy(node)
-    at_once.output[:] = [f"{node.name}/at_once/{i}" for i in range(3)]
-    do, axis = Steps(f"{node.name}/pieces"), constant(np.array([1], np.int64))
-    seen, cache = [], list(node.input[_PAST])
-    for i, piece in enumerate(known.pieces):
-        named = zip(("query", "key", "value"), node.input, strict=False)
-        new = [do(f"{which}_{i}", "Slice", x, piece.start, piece.end, axis) if x else "" for which, x in named]
-        part = copy.deepcopy(node)
-        part.name = f"{do.name}/{i}"
-        part.input[: _TOTAL + 1] = [*new, *cache, piece.last, piece.total]
-        part.output[:] = [f"{part.name}/{made}" for made in ("seen", "keys", "values")]
-        do.nodes.append(part)
-        seen.append(part.output[0])
-        cache = list(part.output[1:])
-    do("seen", "Concat", *seen, axis=1)
+def _attend_by_chunks(
+    tape: Tape, attention: GroupQueryAttention, attributes: dict[str, ir.Attr], lengths: Lengths, constants: Constants
+) -> Sequence[ir.Value]:
+    """An attention over floats that reads a long prompt in chunks, unless it has positions or a bias of its own."""
+    if attention.position_ids is not None or attention.attention_bias is not None:
+        return _attend(tape, attention, attributes)
+    at_once = Tape()
+    whole = _attend(at_once, attention, attributes)
+    chunked, axis, outputs = Tape(), constants.int64(1), []
+    past_key, past_value = attention.past_key, attention.past_value
+    for chunk in lengths.chunks:
+        new = {
+            name: value and chunked.op("Slice", [value, chunk.start, chunk.end, axis])
+            for name, value in (("query", attention.query), ("key", attention.key), ("value", attention.value))
+        }
+        counts = dict(seqlens_k=chunk.seqlens_k, total_sequence_length=chunk.total_sequence_length)
+        part = replace(attention, **new, **counts, past_key=past_key, past_value=past_value)
+        out, past_key, past_value = _attend(chunked, part, attributes)
+        outputs.append(out)
+    joined = chunked.op("Concat", outputs, {"axis": 1})
     branches = {
-        "then_branch": _graph("pieces", do.nodes, [do.nodes[-1].output[0], *cache], TensorProto.FLOAT),
-        "else_branch": _graph("at_once", [at_once], list(at_once.output), TensorProto.FLOAT),
+        "then_branch": make_branch("chunks", chunked, [joined, past_key, past_value], [_FLOAT] * 3),
+        "else_branch": make_branch("at_once", at_once, whole, [_FLOAT] * 3),
     }
-    return helper.make_node("If", [known.is_long], list(node.output), name=f"{node.name}/by_pieces", **branches)
+    return tape.op_multi_out("If", [lengths.is_chunked], branches, num_outputs=3, name="by_chunks")

@@ -1,64 +1,59 @@
-"""One product whose channels part again, as products of their own, where the rows are many.
+"""One packed matmul as several again, for prefill.
 
-Gate and up are one product, since each costs a start, which few rows feel; so are an encoder's queries, keys and
-values. Many rows feel the Split behind it, which writes all channels a second time. The rows of a weight's codes lie
-one after another, so the weight of a part is the same bytes from a later one on, and takes no room. Each part rounds x
-by nodes of its own, which ONNX Runtime makes one again (common subexpressions).
+Gate and up are one matmul, as are an encoder's queries, keys and values, since each costs a start, which decode feels.
+Prefill feels the Split behind it, which writes all channels a second time. The rows of a weight's codes lie one after
+another, so the weight of an unpacked matmul is the same bytes from a later one on, and takes no room. Each matmul
+quantizes x by nodes of its own, which ONNX Runtime makes one again (common subexpressions).
 """
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
+from dataclasses import replace
 from itertools import accumulate
 
-import onnx
-from onnx import numpy_helper
+import onnx_ir as ir
+from onnx_ir.tape import Tape
 
-from qcompile.codegen.onnx.lowering.initializers import Stored
-from qcompile.codegen.onnx.lowering.node_builder import Steps, attributes_of, every_node
+from qcompile.codegen.onnx.lowering.constants import Constants, row_range
+from qcompile.codegen.onnx.lowering.graph_edits import name_after
+from qcompile.codegen.onnx.lowering.op_inputs import DOMAIN, DualLinear
 
 
-def parted(nodes: list[onnx.NodeProto], graph: onnx.GraphProto, stored: Stored) -> list[onnx.NodeProto]:
-    """The nodes, with a DualLinear for each part of one that nothing but a Split of its channels reads."""
-    reads = Counter(name for node in every_node(nodes) for name in node.input)
-    reads.update(output.name for output in graph.output)
-    ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in (*graph.value_info, *graph.output)}
-    made = {out: node for node in nodes for out in node.output}
-    parts: dict[str, list[onnx.NodeProto]] = {}  # of a product, by the name of what it makes
-    for node in nodes:
-        whole = made.get(node.input[0]) if node.op_type == "Split" else None
-        if whole is None or whole.op_type != "DualLinear" or any(whole.input[5:]) or reads[node.input[0]] > 1:
+def unpack_matmuls(graph: ir.Graph) -> None:
+    """In place, a DualLinear for each output of a Split of channels that alone reads a DualLinear without a bias."""
+    for split in [node for node in graph if node.op_type == "Split"]:
+        packed, rank = split.inputs[0].producer(), len(split.outputs[0].shape or ())
+        if packed is None or packed.op_type != "DualLinear" or DualLinear.of(packed).bias is not None:
             continue
-        if attributes_of(node).get("axis", 0) in (-1, ranks.get(node.output[0], 0) - 1):
-            parts[node.input[0]] = _parts(whole, node, stored)
-    found: list[onnx.NodeProto] = []
-    for node in nodes:
-        if node.op_type == "Split" and node.input[0] in parts:
-            continue
-        found += parts.get(node.output[0], [node])
-    return found
+        is_read_elsewhere = len(split.inputs[0].uses()) > 1 or split.inputs[0].is_graph_output()
+        if not is_read_elsewhere and split.attributes.get_int("axis", 0) in (-1, rank - 1):
+            _unpack(packed, split)
 
 
-def _parts(whole: onnx.NodeProto, split: onnx.NodeProto, stored: Stored) -> list[onnx.NodeProto]:
-    """A product for each output of a Split, each behind the nodes that take its rows of the scales."""
-    x, codes, scales, zeros, row, *_ = whole.input
-    n = attributes_of(whole)["N"]
-    if len(split.input) > 1:
-        sizes = [int(size) for size in numpy_helper.to_array(stored.weights[split.input[1]])]
-    else:  # all alike but the last
-        each = -(-n // len(split.output))
-        sizes = [min(each, n - first) for first in range(0, n, each)]
-    found: list[onnx.NodeProto] = []
-    for out, first, count in zip(split.output, accumulate([0, *sizes]), sizes, strict=False):
-        do = Steps(f"{whole.name}/{first}")
-        ends = stored.whole(first), stored.whole(first + count), stored.whole(0)
-        of_rows = [stored.rows(codes, first, count), do("scales", "Slice", scales, *ends)]
-        of_rows.append(stored.rows(zeros, first, count) if zeros else "")
-        part = copy.deepcopy(whole)
-        part.name, part.input[:], part.output[:] = do.name, [x, *of_rows, stored.rows(row, first, count)], [out]
-        for attribute in part.attribute:
-            if attribute.name == "N":
-                attribute.i = count
-        found += [*do.nodes, part]
-    return found
+def _unpack(packed: ir.Node, split: ir.Node) -> None:
+    graph, dual, n = packed.graph, DualLinear.of(packed), packed.attributes["N"].as_int()
+    constants, nodes, outputs = Constants(graph), list[ir.Node](), list[ir.Value]()
+    sizes = _sizes(split, n)
+    for first, count in zip(accumulate([0, *sizes]), sizes, strict=False):
+        tape = Tape()
+        ends = [constants.int64(first), constants.int64(first + count), constants.int64(0)]
+        rows = replace(
+            dual,
+            codes=row_range(dual.codes, first, count),
+            scales=tape.op("Slice", [dual.scales, *ends]),
+            zero_points=dual.zero_points and row_range(dual.zero_points, first, count),
+            row_scale=row_range(dual.row_scale, first, count),
+        )
+        sizes_of_rows = {**packed.attributes, "N": ir.AttrInt64("N", count)}
+        outputs.append(tape.op("DualLinear", rows.as_list(), sizes_of_rows, domain=DOMAIN))
+        name_after(tape.nodes, f"{packed.name}/{first}")
+        nodes += tape.nodes
+    ir.convenience.replace_nodes_and_values(graph, packed, [split, packed], nodes, split.outputs, outputs)
+
+
+def _sizes(split: ir.Node, n: int) -> list[int]:
+    """Channels of each output of a Split of n."""
+    if len(split.inputs) > 1:
+        return [int(size) for size in split.inputs[1].const_value.numpy()]
+    each = -(-n // len(split.outputs))  # all alike but the last
+    return [min(each, n - first) for first in range(0, n, each)]

@@ -1,1 +1,1 @@
-"""What is traced for an export: modules made of ONNX Runtime's operators, and the signature of the file."""
+"""What is traced for an export: modules of ONNX Runtime's operators, wrapped to the signature of the file."""

@@ -11,76 +11,81 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qcompile.codegen.triton.aot.compile_kernels import Built, build, complaints
-from qcompile.codegen.triton.aot.shipped_kernels import Shipped, shipped
+from qcompile.codegen.triton.aot.compile_kernels import KernelCost, compile_kernel, complaints
+from qcompile.codegen.triton.aot.shipped_kernels import ShippedKernel, shipped
 
 FILE = Path(__file__).parent / "budget.json"
-SLACK = 0.1
+SLACK = 0.1  # of the budget, to either side
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedKernel:
     """One kernel on one architecture.
 
     Attributes:
-        built: None if it did not compile. complaints: what must not be. over: where it is not as in the budget.
+        kernel: its text, see ShippedKernel.
+        architecture: 90 for sm_90.
+        cost: None if it did not compile.
+        complaints: what must not be.
+        over: where it is not as in the budget.
     """
 
     kernel: str
     architecture: int
-    built: Built | None
+    cost: KernelCost | None
     complaints: list[str]
     over: list[str] = field(default_factory=list)
 
 
-def check(architectures: Iterable[int], only: str = "") -> Iterator[Checked]:
-    """Compile all shipped kernels whose names hold `only`, in as many processes as there are cores."""
+def check(architectures: Iterable[int], only: str = "") -> Iterator[CheckedKernel]:
+    """Compile all shipped kernels whose names contain `only`, in as many processes as there are cores."""
     work = [(kernel, arch) for arch in architectures for kernel in shipped(arch) if only in str(kernel)]
     context = multiprocessing.get_context("spawn")  # the compiler has threads, which a fork would lose
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         yield from pool.map(_check, work, chunksize=4)
 
 
-def _check(work: tuple[Shipped, int]) -> Checked:
+def _check(work: tuple[ShippedKernel, int]) -> CheckedKernel:
     kernel, architecture = work
     try:
-        built = build(kernel.spec, kernel.launch, architecture, **kernel.constants)
+        cost = compile_kernel(kernel.spec, kernel.launch, architecture, **kernel.constants)
     except Exception as error:  # the compiler raises whatever it likes
         last = (str(error).strip().splitlines() or [""])[-1]
-        return Checked(str(kernel), architecture, None, [f"{type(error).__name__}: {last[:200]}"])
-    found = complaints(kernel.spec, kernel.launch, architecture, built)
-    return Checked(str(kernel), architecture, built, found, over_budget(str(kernel), architecture, built))
+        return CheckedKernel(str(kernel), architecture, None, [f"{type(error).__name__}: {last[:200]}"])
+    found = complaints(kernel.spec, architecture, cost)
+    return CheckedKernel(str(kernel), architecture, cost, found, over_budget(str(kernel), architecture, cost))
 
 
-def over_budget(kernel: str, architecture: int, built: Built) -> list[str]:
+def over_budget(kernel: str, architecture: int, cost: KernelCost) -> list[str]:
     """Where a kernel costs a tenth more or less than budget.json says; nothing for another version of triton."""
     import triton
 
     budget = read()
     if budget["triton"] != triton.__version__:
         return []
-    of = budget["kernels"].get(str(architecture), {}).get(kernel)
-    if of is None:
-        return ["not in budget.json: qcompile kernels check --update writes it"]
+    allowed = budget["kernels"].get(str(architecture), {}).get(kernel)
+    if allowed is None:
+        return ["not in budget.json. Fix: qcompile kernels check --update writes it"]
     found = []
     for name in ("registers", "shared", "instructions"):
-        now, then = getattr(built, name), of[name]
-        if abs(now - then) > SLACK * then:
-            found.append(f"{now} {name} for {then} of the budget")
-    if built.mma.keys() != of["mma"].keys():
-        found.append(f"tensor cores by {', '.join(built.mma) or 'nothing'} for {', '.join(of['mma'])} of the budget")
+        now, budgeted = getattr(cost, name), allowed[name]
+        if abs(now - budgeted) > SLACK * budgeted:
+            found.append(f"{now} {name} for {budgeted} of the budget")
+    if cost.mma.keys() != allowed["mma"].keys():
+        families = ", ".join(cost.mma) or "nothing"
+        found.append(f"tensor cores by {families} for {', '.join(allowed['mma'])} of the budget")
     return found
 
 
-def write(rows: Iterable[Checked]) -> None:
+def write(rows: Iterable[CheckedKernel]) -> None:
     """Make what was measured the budget, but for kernels with complaints; those that are not in `rows` keep theirs."""
     import triton
 
     budget = read()
     kernels: dict[str, dict[str, Any]] = budget["kernels"] if budget["triton"] == triton.__version__ else {}
     for row in rows:
-        if row.built is not None and not row.complaints:
-            kernels.setdefault(str(row.architecture), {})[row.kernel] = asdict(row.built)
+        if row.cost is not None and not row.complaints:
+            kernels.setdefault(str(row.architecture), {})[row.kernel] = asdict(row.cost)
     FILE.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=0, sort_keys=True) + "\n")
 
 
@@ -88,5 +93,5 @@ def read() -> dict[str, Any]:
     """{"triton": version, "kernels": {architecture: {kernel: what it costs}}}."""
     if not FILE.is_file():
         return {"triton": "", "kernels": {}}
-    found: dict[str, Any] = json.loads(FILE.read_text())
-    return found
+    budget: dict[str, Any] = json.loads(FILE.read_text())
+    return budget

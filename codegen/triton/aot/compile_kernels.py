@@ -22,10 +22,10 @@ from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, KernelSpec, Pack,
 from qcompile.codegen.triton.launch.tiles import Launch
 
 ARCHITECTURES = (80, 89, 90, 100)
-SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have
 
 # Tensor core instructions by family, as the disassembler writes them.
-FAMILIES = {
+MMA_FAMILIES = {
     "wgmma": r"\b[HIQ]GMMA\.",  # sm_90: of a warp group
     "tcgen05": r"\bUTC[A-Z]*MMA",  # sm_100
     "mma": r"\b[HIQ]MMA\.",  # of a warp
@@ -33,13 +33,16 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
-class Built:
-    """What a kernel costs.
+class KernelCost:
+    """What a kernel costs; the fields are those of budget.json.
 
     Attributes:
-        registers: of a thread. spilled: bytes of a thread that did not fit. shared: bytes of a program.
-        instructions: in the whole kernel. mma: tensor core instructions by family.
-        from_registers: products whose left side comes from registers (sm_90).
+        registers: of a thread.
+        spilled: bytes of a thread that did not fit into registers.
+        shared: bytes of shared memory of a program.
+        instructions: in the whole kernel.
+        mma: tensor core instructions by family.
+        from_registers: matmuls whose left operand comes from registers (sm_90).
     """
 
     registers: int
@@ -52,28 +55,34 @@ class Built:
 
 def types_of(spec: KernelSpec) -> dict[str, str]:
     """Triton's type of every argument that a kernel of this spec may have."""
-    codes = {"int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
-    numbers, of = f"*{spec.dtype}", getattr(spec, "codes", "")
-    found = dict.fromkeys(("x", "residual", "total", "value", "gate", "bias", "low", "up", "out"), numbers)
+    code_types = {"int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
+    values, codes = f"*{spec.dtype}", getattr(spec, "codes", "")
+    found = dict.fromkeys(("x", "residual", "total", "value", "gate", "bias", "low", "up", "out"), values)
     found |= dict.fromkeys(("scale", "x_scale", "gain", "shift", "smooth", "signs"), "*fp32")
     found |= dict.fromkeys(("left", "right"), "*bf16")
     found |= dict.fromkeys(("M", "N", "K", "blocks", "each", "parts", "width"), "i32")
     found |= dict(w="*u8", zero="*fp32" if getattr(spec, "zero", "") == "float" else "*u8", eps="fp32")
     if isinstance(spec, Gemm8):
-        found |= dict(x=codes[of], w=codes[of])
+        found |= dict(x=code_types[codes], w=code_types[codes])
     if isinstance(spec, RowQuant):
-        found |= dict(codes=codes[of])
+        found |= dict(codes=code_types[codes])
     if isinstance(spec, Pack):
         found |= dict(out="*u8", stored="*u8")
     if isinstance(spec, (Gemm8, GemmW)) and spec.parts:
-        found |= dict(out="*i32" if of == "int8" else "*fp32")
+        found |= dict(out="*i32" if codes == "int8" else "*fp32")
     if isinstance(spec, SumK):
-        found |= dict(sums="*i32" if of == "int8" else "*fp32")
+        found |= dict(sums="*i32" if codes == "int8" else "*fp32")
     return found
 
 
-def build(spec: KernelSpec, how: Launch, architecture: int, **constants: int) -> Built:
+def compile_kernel(spec: KernelSpec, launch: Launch, architecture: int, **constants: int) -> KernelCost:
     """Compile for sm_`architecture`, with the hints that Triton's own launcher gives (sizes divisible by 16).
+
+    Args:
+        spec: what the kernel computes.
+        launch: its sizes.
+        architecture: 90 for sm_90.
+        constants: constexpr arguments that are not in the launch.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET, where there is nothing to compile, and whatever the compiler raises.
@@ -83,26 +92,26 @@ def build(spec: KernelSpec, how: Launch, architecture: int, **constants: int) ->
     from triton.compiler import compile as compile_source
 
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("TRITON_INTERPRET=1 interprets kernels: unset it to compile them")
+        raise RuntimeError("TRITON_INTERPRET=1 interprets kernels. Fix: unset it to compile them")
     function = kernel(spec)
     names, types = list(function.arg_names), types_of(spec)
-    fixed = how.constants(names) | {name: value for name, value in constants.items() if name in names}
+    fixed = launch.constants(names) | {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in fixed else types[name] for name in names}
     aligned = [["tt.divisibility", 16]]
     hints = {
-        (place,): aligned
-        for place, name in enumerate(names)
+        (index,): aligned
+        for index, name in enumerate(names)
         if signature[name].startswith("*") or name in ("N", "K") and not getattr(spec, "ragged", False)
     }
-    places = {(names.index(name),): value for name, value in fixed.items()}
-    source = ASTSource(fn=function, signature=signature, constexprs=places, attrs=hints)
-    options = dict(num_warps=how.warps, num_stages=how.stages)
+    by_index = {(names.index(name),): value for name, value in fixed.items()}
+    source = ASTSource(fn=function, signature=signature, constexprs=by_index, attrs=hints)
+    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
     with contextlib.redirect_stdout(io.StringIO()):  # a failing ptxas prints all of its input
         compiled = compile_source(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return _inspect(compiled)
 
 
-def _inspect(compiled: Any) -> Built:
+def _inspect(compiled: Any) -> KernelCost:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -114,38 +123,38 @@ def _inspect(compiled: Any) -> Built:
         )
         listing = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
     text = listing.stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
-    assert found is not None, usage.stdout
-    spilled = int(found[2]) if re.search(r"\b(LDL|STL)\b", text) else 0
-    counts = collections.Counter({family: len(re.findall(rule, text)) for family, rule in FAMILIES.items()})
-    # wgmma names its left side by a descriptor when it lies in shared memory, else by a list of registers
-    registers = len(re.findall(r"wgmma\.mma_async[^;]*?\},\s*\{[^}]*\}", compiled.asm["ptx"]))
-    return Built(
-        registers=int(found[1]),
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    assert resources is not None, usage.stdout
+    spilled = int(resources[2]) if re.search(r"\b(LDL|STL)\b", text) else 0
+    counts = collections.Counter({family: len(re.findall(rule, text)) for family, rule in MMA_FAMILIES.items()})
+    # wgmma names its left operand by a descriptor when it lies in shared memory, else by a list of registers
+    from_registers = len(re.findall(r"wgmma\.mma_async[^;]*?\},\s*\{[^}]*\}", compiled.asm["ptx"]))
+    return KernelCost(
+        registers=int(resources[1]),
         spilled=spilled,
         shared=compiled.metadata.shared,
         instructions=len(re.findall(r"/\*[0-9a-f]{4,5}\*/", text)),
         mma={family: count for family, count in counts.items() if count},
-        from_registers=registers,
+        from_registers=from_registers,
     )
 
 
-def complaints(spec: KernelSpec, how: Launch, architecture: int, built: Built) -> list[str]:
+def complaints(spec: KernelSpec, architecture: int, cost: KernelCost) -> list[str]:
     """What must not be: spills, a lost body, slow instructions, more shared memory than there is."""
     found = []
-    if built.spilled:
-        found.append(f"{built.spilled} bytes of a thread are spilled")
-    room = SHARED.get(architecture, min(SHARED.values()))
-    if built.shared > room:
-        found.append(f"{built.shared} bytes of shared memory; sm_{architecture} has {room}")
+    if cost.spilled:
+        found.append(f"{cost.spilled} bytes of a thread are spilled")
+    available = SHARED_MEMORY.get(architecture, min(SHARED_MEMORY.values()))
+    if cost.shared > available:
+        found.append(f"{cost.shared} bytes of shared memory; sm_{architecture} has {available}")
     if isinstance(spec, (Gemm8, GemmW)):
-        wanted = {90: "wgmma"}.get(architecture)
-        if not sum(built.mma.values()):
+        family = {90: "wgmma"}.get(architecture)
+        if not sum(cost.mma.values()):
             found.append("no tensor core instruction: the body is lost")
-        elif wanted and not built.mma.get(wanted):
-            found.append(f"tensor cores by {', '.join(built.mma)}, not by {wanted}")
-        if architecture == 90 and isinstance(spec, GemmW) and not built.from_registers:
+        elif family and not cost.mma.get(family):
+            found.append(f"tensor cores by {', '.join(cost.mma)}, not by {family}")
+        if architecture == 90 and isinstance(spec, GemmW) and not cost.from_registers:
             found.append("the weights go through shared memory, not from registers to the tensor cores")
-    elif built.instructions < 40:
-        found.append(f"{built.instructions} instructions: the body is lost")
+    elif cost.instructions < 40:
+        found.append(f"{cost.instructions} instructions: the body is lost")
     return found

@@ -1,6 +1,6 @@
 """The kernels that are compiled ahead of time, for every architecture, wherever the code changes.
 
-One of each kind that `tiles.py` runs: formats, regimes, epilogues. What they may cost is in budget.json, so that a
+One of each kind that launch/ runs: formats, regimes of M, epilogues. What they may cost is in budget.json, so that a
 change of the generated code shows in a review.
 """
 
@@ -10,78 +10,90 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, GemvW, KernelSpec, Pack, RowQuant, SumK
+from qcompile.codegen.triton.kernels.supported_formats import has_format
 from qcompile.codegen.triton.kernels.weight_layout import layout_of
-from qcompile.codegen.triton.launch.row_quant import fuses_hadamard, warps
-from qcompile.codegen.triton.launch.tiles import ROWS, Launch, launch_of, scaled
+from qcompile.codegen.triton.launch.measured_times import GEMV_MAX_M
+from qcompile.codegen.triton.launch.row_quant import fuses_hadamard, num_warps
+from qcompile.codegen.triton.launch.tiles import M_REGIMES, Launch, launch_of, place_scales
 from qcompile.numerics.format import Format
 
-FORMS = ("int4/group128", "int4/group128/zero", "int4/group64/floatzero", "int4/group32/zero", "int4/row", "int8/row",
-         "int3/group128/zero", "int2/group64/zero")  # fmt: skip
+FORMATS = ("int4/group128", "int4/group128/zero", "int4/group64/floatzero", "int4/group32/zero", "int4/row",
+           "int8/row", "int3/group128/zero", "int2/group64/zero")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Shipped:
-    """A kernel and how it is run, `columns` being those of a row (row_quant)."""
+class ShippedKernel:
+    """A kernel and how it is run; its text is its key in budget.json.
+
+    Attributes:
+        spec: what it computes.
+        launch: its sizes.
+        columns: K of a row (row_quant only).
+    """
 
     spec: KernelSpec
     launch: Launch
     columns: int = 0
 
     def __str__(self) -> str:
-        how = self.launch
-        size = f"K={self.columns}" if self.columns else f"{how.rows}x{how.channels}"
-        return f"{self.spec} {size} {how.warps} warps {how.stages} stages"
+        launch = self.launch
+        size = f"K={self.columns}" if self.columns else f"{launch.block_m}x{launch.block_n}"
+        return f"{self.spec} {size} {launch.num_warps} warps {launch.num_stages} stages"
 
     @property
     def constants(self) -> dict[str, int]:
-        """Sizes that are not in the launch."""
+        """Constexpr arguments that are not in the launch."""
         return {"BLOCK": 1 << (self.columns - 1).bit_length()} if self.columns else {}
 
 
-def shipped(architecture: int) -> Iterator[Shipped]:
+def shipped(architecture: int) -> Iterator[ShippedKernel]:
     """All for sm_`architecture`, each once."""
     yield from dict.fromkeys(_all(architecture))
 
 
-def _all(architecture: int) -> Iterator[Shipped]:
+def _all(architecture: int) -> Iterator[ShippedKernel]:
     capability = architecture // 10, architecture % 10
-    for text in FORMS:
-        layout = layout_of(Format.parse(text))
-        assert layout is not None
-        form = Format.parse(text)
-        fields = dict(bits=layout.bits, group=layout.group, zero=form.zero, chunk=layout.chunk)
-        for rows in ROWS:
-            spec = scaled(GemmW("bf16", **fields), rows)
-            yield Shipped(spec, launch_of(spec, rows, capability))
-        few = GemvW("bf16", **fields)
-        yield Shipped(few, launch_of(few))
-        whole = Dequant("bf16", **fields)
-        yield Shipped(whole, launch_of(whole))
-        stored = Pack(bits=layout.bits, group=0, chunk=layout.chunk, signed=layout.bits == 8)
-        yield Shipped(stored, launch_of(stored))
+    for text in FORMATS:
+        yield from _weight_only(Format.parse(text), capability)
     for spec in (
         GemmW("fp16"),
         GemmW("bf16", parts=True),
         GemmW("bf16", bias=True, residual=True, low_rank=32),
         GemmW("bf16", ragged=True),
     ):
-        yield Shipped(spec, launch_of(spec, 16, capability))
-    for rows in range(2, 5):
-        yield Shipped(GemvW("bf16", rows=rows), launch_of(GemvW()))
-    for codes in ("int8", "fp8") if capability >= (8, 9) else ("int8",):
-        for rows in ROWS:
-            yield Shipped(Gemm8("bf16", codes), launch_of(Gemm8(), rows, capability))
-        yield Shipped(Gemm8("bf16", codes, parts=True), launch_of(Gemm8(), 16, capability))
-        yield Shipped(Gemm8("bf16", codes, bias=True, residual=True, low_rank=32), launch_of(Gemm8(), 16, capability))
-        yield Shipped(SumK("bf16", codes), launch_of(SumK()))
-        yield from _rows(codes, capability)
-    yield Shipped(SumK("bf16", bias=True, residual=True), launch_of(SumK()))
+        yield ShippedKernel(spec, launch_of(spec, 16, capability))
+    for m in range(2, GEMV_MAX_M + 1):
+        yield ShippedKernel(GemvW("bf16", rows=m), launch_of(GemvW()))
+    for codes in ("int8", "fp8"):
+        if has_format(codes, capability):
+            yield from _quantized_activations(codes, capability)
+    yield ShippedKernel(SumK("bf16", bias=True, residual=True), launch_of(SumK()))
     int4 = RowQuant("bf16", first="rms", group=128, codes="int4")
-    yield Shipped(int4, Launch(1, 1, warps(int4, 4096), 1), 4096)
+    yield ShippedKernel(int4, Launch(1, 1, num_warps(int4, 4096), 1), 4096)
 
 
-def _rows(codes: str, capability: tuple[int, int]) -> Iterator[Shipped]:
-    for spec, columns in (
+def _weight_only(form: Format, capability: tuple[int, int]) -> Iterator[ShippedKernel]:
+    layout = layout_of(form)
+    assert layout is not None
+    fields = dict(bits=layout.bits, group=layout.group, zero=form.zero, chunk=layout.chunk)
+    for m in M_REGIMES:
+        spec = place_scales(GemmW("bf16", **fields), m)
+        yield ShippedKernel(spec, launch_of(spec, m, capability))
+    for spec in (
+        GemvW("bf16", **fields),
+        Dequant("bf16", **fields),
+        Pack(bits=layout.bits, group=0, chunk=layout.chunk, signed=layout.bits == 8),
+    ):
+        yield ShippedKernel(spec, launch_of(spec))
+
+
+def _quantized_activations(codes: str, capability: tuple[int, int]) -> Iterator[ShippedKernel]:
+    for m in M_REGIMES:
+        yield ShippedKernel(Gemm8("bf16", codes), launch_of(Gemm8(), m, capability))
+    for spec in (Gemm8("bf16", codes, parts=True), Gemm8("bf16", codes, bias=True, residual=True, low_rank=32)):
+        yield ShippedKernel(spec, launch_of(Gemm8(), 16, capability))
+    yield ShippedKernel(SumK("bf16", codes), launch_of(SumK()))
+    for quantize, columns in (
         (RowQuant("bf16", codes=codes), 4096),
         (RowQuant("bf16", first="rms", codes=codes), 4096),
         (RowQuant("bf16", first="rms", residual=True, codes=codes), 8192),
@@ -94,5 +106,5 @@ def _rows(codes: str, capability: tuple[int, int]) -> Iterator[Shipped]:
         (RowQuant("bf16", first="rms", hadamard=4096, codes=codes), 4096),
         (RowQuant("bf16", first="gate", hadamard=14336, codes=codes), 14336),
     ):
-        if not spec.hadamard or fuses_hadamard(spec.hadamard, capability):
-            yield Shipped(spec, Launch(1, 1, warps(spec, columns), 1), columns)
+        if not quantize.hadamard or fuses_hadamard(quantize.hadamard, capability):
+            yield ShippedKernel(quantize, Launch(1, 1, num_warps(quantize, columns), 1), columns)

@@ -1,1 +1,1 @@
-"""Triton kernels: specs, the templates that render them, the JIT."""
+"""Triton kernels as descriptions and as source: specs, the templates that render them, weight layouts, the JIT."""

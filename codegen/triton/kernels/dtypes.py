@@ -7,3 +7,4 @@ import torch
 from qcompile.codegen.triton.kernels.spec import Dtype
 
 NAMES: dict[torch.dtype, Dtype] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""The dtypes that kernels read and write; a model in another dtype has no kernels."""

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """What launch sizes depend on; an H100 where there is none, so that the interpreter tiles as one would."""
+    """A GPU; by default an H100's sizes, so that the interpreter tiles as one would where there is no GPU.
+
+    Attributes:
+        name: as the driver gives it; measurements are kept under it.
+        multiprocessors: how many.
+        capability: compute capability, (9, 0) for sm_90.
+    """
 
     name: str = "no GPU"
     multiprocessors: int = 132

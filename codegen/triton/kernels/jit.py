@@ -1,4 +1,4 @@
-"""Rendered kernels as real files, so that tracebacks, debuggers and readers find them, and as functions."""
+"""Rendered kernels as files, so that tracebacks, debuggers and readers find them, and as functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def source_file(spec: KernelSpec) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".py", delete=False) as file:
             file.write(text)
-        os.replace(file.name, path)  # whole or not at all: other processes render the same
+        os.replace(file.name, path)  # atomic: other processes render the same
     return path
 
 

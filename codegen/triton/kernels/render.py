@@ -24,20 +24,20 @@ import triton.language as tl
 
 @functools.lru_cache(maxsize=1)
 def _environment() -> Environment:
-    found = Environment(
+    environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    found.filters["tl"] = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}.__getitem__
-    found.filters["padded"] = padded
-    return found
+    environment.filters["tl"] = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}.__getitem__
+    environment.filters["padded"] = padded
+    return environment
 
 
 def padded(size: int) -> int:
-    """The power of two that a side of a tensor core's product takes: at least 16."""
+    """The power of two to which a side of a tensor core's tile is padded: at least 16."""
     return max(16, 1 << (size - 1).bit_length())
 
 

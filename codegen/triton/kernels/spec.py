@@ -1,15 +1,16 @@
 """What a kernel computes: frozen, typed, and written as one word that reads back.
 
-    gemm_w     x [M, K] float  @  W [N, K] integer codes      weight-only, many rows
-    gemv_w     the same for one to four rows, without tensor cores
-    gemm_a8    x [M, K] int8 or fp8  @  W [N, K] the same     one scale a row on both sides
+    gemm_w     x [M, K] float  @  W [N, K] integer codes      weight-only, on tensor cores
+    gemv_w     the same for M of one to four (decode), without tensor cores
+    gemm_a8    x [M, K] int8 or fp8  @  W [N, K] the same     per-token scales of x, per-channel scales of W
     row_quant  [residual +] norm or gate or nothing, [/ smoothing], [Hadamard]  ->  codes and scales of each row
-    sum_k      the parts of a product that was split along K, in order, with its epilogue
-    dequant    W [N, K] codes -> numbers, for a product by cuBLAS
-    pack       W [N, K] codes as a checkpoint holds them -> as the kernels read them
+    sum_k      the partial sums of a split-K GEMM, in order, with its epilogue
+    dequant    W [N, K] codes -> dequantized values, for a GEMM by cuBLAS
+    pack       W [N, K] codes as a checkpoint stores them -> as the kernels read them
 
-A spec says what is computed, not how large the tiles are: that is a Launch (tiles.py). Everything a kernel
-does not need is absent from its source.
+A spec says what is computed, not how large the tiles are: that is a Launch (tiles.py). Everything a kernel does not
+need is absent from its source. Names and values of the fields are the text of a spec, which budget.json, tuning caches
+and `qcompile kernels show` know a kernel by.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_type_hints
 
-from qcompile.numerics.hadamard import factor
+from qcompile.numerics.hadamard import hadamard_factors
 
 Dtype = Literal["bf16", "fp16"]
 Zero = Literal["none", "int", "float"]
@@ -29,27 +30,28 @@ class KernelSpec:
     """What all kernels have.
 
     Attributes:
-        dtype: of numbers that come in and go out.
+        dtype: of the values that come in and go out.
     """
 
     template: ClassVar[str]
     dtype: Dtype = "bf16"
 
     def __str__(self) -> str:
-        parts = [self.template, self.dtype]
+        words = [self.template, self.dtype]
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
             if value != field.default:
-                parts.append(field.name if value is True else f"{field.name}={value}")
-        return "/".join(parts)
+                words.append(field.name if value is True else f"{field.name}={value}")
+        return "/".join(words)
 
 
 @dataclass(frozen=True)
 class _Weight(KernelSpec):
-    """Integer codes of a weight [N, K], as weight_layout.py lays them out.
+    """Integer codes of a weight [N, K], packed as in weight_layout.py.
 
     Attributes:
-        bits: 2, 3, 4 or 8. group: columns that share a scale; 0 is a whole row.
+        bits: 2, 3, 4 or 8.
+        group: columns that share a scale; 0 is a per-channel scale.
         zero: none (the middle code is zero), int, or float (HQQ, QA-LoRA).
         chunk: columns that one shift of the packed bytes gives.
         ragged: whether K is no multiple of a block of packed columns.
@@ -90,10 +92,10 @@ class GemmW(_Weight):
     """out = x W^T [+ low up^T] [+ bias] [+ residual].
 
     Attributes:
-        scaled: "weights" multiplies each number by its scale before the product, "sums" the float32 sums of a
-            block after it: one multiplication for an output instead of one for a weight, and no rounding.
-        parts: the product is split along K, and the parts are summed by sum_k in order: always the same bits.
-        low_rank: adds low [M, R] @ up [N, R]^T (ZeroQuant-V2's LoRC), R this number; 0 without. In parts, the first
+        scaled: "weights" multiplies each weight by its scale before the dot product, "sums" the float32 sums of a
+            group after it: one multiplication for an output instead of one for a weight, and no rounding.
+        parts: split-K: partial sums of ranges of K, added by sum_k in order: always the same bits.
+        low_rank: adds low [M, R] @ up [N, R]^T (ZeroQuant-V2's LoRC), R this value; 0 without. With split-K, the first
             part has it; a bias and a residual are sum_k's.
     """
 
@@ -107,12 +109,12 @@ class GemmW(_Weight):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.parts and (self.bias or self.residual):
-            raise ValueError(f"{self}: of a product in parts, sum_k adds the bias and the residual")
+            raise ValueError(f"{self}: with split-K (parts), sum_k adds the bias and the residual")
 
 
 @dataclass(frozen=True)
 class GemvW(_Weight):
-    """As GemmW for `rows` rows, products and sums in float32."""
+    """As GemmW for an M of `rows`, products and sums in float32."""
 
     template: ClassVar[str] = "gemv_w"
     rows: int = 1
@@ -126,8 +128,13 @@ class Gemm8(KernelSpec):
     """out = (x W^T) x_scale w_scale [+ low up^T] [+ bias] [+ residual]; sums in int32, or float32 for fp8.
 
     Attributes:
-        codes: int8 or fp8 (e4m3) of both sides. act: one scale for a row ("row") or for all of x ("tensor").
-        ragged: whether K is no multiple of 128.
+        codes: int8 or fp8 (e4m3) of both sides.
+        act: granularity of x_scale: per token ("row") or per tensor ("tensor").
+        ragged: whether K is no multiple of block_k (128).
+        parts: split-K, as in GemmW.
+        bias: as in GemmW.
+        residual: as in GemmW.
+        low_rank: as in GemmW, not with split-K.
     """
 
     template: ClassVar[str] = "gemm_a8"
@@ -142,16 +149,18 @@ class Gemm8(KernelSpec):
     def __post_init__(self) -> None:
         if self.parts and (self.bias or self.residual or self.low_rank):
             raise ValueError(
-                f"{self}: parts are integers: sum_k adds the bias and the residual, low_rank needs a whole"
+                f"{self}: with split-K (parts) the partial sums are integers: sum_k adds the bias and the residual, "
+                "and low_rank needs a whole sum"
             )
 
 
 @dataclass(frozen=True)
 class SumK(KernelSpec):
-    """out = sum over parts, in order, [times the scales of gemm_a8] [+ bias] [+ residual].
+    """out = partial sums of a split-K GEMM, in order, [times the scales of gemm_a8] [+ bias] [+ residual].
 
     Attributes:
-        codes: what was multiplied: "" numbers, int8 (the parts are int32) or fp8.
+        codes: of the GEMM: "" for gemm_w, int8 (its sums are int32) or fp8.
+        act: as in Gemm8.
     """
 
     template: ClassVar[str] = "sum_k"
@@ -166,12 +175,13 @@ class RowQuant(KernelSpec):
     """Codes and scales of the rows of x [M, K], read once and written once.
 
     Attributes:
-        residual: x + residual is what is normed, and is written too.
         first: rms, layer (with a shift), gate (silu(x) * gate), or none.
-        value: what norm or gate gives is written too, for readers that want numbers; the codes are the same without.
-        smooth: divide by smooth [K]. hadamard: K of an online Hadamard transform, 0 without.
-        codes: int8, fp8 (e4m3) or int4 (two in a byte, even column low, stored plus 8, as weight_layout.py).
-        group: columns that share a scale, a power of two; 0: the row.
+        residual: x + residual is the input of `first`, and is written too.
+        value: the result of norm or gate is written too, for other consumers; the codes are the same without.
+        smooth: divide by smooth [K].
+        hadamard: K of an online Hadamard transform, 0 without.
+        codes: int8, fp8 (e4m3) or int4 (two in a byte, even column low, stored plus 8).
+        group: columns that share a scale, a power of two; 0 is a per-token scale.
     """
 
     template: ClassVar[str] = "row_quant"
@@ -184,7 +194,7 @@ class RowQuant(KernelSpec):
     group: int = 0
 
     def __post_init__(self) -> None:
-        if self.hadamard and (self.group or factor(self.hadamard) is None or self.right < 16):
+        if self.hadamard and (self.group or hadamard_factors(self.hadamard) is None or self.right < 16):
             raise ValueError(f"{self}: a Hadamard transform of a size k 2^m with m of at least 4, and one scale a row")
         if self.group & (self.group - 1):
             raise ValueError(f"{self}: groups of {self.group}; a power of two")
@@ -193,13 +203,13 @@ class RowQuant(KernelSpec):
 
     @property
     def right(self) -> int:
-        """Of n = left right: the transform is H_left X H_right with X [left, right], as small products."""
-        k, m = factor(self.hadamard) or (1, 0)
+        """Of n = left right: the transform is H_left X H_right with X [left, right], as small matmuls."""
+        k, m = hadamard_factors(self.hadamard) or (1, 0)
         return int(2 ** max(min(m, 4), min(m, (m + k.bit_length()) // 2)))
 
     @property
     def left(self) -> int:
-        """The other factor; products take it padded to a power of two of at least 16."""
+        """The other factor; its matmul takes it padded to a power of two of at least 16."""
         return self.hadamard // self.right
 
     @property
@@ -210,14 +220,14 @@ class RowQuant(KernelSpec):
 
 @dataclass(frozen=True)
 class Dequant(_Weight):
-    """The numbers of W, [N, K]."""
+    """The dequantized values of W, [N, K]."""
 
     template: ClassVar[str] = "dequant"
 
 
 @dataclass(frozen=True)
 class Pack(_Weight):
-    """Stored codes of W [N, K] as weight_layout.py lays them out; scales and zero points are none of its business.
+    """Stored codes of W [N, K] packed as in weight_layout.py; scales and zero points stay as they are.
 
     Attributes:
         signed: 8-bit codes are signed, and get 128 more. Below 8 bits they are stored unsigned, as a stream of bits.
@@ -241,14 +251,14 @@ def parse(text: str) -> KernelSpec:
     Raises:
         ValueError: an unknown template, field or value, with the known ones.
     """
-    template, *parts = text.split("/")
+    template, *words = text.split("/")
     if template not in KINDS:
         raise ValueError(f"kernel {text!r}: no template {template!r}; there are {', '.join(KINDS)}")
-    kind, found = KINDS[template], {}
+    kind, values = KINDS[template], {}
     known = {field.name: field for field in dataclasses.fields(kind)}
     types = get_type_hints(kind)
-    for index, part in enumerate(parts):
-        name, equal, value = part.partition("=")
+    for index, word in enumerate(words):
+        name, equal, value = word.partition("=")
         if index == 0 and not equal and name in ("bf16", "fp16"):
             name, value = "dtype", name
         if name not in known:
@@ -259,5 +269,5 @@ def parse(text: str) -> KernelSpec:
             raise ValueError(f"kernel {text!r}: {name} is one of {', '.join(choices)}, not {value!r}")
         if hint is int and not value.isdigit():
             raise ValueError(f"kernel {text!r}: {name} is a number, not {value!r}")
-        found[name] = True if hint is bool else int(value) if hint is int else value
-    return kind(**found)
+        values[name] = True if hint is bool else int(value) if hint is int else value
+    return kind(**values)

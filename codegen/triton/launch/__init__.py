@@ -1,1 +1,1 @@
-"""Kernels launched on tensors: grids, tiles, packed weights, measured choices."""
+"""Kernels run on tensors: tiles, split-K, packed weights, and what was measured on this GPU."""

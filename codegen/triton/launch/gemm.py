@@ -1,4 +1,4 @@
-"""Run the kernels of a product: which one for how many rows, its grid, and its parts."""
+"""Run the kernels of a linear layer: which one for which M, its grid, and split-K."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.kernels.jit import kernel
 from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, GemvW, KernelSpec, SumK, Zero
 from qcompile.codegen.triton.kernels.weight_layout import WeightLayout
-from qcompile.codegen.triton.launch.measured_times import FEW, Way, by_numbers, dequantizes
-from qcompile.codegen.triton.launch.tiles import Launch, launch_of, parts_of, scaled
+from qcompile.codegen.triton.launch.measured_times import GEMV_MAX_M, Variant, dequantizes, weight_only_name
+from qcompile.codegen.triton.launch.tiles import Launch, launch_of, place_scales, split_k_of, tiles_of
 from qcompile.codegen.triton.launch.tuning_cache import launch_for
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What is added to a product before it is rounded: bias [N], residual [M, N], low [M, R] @ up [N, R]^T."""
+    """What is added to the sums before they are rounded: bias [N], residual [M, N], low [M, R] @ up [N, R]^T."""
 
     bias: Tensor | None = None
     residual: Tensor | None = None
@@ -30,26 +30,33 @@ class Epilogue:
     up: Tensor | None = None
 
     @property
-    def parts(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by the names of a kernel's arguments."""
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        by_name = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: tensor for name, tensor in by_name.items() if tensor is not None}
 
     @property
-    def flags(self) -> dict[str, Any]:
-        """Fields of a spec."""
-        rank = 0 if self.up is None else self.up.shape[1]
-        return dict(bias=self.bias is not None, residual=self.residual is not None, low_rank=rank)
+    def spec_fields(self) -> dict[str, Any]:
+        """Fields of the spec of a GEMM with this epilogue."""
+        return self.sum_k_fields | dict(low_rank=0 if self.up is None else self.up.shape[1])
 
     @property
-    def later(self) -> dict[str, bool]:
-        """Fields of the sum_k behind a product in parts."""
+    def sum_k_fields(self) -> dict[str, bool]:
+        """Fields of the spec of sum_k behind a split-K GEMM."""
         return dict(bias=self.bias is not None, residual=self.residual is not None)
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A packed weight (weight_layout.py): bytes [N, ..], scales and zero points [groups, N]."""
+    """A weight W [N, K] as the kernels read it (weight_layout.py).
+
+    Attributes:
+        packed: uint8 [N, blocks x bytes of a block].
+        scale: float32 [groups, N].
+        zero: [groups, N], or None.
+        layout: of the bytes.
+        columns: K.
+    """
 
     packed: Tensor
     scale: Tensor
@@ -58,18 +65,22 @@ class PackedWeight:
     columns: int
 
     @property
-    def fields(self) -> dict[str, Any]:
-        """Fields of a spec."""
+    def blocks(self) -> int:
+        """Blocks of packed columns along K."""
+        return -(-self.columns // self.layout.block)
+
+    @property
+    def spec_fields(self) -> dict[str, Any]:
+        """Fields of the spec of a kernel that reads this weight."""
         points: Zero = "none" if self.zero is None else "float" if self.zero.is_floating_point() else "int"
         ragged = self.columns % self.layout.block != 0
         bits, chunk, group = self.layout.bits, self.layout.chunk, self.layout.group
         return dict(bits=bits, group=group, zero=points, chunk=chunk, ragged=ragged)
 
     @property
-    def tensors(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """Arguments of a kernel."""
-        found = dict(w=self.packed, scale=self.scale, N=len(self.packed), K=self.columns)
-        found["blocks"] = -(-self.columns // self.layout.block)
+        found = dict(w=self.packed, scale=self.scale, N=len(self.packed), K=self.columns, blocks=self.blocks)
         return found if self.zero is None else found | dict(zero=self.zero)
 
 
@@ -82,104 +93,125 @@ def gpu(device: torch.device) -> Gpu:
     return Gpu(found.name, found.multi_processor_count, (found.major, found.minor))
 
 
-def run(spec: KernelSpec, grid: tuple[int, ...], how: Launch, **arguments: Any) -> None:
+def run(spec: KernelSpec, grid: tuple[int, ...], launch: Launch, **arguments: Any) -> None:
     """Run a kernel with those of the arguments that it has."""
-    found = kernel(spec)
-    names = found.arg_names
-    given = {name: arguments[name] for name in names if name in arguments}
+    function = kernel(spec)
+    names = function.arg_names
+    own = {name: arguments[name] for name in names if name in arguments}
     with torch.cuda.device_of(arguments["out"]):  # the current one may be another
-        found[grid](**given, **how.constants(names), num_warps=how.warps, num_stages=how.stages)
+        function[grid](**own, **launch.constants(names), num_warps=launch.num_warps, num_stages=launch.num_stages)
 
 
 def linear_w(
-    x: Tensor, weight: PackedWeight, more: Epilogue, how: Launch | None = None, way: Way | None = None
+    x: Tensor, weight: PackedWeight, epilogue: Epilogue, launch: Launch | None = None, variant: Variant | None = None
 ) -> Tensor:
-    """x [M, K] bf16 or fp16 @ W^T and its epilogue -> [M, N] in x's dtype.
+    """Weight-only linear layer.
 
     Args:
-        how: sizes of gemm_w; None takes those that were measured, or the table's.
-        way: kernel or dequant; None takes the one that was measured to be faster for these rows, or the rule's.
+        x: [M, K] bf16 or fp16.
+        weight: of [N, K].
+        epilogue: added before rounding.
+        launch: of gemm_w; None takes the measured one, or the table's.
+        variant: kernel or dequant; None takes the one that was measured to be faster at this M, or the rule's.
+
+    Returns:
+        x W^T and its epilogue, [M, N] in x's dtype.
     """
     m, n = x.shape[0], len(weight.packed)
     dtype = NAMES[x.dtype]
     if m == 0:
         return x.new_empty(0, n)
-    if way is None:
-        product = by_numbers(weight.layout.bits, weight.layout.group, weight.fields["zero"], dtype)
-        way = "dequant" if dequantizes(gpu(x.device), product, n, weight.columns, m) else "kernel"
-    if way == "dequant":
-        return _by_cublas(x, weight, more)
-    if m <= FEW:
-        return _gemv(x, weight, more)
-    spec = scaled(GemmW(dtype, **weight.fields, **more.flags), m)
-    how = how or launch_for(gpu(x.device), spec, n, weight.columns, m)
-    parts = parts_of(m, n, weight.tensors["blocks"], how, gpu(x.device).multiprocessors)
+    if variant is None:
+        layer = weight_only_name(weight.layout.bits, weight.layout.group, weight.spec_fields["zero"], dtype)
+        variant = "dequant" if dequantizes(gpu(x.device), layer, n, weight.columns, m) else "kernel"
+    if variant == "dequant":
+        return _by_cublas(x, weight, epilogue)
+    if m <= GEMV_MAX_M:
+        return _gemv(x, weight, epilogue)
+    spec = place_scales(GemmW(dtype, **weight.spec_fields, **epilogue.spec_fields), m)
+    launch = launch or launch_for(gpu(x.device), spec, n, weight.columns, m)
+    split_k = split_k_of(m, n, weight.blocks, launch, gpu(x.device).multiprocessors)
     out = x.new_empty(m, n)
-    tiles = -(-m // how.rows) * -(-n // how.channels)
-    arguments = weight.tensors | more.parts | dict(x=x, M=m)
-    if parts == 1:
-        run(spec, (tiles,), how, **arguments, out=out)
+    tiles = tiles_of(m, n, launch)
+    arguments = weight.arguments | epilogue.tensors | dict(x=x, M=m)
+    if split_k == 1:
+        run(spec, (tiles,), launch, **arguments, out=out)
         return out
-    each = -(-weight.tensors["blocks"] // parts)
+    blocks_of_part = -(-weight.blocks // split_k)
     spec = dataclasses.replace(spec, parts=True, bias=False, residual=False)
-    sums = x.new_empty(parts, m, n, dtype=torch.float32)
-    run(spec, (tiles, parts), how, **arguments, out=sums, each=each)
-    return sum_parts(sums, out, SumK(dtype, **more.later), **more.parts)
+    sums = x.new_empty(split_k, m, n, dtype=torch.float32)
+    run(spec, (tiles, split_k), launch, **arguments, out=sums, each=blocks_of_part)
+    return sum_k(sums, out, SumK(dtype, **epilogue.sum_k_fields), **epilogue.tensors)
 
 
-def _gemv(x: Tensor, weight: PackedWeight, more: Epilogue) -> Tensor:
-    spec = GemvW(NAMES[x.dtype], **weight.fields, rows=len(x), **more.flags)
-    how = launch_of(spec)
+def _gemv(x: Tensor, weight: PackedWeight, epilogue: Epilogue) -> Tensor:
+    spec = GemvW(NAMES[x.dtype], **weight.spec_fields, rows=len(x), **epilogue.spec_fields)
+    launch = launch_of(spec)
     out = x.new_empty(len(x), len(weight.packed))
-    run(spec, (-(-out.shape[1] // how.channels),), how, x=x, out=out, **weight.tensors, **more.parts)
+    grid = (-(-out.shape[1] // launch.block_n),)
+    run(spec, grid, launch, x=x, out=out, **weight.arguments, **epilogue.tensors)
     return out
 
 
-def _by_cublas(x: Tensor, weight: PackedWeight, more: Epilogue) -> Tensor:
-    out = torch.nn.functional.linear(x, dequantize(weight, x.dtype), more.bias)
-    if more.low is not None and more.up is not None:
-        out = out + more.low @ more.up.t()
-    return out if more.residual is None else out + more.residual
+def _by_cublas(x: Tensor, weight: PackedWeight, epilogue: Epilogue) -> Tensor:
+    out = torch.nn.functional.linear(x, dequantize(weight, x.dtype), epilogue.bias)
+    if epilogue.low is not None and epilogue.up is not None:
+        out = out + epilogue.low @ epilogue.up.t()
+    return out if epilogue.residual is None else out + epilogue.residual
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The numbers of W, [N, K]."""
-    spec = Dequant(NAMES[dtype], **weight.fields)
-    how, n = launch_of(spec), len(weight.packed)
+    """The dequantized values of W, [N, K]."""
+    spec = Dequant(NAMES[dtype], **weight.spec_fields)
+    launch, n = launch_of(spec), len(weight.packed)
     out = torch.empty(n, weight.columns, dtype=dtype, device=weight.packed.device)
-    run(spec, (min(8, weight.tensors["blocks"]), -(-n // how.channels)), how, out=out, **weight.tensors)
+    run(spec, (min(8, weight.blocks), -(-n // launch.block_n)), launch, out=out, **weight.arguments)
     return out
 
 
-def sum_parts(sums: Tensor, out: Tensor, spec: SumK, **arguments: Tensor) -> Tensor:
-    """Sum the parts [P, M, N] of a product into out [M, N]."""
-    how, (parts, m, n) = launch_of(spec), sums.shape
-    run(spec, (m, -(-n // how.channels)), how, sums=sums, out=out, M=m, N=n, parts=parts, **arguments)
+def sum_k(sums: Tensor, out: Tensor, spec: SumK, **arguments: Tensor) -> Tensor:
+    """Add the partial sums [split_k, M, N] of a split-K GEMM into out [M, N]."""
+    launch, (split_k, m, n) = launch_of(spec), sums.shape
+    run(spec, (m, -(-n // launch.block_n)), launch, sums=sums, out=out, M=m, N=n, parts=split_k, **arguments)
     return out
 
 
-def linear_a8(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, more: Epilogue, dtype: torch.dtype) -> Tensor:
-    """x [M, K] int8 or fp8 with x_scale [M, 1] (or one), W [N, K] alike with scale [N, 1] -> [M, N] in dtype."""
+def linear_a8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, epilogue: Epilogue, dtype: torch.dtype
+) -> Tensor:
+    """Linear layer with 8-bit codes on both sides.
+
+    Args:
+        x: [M, K] int8 or fp8.
+        x_scale: per token [M, 1], or one value per tensor.
+        weight: [N, K] of x's dtype.
+        scale: per channel [N, 1].
+        epilogue: added before rounding.
+        dtype: of the result.
+
+    Returns:
+        [M, N].
+    """
     m, k = x.shape
     n = len(weight)
     if m == 0:
         return x.new_empty(0, n, dtype=dtype)
     codes = "int8" if x.dtype == torch.int8 else "fp8"
     act = "row" if x_scale.numel() > 1 or m == 1 else "tensor"
-    spec = Gemm8(NAMES[dtype], codes, act, **more.flags)
-    how = launch_for(gpu(x.device), spec, n, k, m)
-    parts = 1 if more.up is not None else parts_of(m, n, -(-k // how.columns), how, gpu(x.device).multiprocessors)
-    spec = dataclasses.replace(spec, ragged=k % how.columns != 0)
+    spec = Gemm8(NAMES[dtype], codes, act, **epilogue.spec_fields)
+    launch = launch_for(gpu(x.device), spec, n, k, m)
+    steps = -(-k // launch.block_k)
+    split_k = 1 if epilogue.up is not None else split_k_of(m, n, steps, launch, gpu(x.device).multiprocessors)
+    spec = dataclasses.replace(spec, ragged=k % launch.block_k != 0)
     out = torch.empty(m, n, dtype=dtype, device=x.device)
-    tiles = -(-m // how.rows) * -(-n // how.channels)
-    arguments = more.parts | dict(x=x, w=weight, x_scale=x_scale, scale=scale, M=m, N=n, K=k)
-    if parts == 1:
-        run(spec, (tiles,), how, **arguments, out=out)
+    tiles = tiles_of(m, n, launch)
+    arguments = epilogue.tensors | dict(x=x, w=weight, x_scale=x_scale, scale=scale, M=m, N=n, K=k)
+    if split_k == 1:
+        run(spec, (tiles,), launch, **arguments, out=out)
         return out
-    each = -(-k // (parts * how.columns)) * how.columns
+    columns_of_part = -(-k // (split_k * launch.block_k)) * launch.block_k
     spec = dataclasses.replace(spec, parts=True, bias=False, residual=False)
-    sums = torch.empty(parts, m, n, dtype=torch.int32 if codes == "int8" else torch.float32, device=x.device)
-    run(spec, (tiles, parts), how, **arguments, out=sums, each=each)
-    return sum_parts(
-        sums, out, SumK(NAMES[dtype], codes, act, **more.later), x_scale=x_scale, scale=scale, **more.parts
-    )
+    sums = torch.empty(split_k, m, n, dtype=torch.int32 if codes == "int8" else torch.float32, device=x.device)
+    run(spec, (tiles, split_k), launch, **arguments, out=sums, each=columns_of_part)
+    sum_spec = SumK(NAMES[dtype], codes, act, **epilogue.sum_k_fields)
+    return sum_k(sums, out, sum_spec, x_scale=x_scale, scale=scale, **epilogue.tensors)

@@ -1,7 +1,7 @@
-"""A stored weight as the kernels read it, made where it lies.
+"""A stored weight as the kernels read it, made on the device that holds it.
 
 On a GPU the kernel `pack` reads the stored bits and writes packed bytes: once through memory, where plain torch would
-unpack them to a byte, or for three bits to three, for each. On a CPU plain torch is the definition.
+unpack each code to a byte, or for three bits to three. On a CPU plain torch is the definition.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qcompile.codegen.triton.kernels.weight_layout import WeightLayout, layout_o
 from qcompile.codegen.triton.launch.gemm import run
 from qcompile.codegen.triton.launch.tiles import launch_of
 from qcompile.numerics.format import Format
-from qcompile.numerics.qtensor import load_codes
+from qcompile.numerics.qtensor import unpack_codes
 
 
 def prepare(
@@ -22,11 +22,15 @@ def prepare(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A stored weight -> bytes, scales [groups, N] float32 and zero points [groups, N], on its device.
 
-    The scales of a dual format are multiplied out.
+    The two levels of scales of a dual format are multiplied.
 
     Args:
-        stored: codes [N, ..] as formats.store_codes leaves them. scale: [N, groups] or [N, 1].
-        zero, group_scale: [N, groups], as the format has them. k: columns.
+        stored: codes [N, ..] as QTensor.stored() packs them.
+        scale: [N, groups] or [N, 1].
+        zero: [N, groups], or None.
+        group_scale: [N, groups] of a dual format, or None.
+        form: of the codes.
+        k: columns.
 
     Raises:
         ValueError: no kernel reads the format.
@@ -35,24 +39,24 @@ def prepare(
     if layout is None:
         raise ValueError(f"{form}: no kernel reads this format")
     scales = scale.float() if group_scale is None else scale.float() * group_scale.float()
-    columns = -(-k // layout.block) * layout.block
-    wanted = -(-columns // layout.group) if layout.group else 1
+    padded_k = -(-k // layout.block) * layout.block
+    groups = -(-padded_k // layout.group) if layout.group else 1
 
-    def turned(of: Tensor) -> Tensor:
-        return torch.nn.functional.pad(of.t(), (0, 0, 0, max(0, wanted - of.shape[1]))).contiguous()
+    def groups_first(of: Tensor) -> Tensor:
+        return torch.nn.functional.pad(of.t(), (0, 0, 0, max(0, groups - of.shape[1]))).contiguous()
 
-    points = None if zero is None else turned(zero if form.zero == "int" else zero.float())
-    packed = pack_stored(stored, form, layout, k) if _on_gpu(stored) else pack_plain(stored, form, layout, k)
-    return packed, turned(scales), points
+    points = None if zero is None else groups_first(zero if form.zero == "int" else zero.float())
+    packed = pack_by_kernel(stored, form, layout, k) if _on_gpu(stored) else pack_by_torch(stored, form, layout, k)
+    return packed, groups_first(scales), points
 
 
-def pack_plain(stored: Tensor, form: Format, layout: WeightLayout, k: int) -> Tensor:
+def pack_by_torch(stored: Tensor, form: Format, layout: WeightLayout, k: int) -> Tensor:
     """Stored codes -> bytes [N, blocks x bytes of a block], in torch on any device."""
-    codes = load_codes(stored, form, k)
+    codes = unpack_codes(stored, form, k)
     return pack_weight(codes if form.qmin == 0 else (codes.to(torch.int16) - form.qmin).to(torch.uint8), layout)
 
 
-def pack_stored(stored: Tensor, form: Format, layout: WeightLayout, k: int) -> Tensor:
+def pack_by_kernel(stored: Tensor, form: Format, layout: WeightLayout, k: int) -> Tensor:
     """The same by the kernel."""
     signed = form.bits == 8 and form.qmin < 0
     spec = Pack(bits=layout.bits, group=0, chunk=layout.chunk, signed=signed)
@@ -60,9 +64,9 @@ def pack_stored(stored: Tensor, form: Format, layout: WeightLayout, k: int) -> T
     out = torch.empty(n, blocks * layout.block * layout.bits // 8, dtype=torch.uint8, device=stored.device)
     if not n:
         return out
-    how = launch_of(spec)
-    grid = (min(8, blocks), -(-n // how.channels))
-    run(spec, grid, how, stored=data, out=out, N=n, K=k, width=data.shape[1], blocks=blocks)
+    launch = launch_of(spec)
+    grid = (min(8, blocks), -(-n // launch.block_n))
+    run(spec, grid, launch, stored=data, out=out, N=n, K=k, width=data.shape[1], blocks=blocks)
     return out
 
 

@@ -1,8 +1,8 @@
-"""How a kernel is run: sizes of tiles, warps, stages and parts, by the number of rows.
+"""How a kernel is run: tile sizes, warps, stages and split-K, by M.
 
-`TABLE` holds what the ahead-of-time check (compile_kernels.py) proves: no spill, the right tensor core instructions, a known
-budget. A machine's own measurements (tune.py) come first where there are any. A product with few tiles is split along
-K until every multiprocessor has work.
+`TABLE` holds what compiling ahead of time (aot/compile_kernels.py) proves: no spill, the right tensor core
+instructions, a known budget. What `qcompile kernels tune` measured comes first where there is any (tuning_cache.py). A
+GEMM with few tiles is split along K until every multiprocessor has work.
 """
 
 from __future__ import annotations
@@ -12,27 +12,30 @@ from dataclasses import dataclass
 
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, KernelSpec
 
-ROWS = (16, 32, 64, 128)  # the regimes of tensor core products: up to so many rows, and beyond
+M_REGIMES = (16, 32, 64, 128)  # of tensor core GEMMs: M up to each, and beyond the last
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Sizes of one kernel.
+    """Sizes of one kernel, in Triton's words.
 
     Attributes:
-        rows, channels, columns: of x, of the weight and along K in a tile (columns: gemm_a8 only).
-        warps: of a program. stages: tiles on their way from memory.
+        block_m: rows of x in a tile.
+        block_n: output channels in a tile.
+        num_warps: of a program.
+        num_stages: tiles on their way from memory at a time.
+        block_k: columns in a tile (gemm_a8 only).
     """
 
-    rows: int
-    channels: int
-    warps: int
-    stages: int
-    columns: int = 128
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    block_k: int = 128
 
     def constants(self, names: list[str]) -> dict[str, int]:
-        """Those that a kernel with these arguments takes."""
-        known = dict(BLOCK_M=self.rows, BLOCK_N=self.channels, BLOCK_K=self.columns)
+        """The constexpr arguments of a kernel with arguments of these names."""
+        known = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_K=self.block_k)
         return {name: size for name, size in known.items() if name in names}
 
 
@@ -56,31 +59,44 @@ TABLE: dict[str, dict[int, Launch]] = {
 }
 
 
-def regime(rows: int) -> int:
-    """The regime of a number of rows."""
-    return next((limit for limit in ROWS if rows <= limit), ROWS[-1])
+def m_regime(m: int) -> int:
+    """The entry of M_REGIMES that an M belongs to."""
+    return next((limit for limit in M_REGIMES if m <= limit), M_REGIMES[-1])
 
 
-def launch_of(spec: KernelSpec, rows: int = 1, capability: tuple[int, int] = (9, 0)) -> Launch:
-    """How to run a kernel for so many rows of x on a GPU."""
+def launch_of(spec: KernelSpec, m: int = 1, capability: tuple[int, int] = (9, 0)) -> Launch:
+    """The table's launch of a kernel for an M, on a GPU of a compute capability."""
     table = TABLE[spec.template]
-    if isinstance(spec, GemmW) and spec.bits in (2, 3) and rows > 32 and capability >= (10, 0):
-        return Launch(64, 64, 4, 3)  # triton 3.6 loses the body of larger tiles with so many products in a step
-    return table[regime(rows)] if isinstance(spec, (GemmW, Gemm8)) else next(iter(table.values()))
+    if isinstance(spec, GemmW) and spec.bits in (2, 3) and m > 32 and capability >= (10, 0):
+        return Launch(64, 64, 4, 3)  # triton 3.6 loses the body of larger tiles with so many dot products in a step
+    return table[m_regime(m)] if isinstance(spec, (GemmW, Gemm8)) else next(iter(table.values()))
 
 
-def scaled(spec: GemmW, rows: int) -> GemmW:
-    """The spec with the scales where they cost less: few rows have few sums, many rows few weights in comparison.
+def place_scales(spec: GemmW, m: int) -> GemmW:
+    """The spec with the scales where they cost less: on the sums for small M, on the weights for large M.
 
-    One scale for a row goes to the sums at the end; fp16 could not hold a small scale without loss.
+    A per-channel scale is applied to the sums at the end; fp16 could not hold a small scale without loss.
     """
-    weights = rows > 32 and spec.group > 0 and spec.dtype == "bf16"
-    return dataclasses.replace(spec, scaled="weights" if weights else "sums")
+    on_weights = m > 32 and spec.group > 0 and spec.dtype == "bf16"
+    return dataclasses.replace(spec, scaled="weights" if on_weights else "sums")
 
 
-def parts_of(rows: int, channels: int, steps: int, launch: Launch, multiprocessors: int) -> int:
-    """Parts along K: as many as give every multiprocessor two programs, each with four steps or more."""
-    tiles = -(-rows // launch.rows) * -(-channels // launch.channels)
-    if rows > 64 or tiles >= multiprocessors:
+def split_k_of(m: int, n: int, steps: int, launch: Launch, multiprocessors: int) -> int:
+    """Ranges of K that are summed apart: as many as give every multiprocessor two programs of four steps or more.
+
+    Args:
+        m: rows of x.
+        n: output channels.
+        steps: of a program's loop over the whole K.
+        launch: tile sizes.
+        multiprocessors: of the GPU.
+    """
+    tiles = tiles_of(m, n, launch)
+    if m > 64 or tiles >= multiprocessors:
         return 1
     return max(1, min(2 * multiprocessors // tiles, steps // 4))
+
+
+def tiles_of(m: int, n: int, launch: Launch) -> int:
+    """Tiles of an output [M, N]."""
+    return -(-m // launch.block_m) * -(-n // launch.block_n)

@@ -1,1 +1,1 @@
-"""Kernels timed on a GPU: tile search, baselines, benchmarks."""
+"""Kernels timed on the GPU that is there: launches and variants to keep, baselines to compare with."""

@@ -1,7 +1,8 @@
-"""Measure on this machine's GPU: the best launch of a product, and the fastest way to compute it; for later runs."""
+"""Measure on this GPU: the best launch of a GEMM, and the fastest variant of a linear layer; kept for later runs."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,138 +12,165 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from qcompile.codegen.triton.aot.compile_kernels import build, complaints
-from qcompile.codegen.triton.gpu_kernel_choice import kind_of
 from qcompile.codegen.triton.kernels.spec import GemmW, RowQuant
-from qcompile.codegen.triton.launch import measured_times as ways
+from qcompile.codegen.triton.kernels.supported_formats import codes_of, operator_for
 from qcompile.codegen.triton.launch.gemm import Epilogue, linear_a8, linear_w
+from qcompile.codegen.triton.launch.measured_times import (
+    Variant,
+    a8_name,
+    m_bucket,
+    remember_times,
+    weight_only_name,
+)
 from qcompile.codegen.triton.launch.row_quant import row_quant
-from qcompile.codegen.triton.launch.tiles import Launch, scaled
-from qcompile.codegen.triton.launch.tuning_cache import candidates, fastest, key, remember, sound
-from qcompile.codegen.triton.tuning.baselines import CODES, INT4, Field, random_weight
-from qcompile.codegen.triton.tuning.gemm_benchmark import SPREAD, Timed, copies_of, interleaved
-from qcompile.codegen.triton.tuning.gpu_timer import Machine
+from qcompile.codegen.triton.launch.tiles import Launch, place_scales
+from qcompile.codegen.triton.launch.tuning_cache import key, remember_launch
+from qcompile.codegen.triton.tuning.baselines import CODE_DTYPES, INT4, WeightCopies, random_packed_weight
+from qcompile.codegen.triton.tuning.gemm_benchmark import MAX_SPREAD, Timed, copies_of, interleaved
+from qcompile.codegen.triton.tuning.gpu_timer import TimedGpu
+from qcompile.codegen.triton.tuning.launch_candidates import (
+    FindProblems,
+    candidates,
+    fastest,
+    problems_by_compiling,
+    without_problems,
+)
 from qcompile.numerics.format import Format
 
 Shapes = Sequence[tuple[int, int]]
+"""(K, N) of weights."""
+
+Calls = dict[Variant, Callable[[int], Any]]
+"""variant -> call(i), which multiplies by copy i of the weight."""
 
 
-def tune(
+def tune_launches(
     shapes: Shapes,
     rows: Sequence[int],
     rounds: int = 5,
-    machine: Machine | None = None,
-    problems: Callable[..., list[str]] | None = None,
+    timed_gpu: TimedGpu | None = None,
+    find_problems: FindProblems | None = None,
 ) -> list[tuple[str, Launch, float]]:
-    """Time the sound launches of int4 gemm_w for shapes (K, N) and rows, and keep the best in the user's cache.
+    """Time the sound launches of int4 gemm_w for shapes and M, and keep the best in the user's cache.
 
     Args:
-        shapes, rows: what to time. rounds: readings of each. machine: None is this one's GPU.
-        problems: what is wrong with a launch; None compiles it to see.
+        shapes: (K, N) of the weights.
+        rows: every M.
+        rounds: readings of each.
+        timed_gpu: None is the first GPU.
+        find_problems: what is wrong with a launch; None compiles it to see.
 
     Returns:
         What each measurement holds for, the launch, and its microseconds.
     """
-    machine, found = machine or Machine(), []
-    here = machine.gpu
+    timed_gpu, found = timed_gpu or TimedGpu(), []
+    gpu = timed_gpu.gpu
     for (k, n), m in track([(s, m) for s in shapes for m in rows], "launches", transient=True):
-        own = Field(k, n, copies_of(n * k // 2, machine.cache_bytes), machine.device)
-        x = own.random(m, k).bfloat16()
-        spec = scaled(GemmW("bf16", **own.int4[0].fields), m)
+        weights = WeightCopies(k, n, copies_of(n * k // 2, timed_gpu.l2_bytes), timed_gpu.device)
+        x = weights.normal(m, k).bfloat16()
+        spec = place_scales(GemmW("bf16", **weights.int4[0].spec_fields), m)
 
-        def read(how: Launch, x: Tensor = x, own: Field = own) -> float:
-            call = lambda i: linear_w(x, own.int4[i], Epilogue(), how, "kernel")  # noqa: E731
-            once = machine.timer(call, own.copies)
+        def time(launch: Launch, x: Tensor = x, weights: WeightCopies = weights) -> float:
+            call = lambda i: linear_w(x, weights.int4[i], Epilogue(), launch, "kernel")  # noqa: E731
+            once = timed_gpu.timer(call, weights.copies)
             return statistics.median(once() for _ in range(rounds + 1))
 
-        left = sound(spec, candidates(spec, m, here.capability), here.capability, problems or problems_of)
-        best, microseconds = fastest(left, read)
-        name = key(here, spec, n, k, m)
-        remember(name, best, microseconds)
+        launches = without_problems(
+            spec, candidates(spec, m, gpu.capability), gpu.capability, find_problems or problems_by_compiling
+        )
+        best, microseconds = fastest(launches, time)
+        name = key(gpu, spec, n, k, m)
+        remember_launch(name, best, microseconds)
         found.append((name, best, microseconds))
-        machine.release()
+        timed_gpu.release_memory()
     return found
 
 
-def problems_of(spec: GemmW, how: Launch, architecture: int) -> list[str]:
-    """What is wrong with a launch, found by compiling it."""
-    try:
-        return complaints(spec, how, architecture, build(spec, how, architecture))
-    except Exception as error:  # the compiler raises whatever it likes
-        return [str(error)]
-
-
 @dataclass(frozen=True)
-class Measured:
-    """The ways of one product; `kept` is False where a spread was too wide to decide by."""
+class MeasuredVariants:
+    """The variants of one linear layer.
 
-    product: str
+    Attributes:
+        layer: its name in the cache (measured_times.py).
+        k: input channels.
+        n: output channels.
+        m: rows of x.
+        times: by variant.
+        kept: False where a spread was too wide to decide by.
+    """
+
+    layer: str
     k: int
     n: int
     m: int
-    times: dict[str, Timed]
+    times: dict[Variant, Timed]
     kept: bool
 
 
-def measure(
+def measure_variants(
     formats: Sequence[tuple[Format, str]],
     shapes: Shapes,
     rows: Sequence[int],
     rounds: int = 10,
-    machine: Machine | None = None,
-) -> list[Measured]:
-    """Time every way to compute products (measured_times.py) in bf16, against cuBLAS on the same rows, and keep the times.
+    timed_gpu: TimedGpu | None = None,
+) -> list[MeasuredVariants]:
+    """Time every variant of bf16 linear layers (measured_times.py), the float one included, and keep the times.
 
     Args:
-        formats: of the weight and of x ("" for numbers). shapes: (K, N). rows: of x; each stands for its place.
-        rounds: readings of each. machine: None is this one's GPU.
+        formats: of the weight and of x ("" for float).
+        shapes: (K, N) of the weights.
+        rows: every M; each stands for its bucket.
+        rounds: readings of each.
+        timed_gpu: None is the first GPU.
 
     Raises:
         ValueError: a format that no kernel of this GPU multiplies.
     """
-    machine, found = machine or Machine(), []
+    timed_gpu, found = timed_gpu or TimedGpu(), []
     for form, act in formats:
-        if not kind_of(form, act, torch.bfloat16, machine.gpu.capability):
-            raise ValueError(f"{form} by {act or 'numbers'}: no kernel of this GPU multiplies it, nothing to time")
-    places = list(dict.fromkeys(ways.place(m) for m in rows))
-    for k, n in track(shapes, "ways", transient=True):
-        own = Field(k, n, copies_of(n * k // 2, machine.cache_bytes), machine.device)
-        for m, (form, act) in ((m, f) for m in places for f in formats):
-            product, calls = _by_codes(own, form, m) if act else _by_numbers(own, form, m)
-            x = own.random(m, k).bfloat16()
-            calls["float"] = lambda i, x=x, dense=own.dense: torch.nn.functional.linear(x, dense[i])
-            timers = {way: (machine.timer(call, own.copies), 0) for way, call in calls.items()}
+        if operator_for(form, act, torch.bfloat16, timed_gpu.gpu.capability) is None:
+            raise ValueError(f"{form} by {act or 'float'}: no kernel of this GPU multiplies it, nothing to time")
+    buckets = list(dict.fromkeys(m_bucket(m) for m in rows))
+    for k, n in track(shapes, "variants", transient=True):
+        weights = WeightCopies(k, n, copies_of(n * k // 2, timed_gpu.l2_bytes), timed_gpu.device)
+        for m, (form, act) in ((m, f) for m in buckets for f in formats):
+            layer, calls = _a8_variants(weights, form, m) if act else _weight_only_variants(weights, form, m)
+            x = weights.normal(m, k).bfloat16()
+            calls["float"] = lambda i, x=x, dense=weights.dense: torch.nn.functional.linear(x, dense[i])
+            timers = {variant: (timed_gpu.timer(call, weights.copies), 0) for variant, call in calls.items()}
             times = interleaved(timers, rounds)
-            quiet = max(t.expand_groups for t in times.values()) <= SPREAD
+            quiet = max(timed.spread for timed in times.values()) <= MAX_SPREAD
             if quiet:
-                ways.remember(machine.gpu, product, n, k, m, {way: t.microseconds for way, t in times.items()})
-            found.append(Measured(product, k, n, m, times, quiet))
-            machine.release()
+                microseconds = {variant: timed.microseconds for variant, timed in times.items()}
+                remember_times(timed_gpu.gpu, layer, n, k, m, microseconds)
+            found.append(MeasuredVariants(layer, k, n, m, times, quiet))
+            timed_gpu.release_memory()
     return found
 
 
-def _by_numbers(own: Field, form: Format, m: int) -> tuple[str, dict[Any, Callable[[int], Any]]]:
-    first = random_weight(form, own.k, own.n, own.device)
-    weights = own.int4 if form == INT4 else [
-        type(first)(first.packed.clone(), first.scale, first.zero, first.layout, own.k) for _ in range(own.copies)
-    ]  # fmt: skip
-    x = own.random(m, own.k).bfloat16()
-    calls = {
-        "kernel": lambda i: linear_w(x, weights[i], Epilogue(), way="kernel"),
-        "dequant": lambda i: linear_w(x, weights[i], Epilogue(), way="dequant"),
+def _weight_only_variants(weights: WeightCopies, form: Format, m: int) -> tuple[str, Calls]:
+    if form == INT4:
+        copies = weights.int4
+    else:
+        first = random_packed_weight(form, weights.k, weights.n, weights.device)
+        copies = [dataclasses.replace(first, packed=first.packed.clone()) for _ in range(weights.copies)]
+    x = weights.normal(m, weights.k).bfloat16()
+    calls: Calls = {
+        "kernel": lambda i: linear_w(x, copies[i], Epilogue(), variant="kernel"),
+        "dequant": lambda i: linear_w(x, copies[i], Epilogue(), variant="dequant"),
     }
-    return ways.by_numbers(form.bits, form.group, form.zero, "bf16"), calls
+    return weight_only_name(form.bits, form.group, form.zero, "bf16"), calls
 
 
-def _by_codes(own: Field, form: Format, m: int) -> tuple[str, dict[Any, Callable[[int], Any]]]:
-    """With the codes of x made before it, as a site does that shares them with none."""
-    codes = "int8" if form.dual else form.dtype
-    assert codes in CODES
-    x, tables = own.random(m, own.k).bfloat16(), getattr(own, codes)
-    channel, spec = torch.rand(own.n, 1, device=own.device), RowQuant("bf16", codes=codes)
+def _a8_variants(weights: WeightCopies, form: Format, m: int) -> tuple[str, Calls]:
+    """With x quantized before every call, as in a model where no other site reads the same codes."""
+    codes = codes_of(form)
+    assert codes in CODE_DTYPES
+    x, copies = weights.normal(m, weights.k).bfloat16(), getattr(weights, codes)
+    scale, spec = torch.rand(weights.n, 1, device=weights.device), RowQuant("bf16", codes=codes)
 
     def kernel(i: int) -> Tensor:
-        rows = row_quant(spec, x)
-        return linear_a8(rows["codes"], rows["scale"], tables[i], channel, Epilogue(), torch.bfloat16)
+        quantized = row_quant(spec, x)
+        return linear_a8(quantized["codes"], quantized["scale"], copies[i], scale, Epilogue(), torch.bfloat16)
 
-    return ways.by_codes(codes, "bf16"), {"kernel": kernel}
+    return a8_name(codes, "bf16"), {"kernel": kernel}

@@ -1,7 +1,7 @@
-"""Who takes part when products are timed: cuBLAS, our kernels, torch's own, and GemLite where it is installed.
+"""The linear layers that are timed: our kernels, and as baselines cuBLAS, torch's own and GemLite if it is installed.
 
-All multiply by several copies of a weight, made once for a shape and used for every number of rows. Each is made when
-it is its turn, so that one that does not take a shape, or is not there, leaves a word and stops nobody else.
+All multiply by several copies of a weight, made once for a shape and used for every M. Each is made just before it is
+timed, so that one that does not take a shape, or is not installed, leaves a note and stops no other.
 """
 
 from __future__ import annotations
@@ -22,25 +22,32 @@ from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 
 INT4 = Format.parse("int4/group128/zero")
-CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-FIRST = "cuBLAS bf16"  # what the others are compared with
+CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CUBLAS = "cuBLAS bf16"  # the baseline of all ratios
 
 
-class Absent(Exception):
-    """A contender that is not here, and why."""
+class NotAvailable(Exception):
+    """A linear layer that cannot be timed here, and why."""
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A product: `call(i)` multiplies by copy i of the weight, and reads and writes `nbytes`."""
+class TimedLinear:
+    """A linear layer: `call(i)` multiplies by copy i of the weight, and reads and writes `nbytes`."""
 
     call: Callable[[int], Any]
     nbytes: int
 
 
 @dataclass(frozen=True)
-class Field:
-    """Random weights [N, K] of all kinds, `copies` of each, made when first asked for."""
+class WeightCopies:
+    """Random weights [N, K] in every form that is timed, each made at its first use.
+
+    Attributes:
+        k: input channels.
+        n: output channels.
+        copies: of each weight, so many that they exceed the cache.
+        device: that they are on.
+    """
 
     k: int
     n: int
@@ -49,23 +56,23 @@ class Field:
 
     @cached_property
     def dense(self) -> list[Tensor]:
-        """bf16."""
-        return [self.random(self.n, self.k).bfloat16() / self.k**0.5 for _ in range(self.copies)]
+        """bf16 [N, K]."""
+        return [self.normal(self.n, self.k).bfloat16() / self.k**0.5 for _ in range(self.copies)]
 
     @cached_property
     def int4(self) -> list[PackedWeight]:
-        """As gemm_w reads them."""
-        weight = random_weight(INT4, self.k, self.n, self.device)
+        """INT4, packed for gemm_w."""
+        weight = random_packed_weight(INT4, self.k, self.n, self.device)
         return [dataclasses.replace(weight, packed=weight.packed.clone()) for _ in range(self.copies)]
 
     @cached_property
     def int8(self) -> list[Tensor]:
-        """Codes."""
+        """int8 codes [N, K]."""
         return [self.codes("int8", self.n) for _ in range(self.copies)]
 
     @cached_property
     def fp8(self) -> list[Tensor]:
-        """Codes."""
+        """fp8 (e4m3) codes [N, K]."""
         return [self.codes("fp8", self.n) for _ in range(self.copies)]
 
     @cached_property
@@ -77,88 +84,93 @@ class Field:
 
     @cached_property
     def gemlite(self) -> list[Any]:
-        """Its layers. Raises Absent."""
+        """GemLite's int4 layers. Raises NotAvailable."""
         try:
             from gemlite import DType, GemLiteLinear  # type: ignore[import-not-found]
         except ImportError as error:
-            raise Absent(f"GemLite is not installed: pip install gemlite ({error})") from None
-        made = []
+            raise NotAvailable(f"GemLite is not installed: pip install gemlite ({error})") from None
+        layers = []
         for _ in range(self.copies):
             layer = GemLiteLinear(
                 4, group_size=128, in_features=self.k, out_features=self.n, input_dtype=DType.BF16,
                 output_dtype=DType.BF16,
             )  # fmt: skip
             codes = torch.randint(0, 16, (self.n, self.k), dtype=torch.uint8, device=self.device)
-            scales = self.random(self.n * self.k // 128, 1).abs().bfloat16() / self.k**0.5
+            scales = self.normal(self.n * self.k // 128, 1).abs().bfloat16() / self.k**0.5
             layer.pack(codes, scales, torch.full_like(scales, 8), None)
-            made.append(layer)
-        return made
+            layers.append(layer)
+        return layers
 
-    def random(self, *shape: int) -> Tensor:
-        """Normal numbers, float32."""
+    def normal(self, *shape: int) -> Tensor:
+        """Normally distributed float32 values."""
         return torch.randn(*shape, device=self.device)
 
     def codes(self, kind: str, rows: int) -> Tensor:
         """[rows, K] int8 or fp8."""
-        return (self.random(rows, self.k) * 30).to(CODES[kind])
+        return (self.normal(rows, self.k) * 30).to(CODE_DTYPES[kind])
 
 
-def random_weight(form: Format, k: int, n: int, device: torch.device) -> PackedWeight:
-    """A random quantized weight [N, K] on a device, as the kernels read it."""
+def random_packed_weight(form: Format, k: int, n: int, device: torch.device) -> PackedWeight:
+    """A random quantized weight [N, K] on a device, packed for the kernels."""
     q = quantize_tensor(torch.randn(n, k, device=device) / k**0.5, form)
     layout = layout_of(form)
     assert layout is not None
-    return PackedWeight(*prepare(q.stored(), q.scale, q.zero, q.group_scale, form, k), layout, k)
+    return PackedWeight(*prepare(*q.stored_parts, form, k), layout, k)
 
 
-def contenders(field: Field, m: int) -> Iterator[tuple[str, Callable[[], Contender]]]:
-    """Names, and what makes each for x [m, K]; cuBLAS bf16 first. A call raises where a contender takes no part."""
-    k, n = field.k, field.n
-    moved = 2 * m * (k + n)
-    x = field.random(m, k).bfloat16()
-    steps, channel = (torch.rand(size, 1, device=field.device) for size in (m, n))
+def timed_linears(weights: WeightCopies, m: int) -> Iterator[tuple[str, Callable[[], TimedLinear]]]:
+    """Names, and what makes each for x [m, K]; cuBLAS bf16 first. A call raises where one cannot be timed."""
+    k, n = weights.k, weights.n
+    activation_bytes = 2 * m * (k + n)
+    x = weights.normal(m, k).bfloat16()
+    x_scale, scale = (torch.rand(size, 1, device=weights.device) for size in (m, n))
 
-    def ours() -> Contender:
-        one = field.int4[0]
+    def w4a16() -> TimedLinear:
+        one = weights.int4[0]
         assert one.zero is not None
-        nbytes = one.packed.nbytes + one.scale.nbytes + one.zero.nbytes + moved
-        return Contender(lambda i: linear_w(x, field.int4[i], Epilogue()), nbytes)
+        nbytes = one.packed.nbytes + one.scale.nbytes + one.zero.nbytes + activation_bytes
+        return TimedLinear(lambda i: linear_w(x, weights.int4[i], Epilogue()), nbytes)
 
-    def eight(kind: str) -> Callable[[], Contender]:
-        def make() -> Contender:
-            codes, tables = field.codes(kind, m), getattr(field, kind)
-            nbytes = n * k + m * k + 2 * m * n
-            return Contender(lambda i: linear_a8(codes, steps, tables[i], channel, Epilogue(), torch.bfloat16), nbytes)
+    def a8(kind: str) -> Callable[[], TimedLinear]:
+        def make() -> TimedLinear:
+            codes, copies = weights.codes(kind, m), getattr(weights, kind)
+            return TimedLinear(
+                lambda i: linear_a8(codes, x_scale, copies[i], scale, Epilogue(), torch.bfloat16),
+                n * k + m * k + 2 * m * n,
+            )
 
         return make
 
-    def tinygemm() -> Contender:
-        packed, scales = field.tinygemm
-        nbytes = n * k // 2 + scales.nbytes + moved
-        return Contender(lambda i: torch._weight_int4pack_mm(x, packed[i], 128, scales), nbytes)
+    def tinygemm() -> TimedLinear:
+        packed, scales = weights.tinygemm
+        nbytes = n * k // 2 + scales.nbytes + activation_bytes
+        return TimedLinear(lambda i: torch._weight_int4pack_mm(x, packed[i], 128, scales), nbytes)
 
-    def int_mm() -> Contender:
+    def int_mm() -> TimedLinear:
         if m <= 16:
-            raise Absent("torch._int_mm takes more than 16 rows")
-        codes = field.codes("int8", m)
-        return Contender(lambda i: torch._int_mm(codes, field.int8[i].t()), n * k + m * k + 4 * m * n)
+            raise NotAvailable("torch._int_mm takes more than 16 rows")
+        codes = weights.codes("int8", m)
+        return TimedLinear(lambda i: torch._int_mm(codes, weights.int8[i].t()), n * k + m * k + 4 * m * n)
 
-    def scaled_mm() -> Contender:
-        codes = field.codes("fp8", m)
+    def scaled_mm() -> TimedLinear:
+        codes = weights.codes("fp8", m)
 
         def call(i: int) -> Tensor:
-            return torch._scaled_mm(codes, field.fp8[i].t(), steps, channel.t(), out_dtype=torch.bfloat16)
+            return torch._scaled_mm(codes, weights.fp8[i].t(), x_scale, scale.t(), out_dtype=torch.bfloat16)
 
-        return Contender(call, n * k + m * k + 2 * m * n)
+        return TimedLinear(call, n * k + m * k + 2 * m * n)
 
-    def gemlite() -> Contender:
-        layers = field.gemlite
-        return Contender(lambda i: layers[i](x), n * k // 2 + n * k // 128 * 4 + moved)
+    def gemlite() -> TimedLinear:
+        layers = weights.gemlite
+        return TimedLinear(lambda i: layers[i](x), n * k // 2 + n * k // 128 * 4 + activation_bytes)
 
-    yield FIRST, lambda: Contender(lambda i: torch.nn.functional.linear(x, field.dense[i]), 2 * n * k + moved)
-    yield "qcompile w4a16", ours
-    yield "qcompile int8", eight("int8")
-    yield "qcompile fp8", eight("fp8")
+    def cublas() -> TimedLinear:
+        return TimedLinear(lambda i: torch.nn.functional.linear(x, weights.dense[i]), 2 * n * k + activation_bytes)
+
+    yield CUBLAS, cublas
+    yield "qcompile w4a16", w4a16
+    yield "qcompile int8", a8("int8")
+    yield "qcompile fp8", a8("fp8")
     yield "torch._weight_int4pack_mm", tinygemm
     yield "torch._int_mm", int_mm
     yield "torch._scaled_mm", scaled_mm

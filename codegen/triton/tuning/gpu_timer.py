@@ -1,6 +1,6 @@
-"""The GPU that products are timed on: how a call is timed, how large its cache is, and what state it is in.
+"""The GPU that kernels are timed on: how a call is timed, how large its cache is, and what state it is in.
 
-Tests give another machine: the same calls, run by Triton's interpreter, and a clock of their own.
+Tests put a stand-in in its place: the same calls, run by Triton's interpreter, and a clock of its own.
 """
 
 from __future__ import annotations
@@ -12,55 +12,57 @@ from typing import Any
 import torch
 
 from qcompile.codegen.triton.kernels.gpu import Gpu
-from qcompile.codegen.triton.launch.gemm import gpu
+from qcompile.codegen.triton.launch import gemm
 from qcompile.memory.environment import versions
 
 CLOCKS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit",
           "temperature.gpu")  # fmt: skip
 
 
-class Machine:
-    """A GPU."""
+class TimedGpu:
+    """The first GPU."""
 
     device = torch.device("cuda", 0)
 
     @property
-    def there(self) -> bool:
+    def available(self) -> bool:
         """Whether there is one."""
         return torch.cuda.is_available()
 
     @property
     def gpu(self) -> Gpu:
-        """What launches and measured times are kept under."""
-        return gpu(self.device)
+        """Its description, which launches and measured times are kept under."""
+        return gemm.gpu(self.device)
 
     @property
-    def cache_bytes(self) -> int:
-        """Of the L2 cache."""
+    def l2_bytes(self) -> int:
+        """Size of the L2 cache."""
         return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
 
     def timer(self, call: Callable[[int], Any], copies: int) -> Callable[[], float]:
         """A reading is microseconds of one call(i), over i below `copies` in one CUDA graph."""
         return graph_timer(call, copies)
 
-    def release(self) -> None:
+    def release_memory(self) -> None:
         """Give unused memory back."""
         torch.cuda.empty_cache()
 
-    def facts(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Versions, the GPU, and its clocks as they are now."""
         import triton
 
         found = torch.cuda.get_device_properties(self.device)
-        what = dict(gpu=found.name, multiprocessors=found.multi_processor_count, triton=triton.__version__)
-        return versions() | what | dict(cuda=torch.version.cuda, clocks=clocks(str(found.uuid)))
+        own = dict(gpu=found.name, multiprocessors=found.multi_processor_count, triton=triton.__version__)
+        return versions() | own | dict(cuda=torch.version.cuda, clocks=clocks(str(found.uuid)))
 
 
 def graph_timer(call: Callable[[int], Any], copies: int, cuda: Any = torch.cuda) -> Callable[[], float]:
     """Capture the calls over all copies in a CUDA graph; a reading is microseconds of one call.
 
     Args:
-        call: of a copy's number. copies: how many. cuda: torch.cuda, or what a test puts in its place.
+        call: takes the index of a copy.
+        copies: of the weight.
+        cuda: torch.cuda, or what a test puts in its place.
     """
     stream = cuda.Stream()
     stream.wait_stream(cuda.current_stream())
@@ -85,11 +87,11 @@ def graph_timer(call: Callable[[int], Any], copies: int, cuda: Any = torch.cuda)
 
 
 def clocks(uuid: str, run: Callable[..., Any] = subprocess.run) -> dict[str, str]:
-    """What nvidia-smi says of a GPU now; the reason where it says nothing: a number without clocks is still one."""
+    """What nvidia-smi says of a GPU now; the reason where it says nothing: a reading without clocks is still one."""
     command = ["nvidia-smi", f"--id=GPU-{uuid.removeprefix('GPU-')}", "--query-gpu=" + ",".join(CLOCKS),
                "--format=csv,noheader,nounits"]  # fmt: skip
     try:
         done = run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return {"unknown": str(error)}
-    return dict(zip(CLOCKS, (part.strip() for part in done.stdout.strip().split(",")), strict=False))
+    return dict(zip(CLOCKS, (value.strip() for value in done.stdout.strip().split(",")), strict=False))

@@ -1,4 +1,4 @@
-"""Heads in a row: values [B, H, S, D] as the [B, S, H D] that ONNX Runtime's attentions take and give."""
+"""Flattened heads: values [B, H, S, D] as the [B, S, H D] that ONNX Runtime's attentions take and return."""
 
 from __future__ import annotations
 
@@ -7,79 +7,87 @@ import math
 import torch
 from torch import fx
 
-from qcompile.codegen.onnx.fusions.packed_matmul import Part, is_product, join
-from qcompile.codegen.onnx.fusions.probe import Heads, channels, evaluate
+from qcompile.codegen.onnx.fusions.attention.head_channels import HeadChannels, fixed_sizes
+from qcompile.codegen.onnx.fusions.evaluate import evaluate
+from qcompile.codegen.onnx.fusions.packed_matmul import OutputChannels, linear_call, pack
+from qcompile.ir.aten_ops import RESHAPES, TRANSPOSES, Ops
 from qcompile.ir.program import Program, hint
 
 aten = torch.ops.aten
 
-_FORWARD = {
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
-    aten.clone.default,
-}  # fmt: skip
+_FLATTENING: Ops = RESHAPES | TRANSPOSES
+"""What stands between an attention and its flattened heads: every element stays, once."""
 
 
-def laid_out(program: Program, node: fx.Node, before: fx.Node, *inner: int) -> fx.Node:
-    """A value as [B, S, *inner]; products may hand over [B S, N], then the first input is [B, S]."""
-    if node.meta["val"].ndim == 3 and len(inner) == 1:
+def reshape_to_batch(program: Program, node: fx.Node, before: fx.Node, *sizes: int) -> fx.Node:
+    """A value as [B, S, *sizes]; one of a linear may be [B S, N], then the first input is [B, S]."""
+    if node.meta["val"].ndim == 3 and len(sizes) == 1:
         return node
     sized = node if node.meta["val"].ndim > 2 else program.inputs[0]
-    sizes = [_size(program, sized, d, before) for d in (0, 1)]
-    return program.insert(aten.reshape.default, (node, [*sizes, *inner]), before=before)
+    batch_and_length = [_size(program, sized, axis, before) for axis in (0, 1)]
+    return program.insert(aten.reshape.default, (node, [*batch_and_length, *sizes]), before=before)
 
 
-def _size(program: Program, node: fx.Node, dim: int, before: fx.Node) -> fx.Node | int:
-    size = node.meta["val"].shape[dim]
-    return size if isinstance(size, int) else program.insert(aten.sym_size.int, (node, dim), before=before)
+def _size(program: Program, node: fx.Node, axis: int, before: fx.Node) -> fx.Node | int:
+    size = node.meta["val"].shape[axis]
+    return size if isinstance(size, int) else program.insert(aten.sym_size.int, (node, axis), before=before)
 
 
-def flat(program: Program, heads: Heads, before: fx.Node, name: str) -> fx.Node:
-    """[B, S, H D] of queries, keys or values in order."""
+def flatten_heads(program: Program, heads: HeadChannels, before: fx.Node, name: str) -> fx.Node:
+    """Queries, keys or values as [B, S, H D], heads and their channels in order.
+
+    Args:
+        program: of the value.
+        heads: the channels.
+        before: where to insert.
+        name: prefix of new weights' names.
+    """
     source, rows = heads.source, heads.rows
-    if is_product(program, source):
+    if linear_call(program, source) is not None:
         if not torch.equal(rows, torch.arange(source.meta["val"].shape[-1])):
-            source = join(program, [Part(source, rows)], before, name)
-        return laid_out(program, source, before, len(rows))
+            source = pack(program, [OutputChannels(source, rows)], before, name)
+        return reshape_to_batch(program, source, before, len(rows))
     shape = source.meta["val"].shape
     if len(shape) == 4 and isinstance(shape[1], int):  # [B, H, S, D]
         source = program.insert(aten.transpose.int, (source, 1, 2), before=before)
-    width = math.prod(channels(source))
-    whole = laid_out(program, source, before, width)
+    width = math.prod(fixed_sizes(source))
+    flat = reshape_to_batch(program, source, before, width)
     if torch.equal(rows, torch.arange(width)):
-        return whole
-    chosen = program.add_weight(f"{name}.rows", rows)
-    return program.insert(aten.index_select.default, (whole, 2, chosen), before=before)
+        return flat
+    selected = program.add_weight(f"{name}.rows", rows)
+    return program.insert(aten.index_select.default, (flat, 2, selected), before=before)
 
 
-def flattened(program: Program, node: fx.Node, heads: int) -> fx.Node | None:
-    """The node behind an attention's output [B, H, S, D] or [B H, S, D] that lays it out as [B, S, H D]."""
+def find_flattened(program: Program, node: fx.Node, heads: int) -> fx.Node | None:
+    """The node behind an attention's output [B, H, S, D] or [B H, S, D] that flattens it to [B, S, H D], if any."""
     shape = [hint(d) for d in node.meta["val"].shape]
-    numbers = torch.arange(float(math.prod(shape))).reshape(shape)
-    want = (numbers if len(shape) == 4 else numbers.unflatten(0, (-1, heads))).transpose(1, 2).flatten(2)
-    sizes = {n: torch.zeros([hint(d) for d in n.meta["val"].shape]) for n in program.inputs}
-    start = node
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        if node.target not in _FORWARD:
+    indices = torch.arange(float(math.prod(shape))).reshape(shape)
+    want = (indices if len(shape) == 4 else indices.unflatten(0, (-1, heads))).transpose(1, 2).flatten(2)
+    inputs = {n: torch.zeros([hint(d) for d in n.meta["val"].shape]) for n in program.inputs}
+    last = node
+    while len(last.users) == 1:
+        last = next(iter(last.users))
+        if last.target not in _FLATTENING:
             return None
-        if torch.equal(evaluate(program, node, {**sizes, start: numbers}), want):
-            return node
+        if torch.equal(evaluate(program, last, {**inputs, node: indices}), want):
+            return last
     return None
 
 
 def replace_output(program: Program, node: fx.Node, heads: int, out: fx.Node) -> None:
-    """Let `out`, [B, S, H D], stand for an attention's output `node`, [B, H, S, D] or [B H, S, D], and drop that."""
-    whole = flattened(program, node, heads)
-    if whole is not None:
-        whole.replace_all_uses_with(out)
-        while whole is not node:
-            source: fx.Node = whole.args[0]
-            program.graph.erase_node(whole)
-            whole = source
+    """Let `out`, [B, S, H D], take the place of an attention's output `node`, [B, H, S, D] or [B H, S, D]."""
+    flattened = find_flattened(program, node, heads)
+    if flattened is not None:
+        flattened.replace_all_uses_with(out)
+        while flattened is not node:
+            source: fx.Node = flattened.args[0]
+            program.graph.erase_node(flattened)
+            flattened = source
     else:
         size = node.meta["val"].shape[-1]
-        split = program.insert(aten.transpose.int, (laid_out(program, out, node, heads, size), 1, 2), before=node)
+        by_head = reshape_to_batch(program, out, node, heads, size)
+        unflattened = program.insert(aten.transpose.int, (by_head, 1, 2), before=node)
         if node.meta["val"].ndim == 3:
-            split = program.insert(aten.flatten.using_ints, (split, 0, 1), before=node)
-        node.replace_all_uses_with(split)
-    program.graph.erase_node(node)  # it may have a dropout: no clean-up would drop it
+            unflattened = program.insert(aten.flatten.using_ints, (unflattened, 0, 1), before=node)
+        node.replace_all_uses_with(unflattened)
+    program.graph.erase_node(node)  # it may have a dropout, which dead code elimination keeps

@@ -1,10 +1,10 @@
-"""What an attention makes of its scores before the softmax: a scale, a soft cap, a bias and a mask.
+"""What an attention computes of its scores before the softmax: a scale, a soft cap, a bias and a mask.
 
     weights = softmax(cap tanh(scale s / cap) + bias)       without a cap: softmax(scale s + bias)
 
-An attention is one operator, or two products around a softmax in any spelling. The part between the scores
-and the softmax is computed for chosen scores, and what comes out says scale, cap and bias. A place
-that a mask hides has the bias -inf.
+An attention is one operator, or two matmuls around a softmax in any spelling. The part between the scores and the
+softmax is evaluated for chosen scores, and what comes out tells scale, cap and bias. Where a mask hides a token the
+bias is -inf.
 """
 
 from __future__ import annotations
@@ -18,23 +18,19 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.analysis.attention_scores import AttentionMatmul
-from qcompile.analysis.channel_origin import ATTENTION
-from qcompile.codegen.onnx.fusions.probe import evaluate
+from qcompile.codegen.onnx.fusions.attention.mismatch import Mismatch
+from qcompile.codegen.onnx.fusions.attention.sdpa_call import SDPACall
+from qcompile.codegen.onnx.fusions.evaluate import evaluate
+from qcompile.ir.aten_ops import SDPA, SOFTMAX
 from qcompile.ir.program import Program, hint
 
-aten = torch.ops.aten
-
-_HIDDEN = -1e30  # what masks add is the least float or -inf, what biases add is not
-_LARGE = 1e6  # a score that no cap lets through
-_CURVE = (-300.0, -20.0, -3.0, -0.5, 0.25, 1.0, 8.0, 60.0, 1000.0)
-
-
-class Differs(Exception):
-    """Not what an operator computes; args: node, reason."""
+_HIDDEN = -1e30  # masks add the lowest float or -inf, biases never so little
+_LARGE = 1e6  # a score far beyond any soft cap
+_PROBES = (-300.0, -20.0, -3.0, -0.5, 0.25, 1.0, 8.0, 60.0, 1000.0)
 
 
 @dataclass(frozen=True)
-class Curve:
+class ScoreCurve:
     """cap tanh(scale s / cap), or scale s where cap is 0."""
 
     scale: float
@@ -47,62 +43,76 @@ class Curve:
 
 
 class ScoreFunction:
-    """One attention: H heads of D channels, its scores [B, H, S, T] or, heads and rows in one, [B H, S, T].
+    """From the scores of one attention to what its softmax is taken of.
+
+    Attributes:
+        merged: whether batch and heads are one dimension: scores [B H, S, T]; else [B, H, S, T].
+        batch: B of the traced example.
+        heads: H.
+        size: D.
+        softmax: the node, or None in a fused attention.
 
     Raises:
-        Differs: heads or their size are not fixed.
+        Mismatch: heads or their size are dynamic.
     """
 
     def __init__(self, program: Program, product: AttentionMatmul) -> None:
         self.program, self.product = program, product
         shape = product.queries.meta["val"].shape
         self.merged = len(shape) == 3
-        self.rows = hint((program.inputs[0].meta["val"] if self.merged else product.queries.meta["val"]).shape[0])
-        self.heads: int = hint(shape[0]) // self.rows if self.merged else shape[1]
+        self.batch = hint((program.inputs[0].meta["val"] if self.merged else product.queries.meta["val"]).shape[0])
+        self.heads: int = hint(shape[0]) // self.batch if self.merged else shape[1]
         self.size: int = shape[-1]
         if len(shape) not in (3, 4) or not isinstance(self.heads, int) or not isinstance(self.size, int):
-            raise Differs(product.node, "the number of heads is not fixed")
-        self.softmax = None if product.node.target is ATTENTION else _softmax(product)
+            raise Mismatch(product.node, "the number of heads is not fixed")
+        self.softmax = None if product.node.target is SDPA else _softmax_behind(product)
 
-    def split(self, value: Tensor, rows: int) -> Tensor:
-        """A value [B, H, ..] as it is, [B H, ..] as [B, H, ..]."""
-        return value.unflatten(0, (rows, -1)) if self.merged else value
+    def split_batch(self, value: Tensor, batch: int) -> Tensor:
+        """[B H, ..] as [B, H, ..]; a value [B, H, ..] as it is."""
+        return value.unflatten(0, (batch, -1)) if self.merged else value
 
-    def bias(self, given: Mapping[fx.Node, Any], rows: int, new: int, total: int) -> Tensor:
-        """What is added to the scores [rows, H, new, total], float64; -inf where a token is not seen."""
-        found = self._logits(given, torch.zeros(rows, self.heads, new, total, dtype=torch.float64))
+    def bias(self, given: Mapping[fx.Node, Any], batch: int, new: int, total: int) -> Tensor:
+        """What is added to the scores [batch, H, new, total], float64; -inf where a token is hidden.
+
+        Args:
+            given: values of the inputs, of these sizes.
+            batch: B.
+            new: S.
+            total: T.
+        """
+        found = self._logits(given, torch.zeros(batch, self.heads, new, total, dtype=torch.float64))
         return found.masked_fill(found < _HIDDEN, -torch.inf)
 
-    def curve(self, given: Mapping[fx.Node, Any], rows: int, new: int, total: int) -> Curve:
-        """Scale and cap.
+    def curve(self, given: Mapping[fx.Node, Any], batch: int, new: int, total: int) -> ScoreCurve:
+        """Scale and cap; arguments as of `bias`.
 
         Raises:
-            Differs: the softmax sees something else of the scores.
+            Mismatch: the softmax reads another function of the scores.
         """
-        bias = self.bias(given, rows, new, total)
-        seen = bias > -torch.inf
-        sizes = (rows, self.heads, new, total)
+        bias = self.bias(given, batch, new, total)
+        visible = bias > -torch.inf
+        sizes = (batch, self.heads, new, total)
 
         def at(score: float) -> float:
-            found = (self._logits(given, torch.full(sizes, score, dtype=torch.float64)) - bias)[seen]
+            found = (self._logits(given, torch.full(sizes, score, dtype=torch.float64)) - bias)[visible]
             return float(found.mean())
 
         top = at(_LARGE)
         if at(-_LARGE) * top >= 0 or top < 0:
-            raise Differs(self.product.node, "the scores are not scaled by a positive number")
+            raise Mismatch(self.product.node, "the scores are not scaled by a positive number")
         cap = 0.0 if abs(top / at(_LARGE / 2) - 2) < 1e-3 else top
         scale = top / _LARGE
         if cap:
-            bend = cap / (at(1e-2) * 1e2)  # about where the scaled score is the cap: there it bends most
-            scale = cap * math.atanh(min(at(bend) / cap, 1 - 1e-9)) / bend
+            knee = cap / (at(1e-2) * 1e2)  # about where the scaled score is the cap: there tanh bends most
+            scale = cap * math.atanh(min(at(knee) / cap, 1 - 1e-9)) / knee
         generator = torch.Generator().manual_seed(0)
         mixed = torch.randn(sizes, generator=generator, dtype=torch.float64) * 4 / scale
-        found = Curve(scale, cap)
-        checks = [torch.full(sizes, score / scale, dtype=torch.float64) for score in _CURVE]
-        for scores in (*checks, mixed):
-            got, want = (self._logits(given, scores) - bias)[seen], found(scores)[seen]
+        found = ScoreCurve(scale, cap)
+        probes = [torch.full(sizes, score / scale, dtype=torch.float64) for score in _PROBES]
+        for scores in (*probes, mixed):
+            got, want = (self._logits(given, scores) - bias)[visible], found(scores)[visible]
             if not torch.allclose(got, want, rtol=1e-4, atol=1e-4):
-                raise Differs(self.product.node, "the softmax sees more of the scores than a scale and a soft cap")
+                raise Mismatch(self.product.node, "the softmax reads more of the scores than a scale and a soft cap")
         self._check_weights(given, mixed)
         return found
 
@@ -110,44 +120,43 @@ class ScoreFunction:
         """What the softmax is taken of, float64."""
         node = self.product.node
         if self.softmax is None:
-            return scores * (node.kwargs.get("scale") or self.size**-0.5) + self._mask(given, scores)
+            return scores * SDPACall.of(node).score_scale + self._sdpa_mask(given, scores)
         values = {**given, node: scores.flatten(0, 1) if self.merged else scores}
         found = evaluate(self.program, self.softmax.args[0], values)
-        found = found if found.ndim == 4 else self.split(found, len(scores))
+        found = found if found.ndim == 4 else self.split_batch(found, len(scores))
         if found.shape != scores.shape:
-            raise Differs(self.softmax, "a softmax of more than the scores")
+            raise Mismatch(self.softmax, "a softmax of more than the scores")
         return found.double()
 
-    def _mask(self, given: Mapping[fx.Node, Any], scores: Tensor) -> Tensor:
-        node = self.product.node
-        args = [*node.args, None, None, None][3:6]
-        mask, is_causal = args[0] or node.kwargs.get("attn_mask"), args[2] or node.kwargs.get("is_causal")
-        if is_causal:
+    def _sdpa_mask(self, given: Mapping[fx.Node, Any], scores: Tensor) -> Tensor:
+        """What a fused attention adds to its scores."""
+        call = SDPACall.of(self.product.node)
+        if call.is_causal:
             mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
-        elif mask is None:
+        elif call.attn_mask is None:
             return torch.zeros((), dtype=torch.float64)
         else:
-            mask = evaluate(self.program, mask, given)
+            mask = evaluate(self.program, call.attn_mask, given)
         if mask.dtype is torch.bool:
             mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
         return mask.double()
 
     def _check_weights(self, given: Mapping[fx.Node, Any], scores: Tensor) -> None:
-        """That the values are multiplied with the softmax and nothing else."""
+        """That the values are multiplied by the softmax and nothing else."""
         if self.softmax is None:
             return
         values = {**given, self.product.node: scores.flatten(0, 1) if self.merged else scores}
-        read = self.product.consumer.args[1 - self.product.values_at]
-        got = self.split(evaluate(self.program, read, values), len(scores))
+        weights = self.product.value_product.args[1 - self.product.values_at]
+        got = self.split_batch(evaluate(self.program, weights, values), len(scores))
         want = self._logits(given, scores).softmax(-1)
         if got.shape != want.shape or not torch.allclose(got.double(), want, atol=1e-5):
-            raise Differs(self.product.consumer, "the values are multiplied with something else than the softmax")
+            raise Mismatch(self.product.value_product, "the values are multiplied by something else than the softmax")
 
 
-def _softmax(product: AttentionMatmul) -> fx.Node:
+def _softmax_behind(product: AttentionMatmul) -> fx.Node:
     node = product.node
-    while node.target not in (aten.softmax.int, aten._softmax.default):
+    while node.target not in SOFTMAX:
         node = next(iter(node.users))
     if node.args[1] not in (-1, node.meta["val"].ndim - 1):
-        raise Differs(node, "a softmax over something else than the keys")
+        raise Mismatch(node, "a softmax over something else than the keys")
     return node

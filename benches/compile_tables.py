@@ -1,0 +1,95 @@
+"""Tables of torch.compile on a CPU and of the README, for update_docs.py, from the JSON under benches/results.
+
+<!-- readme -->                   the first table of README.md
+<!-- compile MODEL -->            llm_cpu.json, of one of its models
+<!-- kernels ISA DTYPE -->        cpu_linear-ISA.json: time of the float matmul over time of the kernel
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+KERNELS = {"W8A8": "int8_mm", "W4A8": "dual_mm", "W8A16": "int8_float", "W4A16": "nibble_float"}
+
+
+def read(name: str) -> dict[str, Any]:
+    """One result file."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def perplexity_of(name: str, recipe: str, key: str = "recipe") -> float:
+    """The perplexity of a recipe (or folder) in a result file."""
+    return next(float(row["perplexity"]) for row in read(name)["rows"] if row[key] == recipe)
+
+
+def compile_rows(model: str) -> list[tuple[str, float, float, float]]:
+    """Of one model in llm_cpu.json: candidate, MB of quantized weights, prefill and decode tokens/s."""
+    return [
+        (
+            r["candidate"],
+            r["weight_bytes"] / 1e6,
+            r["prefill_tokens_per_second"],
+            r["decode_tokens_per_second"],
+        )
+        for r in read("llm_cpu")[model]
+    ]
+
+
+def compiled(model: str) -> str:
+    """One model under Inductor and under qcompile."""
+    rows = compile_rows(model)
+    prefill, decode = max(r[2] for r in rows if "inductor" in r[0]), max(r[3] for r in rows if "inductor" in r[0])
+    lines = [
+        "| candidate | quantized weights MB | prefill tokens/s | x best float | decode tokens/s | x best float |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, size, p, d in rows:
+        lines.append(f"| {name} | {size:.0f} | {p:.0f} | {p / prefill:.2f} | {d:.1f} | {d / decode:.2f} |")
+    return "\n".join(lines)
+
+
+def kernels(what: str) -> str:
+    """For each number of rows M: the least and the largest speedup over all shapes."""
+    isa, dtype = what.split()
+    rows = [r for r in read(f"cpu_linear-{isa}")["rows"] if r["dtype"] == dtype]
+    lines = [f"| M, {dtype} | {' | '.join(KERNELS)} |", "|---|" + "---|" * len(KERNELS)]
+    for m in sorted({r["M"] for r in rows}):
+        cells = []
+        for kernel in KERNELS.values():
+            ratios = [r["float_us"] / r["us"] for r in rows if r["M"] == m and r["kernel"] == kernel]
+            cells.append(f"{min(ratios):.1f} - {max(ratios):.1f}")
+        lines.append(f"| {m} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def readme(_: str) -> str:
+    """Size, perplexity and speed against float of the presets that are measured most."""
+    lines = [
+        "| runtime | model | recipe | MB | perplexity | prefill of 512 | decode |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    models = {"1B shapes, 6 layers": "Llama of 1B shapes, 6 layers, random weights", "SmolLM2-135M": "SmolLM2-135M"}
+    for key, model in models.items():
+        rows = {name: rest for name, *rest in compile_rows(key)}
+        _, prefill, decode = rows["inductor bfloat16"]
+        for recipe in ("int8", "w4a8", "w4a16"):
+            size, p, d = rows[f"qcompile {recipe} bfloat16"]
+            loss = f"{perplexity_of('perplexity', recipe):.2f}" if key == "SmolLM2-135M" else ""
+            cells = f"{size:.0f} | {loss} | {p / prefill:.2f}x | {d / decode:.2f}x"
+            lines.append(f"| `torch.compile` | {model} | `{recipe}` | {cells} |")
+    engines = {r["engine"]: r for r in read("engines_cpu-vnni")["rows"]}
+    base = next(r for name, r in engines.items() if name.endswith("fp32"))
+    ours = next(r for name, r in engines.items() if name.startswith("qcompile int4-cpu-gptq"))
+    folders = {r["folder"]: r for r in read("onnx_cpu-vnni")["rows"]}
+    size = folders["qcompile int4-cpu-gptq, last logits, chunks"]["megabytes"]
+    loss = f"{perplexity_of('onnx_cpu-vnni', 'qcompile int4-cpu-gptq', 'folder'):.2f}"
+    cells = f"{size:.0f} | {loss} | {ours['prefill'] / base['prefill']:.2f}x | {ours['decode'] / base['decode']:.2f}x"
+    lines.append(f"| ONNX Runtime | SmolLM2-135M | `int4-cpu-gptq` | {cells} |")
+    return "\n".join(lines)
+
+
+TABLES = {"readme": readme, "compile": compiled, "kernels": kernels}

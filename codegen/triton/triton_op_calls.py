@@ -1,0 +1,64 @@
+"""Typed views of calls of the operators of triton_ops.py: arguments by name, never by position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+import qcompile.codegen.triton.triton_ops  # noqa: F401  registers torch.ops.qcompile_triton
+from qcompile.ir.op_calls import OpCall, Operand
+
+
+@dataclass(frozen=True)
+class LinearWCall(OpCall):
+    """qcompile_triton::linear_w, a linear layer with weight-only quantization."""
+
+    target: ClassVar[Any] = torch.ops.qcompile_triton.linear_w.default
+
+    x: fx.Node
+    packed: fx.Node
+    scale: fx.Node
+    zero: Operand
+    bias: Operand
+    residual: Operand
+    low: Operand
+    up: Operand
+    format: str
+    columns: int
+
+
+@dataclass(frozen=True)
+class LinearA8Call(OpCall):
+    """qcompile_triton::linear_a8, a linear layer with 8-bit codes on both sides."""
+
+    target: ClassVar[Any] = torch.ops.qcompile_triton.linear_a8.default
+
+    x: fx.Node
+    x_scale: fx.Node
+    weight: fx.Node
+    scale: fx.Node
+    bias: Operand
+    residual: Operand
+    low: Operand
+    up: Operand
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class RowQuantCall(OpCall):
+    """qcompile_triton::row_quant: -> (codes, scale, x + residual, value of norm or gate), the last two may be empty."""
+
+    target: ClassVar[Any] = torch.ops.qcompile_triton.row_quant.default
+
+    x: fx.Node
+    residual: Operand
+    gate: Operand
+    gain: Operand
+    shift: Operand
+    smooth: Operand
+    signs: Operand
+    eps: float
+    spec: str

@@ -1,0 +1,117 @@
+"""What commands print: lines, tables that lose no text, plots, warnings and errors.
+
+A terminal gets a table where whole words fit into its width, or one block per row where that takes fewer lines. A pipe
+or a file gets plain aligned text, one row a line and as wide as its cells, for grep and awk. Nothing is cut in either.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from qcompile.evaluation import plots
+
+console = Console()
+
+_ANY_WIDTH = 10_000  # rich clips a measurement to the width of its options
+_NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?[%x]?")
+
+
+def tell(text: object, style: str = "") -> None:
+    """Print lines as they are: no markup is read, and no line is wrapped but by the terminal."""
+    console.print(Text(str(text), style), soft_wrap=True)
+
+
+def tell_error(text: object) -> None:
+    """Print one line on stderr, "error: .." (red on a terminal)."""
+    line = Text.assemble(("error: ", "bold red"), _one_line(text))
+    Console(file=sys.stderr).print(line, soft_wrap=True)
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this package as one line, for `warnings.formatwarning`; those of others as Python writes them."""
+    if category.__module__.partition(".")[0] == "qcompile":
+        return f"warning: {_one_line(message)}\n"
+    return _format_others(message, category, filename, lineno, line)
+
+
+_format_others = warnings.formatwarning
+
+
+def print_table(what: RenderableType) -> None:
+    """Print a table, or a group of tables and lines."""
+    if isinstance(what, Group):
+        for part in what.renderables:
+            print_table(part)
+    elif not isinstance(what, Table):
+        tell(what)
+    elif not console.is_terminal:
+        for line in _aligned(what):
+            tell(line)
+    else:
+        for column in what.columns:
+            column.overflow = "fold"
+            if all(_NUMBER.fullmatch(cell) for cell in _cells(column.cells) if cell):
+                column.justify = "right"
+        needed = Measurement.get(console, console.options.update(width=_ANY_WIDTH), what).minimum  # of whole words
+        fits = needed <= console.width
+        console.print(what if fits and _height(what) <= _height(_blocks(what)) else _blocks(what))
+
+
+def write_plot(draw: Callable[[Path], None], path: Path) -> None:
+    """Draw into a file and say so, or say what is missing."""
+    if plots.is_available():
+        draw(path)
+        tell(f"written: {path}")
+    else:
+        tell(f"no {path.name}: {plots.NEEDS}")
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _cells(column: object) -> list[str]:
+    return [cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain for cell in column]
+
+
+def _rows(table: Table) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a table as plain text."""
+    header = _cells(column.header for column in table.columns) if table.show_header else [""] * len(table.columns)
+    return header, [list(row) for row in zip(*(_cells(column.cells) for column in table.columns), strict=True)]
+
+
+def _aligned(table: Table) -> Iterator[str]:
+    header, rows = _rows(table)
+    lines = [header, *rows] if table.show_header else rows
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    if table.title:
+        yield _cells([table.title])[0]
+    for line in lines:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def _blocks(table: Table) -> Group:
+    """One block per row: its first cell, then the others that are not empty, each behind the name of its column."""
+    header, rows = _rows(table)
+    parts: list[RenderableType] = [Text(title, "italic") for title in _cells([table.title or ""]) if title]
+    for first, *others in rows:
+        named = [(name, cell) for name, cell in zip(header[1:], others, strict=True) if cell]
+        items = [Text.assemble((f"{name}: " if name else "", "dim"), cell) for name, cell in named]
+        parts += [Text(first, "bold"), Padding(Text(" | ").join(items), (0, 0, 0, 4))]
+    return Group(*parts)
+
+
+def _height(what: RenderableType) -> int:
+    return len(console.render_lines(what))

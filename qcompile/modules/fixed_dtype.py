@@ -1,0 +1,31 @@
+"""Modules whose scales and codes keep their dtype when the model is cast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class FixedDtypeModule(nn.Module):
+    """A module with buffers that `model.half()`, `.to(dtype)` and the like must not cast; moves between devices apply.
+
+    Attributes:
+        FIXED_DTYPE: names of those buffers; None for all.
+    """
+
+    FIXED_DTYPE: tuple[str, ...] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        names = list(self._buffers) if self.FIXED_DTYPE is None else self.FIXED_DTYPE
+        before = {name: tensor for name in names if (tensor := self._buffers[name]) is not None}
+        apply: Callable[[Callable[[Tensor], Tensor], bool], Any] = super()._apply
+        result = apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            assert isinstance(new, torch.Tensor)
+            if new.dtype != old.dtype:  # a cast, not a move; it treats fp8 codes as floating point too
+                self._buffers[name] = old.to(new.device)
+        return result

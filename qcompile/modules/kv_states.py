@@ -1,0 +1,181 @@
+"""Quantized keys or values of one layer of a KV cache.
+
+`PerTokenStates` has a scale and a zero point for the vector [D] of every head and token (QServe, arXiv:2405.04532
+sec. 4.2; ZeroQuant-V2 calls it token-wise), `PerChannelStates` a static scale for every channel of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qcompile.numerics.format import Format
+from qcompile.numerics.hadamard import random_rotation
+from qcompile.numerics.qparams import dequantize_with_qparams, quantize_with_qparams
+from qcompile.numerics.qtensor import QTensor
+from qcompile.numerics.rounding import quantize_tensor
+
+
+class GrowingTensor:
+    """A tensor [B, H, S, n] that grows along S without a copy at every append."""
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+        self.length = 0
+
+    def append(self, new: Tensor) -> None:
+        """Append [B, H, S', n]."""
+        length = self.length + new.shape[-2]
+        if self.buffer is None or length > self.buffer.shape[-2]:
+            larger = new.new_empty(*new.shape[:-2], max(length, self.length * 5 // 4 + 16), new.shape[-1])
+            if self.buffer is not None:
+                larger[..., : self.length, :] = self.read()
+            self.buffer = larger
+        self.buffer[..., self.length : length, :] = new
+        self.length = length
+
+    def read(self) -> Tensor:
+        """What was appended, [B, H, S, n], as a view."""
+        assert self.buffer is not None
+        return self.buffer[..., : self.length, :]
+
+    def replace(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace the content by a function of it."""
+        if self.buffer is not None:
+            self.buffer = function(self.read()).contiguous()
+            self.length = self.buffer.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the content."""
+        return 0 if self.buffer is None else self.read().nbytes
+
+
+class PerTokenStates:
+    """Codes with a scale (float16) and a zero point for each head and token; the first tokens are float.
+
+    Attributes:
+        format: of the codes, per row with integer zero points.
+        sink_tokens: tokens at the start that stay float.
+        hadamard: whether vectors are rotated before they are quantized.
+        center: [H, 1, D], subtracted before and added when read; or None.
+        sinks: the float tokens.
+    """
+
+    def __init__(self, format: Format, sink_tokens: int, hadamard: bool, center: Tensor | None) -> None:
+        self.format, self.sink_tokens, self.hadamard = format, sink_tokens, hadamard
+        self.center = None if center is None else center.float()[:, None]
+        self.sinks, self.codes, self.scale, self.zero = (GrowingTensor() for _ in range(4))
+        self.width = 0
+        self._rotation: Tensor | None = None
+
+    def append(self, new: Tensor) -> None:
+        """Quantize and append [B, H, S, D]."""
+        sinks = max(0, self.sink_tokens - self.sinks.length)
+        self.width = new.shape[-1]
+        if sinks:
+            self.sinks.append(new[..., :sinks, :])
+        new = new[..., sinks:, :]
+        if not new.shape[-2]:
+            return
+        if self.hadamard and self._rotation is None:
+            self._rotation = random_rotation(self.width, 0)[0].float()
+        values = new.float() if self.center is None else new.float() - self.center
+        q = quantize_tensor(values if self._rotation is None else values @ self._rotation, self.format)
+        assert q.zero is not None
+        self.codes.append(q.stored())
+        self.scale.append(q.scale.clamp(max=torch.finfo(torch.float16).max).half())
+        self.zero.append(q.zero)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """All tokens, dequantized, [B, H, S, D]."""
+        tokens = [self.sinks.read().to(dtype)] if self.sinks.length else []
+        if self.codes.length:
+            parts = self.codes.read(), self.scale.read().float(), self.zero.read(), None
+            values = QTensor.from_stored(parts, self.format, self.width).dequantize()
+            values = values if self._rotation is None else values @ self._rotation.t()
+            tokens.append((values if self.center is None else values + self.center).to(dtype))
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens, -2)
+
+    def drop(self, count: int) -> None:
+        """Drop the last tokens."""
+        quantized = min(count, self.codes.length)
+        for tensor in (self.codes, self.scale, self.zero):
+            tensor.length -= quantized
+        self.sinks.length -= count - quantized
+
+    @property
+    def tensors(self) -> tuple[GrowingTensor, ...]:
+        """Everything that is stored."""
+        return self.sinks, self.codes, self.scale, self.zero
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self._filled.read())
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return int(self._filled.read().shape[1])
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.sinks.length + self.codes.length
+
+    @property
+    def _filled(self) -> GrowingTensor:
+        return self.codes if self.codes.buffer is not None else self.sinks
+
+
+class PerChannelStates:
+    """int8 codes with a static scale [H, D] for each channel, without zero points."""
+
+    format = Format("int8")
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale.float()[:, None]  # [H, 1, D]
+        self.codes = GrowingTensor()
+
+    def append(self, new: Tensor) -> None:
+        """Quantize and append [B, H, S, D]."""
+        self.codes.append(quantize_with_qparams(new.float(), self.scale, None, self.format))
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """All tokens, dequantized, [B, H, S, D]."""
+        return dequantize_with_qparams(self.codes.read(), self.scale, None, self.format).to(dtype)
+
+    def drop(self, count: int) -> None:
+        """Drop the last tokens."""
+        self.codes.length -= count
+
+    @property
+    def tensors(self) -> tuple[GrowingTensor, ...]:
+        """Everything that is stored per token."""
+        return (self.codes,)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.codes.read())
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return int(self.codes.read().shape[1])
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.codes.length
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.scale.shape[-1]
+
+
+States = PerTokenStates | PerChannelStates

@@ -1,0 +1,84 @@
+"""What every pass is given beside the program and its config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from rich.progress import track
+
+from qcompile.analysis.facts import Facts
+from qcompile.calibration.layerwise_run import LayerwiseRun
+from qcompile.calibration.statistics import CalibrationError, Statistics
+from qcompile.ir.program import Program
+from qcompile.recipe.report import KVConstants, PassReport, SiteReport
+from qcompile.recipe.rule import Rule
+
+Batches = Callable[[], Iterable[Sequence[Any]]]
+"""Gives a fresh iterator of a program's flat inputs, one batch after another."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class PassContext:
+    """The surroundings of one pass.
+
+    Attributes:
+        facts: sites, norms, streams and attentions of the program that the pass rewrites.
+        statistics: of the program's values, those that the pass asked for at its registration (`needs`).
+        batches: calibration data; None where there is none.
+        rules: the first matching rule of a site name, or None. A pass may write formats here for the quantizing
+            pass behind it (PerTensorActivations).
+        keep_float: sites that the caller keeps float -> the reason.
+        sites: the report of every site, by name; who quantizes a site fills it in.
+        constants: what earlier passes computed for the key/value cache.
+        reference: the program before all passes.
+        keep_float_weights: a later pass compares the codes with the float weights, so they must be kept (LoRC).
+        progress: whether to show bars.
+    """
+
+    facts: Facts
+    statistics: Statistics = field(default_factory=Statistics)
+    batches: Batches | None = None
+    rules: dict[str, Rule | None] = field(default_factory=dict)
+    keep_float: dict[str, str] = field(default_factory=dict)
+    sites: dict[str, SiteReport] = field(default_factory=dict)
+    constants: KVConstants = field(default_factory=KVConstants)
+    reference: Program | None = None
+    keep_float_weights: bool = False
+    progress: bool = False
+
+    @staticmethod
+    def of(program: Program, **rest: Any) -> PassContext:
+        """The context of a pass that is called by itself, without a recipe."""
+        return PassContext(Facts(program), reference=program, **rest)
+
+    def on(self, program: Program, **changes: Any) -> PassContext:
+        """The same surroundings for a copy of the program, on which a search tries a pass: no site is reported."""
+        return dataclasses.replace(self, **{"facts": Facts(program), "sites": {}, **changes})
+
+    def data(self) -> Iterable[Sequence[Any]]:
+        """A fresh iterator of the calibration batches. Raises CalibrationError if there are none."""
+        if self.batches is None:
+            raise CalibrationError("this pass needs calibration data: give batches")
+        return self.batches()
+
+    def layerwise_run(self, program: Program) -> LayerwiseRun:
+        """All batches, before the first node of a program. Raises CalibrationError for an empty iterator."""
+        run = LayerwiseRun(program, self.data())
+        if not run.values:
+            raise CalibrationError("the calibration iterator is empty: give at least one batch")
+        return run
+
+    def track(self, items: Iterable[T], label: str) -> Iterable[T]:
+        """The items, with a progress bar where bars are shown."""
+        return track(items, label, disable=not self.progress, transient=True)
+
+    def skip(self, report: PassReport, site: str, reason: str, node: str = "") -> None:
+        """Record that a quantizing pass keeps a site float, in its report and in the site's own."""
+        report.skip(site, reason, node)
+        if site in self.sites:
+            self.sites[site].reason = reason

@@ -1,0 +1,39 @@
+"""`qcompile generate` and `chat`: PyTorch and ONNX Runtime print the same."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from qcompile.cli import app
+
+
+def test_generate_by_an_exported_folder(folder, tmp_path, call):
+    assert "onnx relative error" in call("export-onnx", folder, tmp_path / "o", "--recipe", "int8")
+    assert call("generate", tmp_path / "o", "--prompt", "the", "--tokens", 3).startswith("the")
+    assert "perplexity" in call("eval", tmp_path / "o", "--windows", 1, "--length", 32)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        call("generate", tmp_path / "o", "--prompt", "")
+    (tmp_path / "o/tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        call("generate", tmp_path / "o", "--prompt", "the")
+
+
+def test_chat(folder, tmp_path, call):
+    with pytest.raises(ValueError, match="no chat template"):
+        call("chat", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    call("export-onnx", tmp_path / "m", tmp_path / "o", "--recipe", "w4a16")
+    outputs = []
+    for place in (tmp_path / "m", tmp_path / "o"):
+        result = CliRunner().invoke(app, ["chat", str(place), "--tokens", "4"], input="the of\nis\n\n")
+        assert result.exit_code == 0, result.output
+        outputs.append(result.output)
+    assert all(output.count("you:") == 3 for output in outputs)
+    read = ["generate", str(tmp_path / "m"), "--prompt", "the of ", "--tokens", "4"]  # as the template writes it
+    answer = CliRunner().invoke(app, read).output.removeprefix("the of ").strip()
+    assert answer and answer in outputs[0]

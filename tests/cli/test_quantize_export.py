@@ -1,0 +1,47 @@
+"""`qcompile quantize` and `qcompile export-onnx`, end to end on a tiny local model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx
+import pytest
+
+from qcompile.codegen.onnx.options import OnnxOptions
+from qcompile.recipe.recipe import RecipeError
+
+
+def test_quantize_writes_a_model_that_the_others_read(folder, tmp_path, call):
+    assert "15 of 15 sites" in call("quantize", folder, tmp_path / "q", "--recipe", "w4a8")
+    assert "perplexity" in call("eval", tmp_path / "q", "--windows", 1, "--length", 64)
+    assert "the" in call("generate", tmp_path / "q", "--prompt", "the", "--tokens", 3)
+
+
+def test_auto_takes_a_preset(folder, tmp_path, call):
+    assert "15 of 15 sites" in call("quantize", folder, tmp_path / "auto", "--recipe", "auto")
+
+
+def test_every_option_of_a_file_is_a_flag(call):
+    out = " ".join(call("export-onnx", "--help").split())
+    for field in dataclasses.fields(OnnxOptions):
+        assert f"--{field.name.replace('_', '-')}" in out
+    assert "--no-contrib-ops" in out
+
+
+def test_standard_operators(folder, tmp_path, call):
+    assert "onnx relative error" in call("export-onnx", folder, tmp_path / "o", "--recipe", "int8", "--no-contrib-ops")
+    model = onnx.load(str(tmp_path / "o" / "model.onnx"), load_external_data=False)
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--accuracy-level", 2], "accuracy_level 2 is unknown"),
+        (["--no-contrib-ops", "--accuracy-level", 1], "standard operators only"),
+        (["--pooling", "mean", "--last-logits"], "last_logits is for decoders"),
+    ],
+)
+def test_bad_options_are_refused_before_the_model_is_loaded(flags, words, tmp_path, call):
+    with pytest.raises(RecipeError, match=words):
+        call("export-onnx", "no/such/model", tmp_path / "o", *flags)

@@ -1,0 +1,88 @@
+"""`qcompile kernels`: what is listed and printed, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcompile.cli import app
+from qcompile.codegen.triton.kernels.render import render
+from qcompile.codegen.triton.kernels.spec import GemmW
+
+
+def test_commands(call):
+    assert call("kernels", "show", "gemm_w/fp16/bias") == render(GemmW("fp16", bias=True))
+    assert "gemm_a8/bf16/codes=fp8" in call("kernels", "list")
+    assert "fp8" not in call("kernels", "list", "--arch", "80")
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["show", "gemm"], "no template 'gemm'"),
+        (["check"], "TRITON_INTERPRET"),
+        (["bench"], "no GPU here"),
+        (["tune"], "no GPU here"),
+        (["bench", "--shapes", "4096"], "write 4096x4096"),
+        (["tune", "--recipes", "w4a16-gptq"], "none rounds weights to nearest"),
+    ],
+)
+def test_errors_are_one_line(arguments, words, monkeypatch, fail):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert words in fail("kernels", *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [(["--arch", "x"], "no list of compute capabilities"), (["--only", "zzz"], "no kernel's name contains this")],
+)
+def test_a_check_of_nothing_is_an_error(arguments, words, monkeypatch, fail):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert words in fail("kernels", "check", *arguments)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_list_loses_no_text(terminal, call, screen):
+    """Names of kernels, tiles and figures are whole, on 80 columns and in a pipe."""
+    from qcompile.codegen.triton.aot.shipped_kernels import shipped
+
+    screen(80, terminal)
+    out = call("kernels", "list")
+    assert "…" not in out and "..." not in out
+    for kernel in shipped(90):
+        spec, _, tile = str(kernel).partition(" ")
+        assert spec in out and all(word in out for word in tile.split())
+    assert max(map(len, out.splitlines())) <= (80 if terminal else 200)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_tables_of_timing_lose_no_text(terminal, screen, capsys):
+    from qcompile.cli.output import print_table
+    from qcompile.codegen.triton.tuning.gemm_benchmark import GemmComparison, GemmTiming, Timed
+
+    names = ["cuBLAS bf16", "qcompile w4a16", "qcompile int8", "torch int4 tinygemm", "torch int8", "GemLite int4"]
+    times = {name: Timed(1234.5 + index, 0.01, 10**9) for index, name in enumerate(names)}
+    rows = [GemmTiming(m, 14336, 4096, times, {"GemLite int8": "not installed"}) for m in (1, 2048)]
+    screen(80, terminal)
+    print_table(GemmComparison({}, rows, Timed(100.0, 0.01, 10**8)).table())
+    out = capsys.readouterr().out
+    assert "…" not in out and "14336x4096" in out and "2048" in out
+    for index in range(len(names)):
+        assert out.count(f"{1234.5 + index:.1f}") == 2
+    for word in " ".join([*names, "GemLite int8"]).split():
+        assert word in out
+
+
+def test_formats_of_recipes_are_named_once():
+    from qcompile.cli.triton_kernels import _formats
+
+    found = _formats("w4a16, w4a16,int8")
+    assert [act for _, act in found] == ["", "int8/row"] and len(found) == 2
+
+
+def test_the_group_needs_a_command():
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(app, ["kernels"])
+    assert result.exit_code == 2 and "list" in result.output

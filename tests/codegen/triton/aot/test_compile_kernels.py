@@ -1,0 +1,46 @@
+"""What must not be in a compiled kernel is found."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from qcompile.codegen.triton.aot.compile_kernels import KernelCost, compile_kernel, complaints, types_of
+from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, GemvW, SumK
+from qcompile.codegen.triton.launch.tiles import launch_of
+
+GOOD = KernelCost(registers=100, spilled=0, shared=50_000, instructions=600, mma={"wgmma": 8}, from_registers=8)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({}, ""),
+        (dict(spilled=8), "spilled"),
+        (dict(shared=240_000), "shared memory"),
+        (dict(mma={}), "body is lost"),
+        (dict(mma={"mma": 16}), "not by wgmma"),
+        (dict(from_registers=0), "through shared memory"),
+    ],
+)
+def test_what_must_not_be(change, words):
+    found = complaints(GemmW(), 90, dataclasses.replace(GOOD, **change))
+    assert words in "".join(found) and bool(found) == bool(words)
+
+
+def test_a_lost_body_of_a_kernel_without_tensor_cores():
+    tiny = dataclasses.replace(GOOD, mma={}, instructions=16)
+    assert "body is lost" in complaints(GemvW(), 90, tiny)[0]
+
+
+def test_interpreted_kernels_are_not_compiled(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="Fix: unset it"):
+        compile_kernel(GemmW(), launch_of(GemmW()), 90)
+
+
+def test_types_follow_the_codes():
+    assert types_of(GemmW())["w"] == "*u8" and types_of(GemmW(zero="float"))["zero"] == "*fp32"
+    assert types_of(Gemm8(codes="fp8"))["x"] == "*fp8e4nv" and types_of(Gemm8(parts=True))["out"] == "*i32"
+    assert types_of(SumK(codes="int8"))["sums"] == "*i32" and types_of(SumK("fp16"))["sums"] == "*fp32"

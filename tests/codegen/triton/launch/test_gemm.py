@@ -1,0 +1,122 @@
+"""The kernels of linear layers against float64 on the same codes, and which kernel runs for which M."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from kernel_cases import UNIT_ROUNDOFF, DEVICE, assert_close, epilogue_sum, packed_weight, randn, random_epilogue
+from kernel_cases import random_int8
+
+from qcompile.codegen.triton.launch import gemm
+from qcompile.codegen.triton.launch.gemm import Epilogue, linear_a8, linear_w
+from qcompile.codegen.triton.launch.tiles import Launch
+from qcompile.numerics.format import Format
+
+FORMS = ["int4/group128", "int4/group128/zero", "int4/group64/floatzero", "int4/group32/zero", "int4/row",
+         "int8/row", "int8/group64/zero", "int3/group128/zero", "int3/group64", "int2/group64/zero",
+         "int2/group32/floatzero", "int4/group256/zero", "int4/group64/zero/dual", "int4/group64/dual"]  # fmt: skip
+SHAPES = [(1, 24, 256), (3, 80, 320), (7, 70, 256), (40, 66, 272)]  # M of gemv, and no multiples of a tile
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_weight_only(form, dtype):
+    group = Format.parse(form).group or 1
+    for m, n, k in SHAPES:
+        k = max(k, group)
+        weight, values = packed_weight(form, n, k)
+        x = randn(m, k, dtype=dtype)
+        want, size = x.double() @ values.t(), x.double().abs() @ values.abs().t()
+        c = 2**-14 if m <= 32 and "float" not in form else UNIT_ROUNDOFF[dtype]
+        assert_close(linear_w(x, weight, Epilogue()), want, size, dtype, c)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [n for r in (1, 2) for n in itertools.combinations(("bias", "residual"), r)]
+    + [("low", "up"), ("bias", "residual", "low", "up")],
+)
+@pytest.mark.parametrize("m", [2, 20, 40])
+def test_epilogues(names, m, monkeypatch):
+    dtype, n, k = torch.float16, 70, 512
+    weight, values = packed_weight("int4/group64/zero", n, k)
+    x, epilogue = randn(m, k, dtype=dtype), random_epilogue(names, m, n, 5, dtype)
+    want, size = x.double() @ values.t() + epilogue_sum(epilogue), x.double().abs() @ values.abs().t()
+    for split_k in (1, 3):
+        monkeypatch.setattr(gemm, "split_k_of", lambda *_, split_k=split_k: split_k)
+        got = linear_w(x, weight, epilogue)
+        assert_close(got, want, size, dtype, UNIT_ROUNDOFF[dtype])
+        assert torch.equal(got, linear_w(x, weight, epilogue))
+    assert_close(linear_w(x, weight, epilogue, variant="dequant"), want, size, dtype, 2 * UNIT_ROUNDOFF[dtype])
+
+
+@pytest.mark.parametrize("act", ["row", "tensor"])
+@pytest.mark.parametrize("m,n,k", [(1, 40, 256), (20, 70, 200), (40, 130, 384)])
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_int8(act, m, n, k, split_k, monkeypatch):
+    monkeypatch.setattr(gemm, "split_k_of", lambda *_: split_k)
+    x, w = random_int8((m, k), (n, k))
+    exact = x.double() @ w.double().t()
+    ones = torch.ones(1, 1, device=DEVICE).expand(m if act == "row" else 1, 1).contiguous()
+    got = linear_a8(x, ones, w, torch.full((n, 1), 2.0**-8, device=DEVICE), Epilogue(), torch.float16)
+    assert torch.equal(got, (exact * 2.0**-8).half())  # sums below 2^24: exact until the last rounding
+    x_scale, scale = randn(m if act == "row" else 1, 1).abs(), randn(n, 1, seed=6).abs() / k
+    epilogue = random_epilogue(("bias", "residual"), m, n, 0, torch.bfloat16)
+    want = exact * x_scale.double() * scale.double().t() + epilogue_sum(epilogue)
+    got = linear_a8(x, x_scale, w, scale, epilogue, torch.bfloat16)
+    assert_close(got, want, want.abs() * 0 + 1, torch.bfloat16, 2**-18)
+
+
+def test_fp8():
+    m, n, k = 20, 70, 256
+    x, w = (randn(*s, seed=s[0]).to(torch.float8_e4m3fn) for s in ((m, k), (n, k)))
+    x_scale, scale = randn(m, 1).abs(), randn(n, 1, seed=6).abs() / k
+    epilogue = random_epilogue(("low", "up"), m, n, 5, torch.bfloat16)
+    size = (x.double().abs() @ w.double().abs().t()) * x_scale.double() * scale.double().t()
+    want = (x.double() @ w.double().t()) * x_scale.double() * scale.double().t() + epilogue_sum(epilogue)
+    got = linear_a8(x, x_scale, w, scale, epilogue, torch.bfloat16)
+    assert_close(got, want, size, torch.bfloat16, 2**-12)
+
+
+def test_no_rows():
+    weight, _ = packed_weight("int4/group64", 24, 128)
+    assert linear_w(randn(0, 128, dtype=torch.float16), weight, Epilogue()).shape == (0, 24)
+
+
+def test_launch_sizes_reach_the_kernel(monkeypatch):
+    launched = []
+    weight, _ = packed_weight("int4/group64", 24, 128)
+    real = gemm.run
+
+    def run(spec, grid, launch, **arguments):
+        launched.append((spec, grid, launch))
+        real(spec, grid, launch, **arguments)
+
+    monkeypatch.setattr(gemm, "run", run)
+    monkeypatch.setattr(gemm, "launch_for", lambda *_: Launch(16, 16, 4, 2))
+    linear_w(randn(17, 128, dtype=torch.float16), weight, Epilogue())
+    spec, grid, launch = launched[0]
+    assert grid[0] == 2 * 2 and launch.block_n == 16 and dataclasses.replace(spec, parts=False).scaled == "sums"
+
+
+def test_m_chooses_the_kernel_when_it_runs(monkeypatch, own_cache):
+    """One packed weight, any M: nothing about it is fixed when a graph is lowered."""
+    weight, values = packed_weight("int4/group64", 24, 128)
+    launched, real = [], gemm.run
+
+    def run(spec, grid, launch, **arguments):
+        launched.append((spec.template, launch.block_m))
+        real(spec, grid, launch, **arguments)
+
+    monkeypatch.setattr(gemm, "run", run)
+    for m, want in ((1, ("gemv_w", 1)), (4, ("gemv_w", 1)), (5, ("gemm_w", 16)), (33, ("gemm_w", 64)),
+                    (65, ("gemm_w", 128)), (1024, ("gemm_w", 128)), (1025, ("dequant", 1))):  # fmt: skip
+        x = randn(m, 128, dtype=torch.float16)
+        del launched[:]
+        got = linear_w(x, weight, Epilogue())
+        assert launched[0] == want
+        size = x.double().abs() @ values.abs().t()
+        assert_close(got, x.double() @ values.t(), size, torch.float16, UNIT_ROUNDOFF[torch.float16])

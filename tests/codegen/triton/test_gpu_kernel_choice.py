@@ -1,0 +1,33 @@
+"""Choices on a GPU that nothing was measured on, and that something was measured on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcompile.codegen.triton.gpu_kernel_choice import NO_KERNEL, choose_gpu_kernel
+from qcompile.codegen.triton.kernels.gpu import Gpu
+from qcompile.codegen.triton.launch.measured_times import a8_name, remember_times
+from qcompile.numerics.format import Format
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+INT8 = Format("int8")
+
+
+def test_nothing_measured_is_not_slower():
+    choice = choose_gpu_kernel(Gpu(), INT8, "int8/row", torch.bfloat16, 8, 64, 32)
+    assert str(choice) == "gemm_a8 (not measured on this GPU)" and not choice.slower_than_float
+
+
+def test_a_measured_kernel_below_the_floor_is_slower():
+    layer = a8_name("int8", "bf16")
+    for kernel, slower in ((1.0, False), (1.06, True)):
+        remember_times(Gpu(), layer, 32, 64, 16, {"kernel": kernel, "float": 1.0})
+        choice = choose_gpu_kernel(Gpu(), INT8, "int8/row", torch.bfloat16, 8, 64, 32)
+        assert choice.slower_than_float == slower and choice.note == f"{1 / kernel:.2f}x cuBLAS"
+
+
+def test_a_format_without_a_kernel_is_slower_at_any_m():
+    for m in (1, 4096):
+        assert choose_gpu_kernel(Gpu(), Format.parse("fp4/group32"), "", torch.bfloat16, m, 64, 32) is NO_KERNEL
+    assert NO_KERNEL.slower_than_float

@@ -1,0 +1,25 @@
+"""Packed codes: the layout, and losslessness."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.numerics.bit_packing import pack, packed_columns, unpack
+
+
+def test_nibble_layout():
+    assert pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x03]]
+    assert pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 3).tolist() == [[0b11010001, 0b0]]
+
+
+@given(st.integers(1, 40), st.sampled_from([2, 3, 4, 8]), st.integers(0, 999))
+def test_unpack_is_the_inverse(k, bits, seed):
+    codes = torch.randint(0, 2**bits, (3, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(unpack(pack(codes, bits), bits, k), codes)
+
+
+@given(st.integers(1, 40), st.sampled_from([2, 3, 4, 8]))
+def test_packed_columns_are_the_bytes_of_a_row(k, bits):
+    assert pack(torch.zeros(2, k, dtype=torch.uint8), bits).shape == (2, packed_columns(k, bits))

@@ -1,0 +1,42 @@
+"""Hadamard matrices of the known sizes, their fast application, random rotations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcompile.numerics.hadamard import apply_hadamard, hadamard_factors, hadamard_matrix, random_rotation, random_signs
+
+SIZES = [1, 2, 4, 12, 20, 24, 28, 36, 44, 60, 64, 576, 1536]
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_rows_are_orthogonal(n):
+    h = hadamard_matrix(n)
+    assert set(h.unique().tolist()) <= {-1.0, 1.0}
+    assert torch.equal(h @ h.t(), n * torch.eye(n, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_butterflies_are_the_matrix(n):
+    x, signs = torch.randn(3, n, dtype=torch.float64), random_signs(n, 1)
+    want = x @ (signs[:, None] * hadamard_matrix(n)) / n**0.5
+    assert torch.allclose(apply_hadamard(x, signs), want, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [22, 52, 576, 64, 11008 // 64])
+def test_rotation_is_orthogonal_and_repeatable(n):
+    matrix, kind = random_rotation(n, 7)
+    assert torch.allclose(matrix @ matrix.t(), torch.eye(n, dtype=torch.float64), atol=1e-12)
+    assert torch.equal(matrix, random_rotation(n, 7)[0]) and not torch.equal(matrix, random_rotation(n, 8)[0])
+    assert ("Hadamard matrix of" in kind) == (hadamard_factors(n) is None)
+
+
+def test_known_factors():
+    assert (
+        hadamard_factors(576) == (36, 4)
+        and hadamard_factors(1536) == (12, 7)
+        and hadamard_factors(2048) == (1, 11)
+        and hadamard_factors(14336) == (28, 9)
+    )
+    assert hadamard_factors(22) is None

@@ -1,0 +1,57 @@
+"""Stored parts, splitting, dequantization."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numerics_formats import FORMATS
+
+from qcompile.numerics.format import Format
+from qcompile.numerics.qtensor import PARTS, QTensor, unpack_codes
+from qcompile.numerics.rounding import quantize_tensor
+from qcompile.testing import weights
+
+
+@given(weights(), st.sampled_from(FORMATS))
+def test_codes_are_in_range_and_stored_losslessly(w, text):
+    form = Format.parse(text)
+    q = quantize_tensor(w, form)
+    if not form.is_float:
+        assert int(q.codes.min()) >= form.qmin and int(q.codes.max()) <= form.qmax
+    back = unpack_codes(q.stored(), form, w.shape[1])
+    assert torch.equal(back.float(), q.codes.float())
+    assert q.stored().shape[1] == -(-w.shape[1] * form.bits // 8)
+
+
+def test_ragged_last_group():
+    w = torch.randn(3, 576)
+    q = quantize_tensor(w, Format.parse("int4/group128"))
+    assert q.scale.shape == (3, 5)
+    tail = quantize_tensor(w[:, 512:], Format.parse("int4/group64"))
+    assert torch.equal(q.dequantize()[:, 512:], tail.dequantize())
+
+
+@given(weights(), st.sampled_from(FORMATS))
+def test_stored_parts_are_read_back(w, text):
+    form = Format.parse(text)
+    q = quantize_tensor(w, form)
+    back = QTensor.from_stored(q.stored_parts, form, w.shape[1])
+    assert len(PARTS) == len(q.parts) and all(
+        part is getattr(q, name) for name, part in zip(PARTS, q.parts, strict=True)
+    )
+    for mine, read in zip(q.parts, back.parts, strict=True):
+        assert (mine is None) == (read is None)
+        assert mine is None or (mine.dtype == read.dtype and torch.equal(mine.float(), read.float()))
+    assert q.nbytes == sum(part.nbytes for part in q.stored_parts if part is not None)
+
+
+@pytest.mark.parametrize(
+    "text", ["int4/group16/zero", "int8/row", "int8/tensor", "int4/group16/zero/dual", "fp4/group16/m2"]
+)
+def test_split_matrices_are_the_rows_of_the_whole(text):
+    whole = quantize_tensor(torch.randn(7, 40), Format.parse(text))
+    blocks = whole.split([4, 1, 2])
+    assert [len(block.codes) for block in blocks] == [4, 1, 2]
+    assert torch.equal(torch.cat([block.dequantize() for block in blocks]), whole.dequantize())

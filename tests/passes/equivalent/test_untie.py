@@ -1,0 +1,47 @@
+"""Untie: a weight of its own for each site that shares one with a table, and none where sites share it."""
+
+from __future__ import annotations
+
+import torch
+from laws import before_and_after, rewrite, shape
+from torch import nn
+
+from qcompile.analysis.sites import find_sites
+from qcompile.ir.capture import capture
+from qcompile.passes import FoldNorm, Rotate, Untie
+from qcompile.testing import Decoder, assert_equivalent
+
+
+def test_tied_weights_are_refused_until_untied():
+    model = Decoder(shape(tied=True))
+    *_, reports = before_and_after(model, FoldNorm(), Rotate())
+    assert any("untie" in place.reason for place in reports[0].skipped)
+    *_, reports = before_and_after(model, Untie(), FoldNorm(), Rotate())
+    assert not reports[1].skipped and any("stream" in d for d in reports[2].done)
+
+
+def test_a_tied_site_gets_a_copy_under_its_other_name():
+    before, after, ids, (report,) = before_and_after(Decoder(shape(tied=True)), Untie())
+    ((new, old),) = report.renamed.items()
+    assert report.done == [f"{new} from {old}"] and {new, old} == {"head.weight", "table.weight"}
+    assert torch.equal(after.weights[new], before.weights[old]) and torch.equal(after.weights[old], before.weights[old])
+    sites = {site.name: site for site in find_sites(after)}
+    assert new in sites and old not in sites and not sites[new].shared_with
+    assert_equivalent(before, after, [ids], tolerance=0)
+
+
+def test_nothing_is_copied_where_nothing_is_tied():
+    before, after, _, (report,) = before_and_after(Decoder(shape()), Untie())
+    assert not report.done and not report.skipped and set(after.weights) == set(before.weights)
+
+
+def test_a_layer_that_is_used_twice_stays_one_matrix():
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    x = torch.randn(3, 8)
+    program = capture(nn.Sequential(layer, nn.ReLU(), layer), (x,))
+    weights = set(program.weights)
+    (report,) = rewrite(program, Untie(), batches=[[x]])
+    assert set(program.weights) == weights and not report.done
+    assert {place.reason for place in report.skipped} == {
+        "several sites share this weight: one matrix must serve them all"
+    }
