@@ -21,9 +21,9 @@ def read(name: str) -> dict[str, Any]:
     return found
 
 
-def perplexity_of(name: str, recipe: str, key: str = "recipe") -> float:
-    """The perplexity of a recipe (or folder) in a result file."""
-    return next(float(row["perplexity"]) for row in read(name)["rows"] if row[key] == recipe)
+def perplexity_of(recipe: str) -> float:
+    """The perplexity of a recipe on the original weights."""
+    return next(float(row["perplexity"]) for row in read("perplexity")["rows"] if row["recipe"] == recipe)
 
 
 def compile_rows(model: str) -> list[tuple[str, float, float, float]]:
@@ -78,18 +78,29 @@ def readme(_: str) -> str:
         _, prefill, decode = rows["inductor bfloat16"]
         for recipe in ("int8", "w4a8", "w4a16"):
             size, p, d = rows[f"qcompile {recipe} bfloat16"]
-            loss = f"{perplexity_of('perplexity', recipe):.2f}" if key == "SmolLM2-135M" else ""
+            loss = f"{perplexity_of(recipe):.2f}" if key == "SmolLM2-135M" else "-"
             cells = f"{size:.0f} | {loss} | {p / prefill:.2f}x | {d / decode:.2f}x"
             lines.append(f"| `torch.compile` | {model} | `{recipe}` | {cells} |")
-    engines = {r["engine"]: r for r in read("engines_cpu-vnni")["rows"]}
-    base = next(r for name, r in engines.items() if name.endswith("fp32"))
-    ours = next(r for name, r in engines.items() if name.startswith("qcompile int4-cpu-gptq"))
-    folders = {r["folder"]: r for r in read("onnx_cpu-vnni")["rows"]}
-    size = folders["qcompile int4-cpu-gptq, last logits, chunks"]["megabytes"]
-    loss = f"{perplexity_of('onnx_cpu-vnni', 'qcompile int4-cpu-gptq', 'folder'):.2f}"
-    cells = f"{size:.0f} | {loss} | {ours['prefill'] / base['prefill']:.2f}x | {ours['decode'] / base['decode']:.2f}x"
-    lines.append(f"| ONNX Runtime | SmolLM2-135M | `int4-cpu-gptq` | {cells} |")
+    lines += onnx_runtime()
     return "\n".join(lines)
+
+
+def onnx_runtime() -> list[str]:
+    """The README's rows of ONNX Runtime: our best folder, and GenAI's int4, against GenAI's float32."""
+    engines = read("engines_cpu-vnni")["rows"]
+    base = next(r for r in engines if r["engine"].endswith("fp32"))
+    folders = read("onnx_cpu-vnni")["rows"]
+    lines = []
+    for recipe, engine, folder in (
+        ("`int4-cpu-gptq`", "qcompile int4-cpu-gptq", "qcompile int4-cpu-gptq"),
+        ("GenAI's int4, blocks of 128", "int4", "GenAI int4, block 128"),
+    ):
+        speed = next(r for r in engines if r["engine"].startswith(engine) or r["engine"].endswith(engine))
+        file = next(r for r in folders if r["folder"].endswith(folder))
+        ratios = f"{speed['prefill'] / base['prefill']:.2f}x | {speed['decode'] / base['decode']:.2f}x"
+        cells = f"{file['megabytes']:.0f} | {file['perplexity']:.2f} | {ratios}"
+        lines.append(f"| ONNX Runtime | SmolLM2-135M | {recipe} | {cells} |")
+    return lines
 
 
 TABLES = {"readme": readme, "compile": compiled, "kernels": kernels}

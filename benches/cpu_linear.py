@@ -1,15 +1,15 @@
-"""Times every CPU kernel against the float product and torch's own quantized product.
+"""Times every CPU kernel against the float matmul and torch's own quantized matmul.
 
-    python benches/cpu_linear.py            prints the table, writes benches/results/cpu_linear-HOW.json
-    python benches/cpu_linear.py --commit   also writes codegen/cpu/measured-HOW.json, which kernel choice reads
-    python benches/cpu_linear.py --quick    three shapes and four numbers of rows
+    python benches/cpu_linear.py            prints the table, writes benches/results/cpu_linear-PROCESSOR.json
+    python benches/cpu_linear.py --commit   also writes codegen/cpu/measured-PROCESSOR.json, which kernel choice reads
+    python benches/cpu_linear.py --quick    three shapes and four values of M
 
-HOW is how this processor multiplies int8: amx, vnni, avx2.
+PROCESSOR is what this CPU multiplies int8 with: amx, vnni, avx2.
 
-Weights are cold: each run rotates over copies that together exceed the last-level cache. Kernel,
-float product and peer are interleaved and compared by their medians. The peers are what torch ships
-for the same weight: `_int_mm` and its scales (int8 x int8), `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`
-(bfloat16 only); the dual format has none of its own, so it is set against the int4 one.
+Weights are cold: each run rotates over copies that together exceed the last-level cache. Kernel, float matmul and peer
+are interleaved and compared by their medians. The peers are what torch ships for the same weight: `_int_mm` and its
+scales (int8 x int8), `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu` (bfloat16 only); the two-level (dual)
+format has none of its own, so it is compared with the int4 one.
 """
 
 from __future__ import annotations
@@ -48,36 +48,43 @@ def cases(k: int, n: int, m: int, dtype: torch.dtype) -> dict[str, tuple[Case, C
     w = torch.randn(n, k)
     codes = torch.randint(-127, 128, (m, k), dtype=torch.int8)
     x, x_scale = torch.randn(m, k).to(dtype), torch.rand(m, 1)
-    d, a, i = (quantize_tensor(w, f) for f in (DUAL, AFFINE, INT8))
-    assert d.group_scale is not None and d.zero is not None and a.zero is not None
-    nd, na = (kernels.prepare_nibbles(q.stored(), q.format, k) for q in (d, a))
-    slope, offset = kernels.group_offsets(a.scale, a.zero)
-    int4 = eight = None
+    dual, affine, int8 = (quantize_tensor(w, f) for f in (DUAL, AFFINE, INT8))
+    assert dual.group_scale is not None and dual.zero is not None and affine.zero is not None
+    dual_nibbles, nibbles = (kernels.prepare_nibbles(q.stored(), q.format, k) for q in (dual, affine))
+    slope, offset = kernels.group_offsets(affine.scale, affine.zero)
+    int4_peer = int8_peer = None
     if dtype == torch.bfloat16:
-        packed = aten._convert_weight_to_int4pack_for_cpu(unpack_codes(a.stored(), AFFINE, k).int(), 1)
-        terms = torch.stack((a.scale.t(), (a.scale * (8 - a.zero.float())).t()), dim=-1).bfloat16().contiguous()
-        int4 = (lambda x, w, t: aten._weight_int4pack_mm_for_cpu(x, w, 64, t), [x, packed, terms])
-        eight = (aten._weight_int8pack_mm.default, [x, i.codes, i.scale.reshape(-1).bfloat16()])
+        packed = aten._convert_weight_to_int4pack_for_cpu(unpack_codes(affine.stored(), AFFINE, k).int(), 1)
+        zeros = affine.scale * (8 - affine.zero.float())
+        terms = torch.stack((affine.scale.t(), zeros.t()), dim=-1).bfloat16().contiguous()
+        int4_peer = (lambda x, w, t: aten._weight_int4pack_mm_for_cpu(x, w, 64, t), [x, packed, terms])
+        int8_peer = (aten._weight_int8pack_mm.default, [x, int8.codes, int8.scale.reshape(-1).bfloat16()])
     return {
         "int8_mm": (
-            (lambda x, w, xs, s: kernels.int8_mm(x, xs, w, s, None, dtype), [codes, i.codes, x_scale, i.scale]),
-            (lambda x, w, xs, s: (torch._int_mm(x, w.t()) * xs * s).to(dtype), [codes, i.codes, x_scale, i.scale.t()]),
+            (lambda x, w, xs, s: kernels.int8_mm(x, xs, w, s, None, dtype), [codes, int8.codes, x_scale, int8.scale]),
+            (
+                lambda x, w, xs, s: (torch._int_mm(x, w.t()) * xs * s).to(dtype),
+                [codes, int8.codes, x_scale, int8.scale.t()],
+            ),
         ),
         "dual_mm": (
             (
                 lambda x, w, xs, gs, z, s: kernels.dual_mm(x, xs, w, gs, z, s, None, dtype),
-                [codes, nd, x_scale, d.group_scale, d.zero, d.scale],
+                [codes, dual_nibbles, x_scale, dual.group_scale, dual.zero, dual.scale],
             ),
-            int4,
+            int4_peer,
         ),
-        "int8_float": ((kernels.int8_float, [x, i.codes]), eight),
-        "nibble_float": ((kernels.nibble_float, [x, na, slope, offset]), int4),
-        "dequant_mm": ((lambda x, w, s: x @ (w.float() * s).to(x.dtype).t(), [x, i.codes, i.scale]), None),
+        "int8_float": ((kernels.int8_float, [x, int8.codes]), int8_peer),
+        "nibble_float": ((kernels.nibble_float, [x, nibbles, slope, offset]), int4_peer),
+        "dequant_mm": (
+            (lambda x, w, s: x @ (w.float() * s).to(x.dtype).t(), [x, int8.codes, int8.scale]),
+            None,
+        ),
     }
 
 
 def interleaved(calls: list[Callable[[int], object]], copies: int) -> list[float]:
-    """Median microseconds of calls run in turn; of one that takes 0.1 s, of its first three runs."""
+    """Median microseconds of interleaved calls; of one that takes 0.1 s, of its first three runs."""
     times: list[list[float]] = [[] for _ in calls]
     for run in range(18):
         for call, kept in zip(calls, times, strict=True):
@@ -104,22 +111,22 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     table = Table("kernel", "dtype", "M", "K", "N", "us", "float us", "torch's own us", "float/kernel", "own/kernel")
     quick = "--quick" in sys.argv
-    shapes, many = (SHAPES[1::2], [1, 4, 32, 512]) if quick else (SHAPES, ROWS)
-    places = [(d, k, n, m) for d in (torch.bfloat16, torch.float32) for k, n in shapes for m in many]
-    for dtype, k, n, m in track(places, "measuring"):
+    shapes, rows_of_x = (SHAPES[1::2], [1, 4, 32, 512]) if quick else (SHAPES, ROWS)
+    to_measure = [(d, k, n, m) for d in (torch.bfloat16, torch.float32) for k, n in shapes for m in rows_of_x]
+    for dtype, k, n, m in track(to_measure, "measuring"):
         copies = max(2, min(64, CACHE // (k * n // 2)))
         x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
         for name, (ours, peer) in cases(k, n, m, dtype).items():
             torch._dynamo.reset()
-            product: Case = (lambda x, w: x @ w.t(), [x, weight])
-            calls = [over_copies(c, copies) for c in (ours, product, peer) if c]
+            float_matmul: Case = (lambda x, w: x @ w.t(), [x, weight])
+            calls = [over_copies(c, copies) for c in (ours, float_matmul, peer) if c]
             us, float_us, *own = interleaved(calls, copies)
             short = str(dtype).removeprefix("torch.")
             row: dict[str, object] = dict(kernel=name, dtype=short, M=m, K=k, N=n, us=round(us, 1))
             rows.append(row | dict(float_us=round(float_us, 1), own_us=round(own[0], 1) if own else None))
-            numbers = [f"{us:.0f}", f"{float_us:.0f}", f"{own[0]:.0f}" if own else ""]
+            times = [f"{us:.0f}", f"{float_us:.0f}", f"{own[0]:.0f}" if own else ""]
             ratios = [f"{float_us / us:.2f}", f"{own[0] / us:.2f}" if own else ""]
-            table.add_row(name, short, str(m), str(k), str(n), *numbers, *ratios)
+            table.add_row(name, short, str(m), str(k), str(n), *times, *ratios)
     Console(width=120).print(table)
     result = json.dumps({"versions": versions(), "rows": rows}, indent=0) + "\n"
     (ROOT / f"benches/results/cpu_linear-{processor()}.json").write_text(result)

@@ -3,12 +3,12 @@
     pip install onnxruntime-genai gguf llama-cpp-python openvino
     python benches/engines_cpu.py [CALIBRATION_TEXT]      writes benches/results/engines_cpu-ISA.json
 
-An engine that is not installed is left out with a word; llama-cpp-python is for the processor that CMAKE_ARGS names
-when it is built (docs/onnx.md). Each runs in a process of its own, in turn, with a rest before each; all are started
-three times; medians.
-Float weights for llama.cpp are written here with the `gguf` package in its own formats: Q4_0, and Q8_0 for the table
-that is also the logits' (its tools take Q6_K there, which wants columns in multiples of 256). OpenVINO reads the
-portable file that qcompile writes, 4-bit codes in groups of 32, with its caches turned into state.
+An engine that is not installed is skipped with a message; llama-cpp-python is for the processor that CMAKE_ARGS names
+when it is built (docs/results/onnx-cpu.md). Each runs in a process of its own, interleaved, with a rest before each;
+all are started three times; medians.
+The GGUF file for llama.cpp is written here with the `gguf` package, in its own formats: Q4_0, and Q8_0 for the tied
+embedding (its tools take Q6_K there, which needs columns in multiples of 256). OpenVINO reads the file of standard
+operators that qcompile writes (contrib_ops=False), 4-bit codes in groups of 32, with its KV caches as state.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from qcompile.numerics.int8_matmul import processor
 
 RESULTS = Path(__file__).parent / "results" / f"engines_cpu-{processor()}.json"
 PROCESSES, ROUNDS = 3, 3
-REST = 1.0  # seconds before each turn: the idle threads of some engines spin on for a while
-NEEDS = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "openvino": "openvino"}  # left out if absent
+REST = 1.0  # seconds before each measurement: the idle threads of some engines spin on for a while
+NEEDS = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "openvino": "openvino"}  # skipped if absent
 
 
 def answer(time_one: Callable[[np.ndarray, int], tuple[float, float]], before: int, opened: float) -> None:
@@ -54,7 +54,7 @@ def answer(time_one: Callable[[np.ndarray, int], tuple[float, float]], before: i
 
 
 def stepwise(step: Callable[[np.ndarray, bool], int]) -> Callable[[np.ndarray, int], tuple[float, float]]:
-    """Times an engine whose `step` reads tokens, of a new text or of the same, and gives the next one."""
+    """Times an engine whose `step` reads tokens, of a new text or of the same one, and returns the next."""
 
     def time_one(prompt: np.ndarray, new: int) -> tuple[float, float]:
         start = time.perf_counter()
@@ -85,7 +85,7 @@ def serve_llama_cpp(path: str) -> None:
 
 
 def serve_openvino(path: str) -> None:
-    """Child process: a portable file, its caches as state."""
+    """Child process: a file of standard operators, its caches as state."""
     import openvino
     from openvino._offline_transformations import apply_make_stateful_transformation
 
@@ -100,15 +100,15 @@ def serve_openvino(path: str) -> None:
     request = core.compile_model(
         model, "CPU", {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     ).create_infer_request()
-    seen = 0
+    past = 0
 
     def step(tokens: np.ndarray, begin: bool) -> int:
-        nonlocal seen
+        nonlocal past
         if begin:
             request.reset_state()
-            seen = 0
-        seen += len(tokens)
-        found = request.infer({"input_ids": tokens[None], "attention_mask": np.ones((1, seen), np.int64)})
+            past = 0
+        past += len(tokens)
+        found = request.infer({"input_ids": tokens[None], "attention_mask": np.ones((1, past), np.int64)})
         return int(np.argmax(found[0][0, -1]))
 
     answer(stepwise(step), before, time.perf_counter() - start)
@@ -129,7 +129,7 @@ def serve_inductor(dtype: str) -> None:
 
 
 def write_gguf(model: torch.nn.Module, tokenizer: Any, path: Path) -> None:
-    """A Llama as GGUF: products in Q4_0, the table in Q8_0, norms in float32."""
+    """A Llama as GGUF: linears in Q4_0, the embedding in Q8_0, norms in float32."""
     import gguf
 
     config: Any = model.config
@@ -155,7 +155,7 @@ def write_gguf(model: torch.nn.Module, tokenizer: Any, path: Path) -> None:
             continue  # tied
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         values = weight.float()
-        if heads:  # its rotary embedding turns neighbours, ours the halves of a head
+        if heads:  # its rotary embedding rotates neighboring channels, ours the halves of a head
             values = values.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(values.shape)
         form = kind.F32 if values.ndim == 1 else kind.Q8_0 if "embed_tokens" in name else kind.Q4_0
         known = names.get_name(name, try_suffixes=(".weight",))
@@ -167,29 +167,29 @@ def write_gguf(model: torch.nn.Module, tokenizer: Any, path: Path) -> None:
 
 
 def build(work: Path, calibration: str | None, console: Console) -> dict[str, tuple[str, str]]:
-    """What is there to run: label -> (function of a child process, its argument)."""
+    """The engines: label -> (function of a child process, its argument)."""
     missing = {package for module, package in NEEDS.items() if util.find_spec(module) is None}
     for package in sorted(missing):
-        console.print(f"left out, not installed: {package}")
+        console.print(f"skipped, not installed: {package}")
     model, tokenizer = load_pretrained()
     found = {"torch.compile, bfloat16": ("engines_cpu.serve_inductor", "bfloat16")}
     model.save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
-    last = "prune_lm_head=true"  # as in all others: of the last token
+    last = "prune_lm_head=true"  # as in all others: logits of the last token only
     for precision, options in (("fp32", [last]), ("int4", [last, "accuracy_level=4", "block_size=128"])):
         if (refused := run_builder(work / "model", work / precision, precision, options)) is not None:
-            console.print(f"left out: the builder's {precision}: {refused}")
+            console.print(f"skipped: model builder, {precision}: {refused}")
         else:
-            found[f"onnxruntime-genai's builder, {precision}"] = ("onnx_cpu.serve", str(work / precision))
+            found[f"GenAI, {precision}"] = ("onnx_cpu.serve", str(work / precision))
     if not missing & {"gguf", "llama-cpp-python"}:
         write_gguf(model, tokenizer, work / "model.gguf")
         found["llama.cpp, Q4_0"] = ("engines_cpu.serve_llama_cpp", str(work / "model.gguf"))
     data = batches(tokenizer, calibration, count=64)
     if "openvino" not in missing:
-        out, small = work / "portable", copy.deepcopy(model)
+        out, small = work / "standard", copy.deepcopy(model)
         qcompile.quantize(small, "int4-cpu", data)  # in groups of 32: OpenVINO wants them to divide the columns
         qcompile.export_onnx(small, out, tokenizer=tokenizer, contrib_ops=False, low_memory=True, last_logits=True)
-        found["OpenVINO, qcompile's portable file"] = ("engines_cpu.serve_openvino", str(out / "model.onnx"))
+        found["OpenVINO, qcompile's standard operators"] = ("engines_cpu.serve_openvino", str(out / "model.onnx"))
     qcompile.quantize(model, BEST, data)
     qcompile.export_onnx(model, work / "ours", tokenizer=tokenizer, last_logits=True, chunk=CHUNK)
     found[f"qcompile {BEST}, last logits, chunks"] = ("onnx_cpu.serve", str(work / "ours"))
@@ -209,7 +209,7 @@ def main() -> None:
                 try:
                     children[name] = Child(given, function)
                 except ValueError:  # no answer
-                    console.print(f"left out, does not open: {name}")
+                    console.print(f"skipped, does not open: {name}")
             try:
                 for step in range(ROUNDS + 1):  # the first warms up and compiles
                     for name, child in children.items():
@@ -223,7 +223,7 @@ def main() -> None:
     table = Table("engine", f"prefill of {PROMPT}, tokens/s", "decode, tokens/s", "open MB")
     for name, found in times.items():
         first, further, memory = (statistics.median(column) for column in zip(*found, strict=True))
-        rows.append(dict(engine=name, prefill=PROMPT / first, decode=1 / further, held_megabytes=memory / 1e6))
+        rows.append(dict(engine=name, prefill=PROMPT / first, decode=1 / further, memory_megabytes=memory / 1e6))
         table.add_row(name, f"{PROMPT / first:.0f}", f"{1 / further:.1f}", f"{memory / 1e6:.0f}")
     console.print(table)
     present = ["onnxruntime-genai", *(package for module, package in NEEDS.items() if util.find_spec(module))]

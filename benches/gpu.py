@@ -1,14 +1,14 @@
-"""Products and whole models on a GPU against cuBLAS, torch's own kernels, GemLite and Inductor.
+"""GEMMs and whole models on a GPU against cuBLAS, torch's own kernels, GemLite and Inductor.
 
     python benches/gpu.py                          both, in under eight minutes
     python benches/gpu.py products                 writes benches/results/gpu_products.json
     python benches/gpu.py model [LAYERS]           writes benches/results/gpu_model.json
 
-products: one layer at a time, cold weights in CUDA graphs, all contenders in turn (codegen/triton/tuning/gemm_benchmark.py).
+products: one layer at a time, cold weights in CUDA graphs, interleaved (codegen/triton/tuning/gemm_benchmark.py).
 model: Llama-3-8B shapes with random weights, tokens a second of decoding (batches of 1 to 128 over a cache of 1024)
 and of a prompt of 2048, against Inductor bf16 with CUDA graphs; the most telling first. What is measured is written
-after every row, so an interruption loses nothing, and what the time did not suffice for is named. Both end with what
-was asked of them (gpu_asked.py), and refuse to run without a GPU.
+after every row, so an interruption loses nothing, and what the time did not suffice for is named. Both end with their
+targets (gpu_targets.py), and refuse to run without a GPU.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gpu_asked
+import gpu_targets
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from qcompile.codegen.triton.tuning.gemm_benchmark import GemmComparison, Timed, compare, interleaved, ratio
-from qcompile.codegen.triton.tuning.gpu_timer import Machine
+from qcompile.codegen.triton.tuning.gemm_benchmark import GemmComparison, Timed, compare_gemms, interleaved, ratio
+from qcompile.codegen.triton.tuning.gpu_timer import TimedGpu
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096)]  # K x N: o, gate or up, down
 ROWS = [1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 RECIPES = ["w4a16", "int8", "fp8", "auto"]
-FIRST = "Inductor bf16"
+INDUCTOR = "Inductor bf16"  # the baseline of all ratios
 WORK = [("decode", 1), ("prompt", 2048), ("decode", 8), ("decode", 32), ("decode", 128)]  # the most telling first
 CACHE, ROUNDS = 1024, 10
-WARM, CALLS = 3, 5  # calls that compile and record, and calls of one reading
+WARMUP_CALLS, CALLS = 3, 5  # calls that compile and record, and calls of one reading
 SECONDS = dict(products=170, model=270)  # after so many no row begins
 
 
@@ -59,32 +59,32 @@ def model_of(layers: int, device: torch.device, width: int = 4096) -> Any:
 
 
 def candidates(model: Any, recipes: list[str], device: torch.device) -> dict[str, Callable[..., Any]]:
-    """Inductor first; all with CUDA graphs on a GPU. "auto" is the recipe that it chooses, once."""
+    """name -> compiled model, Inductor first; on a GPU with CUDA graphs. "auto" is the recipe that it chooses, once."""
     from qcompile.pipeline.presets import find_recipe
 
     on_gpu = device.type == "cuda"
-    found = {FIRST: torch.compile(model, dynamic=True, mode="reduce-overhead" if on_gpu else "default")}
+    models = {INDUCTOR: torch.compile(model, dynamic=True, mode="reduce-overhead" if on_gpu else "default")}
     chosen = {name: find_recipe(name, model).name for name in recipes}
     for recipe in dict.fromkeys(chosen.values()):
         options = {"recipe": recipe, "verify": False, "mode": "reduce-overhead" if on_gpu else "default"}
         label = f"qcompile {recipe}" + " (auto)" * (chosen.get("auto") == recipe and recipe not in recipes)
-        found[label] = torch.compile(model, backend="qcompile", dynamic=True, options=options)
-    return found
+        models[label] = torch.compile(model, backend="qcompile", dynamic=True, options=options)
+    return models
 
 
 def microseconds(call: Callable[[], Any], calls: int, device: torch.device) -> Callable[[], float]:
-    """A reading: the mean of some calls, the device awaited before and after."""
+    """A reading: the mean of some calls, with the device synchronized before and after."""
 
-    def wait() -> None:
+    def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     def once() -> float:
-        wait()
+        synchronize()
         start = time.perf_counter()
         for _ in range(calls):
             call()
-        wait()
+        synchronize()
         return (time.perf_counter() - start) / calls * 1e6
 
     return once
@@ -96,12 +96,12 @@ def decoding(model: Any, config: Any, batch: int, device: torch.device) -> Calla
 
     cache = StaticCache(config=config, max_cache_len=CACHE)
     ids = torch.randint(0, 100, (batch, 1), device=device)
-    place = torch.full((batch, 1), CACHE // 2, device=device)
+    position = torch.full((batch, 1), CACHE // 2, device=device)
 
     def step() -> Any:
         torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
-            return model(input_ids=ids, position_ids=place, past_key_values=cache, use_cache=True).logits
+            return model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True).logits
 
     return step
 
@@ -126,13 +126,17 @@ def time_model(
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
     seconds: float = float("inf"),
 ) -> list[dict[str, Any]]:
-    """Microseconds of a call of every candidate, in turn.
+    """Microseconds of a call of every candidate, interleaved.
 
     Args:
-        model, recipes, device: what to time, and where. rounds: readings of each.
-        keep: is given all rows after every one. seconds: no row begins after so many.
+        model: to compile.
+        recipes: one candidate each, beside Inductor.
+        device: of the model.
+        rounds: readings of each.
+        keep: is given all rows after every one.
+        seconds: no row begins after so many.
     """
-    assert WARM + (rounds + 1) * CALLS <= CACHE, "the cache would overflow"
+    assert WARMUP_CALLS + (rounds + 1) * CALLS <= CACHE, "the cache would overflow"
     torch._dynamo.config.recompile_limit = 256  # every candidate compiles the same code anew
     start, models = time.monotonic(), candidates(model, recipes, device)
     rows: list[dict[str, Any]] = []
@@ -153,12 +157,12 @@ def time_model(
                     decoding(compiled, model.config, tokens, device) if kind == "decode"
                     else prompt(compiled, tokens, device)
                 )  # fmt: skip
-                for _ in range(WARM):
+                for _ in range(WARMUP_CALLS):
                     call()
                 if on_gpu:
                     row["peak_bytes"][candidate] = torch.cuda.max_memory_allocated()
                 timers[candidate] = (microseconds(call, CALLS, device), 0)
-            except Exception as error:  # one that fails stops nobody else
+            except Exception as error:  # one that fails stops no other
                 line = (str(error).strip().splitlines() or [""])[0]
                 row["absent"][candidate] = f"{type(error).__name__}: {line[:300]}"
         row["times"] = interleaved(timers, rounds)
@@ -168,12 +172,12 @@ def time_model(
 
 def times_inductor(row: dict[str, Any], name: str) -> float | None:
     """How many times Inductor's speed; None where it cannot be said."""
-    first: Timed | None = row["times"].get(FIRST)
-    return None if first is None else ratio(row["times"][name], first)
+    baseline: Timed | None = row["times"].get(INDUCTOR)
+    return None if baseline is None else ratio(row["times"][name], baseline)
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    """Tokens a second, and how many times Inductor's ("?" where the machine was not quiet)."""
+    """Tokens a second, and how many times Inductor's ("?" where the GPU was not quiet)."""
     names = list(dict.fromkeys(name for row in rows for name in (*row["times"], *row["absent"])))
     table = Table("tokens a second", *names)
     for row in rows:
@@ -187,43 +191,41 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    """As JSON, whole or not at all."""
+    """As JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(found, indent=1, default=vars) + "\n")
     os.replace(beside, path)
 
 
-def run_products(console: Console, machine: Machine, folder: Path) -> None:
-    """All contenders on all shapes."""
+def run_products(console: Console, timed_gpu: TimedGpu, folder: Path) -> None:
+    """All GEMMs on all shapes."""
 
     def keep(found: GemmComparison) -> None:
         found.write(folder / "gpu_products.json")
 
-    found = compare(SHAPES, ROWS, machine=machine, keep=keep, seconds=SECONDS["products"])
+    found = compare_gemms(SHAPES, ROWS, timed_gpu=timed_gpu, keep=keep, seconds=SECONDS["products"])
     console.print(found.table())
-    for word in found.words():
-        console.print(word, highlight=False)
-    console.print(gpu_asked.products(found))
+    for note in found.notes():
+        console.print(note, highlight=False)
+    console.print(gpu_targets.gemm_table(found))
 
 
-def run_model(console: Console, machine: Machine, folder: Path, layers: int, width: int = 4096) -> None:
+def run_model(console: Console, timed_gpu: TimedGpu, folder: Path, layers: int, width: int = 4096) -> None:
     """All recipes on the whole model."""
-    before = machine.facts()
+    before, device = timed_gpu.state(), timed_gpu.device
 
     def keep(rows: list[dict[str, Any]]) -> None:
-        found = dict(machine=before, after=machine.facts(), layers=layers, rows=rows, kernels=kernels_of_last())
+        found = dict(before=before, after=timed_gpu.state(), layers=layers, rows=rows, kernels=kernels_of_last())
         write(folder / "gpu_model.json", found)
 
-    rows = time_model(
-        model_of(layers, machine.device, width), RECIPES, machine.device, keep=keep, seconds=SECONDS["model"]
-    )
+    rows = time_model(model_of(layers, device, width), RECIPES, device, keep=keep, seconds=SECONDS["model"])
     keep(rows)
     console.print(table_of(rows))
     for row in rows:
         for name, why in row["absent"].items():
             console.print(f"{row['work']}, {name}: {why}", highlight=False)
-    console.print(gpu_asked.model(rows, times_inductor))
+    console.print(gpu_targets.model_table(rows, times_inductor))
 
 
 def kernels_of_last() -> list[dict[str, Any]]:
@@ -240,17 +242,17 @@ def kernels_of_last() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure what was asked for, print, write."""
-    what = sys.argv[1] if len(sys.argv) > 1 else "all"
-    if what not in ("all", "products", "model"):
+    """Measure, print, write."""
+    part = sys.argv[1] if len(sys.argv) > 1 else "all"
+    if part not in ("all", "products", "model"):
         raise SystemExit(__doc__)
-    console, machine = Console(width=240), Machine()
-    if not machine.there:
+    console, timed_gpu = Console(width=240), TimedGpu()
+    if not timed_gpu.available:
         raise SystemExit("no GPU here: nothing was measured, and nothing was written")
-    if what != "model":
-        run_products(console, machine, RESULTS)
-    if what != "products":
-        run_model(console, machine, RESULTS, int(sys.argv[2]) if len(sys.argv) > 2 else 32)
+    if part != "model":
+        run_products(console, timed_gpu, RESULTS)
+    if part != "products":
+        run_model(console, timed_gpu, RESULTS, int(sys.argv[2]) if len(sys.argv) > 2 else 32)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import qcompile
 from qcompile.calibration.text import batches, read_text, windows
+from qcompile.cli.output import print_table
 from qcompile.evaluation.perplexity import agreement, perplexity
 from qcompile.generation.pretrained import load_pretrained
 from qcompile.memory.environment import versions
@@ -29,7 +29,7 @@ RECIPES = [str(HERE / "recipes" / "w3a16.json"), "w4a4-rotated", "w4a16"]
 
 
 def intact(recipe: Recipe, *, trained: bool = False) -> Recipe:
-    """The recipe with IntactKV in front of its quantizing pass, and CalibratePrefix behind it."""
+    """The recipe with IntactKV before its quantizing pass, and CalibratePrefix after it."""
     at = next(i for i, config in enumerate(recipe.passes) if isinstance(config, Quantize))
     quantizer, *rest = recipe.passes[at:]
     behind = (CalibratePrefix(),) if trained else ()
@@ -57,7 +57,7 @@ def main() -> None:
             rows.append(dict(recipe=recipe.name, perplexity=found.perplexity, kl=found.kl))
     for row in rows:
         table.add_row(row["recipe"], f"{row['perplexity']:.3f}", f"{row['kl']:.4f}")
-    Console(width=120).print(table)
+    print_table(table)
     data = {"versions": versions(), "rows": rows}
     (HERE / "results" / "intact_kv.json").write_text(json.dumps(data, indent=1) + "\n")
 

@@ -2,7 +2,7 @@
 
     python benches/llm_cpu.py [layers]      writes benches/results/llm_cpu.json
 
-Everything runs in one process, candidates in turn, medians; see qcompile/evaluation/throughput.py.
+Everything runs in one process, candidates interleaved, medians; see qcompile/evaluation/throughput.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
+from qcompile.cli.output import print_table, tell
 from qcompile.evaluation.throughput import compare_with_inductor
 from qcompile.generation.pretrained import load_pretrained
 from qcompile.memory.environment import versions
@@ -41,14 +41,14 @@ def large(layers: int) -> torch.nn.Module:
 def main() -> None:
     """Measure, print, write."""
     layers = int(sys.argv[1]) if len(sys.argv) > 1 else 6
-    console = Console(width=120)
     results: dict[str, object] = {"versions": versions()}
     for name, model in (
         (f"1B shapes, {layers} layers", large(layers)),
         ("SmolLM2-135M", load_pretrained(dtype=torch.bfloat16)[0]),
     ):
         found = compare_with_inductor(model, ["int8", "w4a8", "w4a16"], also=torch.float32)
-        console.print(name, found.table())
+        tell(name)
+        print_table(found.table())
         results[name] = found.to_json()["rows"]
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,8 +1,8 @@
 """Sentence embeddings of exported ONNX folders against the float model's: cosine similarity, size and speed.
 
-    python benches/onnx_encoder.py [TEXT [MODEL]]      writes benches/results/onnx_encoder-HOW.json
+    python benches/onnx_encoder.py [TEXT [MODEL]]      writes benches/results/onnx_encoder-ISA.json
 
-HOW is how this processor multiplies int8: amx, vnni, avx2.
+ISA is this processor's int8 instruction set: amx, vnni, avx2.
 TEXT: 256 sentences of it are embedded (default: the embedded text); calibration reads other sentences of the embedded
 text. MODEL: a folder or hub id (default: the encoder that a package carries). Every row but one is a
 folder as `qcompile export-onnx MODEL FOLDER --recipe .. --pooling mean --normalize` writes it, run by ONNX Runtime. The
@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import qcompile
 from qcompile.calibration.text import sentence_batches, sentences
-from qcompile.codegen.onnx.sentence_embedding import Pooled, Pooling
+from qcompile.cli.output import print_table
+from qcompile.codegen.onnx.sentence_embedding import PooledEncoder, Pooling
 from qcompile.generation.pretrained import load_encoder
 from qcompile.memory.environment import versions
 from qcompile.numerics.format import Format
@@ -58,7 +58,7 @@ PEER = "torch.onnx, quantize_dynamic"
 class Positional(torch.nn.Module):
     """The sentence embedding as torch.onnx wants it: one output of positional inputs."""
 
-    def __init__(self, pooled: Pooled, names: list[str]) -> None:
+    def __init__(self, pooled: PooledEncoder, names: list[str]) -> None:
         super().__init__()
         self.pooled, self.names = pooled, names
 
@@ -67,7 +67,7 @@ class Positional(torch.nn.Module):
         return self.pooled(**dict(zip(self.names, values, strict=True)))["sentence_embedding"]
 
 
-def write_peer(pooled: Pooled, batch: dict[str, torch.Tensor], folder: Path) -> None:
+def write_peer(pooled: PooledEncoder, batch: dict[str, torch.Tensor], folder: Path) -> None:
     """torch.onnx.export, and quantize_dynamic."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -85,13 +85,12 @@ def write_peer(pooled: Pooled, batch: dict[str, torch.Tensor], folder: Path) -> 
 
 def main() -> None:
     """Export, embed, compare, time, print, write."""
-    console = Console(width=130)
     model, tokenizer = load_encoder(sys.argv[2] if len(sys.argv) > 2 else "")
     calibration = sentence_batches(tokenizer, sentences(count=512)[::2])
     texts = sentences(sys.argv[1], count=256) if len(sys.argv) > 1 else sentences(count=512)[1::2]
     batches = sentence_batches(tokenizer, texts)
     with torch.no_grad():
-        pooled = Pooled(model, Pooling("mean", True)).eval()
+        pooled = PooledEncoder(model, Pooling("mean", True)).eval()
         want = np.concatenate([pooled(**batch)["sentence_embedding"].numpy() for batch in batches])
     with tempfile.TemporaryDirectory() as place:
         folders = {name: Path(place) / str(index) for index, name in enumerate(RECIPES)}
@@ -115,7 +114,7 @@ def main() -> None:
             row["folder"], f"{row['megabytes']:.1f}", f"{row['mean']:.5f}", f"{row['least']:.5f}",
             f"{row['rate']:.0f}", f"{row['rate'] / rows[0]['rate']:.2f}",
         )  # fmt: skip
-    console.print(table)
+    print_table(table)
     result = dict(versions=versions(), sentences=len(texts), rounds=ROUNDS, rows=rows)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -123,7 +122,7 @@ def main() -> None:
 def embed(
     folders: dict[str, Path], batches: list[dict[str, torch.Tensor]]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Embeddings [N, C] of all sentences by ONNX Runtime, and the median of the seconds that they took, in turn."""
+    """Embeddings [N, C] of all sentences by ONNX Runtime, and the median of the seconds that they took, interleaved."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads of the others

@@ -1,9 +1,9 @@
-"""An attention over a cache of int8 codes in ONNX Runtime: a prompt read at once, in four pieces and in eight.
+"""Attention over an int8 KV cache in ONNX Runtime: a prompt read at once, in four pieces and in eight.
 
-    python benches/onnx_long_prompts.py      writes benches/results/onnx_long_prompts-HOW.json (as onnx_cpu.py)
+    python benches/onnx_long_prompts.py      writes benches/results/onnx_long_prompts-ISA.json (as onnx_cpu.py)
 
-SmolLM2's attention (9 heads of 64, 3 key/value heads), in turn, medians. What codegen/onnx/lowering/int8_kv_attention.py takes for
-long prompts comes from here.
+SmolLM2's attention (9 heads of 64, 3 key/value heads), interleaved, medians. The lengths at which
+codegen/onnx/lowering/int8_kv_attention.py splits a prompt come from here.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from unittest.mock import patch
 import numpy as np
 import onnxruntime
 from onnx import GraphProto, TensorProto, helper, numpy_helper
-from rich.console import Console
 from rich.table import Table
 
 import qcompile.codegen.onnx.lowering.int8_kv_attention as lower_attention
+from qcompile.cli.output import print_table
 from qcompile.memory.environment import versions
 from qcompile.numerics.int8_matmul import processor
 
 RESULTS = Path(__file__).parent / "results" / f"onnx_long_prompts-{processor()}.json"
 HEADS, GROUPS, SIZE, ROUNDS = 9, 3, 64, 15
 SIZES = [(new, 0) for new in (128, 192, 256, 512, 1024, 1536, 2048, 4096)]
-SIZES += [(256, 256), (256, 512), (512, 256), (512, 512)]  # new tokens, and those of before
+SIZES += [(256, 256), (256, 512), (512, 256), (512, 512)]  # new tokens, and cached ones
 
 
 def attention(pieces: int, longest: int) -> onnxruntime.InferenceSession:
     """The attention, whatever the past, in so many pieces up to so many tokens."""
     floats, codes, ints = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT32
-    held: list[Any] = []
+    constants: list[Any] = []
 
     def constant(value: np.ndarray) -> str:
-        held.append(numpy_helper.from_array(value, f"constant_{len(held)}"))
-        return held[-1].name
+        constants.append(numpy_helper.from_array(value, f"constant_{len(constants)}"))
+        return constants[-1].name
 
     rng = np.random.default_rng(0)
     angles = rng.standard_normal((8192, SIZE // 2)).astype(np.float32)
@@ -46,7 +46,7 @@ def attention(pieces: int, longest: int) -> onnxruntime.InferenceSession:
     tables = [constant(part) for part in (np.cos(angles), np.sin(angles))]
     node = helper.make_node(
         "GroupQueryAttention", ["q", "k", "v", "keys", "values", "last", "total", *tables, "", "", "", *scales],
-        ["seen", "new_keys", "new_values"], name="attention", domain="com.microsoft", num_heads=HEADS,
+        ["attended", "new_keys", "new_values"], name="attention", domain="com.microsoft", num_heads=HEADS,
         kv_num_heads=GROUPS, do_rotary=1, kv_cache_bit_width=8, k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL",
     )  # fmt: skip
     with patch.multiple(lower_attention, _PIECES=pieces, LONG=0, _LONGEST=longest, _AHEAD=0):
@@ -58,7 +58,8 @@ def attention(pieces: int, longest: int) -> onnxruntime.InferenceSession:
     inputs += [("keys", codes, cache), ("values", codes, cache)]
     graph: GraphProto = helper.make_graph(
         nodes, "attention", [helper.make_tensor_value_info(*one) for one in inputs],
-        [helper.make_tensor_value_info(*one) for one in (("seen", floats, None), ("new_keys", codes, None))], held,
+        [helper.make_tensor_value_info(*one) for one in (("attended", floats, None), ("new_keys", codes, None))],
+        constants,
     )  # fmt: skip
     domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=domains, ir_version=10)
@@ -87,16 +88,16 @@ def main() -> None:
                 start = time.perf_counter()
                 outputs[name] = session.run(None, feeds)
                 times[name] += [time.perf_counter() - start] * bool(step)
-        apart = max(float(np.abs(made[0] - outputs["at once"][0]).max()) for made in outputs.values())
+        difference = max(float(np.abs(made[0] - outputs["at once"][0]).max()) for made in outputs.values())
         medians = {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
-        rows.append(dict(new=new, past=past, apart=apart, milliseconds=medians))
+        rows.append(dict(new=new, past=past, difference=difference, milliseconds=medians))
     table = Table("new tokens", "past", *(f"{name}, ms" for name in sessions), "largest difference")
     for row in rows:
         table.add_row(
             str(row["new"]), str(row["past"]), *(f"{ms:.2f}" for ms in row["milliseconds"].values()),
-            f"{row['apart']:.1e}",
+            f"{row['difference']:.1e}",
         )  # fmt: skip
-    Console(width=120).print(table)
+    print_table(table)
     RESULTS.write_text(json.dumps(dict(versions=versions(), rounds=ROUNDS, rows=rows), indent=1) + "\n")
 
 

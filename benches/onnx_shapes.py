@@ -1,6 +1,6 @@
 """INT4 ONNX of a Llama of 1B shapes (random weights, some layers) against onnxruntime-genai's model builder.
 
-    python benches/onnx_shapes.py [LAYERS]      writes benches/results/onnx_shapes-HOW.json (as onnx_cpu.py)
+    python benches/onnx_shapes.py [LAYERS]      writes benches/results/onnx_shapes-ISA.json (as onnx_cpu.py)
 
 As benches/onnx_cpu.py, without perplexity: speed, memory, sizes, and what exporting takes.
 """
@@ -21,6 +21,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompile
+from qcompile.cli.output import print_table, tell
 from qcompile.generation.pretrained import load_pretrained
 from qcompile.memory.environment import versions
 from qcompile.memory.process import measure_peak
@@ -54,13 +55,12 @@ def main() -> None:
     console = Console(width=140)
     model, tokenizer = shapes(layers), load_pretrained()[1]
     weights = sum(p.nbytes for p in model.parameters())
-    onnx_cpu.BUILDER.pop("builder int4, block 32, k_quant")  # as fast as the other of block 32
+    onnx_cpu.BUILDER.pop("GenAI int4, block 32, k_quant")  # as fast as the other of block 32
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         folders = onnx_cpu.build_peers(work, model, tokenizer, console)
-        some = [
-            {"input_ids": torch.randint(3, 40000, (1, 256))} for _ in range(4)
-        ]  # scales of caches, PerTensorActivations
+        # for the scales of the cache, and of PerTensorActivations
+        some = [{"input_ids": torch.randint(3, 40000, (1, 256))} for _ in range(4)]
         qcompile.quantize(model, nearest(PRESETS[onnx_cpu.BEST]), some)
         start = time.perf_counter()
         with measure_peak() as peak:
@@ -75,9 +75,10 @@ def main() -> None:
     rows = [dict(folder=name, megabytes=sizes[name] / 1e6, **times[name]) for name in folders]
     table = Table(f"{layers} layers", "prefill 512, tokens/s", "decode, tokens/s", "file MB", "open MB")
     for row in rows:
-        numbers = (row["prefill"], row["decode"], row["megabytes"], row["held_megabytes"])
-        table.add_row(row["folder"], *(f"{number:.1f}" for number in numbers))
-    console.print(table, export)
+        figures = (row["prefill"], row["decode"], row["megabytes"], row["memory_megabytes"])
+        table.add_row(row["folder"], *(f"{value:.1f}" for value in figures))
+    print_table(table)
+    tell(export)
     found = dict(versions=versions(), layers=layers, float_bytes=weights, export=export, rows=rows)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,11 +1,10 @@
-"""What quantizing costs: seconds, and memory above what the process held with the float model.
+"""What quantizing costs: seconds, and peak memory above that of the process with the float model.
 
     python benches/quantize_cost.py [recipe ..]     writes benches/results/quantize_cost.json
 
-Each recipe runs in a process of its own, and so does `plain-gptq`, a GPTQ loop by hooks as one writes it
-in an afternoon (benches/plain_gptq.py), on the text of `w4a16-gptq`, with its format and search. Peak memory is the
-process's high-water mark meanwhile, the float model included, over the bytes of the float weights. Rows of
-other recipes are kept.
+Each recipe runs in a process of its own, and so does `gptq-baseline`, a straightforward GPTQ by hooks
+(benches/gptq_baseline.py), on the text of `w4a16-gptq`, with its format and search. Peak memory is the process's
+high-water mark meanwhile, the float model included, over the bytes of the float weights. Other recipes' rows stay.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from qcompile.cli.output import print_table
 from qcompile.memory.environment import versions
 
 RESULTS = Path(__file__).parent / "results" / "quantize_cost.json"
-RECIPES = ["int8", "w8a16", "w4a16", "w4a8", "int8-smooth", "int8-rotated", "w4a16-gptq", "plain-gptq", "w4a8-gptq"]
-PLAIN = "plain-gptq"
-WINDOWS = {"w4a16-gptq": 64, "w4a8-gptq": 64, PLAIN: 64}  # of 512 tokens, to calibrate on; 16 for the others
+RECIPES = ["int8", "w8a16", "w4a16", "w4a8", "int8-smooth", "int8-rotated", "w4a16-gptq", "gptq-baseline", "w4a8-gptq"]
+BASELINE = "gptq-baseline"
+WINDOWS = {"w4a16-gptq": 64, "w4a8-gptq": 64, BASELINE: 64}  # of 512 tokens, to calibrate on; 16 for the others
 
 
 def one(recipe: str) -> dict[str, object]:
     """Quantize SmolLM2 in this process."""
-    from plain_gptq import plain_gptq
+    from gptq_baseline import baseline_gptq
 
     import qcompile
     from qcompile.calibration.text import batches
@@ -39,12 +38,12 @@ def one(recipe: str) -> dict[str, object]:
 
     model, tokenizer = load_pretrained()
     weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
-    calibrated = recipe == PLAIN or find_recipe(recipe).needs
+    calibrated = recipe == BASELINE or find_recipe(recipe).needs
     data = batches(tokenizer, count=WINDOWS.get(recipe, 16)) if calibrated else None
     start = time.perf_counter()
     with measure_peak() as peak:
-        if recipe == PLAIN:
-            plain_gptq(model, data)
+        if recipe == BASELINE:
+            baseline_gptq(model, data)
         else:
             qcompile.quantize(model, recipe, data, progress=False)
     seconds, extra = time.perf_counter() - start, peak.bytes
@@ -64,7 +63,7 @@ def main() -> None:
         rows = [*(r for r in rows if r["recipe"] != recipe), row]
         mb = [f"{row[k] / 1e6:.0f}" for k in ("weights", "extra")]
         table.add_row(recipe, f"{row['seconds']:.1f}", *mb, f"{row['ratio']:.2f}")
-    Console().print(table)
+    print_table(table)
     RESULTS.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What a machine can do at most: bytes read and int8 multiply-adds a second, both measured here and now."""
+"""The roofline of this machine: bytes read and int8 multiply-adds a second, both measured."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ def bandwidth() -> float:
 
 
 def int8_rate(kind: str, size: int = 1536) -> float:
-    """Multiply-adds a second of ONNX Runtime's products of u8 with constants of a kind, "s8" or "u8", all cores.
+    """Multiply-adds a second of ONNX Runtime's int8 matmul on all cores.
 
-    Square matrices of zeros, whose sums of s8 are right on every processor.
+    Args:
+        kind: of the weight, "s8" or "u8"; activations are u8.
+        size: of the square matrices, which are zeros: their sums of s8 are correct on every processor.
     """
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper

@@ -3,7 +3,7 @@
     python benches/w4a8_formats.py [TEXT]      writes benches/results/w4a8_formats.json
 
 The embedded LLM after GPTQ on 32 windows of 512 tokens from the end of TEXT, its perplexity on 2 windows of 2048 from
-the beginning. Embeddings are as a file has them: from the codes of the logits times a matrix (codegen/onnx/fusions/tied_embedding.py).
+the beginning. Embeddings are as a file has them: from the codes of the logits times a matrix (tied_embedding.py).
 The bytes are those of all codes, zero points and scales, as MatMulNBits wants blocks filled up.
 """
 
@@ -15,14 +15,14 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import qcompile
 from qcompile.calibration.text import batches, read_text, windows
-from qcompile.codegen.onnx.fusions.tied_embedding import behind_matrix
-from qcompile.codegen.onnx.tracing.onnx_linear import to_blocks
+from qcompile.cli.output import print_table
+from qcompile.codegen.onnx.fusions.change_of_basis import fit_change_of_basis
+from qcompile.codegen.onnx.tracing.weight_layouts import to_matmul_nbits, weight_of
 from qcompile.evaluation.perplexity import perplexity
 from qcompile.generation.pretrained import load_pretrained
 from qcompile.memory.environment import versions
@@ -48,17 +48,17 @@ def recipe(basis: str, layers: str, logits: str) -> Recipe:
 def share_table(model: nn.Module, form: Format) -> float:
     """Put into the embedding what a file gathers from the codes of the logits; how far that is, in own roundings."""
     table, codes = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    shared = behind_matrix("table", table, codes, form)
+    shared = fit_change_of_basis("table", table, codes, form)
     assert shared is not None, "a file would hold a table of its own"
-    table.data = shared.numbers
-    return shared.farther
+    table.data = shared.values
+    return shared.error_ratio
 
 
 def megabytes(model: nn.Module) -> float:
-    """Of codes, zero points and scales in a file (to_blocks and compact_scales.py)."""
+    """Of codes, zero points and scales in a file (weight_layouts.py and compact_scales.py)."""
     total = 0
     for site in (m for m in model.modules() if isinstance(m, QuantLinear)):
-        codes, scales, zeros = to_blocks(site)
+        codes, scales, zeros = to_matmul_nbits(weight_of(site))
         total += codes.numel() + scales.numel() + (0 if zeros is None else zeros.numel()) + 4 * len(scales)
     return total / 1e6
 
@@ -79,9 +79,9 @@ def main() -> None:
         RESULTS.write_text(json.dumps(dict(versions=versions(), rows=rows), indent=1) + "\n")
     table = Table("basis", "blocks of layers", "of logits", "MB", "perplexity", "with a float table")
     for row in rows:
-        numbers = (f"{row[key]:.2f}" if key in row else "" for key in ("megabytes", "perplexity", "float_table"))
-        table.add_row(row["basis"], row.get("layers", ""), row.get("logits", ""), *numbers)
-    Console(width=100).print(table)
+        cells = (f"{row[key]:.2f}" if key in row else "" for key in ("megabytes", "perplexity", "float_table"))
+        table.add_row(row["basis"], row.get("layers", ""), row.get("logits", ""), *cells)
+    print_table(table)
 
 
 if __name__ == "__main__":

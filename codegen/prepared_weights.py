@@ -1,4 +1,4 @@
-"""The stored tensors of a site, and the layouts that kernels read of them: shared by the lowerings of cpu/ and triton/."""
+"""The stored tensors of a site, and the layouts that kernels read of them: shared by lowering to cpu/ and triton/."""
 
 from __future__ import annotations
 

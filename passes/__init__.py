@@ -1,6 +1,6 @@
 """Rewriting passes, one algorithm a file; imported as `qcompile.passes`.
 
-Importing this package registers every pass by its config type (see qcompile/recipe/recipe.py).
+Importing this package registers every pass by its config type (see qcompile/recipe/registry.py).
 """
 
 if __name__ == "passes":  # a second copy with a registry of its own would break isinstance checks

@@ -5,11 +5,17 @@ report = qcompile.quantize(model, "int8", batches)       # in place
 qcompile.export_onnx(model, "out/")                      # an ONNX folder for CPU runtimes
 """
 
+from typing import TYPE_CHECKING, Any
+
 from qcompile.api.export_onnx import export_onnx
 from qcompile.api.quantize import quantize
+from qcompile.api.verify_model import verify_model
 from qcompile.calibration.statistics import CalibrationError
+from qcompile.calibration.text import batches as calibration_batches
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.save_load import load, save
+from qcompile.codegen.onnx.options import OnnxOptions
+from qcompile.generation.pretrained import load_pretrained
 from qcompile.ir.capture import CaptureError, capture
 from qcompile.ir.program import Program
 from qcompile.modules.quant_linear import QuantLinear
@@ -19,9 +25,12 @@ from qcompile.numerics.rounding import quantize_tensor
 from qcompile.pipeline.presets import PRESETS, find_recipe
 from qcompile.pipeline.run import NothingToQuantize
 from qcompile.recipe.recipe import Recipe
-from qcompile.recipe.rule import RecipeError, Rule
 from qcompile.recipe.report import Report
+from qcompile.recipe.rule import RecipeError, Rule
 from qcompile.version import VERSION
+
+if TYPE_CHECKING:
+    from qcompile.modules.kv_cache import KVCache
 
 __version__ = VERSION
 
@@ -31,7 +40,9 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "Format",
+    "KVCache",
     "NothingToQuantize",
+    "OnnxOptions",
     "Program",
     "QTensor",
     "QuantLinear",
@@ -39,11 +50,23 @@ __all__ = [
     "RecipeError",
     "Report",
     "Rule",
+    "calibration_batches",
     "capture",
     "export_onnx",
     "find_recipe",
     "load",
+    "load_pretrained",
     "quantize",
     "quantize_tensor",
     "save",
+    "verify_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """KVCache, when it is first used: it is a class of transformers, which takes a second to import."""
+    if name == "KVCache":
+        from qcompile.modules.kv_cache import KVCache
+
+        return KVCache
+    raise AttributeError(f"module 'qcompile' has no attribute {name!r}")

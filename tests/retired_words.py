@@ -69,6 +69,7 @@ IDENTIFIERS: dict[str, str] = {
 }
 
 ALLOWED: dict[str, tuple[str, ...]] = {  # pattern -> files, relative to the root
+    "centr(e|es|ed|ing)": ("qcompile/recipe/schema.py",),  # the name of a field in schema 1
     "turn(s|ed|ing)?": (  # of a conversation
         "qcompile/generation/sampling.py",
         "qcompile/cli/generate.py",

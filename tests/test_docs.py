@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import ast
-import copy
 import dataclasses
 import importlib
 import re
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 import typer.main
+from doc_pages import PAGES, ROOT, blocks
 from retired_words import faults
-from zoo import SIZES, build, example
 
 import qcompile.passes
 from qcompile.backend.options import OPTIONS
 from qcompile.cli import app
 from qcompile.codegen.onnx.options import OnnxOptions
-from qcompile.generation import pretrained
 from qcompile.pipeline.presets import PRESETS
 from qcompile.recipe.registry import registered
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WHOLE = [
-    ROOT / "README.md",
-    ROOT / "docs" / "getting-started.md",
-    *sorted((ROOT / "docs" / "guides").glob("*.md")),
-    *sorted((ROOT / "docs" / "reference").glob("*.md")),
-]
-EACH = [page for page in WHOLE if page.parent.name == "guides"]
-PREAMBLE = "import qcompile\nfrom qcompile.calibration.text import batches\n"
-SNIPPETS = [page for page in PAGES if page.parent.name == "algorithms"]
 FOLDERS = ("qcompile", "passes", "codegen", "benches", "tests", "docs", ".ci")
 ROOT_FILES = re.compile(r"`((?:pyproject\.toml|Makefile|README\.md|CONTRIBUTING\.md))`")
 COMMANDS = typer.main.get_command(app)
@@ -45,11 +30,6 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(R
 def prose(text: str) -> str:
     """A page without its code blocks of Python."""
     return re.sub(r"```python\n.*?```", "", text, flags=re.S)
-
-
-def blocks(page: Path) -> list[str]:
-    """The code blocks of Python of a page."""
-    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
 
 
 def anchors(page: Path) -> set[str]:
@@ -95,10 +75,11 @@ def test_paths_exist(page):
     found = re.findall(rf"(?<![\w/.])((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*-]*[\w/])", text)
     for name in {*found, *ROOT_FILES.findall(text)}:
         assert (ROOT / name).exists() or list(ROOT.glob(name)), f"{name} does not exist"
-    # A file named without its folder: names are unique over the project.
-    for name in re.findall(r"`([a-z_0-9]+\.(?:py|cpp|json))`", text):
-        if name not in {"qcompile.json", "config.json", "genai_config.json", "mine.json", "perplexity-twin.json"}:
-            assert any(list((ROOT / folder).rglob(name)) for folder in FOLDERS), f"{name} does not exist"
+    # A file named without its folder, or from a folder on: names are unique over the project.
+    written = {"qcompile.json", "config.json", "genai_config.json", "mine.json"}  # by the commands that a page shows
+    for name in set(re.findall(r"`([\w/]+\.(?:py|cpp|json))`", text)) - written:
+        there = (path for folder in FOLDERS for path in (ROOT / folder).rglob(Path(name).name))
+        assert any(str(path).endswith(f"/{name}") for path in there), f"{name} does not exist"
 
 
 @pages
@@ -120,21 +101,22 @@ def test_commands_exist(page):
 @pages
 def test_options_of_commands_exist(page):
     known = {
-        option for command in every_command() for parameter in command.params for option in parameter_names(parameter)
+        option
+        for _, command in every_command()
+        for parameter in command.params
+        for option in parameter_names(parameter)
     }
     foreign = {"--no-deps", "--index-url", "--quick", "--commit"}  # of pip and of benches
     for option in re.findall(r"`(--[a-z][a-z-]*)", page.read_text()):
         assert option in known | foreign, f"no command has {option}"
 
 
-def every_command():
-    """All commands, those of groups too."""
-    work = [COMMANDS]
-    while work:
-        command = work.pop()
-        yield command
-        if hasattr(command, "commands"):
-            work += command.commands.values()
+def every_command(command=COMMANDS, name="qcompile"):
+    """All commands with their full names, those of groups too."""
+    if not hasattr(command, "commands"):
+        yield name, command
+    for word, inner in getattr(command, "commands", {}).items():
+        yield from every_command(inner, f"{name} {word}")
 
 
 def parameter_names(parameter) -> list[str]:
@@ -190,6 +172,15 @@ def test_presets_in_tables_exist(page):
     for line in page.read_text().splitlines():
         for name in kinds.findall(line) if line.startswith("|") else []:
             assert name in {*PRESETS, *own, *formats}, f"no preset {name}"
+
+
+@pages
+def test_tables_are_those_of_the_results(page, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benches")
+    text, update_docs = page.read_text(), importlib.import_module("update_docs")
+    assert update_docs.updated(text) == text, "run benches/update_docs.py"
+    for mark in re.findall(r"<!-- ([\w-]+)", text):
+        assert mark in {*update_docs.TABLES, "end"}, f"no table {mark}"
 
 
 @pages
@@ -249,54 +240,8 @@ def test_reference_has_every_option():
         default = field.default
         assert field.name in table and f"| `{default}` |" in table[field.name].replace("| 4 |", "| `4` |")
     text = (ROOT / "docs" / "reference" / "options.md").read_text()
-    for command in every_command():
-        if not hasattr(command, "commands"):
-            row = next(
-                line for line in text.splitlines() if re.match(rf"\| `qcompile (kernels )?{command.name}\b", line)
-            )
-            for parameter in command.params:
-                names = [n for n in parameter_names(parameter) if n.startswith("--")]
-                assert not names or any(f"`{n}`" in row for n in names), f"{command.name} {names}"
-
-
-# -- the snippets run ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("page", SNIPPETS, ids=lambda p: p.stem)
-def test_snippets_run(page):
-    torch.manual_seed(0)
-    model = build("llama")
-    ids = [torch.randint(3, 128, (1, 24)) for _ in range(2)]
-    space = {"model": copy.deepcopy(model), "batches": [{"input_ids": x} for x in ids], "windows": ids}
-    assert blocks(page), "an algorithm is shown in a few lines"
-    for block in blocks(page):
-        exec(compile(block, str(page), "exec"), space)
-
-
-def tiny(tokenizer):
-    """A small decoder whose vocabulary is the tokenizer's."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(tie_word_embeddings=True, **{**SIZES, "vocab_size": len(tokenizer)})
-    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", WHOLE, ids=lambda p: p.stem)
-def test_pages_run(page, smollm2, tmp_path, monkeypatch):
-    """All blocks of a page in order, on a small model and in a folder of their own."""
-    tokenizer = smollm2[1]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrained, "load_pretrained", lambda *_: (tiny(tokenizer), tokenizer))
-    space = {
-        "model": tiny(tokenizer),
-        "tokenizer": tokenizer,
-        "inputs": tokenizer("The capital of France is", return_tensors="pt"),
-        "build_model": lambda: tiny(tokenizer),
-        "weight": torch.randn(8, 256),
-        "encoder": build("bert"),
-        "sentences": [{**example("bert"), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}],
-    }
-    for block in blocks(page):
-        exec(compile(PREAMBLE + block, str(page), "exec"), space)
-        if page in EACH and hasattr(space["model"], "qcompile_recipe"):
-            space["model"] = tiny(tokenizer)  # a page of alternatives: each starts from a float model
+    for name, command in every_command():
+        row = next(line for line in text.splitlines() if re.match(rf"\| `{name}\b", line))
+        for parameter in command.params:
+            names = [n for n in parameter_names(parameter) if n.startswith("--")]
+            assert not names or any(f"`{n}`" in row for n in names), f"{name} {names}"

@@ -9,7 +9,7 @@ from zoo import build, example
 import qcompile
 from qcompile.backend import dynamo as backend
 from qcompile.codegen.triton.launch.pack_weights import prepare
-from qcompile.codegen.triton.tuning.gpu_timer import Machine
+from qcompile.codegen.triton.tuning.gpu_timer import TimedGpu
 from qcompile.memory.fingerprint import fingerprint
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
@@ -32,13 +32,13 @@ def test_compiled_models(name, recipe):
     assert kernels and not any("dequantize, then" in kernel for kernel in kernels)
 
 
-@pytest.mark.parametrize("how", [{"mode": "reduce-overhead"}, {"inductor": {"triton.cudagraphs": True}}])
+@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"inductor": {"triton.cudagraphs": True}}])
 @pytest.mark.parametrize("recipe", ["int8", "w4a16"])
-def test_cuda_graphs_give_the_same(recipe, how):
+def test_cuda_graphs_give_the_same(recipe, options):
     model = build("llama").bfloat16().cuda()
     ids = torch.randint(3, 128, (2, 9), device="cuda")
     plain = torch.compile(model, backend="qcompile", options={"recipe": recipe})
-    graphs = torch.compile(model, backend="qcompile", options={"recipe": recipe, **how})
+    graphs = torch.compile(model, backend="qcompile", options={"recipe": recipe, **options})
     with torch.no_grad():
         want = plain(ids).logits
         for _ in range(4):  # warm up, record, replay
@@ -49,19 +49,19 @@ def test_cuda_graphs_give_the_same(recipe, how):
 def test_generate():
     model = build("llama").bfloat16().cuda()
     ids = torch.tensor([[5, 9, 17, 33]], device="cuda")
-    how = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    config = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     quantized = build("llama").bfloat16().cuda()
     qcompile.quantize(quantized, "w8a16", progress=False)
-    want = quantized.generate(ids, **how)
+    want = quantized.generate(ids, **config)
     model.forward = torch.compile(model.forward, backend="qcompile", options={"recipe": "w8a16"}, dynamic=True)
-    assert torch.equal(model.generate(ids, **how)[:, :6], want[:, :6])
+    assert torch.equal(model.generate(ids, **config)[:, :6], want[:, :6])
 
 
 @pytest.mark.parametrize("form", ["int4/group128/zero", "int3/group64/zero", "int2/group64", "int8/row"])
 def test_weights_are_prepared_on_the_gpu_as_on_a_cpu(form):
     form = Format.parse(form)
     q = quantize_tensor(torch.randn(300, 500), form)
-    parts = [q.stored(), q.scale, q.zero, q.group_scale]
+    parts = q.stored_parts
     want = prepare(*parts, form, 500)
     got = prepare(*[None if part is None else part.cuda() for part in parts], form, 500)
     assert all(torch.equal(a.cpu(), b) and a.is_cuda for a, b in zip(got, want, strict=True) if a is not None)
@@ -74,7 +74,7 @@ def test_fingerprints_are_those_of_a_cpu(shape):
 
 
 def test_readings_are_of_the_gpu():
-    machine = Machine()
-    x = torch.randn(512, 512, device=machine.device)
-    once = machine.timer(lambda i: x @ x, 2)
-    assert once() > 0 and machine.cache_bytes > 2**20 and "clocks" in machine.facts()
+    timed_gpu = TimedGpu()
+    x = torch.randn(512, 512, device=timed_gpu.device)
+    once = timed_gpu.timer(lambda i: x @ x, 2)
+    assert once() > 0 and timed_gpu.l2_bytes > 2**20 and "clocks" in timed_gpu.state()

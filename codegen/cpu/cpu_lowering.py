@@ -88,10 +88,12 @@ def _dual_mm(program: Program, node: fx.Node, call: QLinearCall, remember: Remem
         return kernels.prepare_symmetric(codes, group_scale, form, k)
 
     if call.zero is None:
-        weight = prepared_weights(program, call, "symmetric nibbles", remember, without_zero)
+        nibbles, scale_of_groups, zero = prepared_weights(program, call, "symmetric nibbles", remember, without_zero)
     else:
-        weight = [*prepared_weights(program, call, "nibbles", remember, with_zero), call.group_scale, call.zero]
-    return program.inline(run, (call.x, call.x_scale, *weight, call.scale, call.bias), before=node)
+        (nibbles,) = prepared_weights(program, call, "nibbles", remember, with_zero)
+        scale_of_groups, zero = call.group_scale, call.zero
+    operands = (call.x, call.x_scale, nibbles, scale_of_groups, zero, call.scale, call.bias)
+    return program.inline(run, operands, before=node)
 
 
 def _nibble_float(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> fx.Node:

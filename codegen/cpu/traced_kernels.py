@@ -92,8 +92,8 @@ def dual_mm(
     Returns:
         [.., N].
     """
-    scales = _per_token(x, x_scale)
-    return _reshape_like(x, ops.dual_mm(_as_matrix(x), scales, nibbles, group_scale, zero, scale, bias, dtype))
+    rows, row_scales = _as_matrix(x), _per_token(x, x_scale)
+    return _reshape_like(x, ops.dual_mm(rows, row_scales, nibbles, group_scale, zero, scale, bias, dtype))
 
 
 def int8_float(x: Tensor, weight: Tensor) -> Tensor:

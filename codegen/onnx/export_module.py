@@ -23,8 +23,8 @@ from qcompile.codegen.onnx.fusions.quantized_embedding import QuantizedEmbedding
 from qcompile.codegen.onnx.options import OnnxOptions
 from qcompile.codegen.onnx.rewrite_graph import rewrite
 from qcompile.codegen.onnx.sentence_embedding import PooledEncoder
+from qcompile.codegen.onnx.tracing.onnx_support import check_supported
 from qcompile.codegen.onnx.tracing.signature import TracedModule
-from qcompile.codegen.onnx.tracing.supported_formats import check_supported
 from qcompile.codegen.onnx.tracing.trace import trace
 from qcompile.codegen.onnx.translate_graph import translate
 from qcompile.codegen.onnx.variants import expected_outputs, write_variants

@@ -58,8 +58,6 @@ def _decoder_config(decoder: CachedDecoder, program: Program, chunk: int | None)
         hidden_size=decoder.model.get_input_embeddings().embedding_dim,
         vocabulary=int(program.outputs[0].meta["val"].shape[-1]),
         positions=decoder.positions,
-        shares_buffer=all(
-            user.target is torch.ops.aten.sym_size.int and user.args[1] != 2 for user in consumers
-        ),
+        shares_buffer=all(user.target is torch.ops.aten.sym_size.int and user.args[1] != 2 for user in consumers),
         chunk=chunk,
     )

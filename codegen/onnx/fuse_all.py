@@ -1,8 +1,8 @@
 """A captured model in operators that ONNX Runtime has: attentions, norms, activations, packed matmuls.
 
 Nothing is matched by name. Attentions are recognized by what they compute (match_gqa.py with a KV cache, match_mha.py
-without), norms come from qcompile.analysis.norms, linears are packed where they read the same value. What has no operator
-is skipped and named in the report.
+without), norms come from qcompile.analysis.norms, linears are packed where they read the same value. What has no
+operator is skipped and named in the report.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def fuse_all(program: Program, positions: int | None) -> tuple[PassReport, list[
 
     Args:
         program: a captured model.
-        positions: of a decoder with inputs (ids, attention_mask, caches ..), the length of its rotary tables; else None.
+        positions: length of the rotary tables of a decoder with inputs (ids, attention_mask, caches ..); else None.
 
     Returns:
         What became operators and what did not, and the embeddings that gather from the codes of the logits now.

@@ -13,7 +13,7 @@ from qcompile.codegen.onnx.fusions.last_token_logits import keep_last_token_logi
 from qcompile.codegen.onnx.fusions.quantized_embedding import QuantizedEmbedding
 from qcompile.codegen.onnx.options import OnnxOptions
 from qcompile.codegen.onnx.tracing.cached_decoder import CachedDecoder
-from qcompile.codegen.onnx.tracing.supported_formats import OnnxUnsupportedError
+from qcompile.codegen.onnx.tracing.onnx_support import OnnxUnsupportedError
 from qcompile.codegen.onnx.tracing.trace import Traced
 from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear

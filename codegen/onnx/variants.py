@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 from qcompile.codegen.onnx.lowering.lower_graph import Variant, has_dual_linears, lower, lower_by_tokens
 from qcompile.codegen.onnx.lowering.matmul_integer import for_inexact_processors
+from qcompile.codegen.onnx.tracing.onnx_support import has_int4_and_int8_kernels
 from qcompile.codegen.onnx.tracing.signature import TracedModule
 from qcompile.codegen.onnx.tracing.stateless_module import StatelessModule
-from qcompile.codegen.onnx.tracing.supported_formats import has_int4_and_int8_kernels
 from qcompile.codegen.onnx.verify_outputs import Reference, measure_error, reference, verify
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, fx
 from qcompile.analysis.norms import Norm, find_norms, through_casts
 from qcompile.codegen.aten_fallback import replace_quantize
 from qcompile.codegen.triton.kernels.dtypes import NAMES
+from qcompile.codegen.triton.kernels.kernel_support import has_format
 from qcompile.codegen.triton.kernels.spec import RowQuant
-from qcompile.codegen.triton.kernels.supported_formats import has_format
 from qcompile.codegen.triton.launch.row_quant import MAX_K, fuses_hadamard
 from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearWCall, RowQuantCall
 from qcompile.ir.aten_ops import LINEAR, VIEWS

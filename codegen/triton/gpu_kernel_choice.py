@@ -12,7 +12,7 @@ import torch
 from qcompile.codegen.kernel_choice import KernelChoice
 from qcompile.codegen.triton.kernels.dtypes import NAMES
 from qcompile.codegen.triton.kernels.gpu import Gpu
-from qcompile.codegen.triton.kernels.supported_formats import codes_of, operator_for
+from qcompile.codegen.triton.kernels.kernel_support import codes_of, operator_for
 from qcompile.codegen.triton.launch.measured_times import (
     GEMV_MAX_M,
     Variant,

@@ -23,7 +23,7 @@ from qcompile.codegen.rows import rows_label, rows_of
 from qcompile.codegen.triton.fuse_row_quant import fuse_into_row_quant, same_type
 from qcompile.codegen.triton.gpu_kernel_choice import NO_KERNEL, choose_gpu_kernel
 from qcompile.codegen.triton.kernels.gpu import Gpu
-from qcompile.codegen.triton.kernels.supported_formats import operator_for
+from qcompile.codegen.triton.kernels.kernel_support import operator_for
 from qcompile.codegen.triton.launch.pack_weights import prepare
 from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearWCall
 from qcompile.ir.aten_ops import LINEAR

@@ -1,22 +1,23 @@
 """AWQ: scale up the weight columns that large activations meet, by a searched exponent.
 
-Source: Lin et al. 2023, arXiv:2306.00978 sec. 3.2, and the authors' code (mean |X|, normalisation,
+Source: Lin et al. 2023, arXiv:2306.00978 sec. 3.2, and the authors' code (mean |X|, normalization,
         grid of 20).
 Law:    s = mean|X|^r / sqrt(max min) for each input channel; (X / s)(s W) = X W. r is the one of
-        0, 1/20 .. 19/20 with the least sum over the readers of tr(E H E^T), E = Q(W s) / s - W and
+        0, 1/20 .. 19/20 with the least sum over the consumers of tr(E H E^T), E = Q(W s) / s - W and
         H = sum x x^T: the exact squared error of the products. Exponents are ranked on some rows; the
-        best is then held against r = 0, no scaling, on all rows: never worse than none on its
+        best is then compared with r = 0, no scaling, on all rows: never worse than none on its
         calibration data.
-        Folding is that of smoothquant.py; where one producer row feeds several channels they share s.
-Keeps:  the output.   Needs: the sites' inputs, one group of readers at a time (qcompile/calibration/layerwise_run.py).
-Leaves: what Smooth leaves.
+        Scales fold as in smoothquant.py; where one producer row feeds several channels they share s.
+Keeps:  the output.
+Needs:  the sites' inputs, one group of consumers at a time (qcompile/calibration/layerwise_run.py).
+Skips:  what SmoothQuant skips.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,12 +25,13 @@ from torch import Tensor
 from qcompile.analysis.obstacle import Obstacle
 from qcompile.analysis.scale_folding import Consumers, Source, scale_source
 from qcompile.analysis.sites import Site
+from qcompile.analysis.tied_weights import tied_obstacle
 from qcompile.calibration.hessian import hessian_of
 from qcompile.calibration.layerwise_run import LayerwiseRun
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
-from qcompile.passes.equivalent.smoothquant import changed_by, fold_scale, shared_scale
+from qcompile.passes.equivalent.smoothquant import changed_by, excluded, fold_scale, shared_scale
 from qcompile.passes.qdq.site_plan import Quantize
 from qcompile.passes.weights.gptq import GPTQ
 from qcompile.recipe.pass_config import PassConfig
@@ -38,51 +40,69 @@ from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 from qcompile.recipe.rule import RecipeError
 
-ROWS = 64  # of each weight, that every exponent is tried on
+ROWS = 64
+"""Rows of each weight that every exponent is tried on."""
 
 
 @dataclass(frozen=True)
 class AWQ(PassConfig):
     """The format to protect, and the search."""
 
-    weight: Format = Format("int4", "group", 128, "int")  # what the Quantize pass behind it rounds to
-    clip: bool = False  # whether that pass searches clips: the search must see the same rounding
-    steps: int = 20  # exponents tried, from 0
-    norms: bool = True  # scale inputs made by a norm, by way of its gain
-    rows: bool = True  # scale also inputs made by linear rows (after a gate, after attention)
+    # Weight format of the quantizing pass behind it, to which the search rounds as well.
+    weight: Format = Format("int4", "group", 128, "int")
+    # Whether that pass searches the clip of each weight range; the search must round in the same way.
+    clip: bool = False
+    # How many exponents r are tried: 0, 1 / steps, .. The paper's grid of 20.
+    steps: int = 20
+    # Scale the inputs that a norm gives, by way of its gain. Off where a rotation needs unit gains.
+    norms: bool = True
+    # Scale the inputs that rows of a linear give: behind a gate, behind an attention.
+    rows: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps < 2:
-            raise RecipeError(f"AWQ: at least 2 steps are needed, got {self.steps}")
+            raise RecipeError(f"AWQ: steps must be at least 2, got {self.steps}")
 
 
 def awq_scale(mean: Tensor, exponent: float) -> Tensor:
-    """mean|X| [K] -> s [K], float64, of geometric middle 1; exponent 0 gives ones."""
+    """mean|X| [K] -> s [K], float64, with max s times min s = 1; exponent 0 gives ones."""
     scale = mean.double().pow(exponent).clamp_min(1e-4)
     return scale / (scale.max() * scale.min()).sqrt()
 
 
 def scaled_error(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format, clip: bool = False) -> float:
-    """tr(E H E^T) of one weight [N, K] rounded after scaling its columns by `scale` [K]."""
+    """tr(E H E^T) of one weight [N, K] rounded with its columns scaled by `scale` [K], H [K, K]."""
     scale = scale.float().to(weight.device)
     error = quantize_tensor(weight.float() * scale, form, clip=clip).dequantize() / scale - weight.float()
     return float(((error @ hessian.float()) * error).sum(dtype=torch.float64))
 
 
-def rounds_otherwise(config: Any, passes: Sequence[PassConfig]) -> list[str]:
-    """Faults where the pass behind a search rounds in another way than the search has in mind."""
+class RoundingSearch(Protocol):
+    """A config whose search rounds weights as a quantizing pass behind it will."""
+
+    @property
+    def weight(self) -> Format:
+        """The weight format."""
+
+    @property
+    def clip(self) -> bool:
+        """Whether clips are searched."""
+
+
+def rounding_conflicts(config: RoundingSearch, passes: Sequence[PassConfig]) -> list[str]:
+    """Faults where the quantizing pass behind a search does not round as the search does."""
     return [
-        f"{type(config).__name__} searches for weight={config.weight}, clip={config.clip}, and {type(p).__name__} rounds with "
-        f"weight={p.weight}, clip={p.clip}: give both the same"
+        f"{type(config).__name__} searches for weight={config.weight}, clip={config.clip}, and {type(p).__name__} "
+        f"rounds with weight={p.weight}, clip={p.clip}. Fix: give both the same"
         for p in passes
         if type(p) in (Quantize, GPTQ) and (p.weight, p.clip) != (config.weight, config.clip)
     ]
 
 
-@rewrites(AWQ, Stage.SMOOTH, exact=True, needs=("batches",), conflicts=rounds_otherwise)
+@rewrites(AWQ, Stage.SMOOTH, exact=True, needs=("batches",), conflicts=rounding_conflicts)
 def awq(program: Program, config: AWQ, context: PassContext) -> PassReport:
-    """Search and fold a scale for every group of readers that has a place for one, in place."""
+    """Search and fold a scale for every group of consumers whose input can take one, in place."""
     report = PassReport("AWQ")
     norms, sites = context.facts.norms, context.facts.sites
     run = context.layerwise_run(program)
@@ -90,22 +110,18 @@ def awq(program: Program, config: AWQ, context: PassContext) -> PassReport:
     exponents: list[float] = []
     for consumers in context.track(context.facts.consumers, "AWQ"):
         label = consumers.sites[0].name if consumers.sites else consumers.root.name
-        shared = [site for site in consumers.sites if site.shared_with]
-        source = scale_source(program, consumers, norms, sites)
-        if shared:
-            report.skip(label, f"the weight {shared[0].name} is shared: untie it")
-        elif isinstance(source, Obstacle):
+        source = tied_obstacle(consumers.sites) or scale_source(program, consumers, norms, sites)
+        if isinstance(source, Obstacle):
             report.skip(label, source.reason, source.node)
         elif not (config.rows if source.norm is None else config.norms):
-            kind = "linear rows, and rows" if source.norm is None else "a norm, and norms"
-            report.skip(label, f"made by {kind}=False")
+            report.skip(label, excluded(source))
         else:
             run.advance(consumers.sites[0].node)
-            hessian, mean = hessian_of(run, consumers.sites[0]), _mean_size(run, consumers.sites[0])
+            hessian, mean = hessian_of(run, consumers.sites[0]), _mean_absolute(run, consumers.sites[0])
             exponent, scale = _search(program, consumers.sites, source, hessian, mean, config)
             exponents.append(exponent)
             found.append((consumers, source, scale))
-    for consumers, source, scale in found:  # after the run, which must see the model as it was
+    for consumers, source, scale in found:  # after the run, which must compute the model before it was scaled
         fold_scale(program, source, list(consumers.sites), scale)
         report.done.append(consumers.sites[0].name)
         report.changed |= changed_by(source, consumers)
@@ -114,10 +130,10 @@ def awq(program: Program, config: AWQ, context: PassContext) -> PassReport:
     return report
 
 
-def _mean_size(run: LayerwiseRun, site: Site) -> Tensor:
+def _mean_absolute(run: LayerwiseRun, site: Site) -> Tensor:
     """mean |x| of a site's input over all batches, float64 [K]."""
     sums, rows = torch.zeros(site.K, dtype=torch.float64), 0
-    for value in run.see(site.input):
+    for value in run.values_of(site.input):
         x = value.flatten(0, -2).float()
         sums += x.abs().sum(0).cpu()
         rows += len(x)
@@ -127,7 +143,7 @@ def _mean_size(run: LayerwiseRun, site: Site) -> Tensor:
 def _search(
     program: Program, sites: tuple[Site, ...], source: Source, hessian: Tensor, mean: Tensor, config: AWQ
 ) -> tuple[float, Tensor]:
-    """Try every exponent on some rows of each weight, then the best of them and none on all rows."""
+    """Try every exponent on some rows of each weight, then compare the best of them with 0 on all rows."""
 
     def scale_of(step: int) -> Tensor:
         scale = awq_scale(mean, step / config.steps)

@@ -4,12 +4,13 @@ Source: the weight fusion that every rotation needs (SliceGPT arXiv:2401.15024 s
         arXiv:2404.00456 sec. 4, stage 1a).
 Law:    gain    W diag(g) (x/r)  =  W (g * x/r)                 W[:, j] *= g_j, g := 1
         shift   W (y + b) + c    =  W y + (c + W b)             c += W b, b := 0
-        mean    LayerNorm(x) = RMSNorm(x - mean x): when every writer of the stream writes values of
+        mean    LayerNorm(x) = RMSNorm(x - mean x): when every producer of the stream gives values of
                 mean zero (W -= mean over rows, c -= mean c, tables -= row mean) the mean is zero
                 and the LayerNorm *is* an RMSNorm.
-Keeps:  the output.   Needs: nothing.   Computed in float64, cast once.
-Leaves: norms whose output is read by something else than linears (post-norm residuals, routers of
-        expert stacks), norms whose gain is shared, sites whose weight is shared (untie them first).
+Keeps:  the output; computed in float64, cast once.
+Needs:  nothing.
+Skips:  norms whose output is read by something else than linears (post-norm residuals, routers of
+        expert stacks), norms whose gain is used elsewhere too, tied weights.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from torch import Tensor
 
 from qcompile.analysis.facts import Facts
 from qcompile.analysis.norms import Norm
+from qcompile.analysis.obstacle import Obstacle
 from qcompile.analysis.residual_stream import ResidualStream
-from qcompile.analysis.scale_folding import find_readers
+from qcompile.analysis.scale_folding import find_consumers
 from qcompile.analysis.sites import Site, find_sites
+from qcompile.analysis.tied_weights import tied_obstacle, tied_table_obstacle
+from qcompile.ir.aten_ops import aten
 from qcompile.ir.node_meta import REPLACES_LAYER_NORM
 from qcompile.ir.program import Program
 from qcompile.recipe.pass_config import PassConfig
@@ -31,14 +35,13 @@ from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 
-aten = torch.ops.aten
-
 
 @dataclass(frozen=True)
 class FoldNorm(PassConfig):
-    """Fold gains and shifts into the readers and, where a stream allows it, means into the writers."""
+    """Fold gains and shifts into the consumers and, where a stream allows it, means into the producers."""
 
-    center: bool = True  # turn LayerNorms into RMSNorms by centering what is written to the stream
+    # Replace LayerNorms by RMSNorms, by centering what the producers give to the stream. Off: LayerNorms stay.
+    center: bool = True
 
 
 def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
@@ -47,13 +50,13 @@ def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def center_rows(weight: Tensor) -> Tensor:
-    """W [N, K] -> W minus the mean over its N outputs: what it writes has mean zero. Also [N]."""
+    """W [N, K] -> W minus the mean over its N outputs: what it gives has mean zero. Also b [N]."""
     wide = weight.double()
     return (wide - wide.mean(0, keepdim=True)).to(weight.dtype)
 
 
 def center_table(table: Tensor) -> Tensor:
-    """[.., n] -> each row minus its own mean."""
+    """Rows [.., n] -> each minus its own mean."""
     wide = table.double()
     return (wide - wide.mean(-1, keepdim=True)).to(table.dtype)
 
@@ -64,34 +67,35 @@ def fold_norm(program: Program, config: FoldNorm, context: PassContext) -> PassR
     report = PassReport("FoldNorm")
     sites = context.facts.sites
     for norm in context.facts.norms:
-        reason = _fold(program, norm, sites)
-        if reason is None:
+        if norm.gain is None or norm.has_unit_gain(program):
+            continue
+        obstacle = _fold(program, norm, sites)
+        if obstacle is None:
             report.done.append(norm.output.name)
             report.changed |= {n.name for n in norm.inner}
-        elif reason:
-            report.skip(norm.output.name, *reason)
+        else:
+            report.skip(norm.output.name, obstacle.reason, obstacle.node)
     if config.center:
-        for flow in Facts(program).streams:  # norms that were just folded have gain one now
-            if any(norm.kind == "layer" for norm in flow.norms):
-                _center(program, flow, report)
+        for stream in Facts(program).streams:  # norms that were just folded have gain one now
+            if any(norm.kind == "layer" for norm in stream.norms):
+                _center(program, stream, report)
     return report
 
 
-def _fold(program: Program, norm: Norm, sites: list[Site]) -> tuple[str, str] | None | tuple[()]:
-    """None when folded, () when there is nothing to fold, else (reason, node)."""
-    if norm.gain is None or norm.has_unit_gain(program):
-        return ()
-    consumers = find_readers(norm.output, sites)
+def _fold(program: Program, norm: Norm, sites: list[Site]) -> Obstacle | None:
+    """Fold the gain and the shift of a norm into its consumers, or say what prevents it."""
+    consumers = find_consumers(norm.output, sites)
     if consumers.other_consumers:
-        return ("its output is read by something that is not a linear", consumers.other_consumers[0].name)
+        name = consumers.other_consumers[0].name
+        return Obstacle(name, "its output is read by something that is not a linear")
     if not consumers.sites:
-        return ("nothing reads its output", norm.output.name)
+        return Obstacle(norm.output.name, "nothing reads its output")
     for weight in (norm.gain, norm.bias):
         if weight is not None and sum(u in norm.inner for u in weight.users) < len(weight.users):
-            return ("its gain is used elsewhere too", weight.name)
-    for site in consumers.sites:
-        if site.shared_with:
-            return (f"the weight {site.name} is shared with {site.shared_with[0]}: untie it", "")
+            return Obstacle(weight.name, "its gain is used elsewhere too")
+    tied = tied_obstacle(consumers.sites)
+    if tied is not None:
+        return tied
     gain = norm.gain_value(program)
     shift_name = program.weight_name(norm.bias)
     for site in consumers.sites:
@@ -117,34 +121,26 @@ def add_to_bias(program: Program, site: Site, shift: Tensor) -> None:
         program.weights[name] = (program.weights[name].double() + shift).to(program.weights[name].dtype)
 
 
-def _center(program: Program, flow: ResidualStream, report: PassReport) -> None:
-    layers = [norm for norm in flow.norms if norm.kind == "layer"]
-    if not flow.closed:
-        place = flow.obstacles[0] if flow.obstacles else None
-        report.skip(
-            f"mean of {layers[0].output.name}",
-            f"its stream cannot be centered: {place.reason if place else 'nobody reads it'}",
-            place.node if place else "",
-        )
+def _center(program: Program, stream: ResidualStream, report: PassReport) -> None:
+    """Center all that is written to a stream, and replace its LayerNorms by RMSNorms."""
+    layers = [norm for norm in stream.norms if norm.kind == "layer"]
+    if stream.obstacle is not None:
+        reason = f"its stream cannot be centered: {stream.obstacle.reason}"
+        report.skip(f"mean of {layers[0].output.name}", reason, stream.obstacle.node)
         return
-    if len(layers) < len(flow.norms):
+    if len(layers) < len(stream.norms):
         report.skip(layers[0].output.name, "the stream holds RMSNorms too: its mean matters to them")
         return
-    shared = [s.name for s in flow.producers if s.shared_with]
-    if shared:
-        report.skip(shared[0], "a writer of the stream shares its weight: untie it")
+    tied = tied_obstacle(stream.producers) or tied_table_obstacle(program, stream.tables, find_sites(program))
+    if tied is not None:
+        report.skip(f"mean of {layers[0].output.name}", tied.reason, tied.node)
         return
-    products = {site.node for site in find_sites(program)}
-    for table in flow.tables:
-        if any(user in products for user in table.users):
-            report.skip(program.weight_name(table) or "", "a table is a linear's weight too: untie it")
-            return
-    for site in flow.producers:
+    for site in stream.producers:
         program.weights[site.name] = center_rows(program.weights[site.name])
         bias = program.weight_name(site.node.args[2]) if len(site.node.args) > 2 else None
         if bias is not None:
             program.weights[bias] = center_table(program.weights[bias])
-    for table in flow.tables:
+    for table in stream.tables:
         name = program.weight_name(table)
         assert name is not None
         program.weights[name] = center_table(program.weights[name])
@@ -156,4 +152,4 @@ def _center(program: Program, flow: ResidualStream, report: PassReport) -> None:
         program.replace(node, rms)
         program.graph.erase_node(node)
         report.done.append(f"{norm.output.name} -> RMSNorm")
-    report.changed |= {value.name for value in flow.values}
+    report.changed |= {value.name for value in stream.values}

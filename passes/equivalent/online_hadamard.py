@@ -1,10 +1,11 @@
-"""Rotate online: a Hadamard transform at run time before products of activations.
+"""OnlineHadamard: a Hadamard transform at run time before products of activations.
 
 Source: QuaRot, arXiv:2404.00456 sec. 4 stage 1c (before the last projection of a feed-forward).
 Law:    x W^T = (x R) (W R)^T  with R = diag(signs) H / sqrt(n).
-Keeps:  the output.   Needs: nothing.   W R in float64, cast once; x R in n log n at run time.
-Leaves: sites whose input is no product or activation (a stream or attention can be turned offline),
-        sizes without a Hadamard matrix, shared weights.
+Keeps:  the output; W R is computed in float64 and cast once, x R in n log n at run time.
+Needs:  nothing.
+Skips:  sites whose input is no product and no activation function (streams and the values of attention can be
+        rotated offline), sizes without a Hadamard matrix, tied weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from qcompile.analysis.tied_weights import tied_obstacle
 from qcompile.ir.aten_ops import ACTIVATIONS, aten
 from qcompile.ir.op_calls import HadamardCall
 from qcompile.ir.program import Program
@@ -23,30 +25,31 @@ from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 
 GATED = ACTIVATIONS | {aten.mul.Tensor}
-"""What makes the values that a transform goes behind: an activation function, or the product of a gate."""
+"""What gives the values that are transformed: an activation function, or the product of a gate."""
 
 
 @dataclass(frozen=True)
 class OnlineHadamard(PassConfig):
-    """Transform the inputs that come out of a gate or an activation function."""
+    """Transform the inputs that a gate or an activation function gives."""
 
+    # Of the random signs before the Hadamard matrix; inputs of one size share them.
     seed: int = 0
 
 
 @rewrites(OnlineHadamard, Stage.ONLINE, exact=True)
 def online_hadamard(program: Program, config: OnlineHadamard, context: PassContext) -> PassReport:
-    """Insert one transform before each such input and fold its inverse into the readers."""
+    """Insert one transform behind each such value and fold its inverse into the consumers."""
     report = PassReport("OnlineHadamard")
     for consumers in context.facts.consumers:
         root: fx.Node = consumers.root
         if root in context.facts.norm_outputs or root.target not in GATED or not consumers.sites:
             continue
         label, n = consumers.sites[0].name, consumers.sites[0].K
-        shared = [site for site in consumers.sites if site.shared_with]
+        tied = tied_obstacle(consumers.sites)
         if consumers.other_consumers:
             report.skip(label, "the value is read by something that is not a site", consumers.other_consumers[0].name)
-        elif shared:
-            report.skip(label, f"the weight {shared[0].name} is shared: untie it")
+        elif tied is not None:
+            report.skip(label, tied.reason, tied.node)
         elif hadamard_factors(n) is None:
             report.skip(label, f"no Hadamard matrix of {n} is known")
         else:
@@ -65,6 +68,6 @@ def online_hadamard(program: Program, config: OnlineHadamard, context: PassConte
             note = f"online Hadamard {k}*{2**m} for {n} channels"
             if note not in report.notes:
                 report.notes.append(note)
-            # What lies between the product and the reader carries the rotated value.
+            # What lies between the root and the sites carries the rotated value.
             report.changed |= {site.input.name for site in consumers.sites} - {root.name}
     return report

@@ -2,12 +2,13 @@
 
 Source: QServe, arXiv:2405.04532 sec. 4.3.3 (activation-aware channel reordering); Rotated Runtime Smooth,
         arXiv:2409.20361 sec. 3.2 (the order that its groups need), made static by calibration.
-Law:    x W^T = (x P)(W P)^T for a permutation P. It folds into the rows that make x: through an
+Law:    x W^T = (x P)(W P)^T for a permutation P. It folds into the rows that give x: through an
         elementwise function of several linears (a gate) into all of them; through attention within
-        each head, the same for heads that share their values; for a residual stream into everyone
-        who writes and reads it, like a rotation.
-Keeps:  the output.   Needs: absmax of the input, [K].
-Leaves: inputs that are not made by rows alone, or whose rows feed channels in no common order.
+        each head, the same for heads that share their values; for a residual stream into all its
+        producers and consumers, like a rotation.
+Keeps:  the output.
+Needs:  absmax of the input, [K].
+Skips:  inputs that linear rows do not give alone, or whose rows feed channels in no common order; tied weights.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.analysis.channel_origin import ATTENTION, MATMULS, ChannelOrigins, FlowStops, one_position
+from qcompile.analysis.channel_origin import ChannelOrigins, FlowStops, one_position
 from qcompile.analysis.scale_folding import Consumers
 from qcompile.analysis.sites import Site
+from qcompile.analysis.tied_weights import tied_obstacle
+from qcompile.ir.aten_ops import MATMULS, SDPA
 from qcompile.ir.program import Program
 from qcompile.passes.equivalent.fold_norm import FoldNorm
 from qcompile.passes.equivalent.rotate import rotate_stream, streams_to_rotate
@@ -31,9 +34,11 @@ from qcompile.recipe.report import PassReport
 
 @dataclass(frozen=True)
 class ReorderChannels(PassConfig):
-    """What to reorder: the residual stream, and inputs made by linear rows."""
+    """What to reorder."""
 
+    # Reorder residual streams; norms must be folded. A rotation of the stream leaves nothing to sort.
     stream: bool = False
+    # Reorder the inputs that rows of linears give: behind a gate, behind an attention.
     rows: bool = True
 
 
@@ -57,11 +62,11 @@ def reorder_channels(program: Program, config: ReorderChannels, context: PassCon
 
 
 def _streams(program: Program, groups: list[Consumers], context: PassContext, report: PassReport) -> None:
-    for label, flow in streams_to_rotate(program, context, report):
-        names = {site.name for site in flow.consumers}
+    for label, stream in streams_to_rotate(program, context, report):
+        names = {site.name for site in stream.consumers}
         peaks = [context.statistics.absmax[g.root.name] for g in groups if any(s.name in names for s in g.sites)]
         order = torch.stack(peaks).amax(0).argsort(descending=True)
-        rotate_stream(program, flow, torch.eye(flow.size, dtype=torch.float64)[:, order], label, report)
+        rotate_stream(program, stream, torch.eye(stream.size, dtype=torch.float64)[:, order], label, report)
 
 
 def _rows(program: Program, consumers: Consumers, context: PassContext, report: PassReport) -> None:
@@ -75,11 +80,12 @@ def _rows(program: Program, consumers: Consumers, context: PassContext, report: 
         terms = one_position(origins.terms(consumers.root))
         order = common_order(terms, absmax, _head(origins))
         origins.check_consumers(terms, _ends(consumers, origins))
-        shared = [s.name for s in (*consumers.sites, *(m for m, _ in origins.producers)) if s.shared_with]
-        if shared:
-            raise FlowStops(consumers.root.name, f"the weight {shared[0]} is shared: untie it")
     except FlowStops as stop:
         report.skip(label, str(stop.args[1]), str(stop.args[0]))
+        return
+    tied = tied_obstacle([*consumers.sites, *(producer for producer, _ in origins.producers)])
+    if tied is not None:
+        report.skip(label, tied.reason, tied.node)
         return
     source = torch.arange(origins.rows)  # for each row, the row that takes its place
     for term in terms:
@@ -95,13 +101,13 @@ def _rows(program: Program, consumers: Consumers, context: PassContext, report: 
 def _head(origins: ChannelOrigins) -> int:
     """Channels of a head where the values of an attention were passed, else 0."""
     for node, terms in origins.memo.items():
-        if terms and (node.target is ATTENTION or node.target in MATMULS):
+        if terms and (node.target is SDPA or node.target in MATMULS):
             return int(node.meta["val"].shape[-1])
     return 0
 
 
 def _ends(consumers: Consumers, origins: ChannelOrigins) -> set[torch.fx.Node]:
-    """Who may read a value on the way: the sites, and what carries the root to them."""
+    """What may read a value on the way: the sites, and what carries the root to them."""
     ends = {site.node for site in consumers.sites}
     for site in consumers.sites:
         node = site.input
@@ -115,8 +121,9 @@ def common_order(terms: list[Tensor], absmax: Tensor, head: int) -> Tensor:
     """The order of channels [K] by falling absmax that all terms allow.
 
     Args:
-        terms: [K] the row behind each channel, one tensor for each linear that makes the value.
-        absmax: [K]. head: channels of a head, within which the order stays; 0: no heads.
+        terms: [K] the row behind each channel, one tensor for each linear that the value comes from.
+        absmax: [K] of each channel.
+        head: channels of a head, which no channel leaves; 0: no heads.
 
     Raises:
         FlowStops: rows feed channels in no common order.
@@ -132,8 +139,8 @@ def common_order(terms: list[Tensor], absmax: Tensor, head: int) -> Tensor:
     peaks = absmax.reshape(-1, width)
     order = torch.empty_like(blocks[0])
     for rows in owner.unique():
-        mine = owner == rows
-        order[mine] = peaks[mine].amax(0).argsort(descending=True)
+        sharing = owner == rows
+        order[sharing] = peaks[sharing].amax(0).argsort(descending=True)
     for block in blocks[1:]:
         for rows in block[:, 0].unique():
             if len(order[block[:, 0] == rows].unique(dim=0)) != 1:
@@ -142,6 +149,7 @@ def common_order(terms: list[Tensor], absmax: Tensor, head: int) -> Tensor:
 
 
 def _permute(program: Program, producer: Site, source: Tensor) -> None:
+    """Row i of a site's weight and bias becomes what row source[i] was."""
     for name in [producer.name, program.weight_name(producer.bias)]:
         if name is not None:
             program.weights[name] = program.weights[name][source].contiguous()

@@ -1,13 +1,14 @@
-"""Rotate: turn hidden bases by orthogonal matrices folded into the weights.
+"""Rotate: hidden bases rotated by orthogonal matrices that fold into the weights.
 
 Source: QuaRot, arXiv:2404.00456 sec. 4; SpinQuant, arXiv:2405.16406 sec. 3 (R1, R2).
-Law:    R R^T = 1.  R1, for a closed stream: readers W := W R, writers W := R^T W, b := R^T b, tables
+Law:    R R^T = 1.  R1, for a closed stream: consumers W := W R, producers W := R^T W, b := R^T b, tables
         E := E R; norms of unit gain commute with R.  R2, for attention values: each head of the
-        writer's rows W := R^T W, b := R^T b, the matching columns of the reader W := W R.
-Keeps:  the output.   Needs: nothing.   Computed in float64, cast once.
-        R is a randomised Hadamard matrix where its size has one, else a random orthogonal matrix;
+        producer's rows W := R^T W, b := R^T b, the matching columns of the consumer W := W R.
+        R is a randomized Hadamard matrix where its size has one, else a random orthogonal matrix;
         the choice is in the report.
-Leaves: open streams (the obstacle is named), LayerNorms whose mean is not folded, tied weights,
+Keeps:  the output; computed in float64, cast once.
+Needs:  nothing.
+Skips:  open streams (the obstacle is named), LayerNorms whose mean is not folded, tied weights,
         values that leave the graph.
 """
 
@@ -17,12 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from qcompile.analysis.obstacle import Obstacle
 from qcompile.analysis.residual_stream import ResidualStream
 from qcompile.analysis.scale_folding import Consumers, Source, scale_source
 from qcompile.analysis.sites import Site
+from qcompile.analysis.tied_weights import tied_obstacle, tied_table_obstacle
 from qcompile.ir.program import Program
 from qcompile.numerics.hadamard import random_rotation
 from qcompile.passes.equivalent.awq import AWQ
@@ -37,10 +39,13 @@ from qcompile.recipe.report import PassReport
 
 @dataclass(frozen=True)
 class Rotate(PassConfig):
-    """Which bases are turned, and from which seed."""
+    """Which bases are rotated, and from which seed."""
 
-    stream: bool = True  # R1: the residual stream
-    heads: bool = True  # R2: the values of attention, one matrix for all heads of a site
+    # The papers' R1: rotate residual streams. Their norms must be folded before (FoldNorm).
+    stream: bool = True
+    # The papers' R2: rotate the values of attention, by one matrix for all heads of a site.
+    heads: bool = True
+    # Of the random signs and matrices.
     seed: int = 0
 
 
@@ -53,7 +58,7 @@ def rotate_columns(weight: Tensor, matrix: Tensor) -> Tensor:
 
 
 def rotate_rows(weight: Tensor, matrix: Tensor) -> Tensor:
-    """W [n, K] or b [n] -> R^T W for each block of rows."""
+    """W [n, K] or b [n] -> R^T W for each block of rows; float64, cast back."""
     wide = weight.double()
     blocks = wide.unflatten(0, (-1, matrix.shape[0]))
     return torch.einsum("rs,br...->bs...", matrix.to(blocks.device), blocks).flatten(0, 1).to(weight.dtype)
@@ -65,17 +70,19 @@ def conflicts(config: Rotate, passes: Sequence[PassConfig]) -> list[str]:
     for other in passes if config.stream else ():
         name = type(other).__name__
         if isinstance(other, SmoothQuantPlus):
-            faults.append(f"{name} puts scales into the norm gains that Rotate(stream=True) needs to be one: drop one")
+            faults.append(
+                f"{name} puts scales into the norm gains that Rotate(stream=True) needs to be one. Fix: drop one"
+            )
         elif isinstance(other, (AWQ, SmoothQuant)) and other.norms:
             faults.append(
-                f"{name}(norms=True) puts scales into the norm gains that Rotate(stream=True) needs to be one: "
-                f"use {name}(norms=False) or Rotate(stream=False)"
+                f"{name}(norms=True) puts scales into the norm gains that Rotate(stream=True) needs to be one. "
+                f"Fix: {name}(norms=False) or Rotate(stream=False)"
             )
     return faults
 
 
 def needs_folded_norms(config: Rotate) -> tuple[type[PassConfig], ...]:
-    """What a rotation requires before it, whatever chooses its matrices."""
+    """Passes that must come before a rotation, whatever chooses its matrices."""
     return (FoldNorm,) if config.stream else ()
 
 
@@ -83,62 +90,53 @@ def needs_folded_norms(config: Rotate) -> tuple[type[PassConfig], ...]:
 def rotate(program: Program, config: Rotate, context: PassContext) -> PassReport:
     """Rotate every closed stream and every head basis, in place."""
     report = PassReport("Rotate")
-    for index, (label, flow) in enumerate(streams_to_rotate(program, context, report) if config.stream else []):
-        matrix, kind = random_rotation(flow.size, config.seed + index)
-        rotate_stream(program, flow, matrix, label, report)
-        report.notes.append(f"R1 of {flow.size} channels: {kind}, {len(flow.consumers)} readers")
+    for index, (label, stream) in enumerate(streams_to_rotate(program, context, report) if config.stream else []):
+        matrix, kind = random_rotation(stream.size, config.seed + index)
+        rotate_stream(program, stream, matrix, label, report)
+        report.notes.append(f"R1 of {stream.size} channels: {kind}, {len(stream.consumers)} consumers")
     if config.heads:
         _rotate_heads(program, config.seed + 1000, context, report)
     return report
 
 
 def streams_to_rotate(program: Program, context: PassContext, report: PassReport) -> list[tuple[str, ResidualStream]]:
-    """The streams that can take another basis, with what a report calls them; the others are skipped in it."""
+    """The streams that can take another basis, each with its label in the report, where the others are skipped."""
     found = []
-    products = {site.node for site in context.facts.sites}
-    for flow in context.facts.streams:
-        label, problem = (
-            f"stream of {flow.size} at {flow.norms[0].input.name}",
-            stream_obstacle(program, flow, products),
-        )
-        if problem is None:
-            found.append((label, flow))
+    sites = context.facts.sites
+    for stream in context.facts.streams:
+        label = f"stream of {stream.size} at {stream.norms[0].input.name}"
+        obstacle = stream_obstacle(program, stream, sites)
+        if obstacle is None:
+            found.append((label, stream))
         else:
-            report.skip(label, problem.reason, problem.node)
+            report.skip(label, obstacle.reason, obstacle.node)
     return found
 
 
-def rotate_stream(program: Program, flow: ResidualStream, matrix: Tensor, label: str, report: PassReport) -> None:
-    """Give a closed stream another orthogonal basis [n, n]: its writers, tables and readers."""
-    for site in flow.consumers:
+def rotate_stream(program: Program, stream: ResidualStream, matrix: Tensor, label: str, report: PassReport) -> None:
+    """Give a closed stream another orthogonal basis [n, n]: its producers, tables and consumers."""
+    for site in stream.consumers:
         program.weights[site.name] = rotate_columns(program.weights[site.name], matrix)
-    for site in flow.producers:
+    for site in stream.producers:
         _change_rows(program, site, lambda w: rotate_rows(w, matrix))
-    for table in flow.tables:
+    for table in stream.tables:
         name = program.weight_name(table)
         assert name is not None
         program.weights[name] = rotate_columns(program.weights[name], matrix)
     report.done.append(label)
-    report.changed |= {value.name for value in flow.values}
-    report.changed |= {node.name for norm in flow.norms for node in norm.inner}
+    report.changed |= {value.name for value in stream.values}
+    report.changed |= {node.name for norm in stream.norms for node in norm.inner}
 
 
-def stream_obstacle(program: Program, flow: ResidualStream, products: set[fx.Node]) -> Obstacle | None:
+def stream_obstacle(program: Program, stream: ResidualStream, sites: list[Site]) -> Obstacle | None:
     """Why a stream cannot take another basis, or None."""
-    if flow.obstacles:
-        return flow.obstacles[0]
-    if not flow.closed:
-        return Obstacle(flow.norms[0].input.name, "nobody writes or reads this stream")
-    for norm in flow.norms:
+    if stream.obstacle is not None:
+        return stream.obstacle
+    for norm in stream.norms:
         if norm.kind == "layer":
             return Obstacle(norm.output.name, "a LayerNorm subtracts a mean that is not folded")
-    for site in (*flow.consumers, *flow.producers):
-        if site.shared_with:
-            return Obstacle(site.node.name, f"{site.name} is shared with {site.shared_with[0]}: untie it")
-    for table in flow.tables:
-        if any(user in products for user in table.users):
-            return Obstacle(table.name, f"{program.weight_name(table)} is also a linear's weight: untie it")
-    return None
+    tied = tied_obstacle((*stream.consumers, *stream.producers))
+    return tied or tied_table_obstacle(program, stream.tables, sites)
 
 
 def _rotate_heads(program: Program, seed: int, context: PassContext, report: PassReport) -> None:
@@ -151,7 +149,7 @@ def _rotate_heads(program: Program, seed: int, context: PassContext, report: Pas
 
 
 def head_bases(program: Program, context: PassContext, report: PassReport) -> list[tuple[Consumers, Source]]:
-    """The sites that read whole heads of an attention, and where these are made; the others are skipped."""
+    """The sites that read whole heads of an attention, and where these come from; the others are skipped."""
     found = []
     norms, sites = context.facts.norms, context.facts.sites
     for consumers in context.facts.consumers:
@@ -187,7 +185,7 @@ def rotate_heads(program: Program, consumers: Consumers, source: Source, matrix:
 
 
 def _whole_heads(source: Source) -> bool:
-    """Every head of the reader is one aligned run of the writer's rows, all runs the same grid."""
+    """Whether every head of the consumer is one aligned run of the producer's rows, all runs of the same grid."""
     if not source.head or source.channels.numel() % source.head:
         return False
     heads = source.channels.reshape(-1, source.head)

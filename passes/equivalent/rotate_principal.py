@@ -1,15 +1,17 @@
-"""RotatePrincipal: turn hidden bases to their principal axes, where formats with an exponent round best.
+"""RotatePrincipal: hidden bases rotated to their principal axes, where formats with an exponent round best.
 
 Source: ours; the folding is Rotate's (QuaRot, arXiv:2404.00456), principal axes of a stream as in
         SliceGPT (arXiv:2401.15024 sec. 3.3), there to delete channels.
 Law:    the output stays for every orthogonal R, as in Rotate. Which R: a float format rounds every
-        number by a share eps of itself, so a product carries noise
+        value by a share eps of itself, so a product carries noise
             E |sum_k w_k x_k e_k|^2 = eps^2 sum_k w_k^2 E x_k^2.
         On the eigenvectors of E x x^T channels are uncorrelated, and that is eps^2 E (w x)^2: eps of
         the signal for every row w. On other axes it is more wherever rows cancel what many channels
         have in common, as the massive activations of a stream: a Hadamard matrix, right for integers,
         spreads these over all channels, and the noise with them.
-Needs:  whole batches.   Leaves: what Rotate leaves.   Turned in float64, cast once.
+Keeps:  the output; computed in float64, cast once.
+Needs:  whole batches.
+Skips:  what Rotate skips.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from qcompile.recipe.report import PassReport
 
 @dataclass(frozen=True)
 class RotatePrincipal(Rotate):
-    """Rotate to the principal axes of what calibration saw: no chance is in it, and the seed is not used."""
+    """Rotate to the principal axes of the calibration data: nothing is random, and `seed` is not used."""
 
 
 def principal_axes(moment: Tensor) -> Tensor:
@@ -50,29 +52,29 @@ def principal_axes(moment: Tensor) -> Tensor:
     RotatePrincipal, Stage.ROTATE, exact=True, needs=("batches",), requires=needs_folded_norms, conflicts=conflicts
 )
 def rotate_principal(program: Program, config: RotatePrincipal, context: PassContext) -> PassReport:
-    """Turn every closed stream and every head basis to its principal axes, in place."""
+    """Rotate every closed stream and every head basis to its principal axes, in place."""
     report = PassReport("RotatePrincipal")
     streams = streams_to_rotate(program, context, report) if config.stream else []
     heads = head_bases(program, context, report) if config.heads else []
 
-    # One basis serves all readers of a stream: behind their norms every one of them weighs the same.
+    # One basis serves all consumers of a stream: behind their norms each of them weighs the same.
     watched: dict[fx.Node, tuple[str, int]] = {}
     groups = context.facts.consumers
-    for label, flow in streams:
-        names = {site.name for site in flow.consumers}
+    for label, stream in streams:
+        names = {site.name for site in stream.consumers}
         for group in groups:
             if any(site.name in names for site in group.sites):
-                watched[group.root] = (label, flow.size)
+                watched[group.root] = (label, stream.size)
     for group, source in heads:
         watched[group.root] = (group.sites[0].name, source.head)
     moments = _second_moments(program, context, watched)
     axes = {label: principal_axes(moment) for label, moment in moments.items()}
 
-    for label, flow in streams:
+    for label, stream in streams:
         if label not in axes:
             report.skip(label, "no linear reads it")
             continue
-        rotate_stream(program, flow, axes[label], label, report)
+        rotate_stream(program, stream, axes[label], label, report)
         first, whole = axes[label][:, 0], moments[label].trace().clamp_min(1e-300)
         report.notes.append(f"{label}: {float(first @ moments[label] @ first / whole):.0%} of its energy on one axis")
     for group, source in heads:

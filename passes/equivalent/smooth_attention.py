@@ -4,8 +4,9 @@ Source: Lin et al. 2024, QServe (QoQ), arXiv:2405.04532 sec. 4.2.
 Law:    lambda = max|K|^alpha for each class of rows that meet in the scores (a rotary pair, grouped
         heads; see qcompile/analysis/attention_scores.py);  (lambda q)(k / lambda)^T = q k^T.
         Rows and biases of the query linear are multiplied, those of the key linear divided.
-Keeps:  the output.   Needs: absmax of the keys after the rotary embedding, [heads, D].
-Leaves: attentions whose queries or keys pass a norm: it would take the factor out again.
+Keeps:  the output.
+Needs:  absmax of the keys behind the rotary embedding, [H, D].
+Skips:  attentions whose queries or keys pass a norm: it would take the factor out again.
 """
 
 from __future__ import annotations
@@ -29,33 +30,34 @@ from qcompile.recipe.rule import RecipeError
 class SmoothAttention(PassConfig):
     """How much of the keys' unevenness moves into the queries."""
 
-    alpha: float = 0.5  # 0: none, 1: all
+    # The paper's alpha, 0 to 1: at 0 keys stay as they are, at 1 all their channels get one absmax.
+    alpha: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"SmoothAttention: alpha must be between 0 and 1, got {self.alpha}")
 
 
-def key_scale(absmax: Tensor, flow: AttentionScores, alpha: float) -> Tensor:
-    """max|K| [heads, D] -> lambda of each row of the makers, float64; 1 for rows that take no part."""
-    count = len(flow.classes)
+def key_scale(absmax: Tensor, attention: AttentionScores, alpha: float) -> Tensor:
+    """max|K| [H, D] -> lambda of each row of the producers, float64; 1 for rows that take no part."""
+    count = len(attention.classes)
     peak = torch.zeros(count, dtype=torch.float64)
-    peak = peak.scatter_reduce(0, flow.of_key.flatten(), absmax.double().flatten(), "amax")
+    peak = peak.scatter_reduce(0, attention.of_key.flatten(), absmax.double().flatten(), "amax")
     scale = torch.where(peak > 0, peak.clamp_min(1e-5) ** alpha, torch.ones_like(peak))
-    return torch.where(flow.classes >= 0, scale[flow.classes.clamp_min(0)], torch.ones_like(scale))
+    return torch.where(attention.classes >= 0, scale[attention.classes.clamp_min(0)], torch.ones_like(scale))
 
 
 @rewrites(SmoothAttention, Stage.SMOOTH, exact=True, needs=("keys",))
 def smooth_attention(program: Program, config: SmoothAttention, context: PassContext) -> PassReport:
     """Smooth the keys of every attention whose rows can be followed, in place."""
     report = PassReport("SmoothAttention")
-    for flow in scores(program, context.facts.sites):
-        if isinstance(flow, Obstacle):
-            report.skip("attention", flow.reason, flow.node)
+    for attention in scores(program, context.facts.sites):
+        if isinstance(attention, Obstacle):
+            report.skip("attention", attention.reason, attention.node)
             continue
-        scale = key_scale(context.statistics.keys[flow.keys.name], flow, config.alpha)
-        factor = torch.where(flow.query, scale, 1 / scale)
-        for producer, start in flow.producers:
+        scale = key_scale(context.statistics.keys[attention.keys.name], attention, config.alpha)
+        factor = torch.where(attention.query, scale, 1 / scale)
+        for producer, start in attention.producers:
             by_row = factor[start : start + producer.N]
             names = [producer.name] + [n for n in [program.weight_name(producer.bias)] if n is not None]
             for name in names:
@@ -63,5 +65,5 @@ def smooth_attention(program: Program, config: SmoothAttention, context: PassCon
                 scaled = old.double() * (by_row[:, None] if old.ndim == 2 else by_row).to(old.device)
                 program.weights[name] = scaled.to(old.dtype)
             report.done.append(producer.name)
-        report.changed |= flow.between
+        report.changed |= attention.between
     return report

@@ -8,8 +8,9 @@ Law:    s = max|X|^a / max|W|^(1-a) for each input channel;  (X / s)(s W) = X W.
         1/s folds into the gain of a norm, or into the rows of the linear whose output reaches the
         site through operations that carry a positive factor (see qcompile/analysis/scale_folding.py). Where one
         producer channel feeds several (grouped-query attention), they share the largest s.
-Keeps:  the output.   Needs: absmax of the input, [K].   Computed in float64, cast once.
-Leaves: sites whose input does not come from a norm gain or from linear rows.
+Keeps:  the output; computed in float64, cast once.
+Needs:  absmax of the input, [K].
+Skips:  sites whose input does not come from a norm gain or from linear rows, tied weights.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from qcompile.analysis.obstacle import Obstacle
 from qcompile.analysis.scale_folding import Consumers, Source, scale_source
 from qcompile.analysis.sites import Site
+from qcompile.analysis.tied_weights import tied_obstacle
 from qcompile.ir.program import Program
 from qcompile.recipe.pass_config import PassConfig
 from qcompile.recipe.pass_context import PassContext
@@ -34,10 +36,15 @@ from qcompile.recipe.rule import RecipeError
 class SmoothQuant(PassConfig):
     """How much of the difficulty moves from the activations into the weights."""
 
-    alpha: float = 0.5  # 0: all stays in X, 1: all moves to W
-    norms: bool = True  # smooth inputs made by a norm, by way of its gain
-    rows: bool = True  # smooth also inputs made by linear rows (after a gate, after attention)
-    percentile: float | None = None  # share of channels to bring down to the others, as 0.005
+    # The paper's migration strength, 0 to 1: at 0 all outliers stay in X, at 1 all move to W.
+    alpha: float = 0.5
+    # Smooth the inputs that a norm gives, by way of its gain. Off where a rotation needs unit gains.
+    norms: bool = True
+    # Smooth the inputs that rows of a linear give: behind a gate, behind an attention.
+    rows: bool = True
+    # DGQ's variant: the share of channels, 0 to 1, that is brought down to the others (0.005); alpha is not used then.
+    # None: the paper's scale for every channel.
+    percentile: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -54,7 +61,7 @@ def smoothing_scale(act: Tensor, weight: Tensor, alpha: float) -> Tensor:
 
 
 def clip_scale(act: Tensor, share: float) -> Tensor:
-    """max|X| [K] -> s [K], float64: one but for the top share of channels."""
+    """max|X| [K] -> s [K], float64: above 1 only for the top share of channels."""
     ranked = act.double().sort(descending=True).values
     baseline = ranked[min(int(share * len(act) + 1.5), len(act) - 1)]
     return (act.double() / baseline).clamp_min(1) if baseline > 0 else torch.ones_like(ranked)
@@ -64,7 +71,9 @@ def shared_scale(scale: Tensor, channels: Tensor, rows: int) -> tuple[Tensor, Te
     """Make s equal where one producer row feeds several channels.
 
     Args:
-        scale: [K]. channels: [K] producer row of each channel. rows: number of producer rows.
+        scale: [K] of each channel.
+        channels: [K] the producer row behind each channel, int64.
+        rows: N of the producer.
 
     Returns:
         s for each channel, [K], and s for each producer row, [rows] (1 where none is fed).
@@ -76,22 +85,16 @@ def shared_scale(scale: Tensor, channels: Tensor, rows: int) -> tuple[Tensor, Te
 
 @rewrites(SmoothQuant, Stage.SMOOTH, exact=True, needs=("absmax",))
 def smoothquant(program: Program, config: SmoothQuant, context: PassContext) -> PassReport:
-    """Smooth every group of sites whose input has a place for the scale, in place."""
+    """Smooth every group of sites whose input can take the scale, in place."""
     report = PassReport("SmoothQuant")
     norms, sites = context.facts.norms, context.facts.sites
     for consumers in context.facts.consumers:
         label = consumers.sites[0].name if consumers.sites else consumers.root.name
-        shared = [site for site in consumers.sites if site.shared_with]
-        if shared:
-            report.skip(label, f"the weight {shared[0].name} is shared: untie it")
-            continue
-        source = scale_source(program, consumers, norms, sites)
+        source = tied_obstacle(consumers.sites) or scale_source(program, consumers, norms, sites)
         if isinstance(source, Obstacle):
             report.skip(label, source.reason, source.node)
-        elif source.norm is None and not config.rows:
-            report.skip(label, "made by linear rows, and rows=False")
-        elif source.norm is not None and not config.norms:
-            report.skip(label, "made by a norm, and norms=False")
+        elif not (config.rows if source.norm is None else config.norms):
+            report.skip(label, excluded(source))
         else:
             act = context.statistics.absmax[consumers.root.name]
             if config.percentile is not None:
@@ -105,8 +108,13 @@ def smoothquant(program: Program, config: SmoothQuant, context: PassContext) -> 
     return report
 
 
+def excluded(source: Source) -> str:
+    """The reason to skip an input of a kind that the config excludes."""
+    return f"its input comes from {'linear rows, and rows' if source.norm is None else 'a norm, and norms'}=False"
+
+
 def changed_by(source: Source, consumers: Consumers) -> set[str]:
-    """The nodes whose values a fold changes on purpose: from the source to the readers."""
+    """Names of the nodes whose values a fold changes on purpose: from the source to the consumers."""
     nodes = {n.name for n in source.path} | {consumers.root.name}
     if source.norm is not None:
         return nodes | {n.name for n in source.norm.inner}
@@ -115,7 +123,7 @@ def changed_by(source: Source, consumers: Consumers) -> set[str]:
 
 
 def fold_scale(program: Program, source: Source, sites: list[Site], scale: Tensor) -> None:
-    """Divide the channels of a value by `scale` [K] at its source, multiply the readers' columns."""
+    """Divide the channels of a value by `scale` [K] at its source, multiply the consumers' columns."""
     if source.norm is not None:
         gain = source.norm.gain_value(program)
         source.norm.set_gain(program, gain / scale)

@@ -5,13 +5,15 @@ Source: Pan et al. 2023, arXiv:2312.03788 sec. 3. The authors published no searc
         divergence of the logits, quantized layers feeding later ones: by squared error of the logits
         the winner can be worse than no smoothing (docs/algorithms/smoothquant-plus.md).
 Law:    s = max|X|^a / max|W|^(1-a) as in smoothquant.py, for a in 0, step .. 1, and *no smoothing* as a
-        candidate of its own (a = 0 is not it: it equalises the weights). Ours: each a is tried for all
-        inputs, for those that a norm makes, and for those that linear rows make; a rotated residual
-        stream has no outliers left behind its norms, while inner products keep theirs. Candidates are
-        ranked on one batch without the clip search; the best two and no smoothing are then held
-        against each other as the pass behind will round, on all batches: the winner's loss is not
-        above the identity's.
-Keeps:  the output.   Needs: absmax of the inputs and the batches.   Leaves: what Smooth leaves.
+        candidate of its own (a = 0 is not it: it equalizes the weights). Ours: each a is tried for all
+        inputs, for those that a norm gives, and for those that linear rows give; a rotated residual
+        stream has no outliers behind its norms, while inner products keep theirs. Candidates are
+        ranked on one batch without the clip search; the best two and no smoothing are then compared
+        with the rounding of the pass behind, on all batches: the winner's loss is not above that of
+        no smoothing.
+Keeps:  the output.
+Needs:  absmax of the inputs and the batches.
+Skips:  what SmoothQuant skips.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 from qcompile.ir.program import Program
 from qcompile.numerics.divergence import kl_divergence, relative_squared_error
 from qcompile.numerics.format import Format
-from qcompile.passes.equivalent.awq import rounds_otherwise
+from qcompile.passes.equivalent.awq import rounding_conflicts
 from qcompile.passes.equivalent.smoothquant import SmoothQuant, smoothquant
 from qcompile.passes.qdq.site_plan import Quantize
 from qcompile.passes.weights.round_to_nearest import round_to_nearest
@@ -43,11 +45,16 @@ _FINALISTS = 2  # candidates whose loss is computed with the clip search, which 
 class SmoothQuantPlus(PassConfig):
     """The format that the search rounds to, and the grid of alpha."""
 
+    # Weight format of the quantizing pass behind it, to which the search rounds as well.
     weight: Format = Format("int4", "group", 128, "int")
-    clip: bool = False  # whether the Quantize pass behind it searches clips: the search sees the same rounding
-    step: float = 0.1  # of alpha; the paper's is 0.05
-    batches: int = 4  # of the calibration data, for the loss of the finalists
-    logits: bool = True  # whether the first output holds logits [.., V]; without, the loss is its squared error
+    # Whether that pass searches the clip of each weight range; the search must round in the same way.
+    clip: bool = False
+    # Distance of the alphas that are tried, from 0 to 1. The paper's is 0.05; 0.1 costs half as much.
+    step: float = 0.1
+    # How many calibration batches give the loss of the finalists; candidates are ranked on the first.
+    batches: int = 4
+    # Whether the first output holds logits [.., V]: the loss is then their divergence, else the squared error.
+    logits: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,23 +68,23 @@ class SmoothQuantPlus(PassConfig):
     exact=True,
     needs=("absmax", "batches"),
     conflicts=lambda config, passes: (
-        ["SmoothQuantPlus and Smooth do the same twice: drop SmoothQuant"]
+        ["SmoothQuantPlus and SmoothQuant do the same twice. Fix: drop SmoothQuant"]
         * any(isinstance(p, SmoothQuant) for p in passes)
-        + rounds_otherwise(config, passes)
+        + rounding_conflicts(config, passes)
     ),
 )
 def smoothquant_plus(program: Program, config: SmoothQuantPlus, context: PassContext) -> PassReport:
     """Search alpha on quantized copies, then smooth the program with the winner, in place."""
     data = [batch for _, batch in zip(range(config.batches), context.data(), strict=False)]
-    want = [first_output(program, batch) for batch in data]
+    expected = [first_output(program, batch) for batch in data]
     coarse = dataclasses.replace(config, clip=False)
     ranked = {
-        candidate: loss_of(program, coarse, context, candidate, data[:1], want[:1])
+        candidate: loss_of(program, coarse, context, candidate, data[:1], expected[:1])
         for candidate in context.track(candidates(config), "SmoothQuant+")
     }
     finalists: list[SmoothQuant | None] = [None, *sorted(ranked, key=ranked.__getitem__)[:_FINALISTS]]
     losses = {
-        candidate: loss_of(program, config, context, candidate, data, want)
+        candidate: loss_of(program, config, context, candidate, data, expected)
         for candidate in context.track(finalists, "SmoothQuant+, the best")
     }
     best = min(losses, key=losses.__getitem__)
@@ -98,8 +105,10 @@ def describe(candidate: SmoothQuant | None) -> str:
     """A candidate as the report names it."""
     if candidate is None:
         return "no smoothing"
-    only = "" if candidate.norms and candidate.rows else f" behind {'norms' if candidate.norms else 'linear rows'} only"
-    return f"alpha {candidate.alpha:.2f}{only}"
+    where = (
+        "" if candidate.norms and candidate.rows else f" behind {'norms' if candidate.norms else 'linear rows'} only"
+    )
+    return f"alpha {candidate.alpha:.2f}{where}"
 
 
 def loss_of(
@@ -108,9 +117,18 @@ def loss_of(
     context: PassContext,
     candidate: SmoothQuant | None,
     data: list[Sequence[Any]],
-    want: list[Tensor],
+    expected: list[Tensor],
 ) -> float:
-    """Divergence from the outputs `want` after smoothing as a candidate does (None: not) and rounding all weights."""
+    """Mean divergence from the float model after smoothing as a candidate does and rounding all weights.
+
+    Args:
+        program: the float program, not changed.
+        config: the weight format and the loss.
+        context: of the program, with the absmax of the inputs.
+        candidate: how to smooth; None: not at all.
+        data: flat inputs of each batch.
+        expected: the first output of the float program for each batch.
+    """
     tried = program.copy()
     if candidate is not None:
         smoothquant(tried, candidate, context.on(tried))
@@ -118,11 +136,11 @@ def loss_of(
     round_to_nearest(tried, weights_only, context.on(tried, keep_float_weights=False))
     tried.cleanup()
     measure = kl_divergence if config.logits else relative_squared_error
-    pairs = zip(data, want, strict=True)
+    pairs = zip(data, expected, strict=True)
     return sum(float(measure(value, first_output(tried, batch))) for batch, value in pairs) / len(data)
 
 
 def first_output(program: Program, batch: Sequence[Any]) -> Tensor:
-    """Logits, or the output of an encoder. (A hidden value would not do: smoothing rescales those on purpose.)"""
+    """Logits, or the output of an encoder. (Not a hidden value: smoothing rescales those on purpose.)"""
     found: Tensor = program(*batch)[0]
     return found

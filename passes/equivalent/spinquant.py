@@ -5,15 +5,18 @@ Source: Liu et al. 2024, SpinQuant, arXiv:2405.16406 sec. 3 (R1 and R2 by Cayley
 Law:    as Rotate: the output stays for every orthogonal R. What is learned is which R: the least
         KL(float || activations rounded in the rotated bases), by
         R <- (I + a/2 S)^-1 (I - a/2 S) R with S = G R^T - R G^T, which is orthogonal for any step a.
-        The weights are never rotated while learning: x R is rounded and turned back, which is the
+        It starts from Rotate's randomized Hadamard matrices.
+        The weights are never rotated while learning: x R is rounded and rotated back, which is the
         same function and costs a product with R instead of one with every weight.
-Needs:  whole batches.   Leaves: what Rotate leaves; starts from its randomised Hadamard matrices.
+Keeps:  the output; computed in float64, cast once.
+Needs:  whole batches.
+Skips:  what Rotate skips.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +49,14 @@ from qcompile.recipe.rule import RecipeError
 class SpinQuant(Rotate):
     """Rotate with learned matrices."""
 
-    act: Format = Format("int4")  # what activations are rounded to while learning
+    # Format that activations are rounded to while learning; weights stay float.
+    act: Format = Format("int4")
+    # Steps of the descent, one batch each. The paper takes 100.
     steps: int = 100
-    lr: float = 1.5  # of the first step; falls to zero along a cosine
-    tokens: int = 512  # of a batch that a step looks at
+    # Learning rate of the first step (the paper's 1.5); falls to zero along a cosine.
+    lr: float = 1.5
+    # Tokens of a sequence that a step reads; bounds its memory.
+    tokens: int = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,16 +64,16 @@ class SpinQuant(Rotate):
             raise RecipeError(f"SpinQuant: steps, lr and tokens must be positive, got {self}")
 
 
-def cayley_step(matrix: Tensor, gradient: Tensor, rate: float) -> Tensor:
+def cayley_step(matrix: Tensor, gradient: Tensor, lr: float) -> Tensor:
     """One step down the gradient along the orthogonal matrices, [n, n] -> [n, n] float64.
 
-    The step is at most 1 / |S|, beyond which the direction says nothing.
+    `lr` is cut to 1 / |S|, beyond which the direction means nothing.
     """
     r, g = matrix.double(), gradient.double()
     skew = g @ r.t() - r @ g.t()
-    rate = min(rate, 1.0 / float(skew.norm().clamp_min(1e-12)))
+    lr = min(lr, 1.0 / float(skew.norm().clamp_min(1e-12)))
     eye = torch.eye(len(r), dtype=torch.float64, device=r.device)
-    return torch.linalg.solve(eye + rate / 2 * skew, (eye - rate / 2 * skew) @ r)
+    return torch.linalg.solve(eye + lr / 2 * skew, (eye - lr / 2 * skew) @ r)
 
 
 @dataclass
@@ -76,7 +83,7 @@ class _Basis:
     matrix: Tensor
 
     def round(self, x: Tensor, form: Format) -> Tensor:
-        """Round x [.., k b] in the basis, b = len(matrix), and turn it back."""
+        """Round x [.., k b] in the basis, b = len(matrix), and rotate it back."""
         blocks = x.unflatten(-1, (-1, len(self.matrix)))
         matrix = self.matrix.to(x)
         rotated = (blocks @ matrix).flatten(-2)
@@ -85,7 +92,7 @@ class _Basis:
 
 @rewrites(SpinQuant, Stage.ROTATE, exact=True, needs=("batches",), requires=needs_folded_norms, conflicts=conflicts)
 def spinquant(program: Program, config: SpinQuant, context: PassContext) -> PassReport:
-    """Learn the bases of every closed stream and of every head, and turn the program into them."""
+    """Learn the bases of every closed stream and of every head, and rotate the program to them, in place."""
     report = PassReport("SpinQuant")
     rounders: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
     learned: list[_Basis] = []
@@ -96,10 +103,10 @@ def spinquant(program: Program, config: SpinQuant, context: PassContext) -> Pass
         return learned[-1]
 
     streams, heads = [], []
-    for index, (label, flow) in enumerate(streams_to_rotate(program, context, report) if config.stream else []):
-        basis = learn(random_rotation(flow.size, config.seed + index)[0])
-        streams.append((flow, basis, label))
-        names = {site.name for site in flow.consumers}
+    for index, (label, stream) in enumerate(streams_to_rotate(program, context, report) if config.stream else []):
+        basis = learn(random_rotation(stream.size, config.seed + index)[0])
+        streams.append((stream, basis, label))
+        names = {site.name for site in stream.consumers}
         for group in groups:
             if not group.other_consumers and any(site.name in names for site in group.sites):
                 rounders[group.root] = lambda x, b=basis: b.round(x, config.act)
@@ -116,14 +123,15 @@ def spinquant(program: Program, config: SpinQuant, context: PassContext) -> Pass
     if learned:
         first, last = _descend(program, config, context, learned, rounders)
         report.notes.append(f"{config.steps} steps: divergence {first:.4f} -> {last:.4f} nats a token")
-    for flow, basis, label in streams:
-        rotate_stream(program, flow, basis.matrix.detach(), label, report)
+    for stream, basis, label in streams:
+        rotate_stream(program, stream, basis.matrix.detach(), label, report)
     for group, source, basis in heads:
         rotate_heads(program, group, source, basis.matrix.detach(), report)
     return report
 
 
 def _in_hadamard(x: Tensor, signs: Tensor, form: Format) -> Tensor:
+    """Round x [.., n] behind its Hadamard transform, and transform it back."""
     n = x.shape[-1]
     rotated = apply_hadamard(x, signs.to(x))
     back = torch.eye(n, dtype=x.dtype, device=x.device)
@@ -151,19 +159,19 @@ def _descend(
     for step in context.track(range(config.steps), "SpinQuant"):
         batch = batches[step % len(batches)]
         with torch.no_grad():
-            want = program(*batch)[0]
+            expected = program(*batch)[0]
         with torch.enable_grad():
             out = Rounded(program.graph_module).run(*program.bind(batch))
-            loss = kl_divergence(want, out[0] if isinstance(out, (tuple, list)) else out)
+            loss = kl_divergence(expected, out[0] if isinstance(out, (tuple, list)) else out)
             gradients = torch.autograd.grad(loss, [b.matrix for b in learned])
-        rate = config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
+        lr = config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
         for basis, gradient in zip(learned, gradients, strict=True):
-            basis.matrix = cayley_step(basis.matrix.detach(), gradient, rate).requires_grad_()
+            basis.matrix = cayley_step(basis.matrix.detach(), gradient, lr).requires_grad_()
         history.append(float(loss.detach()))
     few = max(1, min(len(batches), config.steps // 4))
     return sum(history[:few]) / few, sum(history[-few:]) / few
 
 
-def _cut(batch: Any, tokens: int) -> list[Any]:
+def _cut(batch: Sequence[Any], tokens: int) -> list[Any]:
     """The first tokens of every [B, T] integer input."""
     return [x[:, :tokens] if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point() else x for x in batch]

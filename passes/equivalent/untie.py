@@ -1,9 +1,10 @@
-"""Untie: give a site that shares its weight with another reader a weight of its own.
+"""Untie: give a site that shares its weight with a table a weight of its own.
 
 Source: the pitfall of rotating tied embeddings (QuaRot code issues); no paper.
 Law:    a copy of W is W.
-Keeps:  the output, exactly.   Needs: nothing.
-Leaves: weights that several sites share (a true layer reuse must stay one matrix).
+Keeps:  the output, exactly.
+Needs:  nothing.
+Skips:  weights that several sites share (a layer that is used twice must stay one matrix).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from qcompile.recipe.report import PassReport
 
 @dataclass(frozen=True)
 class Untie(PassConfig):
-    """Copy the weight of every site that reads a table someone else reads too."""
+    """Copy the weight of every site whose weight something else reads too."""
 
 
 @rewrites(Untie, Stage.UNTIE, exact=True)

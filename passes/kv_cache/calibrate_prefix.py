@@ -3,11 +3,11 @@
 Source: Liu et al. 2024, arXiv:2403.01241 sec. 3.3 (AdamW at 2e-4, gradients clipped to 0.3, all else
         frozen). The authors match the output of every decoder layer; here the loss is
         KL(float || quantized) of the logits, which needs no notion of a layer.
-Law:    nothing but the prefix changes. What is kept is the prefix of least divergence on the last
-        quarter of the batches, which it was not trained on, the lossless one among the candidates:
-        never worse there.
+Law:    nothing but the prefix changes. The prefix of least divergence on the last quarter of the
+        batches, which it was not trained on, is taken; the lossless one is a candidate: never worse there.
+Keeps:  the graph, as IntactKV does.
 Needs:  whole batches, token ids alone; IntactKV and the quantized sites before it.
-Leaves: the graph as it is, as IntactKV does.
+Skips:  nothing.
 """
 
 from __future__ import annotations
@@ -38,17 +38,25 @@ from qcompile.recipe.rule import RecipeError
 class CalibratePrefix(PassConfig):
     """The training."""
 
+    # Steps of AdamW, one batch each.
     steps: int = 64
+    # Learning rate, constant. The paper's 2e-4.
     lr: float = 2e-4
-    tokens: int = 512  # of a batch that a step looks at
+    # Tokens of a sequence that a step reads, prefix included; bounds its memory.
+    tokens: int = 512
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0 or self.tokens < 2:
-            raise RecipeError(f"CalibratePrefix: steps, lr and tokens must be positive, got {self}")
+            raise RecipeError(f"CalibratePrefix: steps and lr must be positive and tokens at least 2, got {self}")
 
 
 class PrefixHeads:
-    """Keys or values [1, H, p, D] to train; heads that repeat one another (grouped queries) stay equal."""
+    """Keys or values [1, H, p, D] to train; heads that repeat one another (grouped queries) stay equal.
+
+    Attributes:
+        own: what is trained, [1, heads that differ, p, D].
+        place: [H] which of them each head is.
+    """
 
     def __init__(self, start: Tensor) -> None:
         heads = list(start[0])
@@ -64,15 +72,20 @@ class PrefixHeads:
 
 
 class Trainable(fx.Interpreter):
-    """A quantized program, before it is fused, with gradients and with other keys and values first."""
+    """A quantized program, before it is fused, with gradients and with other keys and values first.
+
+    Attributes:
+        prefix: node of keys or of values -> what replaces its first tokens.
+        dequantized: the value of each quantized weight, computed once.
+    """
 
     def __init__(self, program: Program, prefix: dict[fx.Node, Callable[[Tensor], Tensor]]) -> None:
         super().__init__(program.graph_module)
         self.prefix = prefix
-        self.dequantized: dict[fx.Node, Any] = {}  # of quantized weights, made once
+        self.dequantized: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """As written; activations are rounded straight through."""
+        """The value of a node; gradients pass the rounding of activations straight through."""
         if DequantizeCall.matches(n):
             call = DequantizeCall.of(n)
             if not call.of_activation:
@@ -96,20 +109,24 @@ class Trainable(fx.Interpreter):
     requires=(IntactKV, Quantize),
 )
 def calibrate_prefix(program: Program, config: CalibratePrefix, context: PassContext) -> PassReport:
-    """Train, on texts that are made to begin with the prefix."""
+    """Train on texts that the prefix is put before."""
     start, reference = context.constants.prefix, context.reference
     assert start is not None and reference is not None
     report, ids = PassReport("CalibratePrefix"), start.ids
     texts = [torch.cat([ids.expand(len(b[0]), -1), b[0][:, : config.tokens - len(ids)]], 1) for b in context.data()]
     if len(texts) < 2:
-        raise CalibrationError("CalibratePrefix: one batch to train on and one to judge by are needed: give more")
+        raise CalibrationError(
+            "CalibratePrefix: needs a batch to train on and another to judge by. Fix: at least 2 batches"
+        )
     validation = texts[-max(1, len(texts) // 4) :]
     train = texts[: -len(validation)]
     keys, values = [PrefixHeads(k) for k in start.keys], [PrefixHeads(v) for v in start.values]
     places: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
-    for flow, of_keys, of_values in zip(context.facts.attentions, keys, values, strict=True):
-        places[flow.keys] = lambda x, own=of_keys, transposed=flow.keys_transposed: _begin(x, own.all, transposed)
-        places[flow.values] = lambda x, own=of_values: _begin(x, own.all, False)
+    for attention, of_keys, of_values in zip(context.facts.attentions, keys, values, strict=True):
+        places[attention.keys] = lambda x, own=of_keys, transposed=attention.keys_transposed: _begin(
+            x, own.all, transposed
+        )
+        places[attention.values] = lambda x, own=of_values: _begin(x, own.all, False)
     run = Trainable(program, places)
     heads = [part for pair in zip(keys, values, strict=True) for part in pair]
     leaves = [part.own for part in heads]
@@ -117,9 +134,9 @@ def calibrate_prefix(program: Program, config: CalibratePrefix, context: PassCon
 
     def loss(text: Tensor) -> Tensor:
         with torch.no_grad():
-            want = _logits(reference(text))
+            expected = _logits(reference(text))
         got = _logits(run.run(*program.bind([text])))
-        return kl_divergence(want[:, len(ids) :], got[:, len(ids) :])
+        return kl_divergence(expected[:, len(ids) :], got[:, len(ids) :])
 
     def judge() -> float:
         with torch.no_grad():

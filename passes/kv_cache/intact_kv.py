@@ -5,8 +5,10 @@ Source: Liu et al. 2024, arXiv:2403.01241 sec. 3 (variant [B]: the beginning-of-
 Law:    the first tokens of a text carry the largest activations and draw most of the attention; what
         a quantized model computes for them is wrong for every later token. Their keys, values and
         logits are taken from the float model and kept float: lossless for them by construction.
-Needs:  nothing.   Leaves: the graph as it is; the prefix goes with the module's calls
-        (qcompile/modules/generation_hooks.py): a text that begins with it starts from these keys and values.
+Keeps:  the graph; the prefix goes with the module's calls (qcompile/modules/generation_hooks.py): a text that begins
+        with it starts from these keys and values.
+Needs:  nothing.
+Skips:  nothing.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from qcompile.recipe.rule import RecipeError
 
 @dataclass(frozen=True)
 class IntactKV(PassConfig):
-    """The ids of the prefix; empty: the model's own beginning-of-sequence token."""
+    """The tokens whose keys and values stay float."""
 
+    # Token ids of the prefix. Empty: the model's own beginning-of-sequence token, the paper's variant [B].
     prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if any(not isinstance(token, int) or token < 0 for token in self.prefix):
-            raise RecipeError(f"IntactKV: the prefix is a tuple of token ids, got {self.prefix}")
+            raise RecipeError(f"IntactKV: prefix must hold token ids, got {self.prefix}")
 
 
 @rewrites(IntactKV, Stage.KV_PREFIX, exact=False)
@@ -41,23 +44,23 @@ def intact_kv(program: Program, config: IntactKV, context: PassContext) -> PassR
     report = PassReport("IntactKV")
     inputs = program.inputs
     if not config.prefix:
-        raise RecipeError("IntactKV: give the token ids of the prefix; this model names no beginning-of-sequence token")
+        raise RecipeError("IntactKV: this model names no beginning-of-sequence token. Fix: IntactKV(prefix=(id, ..))")
     if len(inputs) != 1 or inputs[0].meta["val"].dtype != torch.int64:
         raise RecipeError(f"IntactKV: the model must take token ids alone, it takes {[n.name for n in inputs]}")
-    flows = context.facts.attentions
+    attentions = context.facts.attentions
     found: dict[fx.Node, Tensor] = {}
     ids = torch.tensor([config.prefix, config.prefix])  # two rows, as the program was traced
     logits = program.outputs[0]
-    program.watch({logits, *(f.keys for f in flows), *(f.values for f in flows)}, [ids], found.__setitem__)
-    keys = [found[f.keys].transpose(-1, -2) if f.keys_transposed else found[f.keys] for f in flows]
+    program.watch({logits, *(a.keys for a in attentions), *(a.values for a in attentions)}, [ids], found.__setitem__)
+    keys = [found[a.keys].transpose(-1, -2) if a.keys_transposed else found[a.keys] for a in attentions]
     prefix = PrefixValues(
         ids=ids[0],
         keys=tuple(map(_first_row, keys)),
-        values=tuple(_first_row(found[f.values]) for f in flows),
+        values=tuple(_first_row(found[a.values]) for a in attentions),
         logits=found[logits][:1].clone(),
     )
     report.constants = KVConstants(prefix=prefix)
-    report.notes.append(f"{len(config.prefix)} tokens of {len(flows)} attentions from the float model")
+    report.notes.append(f"{len(config.prefix)} tokens of {len(attentions)} attentions from the float model")
     return report
 
 

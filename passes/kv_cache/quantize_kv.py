@@ -1,19 +1,20 @@
 """QuantizeKV: keys and values of every attention in 4 or 8 bits.
 
 Source: QServe, arXiv:2405.04532 sec. 4.2 (asymmetric, dynamic, keys after the rotary embedding);
-        Hadamard on queries and keys: QuaRot, arXiv:2404.00456 stage 1d. The mean of keys taken out:
+        Hadamard on queries and keys: QuaRot, arXiv:2404.00456 stage 1d. The mean of keys subtracted:
         SageAttention, arXiv:2410.02367 sec. 4.2 (there of the call at hand, here of the calibration).
 Law:    k ~ s (q - z) within s for each channel of a head and token; with `hadamard` H k is rounded
         instead, and q k^T = (H q)(H k)^T. With `center` k - c is rounded and c added back, for a
         constant c of each head: keys have a mean that is larger than what tells tokens apart.
-        With `fixed` k ~ s q within s / 2, one s for a channel of a head and all tokens, no zero points:
-        what ONNX Runtime's attention reads. A rotary embedding turns pairs (a, b) of channels by an angle
+        With `static` k ~ s q within s / 2, s of a channel of a head for all tokens, no zero points:
+        what ONNX Runtime's attention reads. A rotary embedding rotates pairs (a, b) of channels by an angle
         that grows with the position, so the largest |a| of short texts is not that of long ones; the
         norm is: s = sqrt(max a^2 + max b^2) / 127 for both. (Ours. SmolLM2 calibrated on texts of 512 tokens, read
-        2048: perplexity 24.15 float, 24.22 so, 25.61 with max |a| / 127; benches/fixed_scales.py.)
-Needs:  nothing; with `center` the mean key of every head, with `fixed` the largest of each channel.
-Leaves: nothing. In a graph the rounding stands before the attention; on a module it is done by the cache that
-        every call then gets (qcompile/modules/kv_cache.py).
+        2048: perplexity 24.15 float, 24.22 so, 25.61 with max |a| / 127; benches/static_kv_scales.py.)
+Keeps:  nothing exactly. In a graph the rounding stands before the attention; on a module it is done by the cache
+        that every call then gets (qcompile/modules/kv_cache.py).
+Needs:  nothing; with `center` the mean key of every head, with `static` the absmax of each channel.
+Skips:  nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from qcompile.analysis.attention_scores import AttentionMatmul, mixed_channels
 from qcompile.analysis.obstacle import Obstacle
+from qcompile.ir.aten_ops import aten
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import random_rotation
@@ -34,37 +36,36 @@ from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import KVConstants, PassReport
 from qcompile.recipe.rule import RecipeError
 
-aten = torch.ops.aten
 ops = torch.ops.qcompile
 
 
 @dataclass(frozen=True)
 class QuantizeKV(PassConfig):
-    """How keys and values are rounded.
+    """How keys and values are rounded."""
 
-    Attributes:
-        bits: 4 or 8. hadamard: turn keys first. center: take their mean out before that.
-        sink_tokens: first tokens that stay float. static: scales of channels, from calibration, instead of tokens.
-        optional: for a model without a cache, and in a file whose runtime cannot read such a one, leave it out
-            (the report says so) instead of refusing.
-    """
-
+    # Bits of a code, 4 or 8. 4 is the paper's KV4: a quarter of the bytes of float16.
     bits: int = 4
+    # Rotate keys by a Hadamard matrix before they are rounded, which spreads their outlier channels.
     hadamard: bool = False
+    # How many first tokens of a text (attention sinks) stay float.
     sink_tokens: int = 0
+    # Subtract the mean key of each head, from calibration, before keys are rotated and rounded.
     center: bool = False
+    # A scale for each channel, from calibration, instead of a scale and a zero point for each token. 8 bits only.
     static: bool = False
+    # For a model without a cache, and in a file whose runtime cannot read a quantized one: keep the cache float and
+    # say so in the report, instead of refusing.
     optional: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise RecipeError(f"QuantizeKV: bits must be 4 or 8, got {self.bits}")
         if self.sink_tokens < 0:
-            raise RecipeError(f"QuantizeKV: sink_tokens counts tokens, got {self.sink_tokens}")
+            raise RecipeError(f"QuantizeKV: sink_tokens must not be negative, got {self.sink_tokens}")
         if self.static and (self.bits != 8 or self.hadamard or self.center or self.sink_tokens):
             raise RecipeError(
-                "QuantizeKV: static scales are of 8 bits, and go with none of hadamard, center, sink_tokens: "
-                "QuantizeKV(8, static=True)"
+                "QuantizeKV: static scales are of 8 bits, and go with none of hadamard, center, sink_tokens. "
+                "Fix: QuantizeKV(8, static=True)"
             )
 
     @property
@@ -83,28 +84,28 @@ def quantize_kv(program: Program, config: QuantizeKV, context: PassContext) -> P
     """Insert the rounding before every attention, in place."""
     report = PassReport("QuantizeKV")
     attentions = context.facts.attentions
-    scales = [_static_scales(program, flow, context, report) for flow in attentions] if config.static else []
-    centers = [context.statistics.key_means[flow.keys.name] for flow in attentions] if config.center else []
-    for index, flow in enumerate(attentions):
-        keys, values = flow.keys, flow.values
-        if flow.keys_transposed:
-            keys = program.insert(aten.transpose.int, (keys, -1, -2), before=flow.node)
+    scales = [_static_scales(program, attention, context, report) for attention in attentions] if config.static else []
+    centers = [context.statistics.key_means[attention.keys.name] for attention in attentions] if config.center else []
+    for index, attention in enumerate(attentions):
+        keys, values = attention.keys, attention.values
+        if attention.keys_transposed:
+            keys = program.insert(aten.transpose.int, (keys, -1, -2), before=attention.node)
         if config.static:
             key_scale, value_scale = scales[index]
-            keys = _round_static(program, keys, f"cache.{index}.key_scale", key_scale, flow.node)
-            values = _round_static(program, values, f"cache.{index}.value_scale", value_scale, flow.value_product)
+            keys = _round_static(program, keys, f"cache.{index}.key_scale", key_scale, attention.node)
+            values = _round_static(program, values, f"cache.{index}.value_scale", value_scale, attention.value_product)
         else:
             center = None
             if config.center:
                 device = keys.meta["val"].device
                 center = program.add_weight(f"keys.{index}.center", centers[index].to(device))
-            keys = _round(program, keys, config, flow.node, rotate=config.hadamard, center=center)
-            values = _round(program, values, config, flow.value_product, rotate=False)
-        if flow.keys_transposed:
-            keys = program.insert(aten.transpose.int, (keys, -1, -2), before=flow.node)
-        _replace_argument(flow.node, 1, keys)
-        _replace_argument(flow.value_product, flow.values_at, values)
-        report.done.append(flow.node.name)
+            keys = _round(program, keys, config, attention.node, rotate=config.hadamard, center=center)
+            values = _round(program, values, config, attention.value_product, rotate=False)
+        if attention.keys_transposed:
+            keys = program.insert(aten.transpose.int, (keys, -1, -2), before=attention.node)
+        _replace_argument(attention.node, 1, keys)
+        _replace_argument(attention.value_product, attention.values_at, values)
+        report.done.append(attention.node.name)
     report.constants = KVConstants(
         centers=tuple(centers), key_scales=tuple(k for k, _ in scales), value_scales=tuple(v for _, v in scales)
     )
@@ -118,10 +119,10 @@ def static_scale(absmax: Tensor, mixed: Tensor | None = None) -> Tensor:
 
     Args:
         absmax: [H, D] of each channel.
-        mixed: [H, D] one label for all channels that a rotation mixes; None: no rotation.
+        mixed: [H, D] the class of each channel, one for all that a rotation mixes; None: no rotation.
 
     Returns:
-        [H, D] float32; 1 / 127 for channels that are zero.
+        [H, D] float32; 1 / 127 for channels that are 0.
     """
     peak = absmax.double()
     if mixed is not None:
@@ -131,15 +132,17 @@ def static_scale(absmax: Tensor, mixed: Tensor | None = None) -> Tensor:
 
 
 def _static_scales(
-    program: Program, flow: AttentionMatmul, context: PassContext, report: PassReport
+    program: Program, attention: AttentionMatmul, context: PassContext, report: PassReport
 ) -> tuple[Tensor, Tensor]:
-    """Of keys and of values; found before anything is inserted that the analysis would meet."""
-    mixed = mixed_channels(program, flow)
+    """Of keys and of values; found before anything is inserted, which the analysis would meet."""
+    mixed = mixed_channels(program, attention)
     if isinstance(mixed, Obstacle):
-        report.notes.append(f"{flow.node.name}: scales hold for the positions of the calibration ({mixed.reason})")
+        report.notes.append(
+            f"{attention.node.name}: static scales hold for the positions of the calibration only ({mixed.reason})"
+        )
         mixed = None
     absmax = context.statistics.cached
-    return static_scale(absmax[flow.keys.name], mixed), static_scale(absmax[flow.values.name])
+    return static_scale(absmax[attention.keys.name], mixed), static_scale(absmax[attention.values.name])
 
 
 def _round_static(program: Program, x: torch.fx.Node, name: str, scale: Tensor, before: torch.fx.Node) -> torch.fx.Node:

@@ -2,7 +2,9 @@
 
 Law:    qlinear(codes, scales, ..) = linear(dq(codes), dq(weight), b), up to the rounding of the
         accumulation (exact in int32 where both sides have one scale for a row).
-Keeps:  the output of the Q/DQ graph up to rounding.   Needs: nothing.   Skips: nothing.
+Keeps:  the output of the Q/DQ graph up to rounding.
+Needs:  nothing.
+Skips:  nothing.
 """
 
 from __future__ import annotations

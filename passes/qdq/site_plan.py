@@ -20,22 +20,27 @@ class Quantize(PassConfig):
     """Formats of weights and activations; None keeps the activation float.
 
     The last product (the logits) is the most sensitive one and in decoding as large as any: it has
-    formats of its own; `lm_head` None treats it as every other site.
+    formats of its own.
     """
 
+    # Format of weights. int8 with a scale for each row loses next to nothing.
     weight: Format = Format("int8")
+    # Format of activations, quantized dynamically. int8 with a scale for each token; None: they stay float.
     act: Format | None = Format("int8")
-    lm_head: Format | None = Format("int8")  # of sites that write the graph's output
-    lm_head_act: Format | None = None  # of their activations
-    clip: bool = False  # search the clip of each weight range that minimizes sum |e|^2.4
+    # Weight format of the sites that give the graph's output (logits); None: as every other site.
+    lm_head: Format | None = Format("int8")
+    # Activation format of those sites; None: they stay float.
+    lm_head_act: Format | None = None
+    # Search the clip of each weight range that minimizes sum |e|^2.4, instead of taking the whole range.
+    clip: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for act in (self.act, self.lm_head_act):
             if act is not None and act.two_level:
-                raise RecipeError(f"Quantize: an activation has no second level of scales ({act})")
+                raise RecipeError(f"Quantize: activations have no second level of scales, got {act}")
         if self.weight.smooth:
-            raise RecipeError(f"Quantize: runtime smoothing is for activations, not for a weight ({self.weight})")
+            raise RecipeError(f"Quantize: runtime smoothing is for activations, not for weights, got {self.weight}")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class PlannedSite:
         site: the product.
         weight: the weight's format.
         act: the activation's format; None keeps it float.
-        is_lm_head: it makes the logits, in the recipe's own format for them.
+        is_lm_head: whether it gives the logits, in the recipe's own format for them.
     """
 
     site: Site

@@ -2,10 +2,12 @@
 
 Source: Zhang et al. 2023, arXiv:2310.04836 sec. 3.2 (two-phase grid search).
 Law:    w ~ s0 s1 (q - z) with |s1 (q - z)| <= 127. Phase 1 finds for each group the scale among 20
-        that minimises the error of the group's share of the output, e H_gg e^T; phase 2 finds for
+        that minimizes the error of the group's share of the output, e H_gg e^T; phase 2 finds for
         each row the s0 among 80 whose integers s1 = round(scale / s0) lose least, e H e^T over
-        the whole row. The plain dual rounding (format.py) is a candidate too: never worse than it.
-Needs:  the site's inputs, sequentially.   Leaves: what Quantize leaves.
+        the whole row. The plain dual rounding (qcompile/numerics/two_level.py) is a candidate too: never
+        worse than it.
+Needs:  the site's inputs, sequentially.
+Skips:  what Quantize skips.
 """
 
 from __future__ import annotations
@@ -20,23 +22,23 @@ from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import QTensor, expand_groups, group_columns, ungroup_columns
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.weights.gptq import GPTQ, compensate, loss
-from qcompile.passes.weights.sequential import quantize_sequentially
+from qcompile.passes.weights.sequential import Choice, quantize_sequentially
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 from qcompile.recipe.rule import RecipeError
 
-GROUP_STEPS, ROW_STEPS = 20, 80  # of the paper's code: 1.009 .. 0.80 and 1.01 .. 0.20
+GROUP_STEPS, ROW_STEPS = 20, 80
+"""Scales tried for a group and for a row, as in the paper's code: 1.009 .. 0.80 and 1.01 .. 0.20 of the range."""
 
 
 @dataclass(frozen=True)
 class DGQ(GPTQ):
-    """Quantize to a dual format on searched scales.
+    """Quantize to a dual format on searched scales; fields of GPTQ matter for `codes` "gptq"."""
 
-    With `codes` "nearest" the codes are the paper's; "gptq" chooses them by GPTQ on those scales.
-    """
-
+    # A dual format: int8 scales of groups beside a float scale of each row.
     weight: Format = Format.parse("int4/group128/zero/dual")
+    # "nearest" rounds to nearest on the searched scales, as the paper does; "gptq" chooses codes on them by GPTQ.
     codes: str = "nearest"
 
     def __post_init__(self) -> None:
@@ -48,7 +50,13 @@ class DGQ(GPTQ):
 
 
 def search_groups(weight: Tensor, hessian: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """Phase 1: scale and integer zero of each group, float32 [N, groups]."""
+    """Phase 1: scale and integer zero point of each group, float32 [N, groups].
+
+    Args:
+        weight: [N, K].
+        hessian: [K, K].
+        form: the dual format.
+    """
     groups = group_columns(weight.float(), form)  # [N, groups, G]
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
     width = (high - low).clamp_min(1e-20)
@@ -68,7 +76,15 @@ def search_groups(weight: Tensor, hessian: Tensor, form: Format) -> tuple[Tensor
 
 
 def search_rows(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, form: Format) -> QTensor:
-    """Phase 2: the row scale, integer group scales, and codes rounded to nearest on them."""
+    """Phase 2: the scale of each row, integer group scales, and codes rounded to nearest on them.
+
+    Args:
+        weight: [N, K].
+        hessian: [K, K].
+        scale: of phase 1, [N, groups].
+        zero: of phase 1, [N, groups].
+        form: the dual format.
+    """
     wide, h = weight.float(), hessian.float()
     peak = wide.abs().amax(-1, keepdim=True)
     peak = torch.where(peak > 1e-30, peak, torch.ones_like(peak))
@@ -102,17 +118,13 @@ def _parts(q: QTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @rewrites(DGQ, Stage.QUANTIZE, exact=False, needs=("batches",))
 def dgq(program: Program, config: DGQ, context: PassContext) -> PassReport:
-    """Quantize every wanted site on searched scales, in the order of the graph."""
-    nearest: list[str] = []
+    """Quantize every planned site on searched scales, in the order of the graph."""
 
-    def choose(weight: Tensor, hessian: Tensor, form: Format, names: list[str]) -> QTensor:
+    def choose(weight: Tensor, hessian: Tensor, form: Format) -> Choice:
         if not form.dual or form.zero == "none":  # a rule's own format
             grid = quantize_tensor(weight, form, clip=True)
         else:
             grid = search_rows(weight, hessian, *search_groups(weight, hessian, form), form)
-        return compensate(weight, hessian, grid, config, names, nearest) if config.codes == "gptq" else grid
+        return compensate(weight, hessian, grid, config) if config.codes == "gptq" else Choice(grid)
 
-    report = quantize_sequentially(program, config, context, PassReport("DGQ"), choose)
-    if nearest:
-        report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(nearest)}")
-    return report
+    return quantize_sequentially(program, config, context, PassReport("DGQ"), choose)

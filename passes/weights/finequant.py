@@ -7,7 +7,8 @@ Law:    each matrix starts at the coarsest size; the step to a finer one that ta
         relative error ||W - W^||^2 / ||W||^2 for each added byte is taken while the budget allows.
         The average never exceeds the budget, and the total relative error is not worse than that
         of any single size within it.
-Needs:  nothing.   Leaves: what Quantize leaves. Sites with a format from a rule keep it.
+Needs:  nothing.
+Skips:  what Quantize skips. Sites with a format from a rule keep it.
 """
 
 from __future__ import annotations
@@ -30,17 +31,22 @@ from qcompile.recipe.rule import RecipeError
 
 @dataclass(frozen=True)
 class FineQuant(Quantize):
-    """Group sizes to choose from and bits a weight to spend, scales and zeros included."""
+    """Group sizes to choose from and bits to spend; lm_head and clip as for Quantize."""
 
-    weight: Format = Format("int4", "group", 128, "int")  # all but its group size, which `group_sizes` replace
+    # The format but for its group size, which one of `group_sizes` replaces.
+    weight: Format = Format("int4", "group", 128, "int")
+    # Format of activations; None: they stay float, as in the paper.
     act: Format | None = None
+    # Columns of a group to choose from for each matrix.
     group_sizes: tuple[int, ...] = (256, 128, 64, 32)
+    # The budget: bits of storage a weight, scales and zero points included, on average over the matrices.
+    # 4.4 is above what groups of 128 cost, so that some matrices get finer ones.
     bits: float = 4.4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weight.per != "group":
-            raise RecipeError(f"FineQuant chooses group sizes, the format {self.weight} has no groups")
+            raise RecipeError(f"FineQuant chooses group sizes, and the format {self.weight} has no groups")
         if not self.group_sizes or min(self.group_sizes) < 1:
             raise RecipeError(f"FineQuant: group_sizes must be positive, got {self.group_sizes}")
         if self.bits <= self.weight.bits:
@@ -53,7 +59,9 @@ def spend(errors: list[list[float]], costs: list[list[int]], budget: float) -> l
     """Choose one option for each matrix so that the costs stay within the budget.
 
     Args:
-        errors, costs: for each matrix, of each option. budget: of the sum of costs.
+        errors: for each matrix, of each option.
+        costs: for each matrix, of each option; bytes.
+        budget: bytes, of the sum of costs.
 
     Returns:
         The index of the option of each matrix. The cheapest ones where even they exceed the budget.
@@ -93,7 +101,7 @@ def relative_error(weight: Tensor, form: Format, clip: bool) -> tuple[float, int
 
 @rewrites(FineQuant, Stage.QUANTIZE, exact=False)
 def finequant(program: Program, config: FineQuant, context: PassContext) -> PassReport:
-    """Choose sizes for all wanted sites together, then round to nearest, in place."""
+    """Choose sizes for all planned sites together, then round to nearest, in place."""
     report = PassReport("FineQuant")
     planned = planned_sites(config, context, report)
     free = [index for index, w in enumerate(planned) if w.weight == config.weight]
@@ -109,7 +117,7 @@ def finequant(program: Program, config: FineQuant, context: PassContext) -> Pass
         if least > config.bits:
             raise RecipeError(
                 f"FineQuant: the coarsest groups of {config.group_sizes} already take {least:.3f} bits a weight, "
-                f"the budget is {config.bits}: allow more bits or a larger size"
+                f"the budget is {config.bits}. Fix: more bits or a larger size"
             )
         chosen = spend(errors, costs, config.bits * weights / 8)
         for index, option in zip(free, chosen, strict=True):

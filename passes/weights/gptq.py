@@ -2,12 +2,12 @@
 
 Source: Frantar et al. 2022, arXiv:2210.17323 (algorithm 1, eq. 3); order by the Hessian's diagonal
         with static groups as in the authors' code (act_order, static_groups).
-Law:    among codes on the same grid of scales and zeros, tr(E H E^T) with E = W - W^ and
+Law:    among codes on the same grid of scales and zero points, tr(E H E^T) with E = W - W^ and
         H = sum x x^T is not worse than round-to-nearest's: where it would be, nearest is kept. With
         H a multiple of the identity the result is round-to-nearest exactly. Blocks of columns change
         only the order of summation.
 Needs:  the site's inputs, sequentially: upstream is already quantized (see qcompile/calibration/layerwise_run.py).
-Leaves: what Quantize leaves. A Hessian that stays singular at a hundred times the damping falls
+Skips:  what Quantize skips. A Hessian that stays singular at a hundred times the damping falls
         back to round-to-nearest, and the report says so.
 """
 
@@ -24,22 +24,26 @@ from qcompile.numerics.qparams import expand_qparams, fake_quantize, quantize_wi
 from qcompile.numerics.qtensor import QTensor
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.site_plan import Quantize
-from qcompile.passes.weights.sequential import quantize_sequentially
+from qcompile.passes.weights.sequential import Choice, quantize_sequentially
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 from qcompile.recipe.rule import RecipeError
 
-_ROWS = 16384  # of a weight at once: each is solved by itself, and the logits have as many as there are words
+_ROWS = 16384
+"""Rows of a weight at once: each is solved by itself, and a vocabulary has more than fit in memory."""
 
 
 @dataclass(frozen=True)
 class GPTQ(Quantize):
-    """Quantize with GPTQ; formats, output and clip as for Quantize."""
+    """Quantize with GPTQ; formats, lm_head and clip as for Quantize. Names are those of the authors' code."""
 
-    damp_percent: float = 0.01  # of the mean diagonal, added to the diagonal
-    act_order: bool = True  # columns by falling Hessian diagonal; groups stay where they are
-    block_size: int = 64  # columns whose updates are done at once
+    # Damping: this share of the Hessian's mean diagonal is added to its diagonal. The code's 0.01.
+    damp_percent: float = 0.01
+    # Round columns by falling Hessian diagonal instead of left to right; groups stay where they are.
+    act_order: bool = True
+    # Columns whose updates of the columns behind them are done at once. Changes speed, no codes.
+    block_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,11 +53,11 @@ class GPTQ(Quantize):
             )
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
-    """Upper Cholesky factor of (H + damping mean(diag H) I)^-1, float64 [K, K]; None if singular."""
+def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor | None:
+    """Upper Cholesky factor of (H + damp_percent mean(diag H) I)^-1, float64 [K, K]; None if singular."""
     h = hessian.double()
-    h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
-    # Turned round, H = R R^T with R upper triangular: R^-1 is the factor, and no inverse is factored again.
+    h = h + damp_percent * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    # Flipped in both dimensions, H = R R^T with R upper triangular: R^-1 is the factor, no inverse is factored again.
     lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
     if int(failed):
         return None
@@ -62,7 +66,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
 
 
 def inverse_triangle(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangle [K, K], by halves: a third of the arithmetic of solving for it."""
+    """The inverse of a lower triangular matrix [K, K], by halves: a third of the arithmetic of solving for it."""
     size = len(lower)
     if size <= 128:
         one = torch.eye(size, dtype=lower.dtype, device=lower.device)
@@ -86,19 +90,24 @@ def gain(weight: Tensor, old: Tensor, new: Tensor, hessian: Tensor) -> Tensor:
     return (((new - old).double() @ hessian.double()) * both).sum(-1)
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: Tensor, block: int = 128) -> QTensor:
-    """Codes on the scales and zeros of `grid` by GPTQ.
+def gptq(
+    weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: Tensor, block_size: int = 128
+) -> QTensor:
+    """Codes on the scales and zero points of `grid` by GPTQ (the paper's algorithm 1).
 
     Args:
-        weight: [N, K]. hessian: [K, K]. grid: `weight` rounded to nearest.
+        weight: [N, K], the paper's W.
+        hessian: [K, K], the paper's H = sum x x^T, float64.
+        grid: `weight` rounded to nearest.
         upper: inverse_factor of the Hessian with rows and columns in `order`.
-        order: [K] the columns, first to round first. block: columns at a time.
+        order: [K] the columns, first to round first.
+        block_size: columns at a time.
 
     Returns:
         New codes, row by row not worse than the grid's own under the Hessian.
     """
     form = grid.format
-    # Turned, so that a column's numbers lie side by side.
+    # Transposed, so that the values of a column lie side by side.
     scale, zero, low, high = (None if t is None else t.t()[order].contiguous() for t in expand_qparams(grid))
     assert scale is not None
 
@@ -109,14 +118,14 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
     w, u = wide.t()[order].contiguous(), upper.to(wide.dtype)
     found = torch.empty(w.shape, dtype=grid.codes.dtype, device=w.device)
     columns = len(w)
-    for first in range(0, columns, block):
-        last = min(first + block, columns)
+    for first in range(0, columns, block_size):
+        last = min(first + block_size, columns)
         part, factor = w[first:last], u[first:last, first:last]
         rounded, errors = torch.empty_like(part), torch.empty_like(part)
-        for k, pivot in enumerate(factor.diagonal().tolist()):
+        for k, diagonal in enumerate(factor.diagonal().tolist()):
             c = first + k
             rounded[k] = fake_quantize(part[k], scale[c], at(zero, c), form, at(low, c), at(high, c))
-            torch.sub(part[k], rounded[k], out=errors[k]).div_(pivot)
+            torch.sub(part[k], rounded[k], out=errors[k]).div_(diagonal)
             part[k + 1 :].addr_(factor[k, k + 1 :], errors[k], alpha=-1)
         found[first:last] = quantize_with_qparams(rounded, scale[first:last], at(zero, slice(first, last)), form)
         w[last:].addmm_(u[first:last, last:].t(), errors, alpha=-1)
@@ -130,24 +139,18 @@ def gptq(weight: Tensor, hessian: Tensor, grid: QTensor, upper: Tensor, order: T
 
 @rewrites(GPTQ, Stage.QUANTIZE, exact=False, needs=("batches",))
 def gptq_sites(program: Program, config: GPTQ, context: PassContext) -> PassReport:
-    """Quantize every wanted site, in the order of the graph, each on quantized upstream inputs."""
-    nearest: list[str] = []
+    """Quantize every planned site, in the order of the graph, each on quantized upstream inputs."""
 
-    def choose(weight: Tensor, hessian: Tensor, form: Format, names: list[str]) -> QTensor:
-        return compensate(weight, hessian, quantize_tensor(weight, form, clip=config.clip), config, names, nearest)
+    def choose(weight: Tensor, hessian: Tensor, form: Format) -> Choice:
+        return compensate(weight, hessian, quantize_tensor(weight, form, clip=config.clip), config)
 
-    report = quantize_sequentially(program, config, context, PassReport("GPTQ"), choose)
-    if nearest:
-        report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(nearest)}")
-    return report
+    return quantize_sequentially(program, config, context, PassReport("GPTQ"), choose)
 
 
-def compensate(
-    weight: Tensor, hessian: Tensor, grid: QTensor, config: GPTQ, names: list[str], nearest: list[str]
-) -> QTensor:
-    """GPTQ on the scales of `grid`, with more damping where needed; adds `names` to `nearest` if none helps."""
+def compensate(weight: Tensor, hessian: Tensor, grid: QTensor, config: GPTQ) -> Choice:
+    """GPTQ on the scales of `grid`, with more damping where needed; the grid itself if none helps."""
     hessian = hessian.clone()
-    dead = hessian.diagonal() == 0  # never seen: such a column is rounded to nearest by itself
+    dead = hessian.diagonal() == 0  # an input that is always 0: its column is rounded to nearest by itself
     hessian[dead, dead] = hessian.diagonal().max().clamp_min(1)
     diagonal = hessian.diagonal()
     order = (
@@ -159,6 +162,6 @@ def compensate(
             sizes = [len(rows) for rows in weight.split(_ROWS)]
             parts = zip(weight.split(sizes), grid.split(sizes), strict=True)
             found = [gptq(rows, hessian, of_rows, upper, order, config.block_size).codes for rows, of_rows in parts]
-            return QTensor(torch.cat(found), grid.scale, grid.zero, grid.group_scale, grid.format)
-    nearest += names
-    return grid
+            codes = QTensor(torch.cat(found), grid.scale, grid.zero, grid.group_scale, grid.format)
+            return Choice(codes)
+    return Choice(grid, fell_back=True)

@@ -3,9 +3,11 @@
 Source: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models" (blog),
         and the authors' code for its constants.
 Law:    with scales fixed, alternate E = shrink(W - W^) (the proximal step of |e|^p, p < 1) and
-        z = mean over the group of q - (W - E) / s. The zeros with the least sum |W - W^| met on
-        the way are kept for each group, so no group is worse than round-to-nearest.
-Needs:  nothing.   Leaves: what Quantize leaves. Zeros are real numbers: the format is "floatzero".
+        z = mean over the group of q - (W - E) / s. For each group the zero points with the least
+        sum |W - W^| on the way are kept, so no group is worse than round-to-nearest.
+        Zero points are not rounded: the format is "floatzero".
+Needs:  nothing.
+Skips:  what Quantize skips.
 """
 
 from __future__ import annotations
@@ -29,22 +31,29 @@ from qcompile.recipe.rule import RecipeError
 
 @dataclass(frozen=True)
 class HQQ(Quantize):
-    """Quantize with HQQ's zero points."""
+    """Quantize with HQQ's zero points; lm_head and clip as for Quantize."""
 
+    # A format of groups with float zero points. The authors' 4 bits in groups of 64.
     weight: Format = Format("int4", "group", 64, "float")
+    # Format of activations; None: they stay float, as in the paper.
     act: Format | None = None
-    norm: float = 0.7  # p of |e|^p
-    beta: float = 10.0  # weight of the splitting; the code's first value, kept constant
+    # The paper's p of the robust norm |e|^p, between 0 and 1: the smaller, the less outliers matter. The code's 0.7.
+    norm: float = 0.7
+    # The paper's beta, weight of the splitting; the code's first value, kept constant.
+    beta: float = 10.0
+    # Alternations at most; it stops where no group gets better. The code's 20.
     steps: int = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weight.zero != "float" or self.weight.per != "group":
             raise RecipeError(
-                f"HQQ finds real zeros for groups, the format is {self.weight}: use int4/group64/floatzero"
+                f"HQQ finds float zero points for groups, and the format is {self.weight}. Fix: int4/group64/floatzero"
             )
         if not 0 < self.norm < 1 or self.beta <= 0 or self.steps < 1:
-            raise RecipeError("HQQ: 0 < norm < 1, beta > 0 and steps >= 1 are needed")
+            raise RecipeError(
+                f"HQQ: 0 < norm < 1, beta > 0 and steps >= 1 are needed, got {self.norm}, {self.beta} and {self.steps}"
+            )
 
 
 def shrink(error: Tensor, norm: float, beta: float) -> Tensor:
@@ -54,10 +63,13 @@ def shrink(error: Tensor, norm: float, beta: float) -> Tensor:
 
 
 def best_zero(target: Tensor, codes: Tensor, scale: Tensor, inside: Tensor) -> Tensor:
-    """The z of each group that minimises sum (target - s (q - z))^2: the mean of q - target / s.
+    """The z of each group that minimizes sum (target - s (q - z))^2: the mean of q - target / s.
 
     Args:
-        target, codes: [N, groups, G]. scale: [N, groups, 1]. inside: 1 where a column exists, else 0.
+        target: [N, groups, G], what should be met.
+        codes: q, [N, groups, G].
+        scale: s, [N, groups, 1].
+        inside: [N, groups, G], 1 where a column exists, else 0.
 
     Returns:
         [N, groups, 1].
@@ -66,10 +78,14 @@ def best_zero(target: Tensor, codes: Tensor, scale: Tensor, inside: Tensor) -> T
 
 
 def hqq(weight: Tensor, grid: QTensor, *, norm: float = 0.7, beta: float = 10.0, steps: int = 20) -> QTensor:
-    """Better zeros, and the codes that go with them.
+    """Better zero points, and the codes that go with them.
 
     Args:
-        weight: [N, K]. grid: `weight` rounded to nearest, with real zeros.
+        weight: [N, K], the paper's W.
+        grid: `weight` rounded to nearest, with float zero points.
+        norm: p of |e|^p.
+        beta: weight of the splitting.
+        steps: alternations at most.
     """
     form, columns = grid.format, weight.shape[1]
     assert grid.zero is not None
@@ -101,7 +117,7 @@ def hqq(weight: Tensor, grid: QTensor, *, norm: float = 0.7, beta: float = 10.0,
 
 @rewrites(HQQ, Stage.QUANTIZE, exact=False)
 def hqq_sites(program: Program, config: HQQ, context: PassContext) -> PassReport:
-    """Quantize every wanted site, in place; sites in another format are rounded to nearest."""
+    """Quantize every planned site, in place; sites in another format are rounded to nearest."""
     report = PassReport("HQQ")
     plain: list[str] = []
     for planned in planned_sites(config, context, report):
@@ -114,5 +130,5 @@ def hqq_sites(program: Program, config: HQQ, context: PassContext) -> PassReport
         put_codes(program, planned, q.stored_parts, context)
         report.done.append(planned.site.name)
     if plain:
-        report.notes.append(f"rounded to nearest, their format has no real zeros in groups: {', '.join(plain)}")
+        report.notes.append(f"rounded to nearest, their format has no float zero points in groups: {', '.join(plain)}")
     return report

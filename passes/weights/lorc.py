@@ -5,8 +5,9 @@ Law:    E = W - W^ = U S V^T;  x W^^T + (x V'^T) U'^T with V' = sqrt(S_m) V_m^T,
         By Eckart and Young ||E - U' V'||_F^2 = sum of the squares of the dropped singular values:
         no correction of rank m is better, none is worse than no correction, full rank restores W.
         In int8, rounding the factors (a scale for each row) adds at most 1/127 of each of them.
+        It costs 16 m (N + K) / (N K) bits a weight, in int8 half of it.
 Needs:  nothing but a quantizing pass before it, of any kind.
-Leaves: sites that are float. Costs 16 m (N + K) / (N K) bits a weight, in int8 half of it.
+Skips:  sites that are float.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qcompile.ir.aten_ops import LINEAR, aten
 from qcompile.ir.node_meta import FLOAT_WEIGHT, LOW_RANK, SITE
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
@@ -28,22 +30,22 @@ from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 from qcompile.recipe.rule import RecipeError
 
-aten = torch.ops.aten
-
 
 @dataclass(frozen=True)
 class LoRC(PassConfig):
-    """Rank of the correction; ZeroQuant-V2 finds 8 enough, and 4 to 32 alike."""
+    """The rank of the correction and how its factors are stored."""
 
+    # The paper's m. It finds 8 enough, and 4 to 32 alike.
     rank: int = 8
-    factors: Format | None = None  # of U' and V': None as the model, or int8
+    # Format of U' and V': None for the model's dtype, or int8 for half of the bytes.
+    factors: Format | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise RecipeError(f"LoRC: the rank must be at least 1, got {self.rank}")
+            raise RecipeError(f"LoRC: rank must be at least 1, got {self.rank}")
         super().__post_init__()
         if self.factors not in (None, Format("int8")):
-            raise RecipeError(f"LoRC: factors are int8 or, by default, in the model's dtype; got {self.factors}")
+            raise RecipeError(f"LoRC: factors are int8 or None for the model's dtype, got {self.factors}")
 
 
 def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +81,7 @@ def lorc(program: Program, config: LoRC, context: PassContext) -> PassReport:
         stored: dict[str, str] = {}  # part -> weight
         for part, factor in (("low_in", inner), ("low_out", outer)):
             weight = _add_factor(program, node, part, factor, config, stored)
-            x = program.insert(aten.linear.default, (x, weight), before=node)
+            x = program.insert(LINEAR, (x, weight), before=node)
         total = program.insert(aten.add.Tensor, (node, x), after=node)
         program.replace(node, total)
         node.meta[LOW_RANK] = stored
@@ -96,7 +98,7 @@ def lorc(program: Program, config: LoRC, context: PassContext) -> PassReport:
 def _add_factor(
     program: Program, node: torch.fx.Node, part: str, factor: Tensor, config: LoRC, stored: dict[str, str]
 ) -> torch.fx.Node:
-    """Add a factor as weight "<site>.<part>", in int8 with "<site>.<part>_scale"; notes both in `stored`."""
+    """Add a factor as weight "<site>.<part>", in int8 with "<site>.<part>_scale"; both are entered in `stored`."""
     name, dtype = f"{node.meta[SITE]}.{part}", node.meta[FLOAT_WEIGHT].dtype
     stored[part] = name
     if config.factors is None:

@@ -1,9 +1,10 @@
-"""Quantize: weights to nearest, activations dynamically, as plain quantize/dequantize around matmuls.
+"""Quantize: weights rounded to nearest, activations dynamically, as quantize/dequantize around matmuls.
 
 Source: "Give Me BF16 or Give Me Death", arXiv:2411.02355 sec. 3 (round to nearest, dynamic per-token
         activations); MSE clip from GPTQ's code (arXiv:2210.17323).
 Law:    |w - dq(q(w))| <= s / 2 inside the range; the inserted graph is the meaning of the result.
         A stack of experts is quantized expert by expert, weight-only: row n of expert e is a row.
+Keeps:  nothing exactly: the output within what rounding changes.
 Needs:  nothing.
 Skips:  sites that a rule keeps, what chooses experts. Weights shared with a float consumer are copied: that consumer
         keeps the float table.
@@ -37,7 +38,9 @@ def round_to_nearest(program: Program, config: Quantize, context: PassContext) -
                 return quantize_tensor(original, planned.weight, clip=config.clip).stored_parts
             except ValueError as error:
                 name = planned.site.name
-                raise RecipeError(f"Quantize: the weight {name} cannot be quantized: {error}") from error
+                raise RecipeError(
+                    f"Quantize: the weight {name} cannot be quantized to {planned.weight}: {error}"
+                ) from error
 
         cached = weight_cache.cached(("codes", str(planned.weight), config.clip), [original], make)
         program.alive.append(cached)

@@ -1,12 +1,13 @@
 """Quantizing site after site, each on the inputs that the quantized part of the model gives it.
 
-What GPTQ, DGQ and every algorithm share that chooses codes by the second moments of a site's input:
-a layerwise run in graph order (qcompile/calibration/layerwise_run.py), one Hessian for all sites that read the same value.
+What GPTQ, DGQ and every algorithm share that chooses codes by the second moments of a site's input: a layerwise run in
+graph order (qcompile/calibration/layerwise_run.py), and one Hessian for all sites that read the same value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,8 +25,22 @@ from qcompile.passes.qdq.site_plan import PlannedSite, Quantize, planned_sites
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.report import PassReport
 
-Choose = Callable[[Tensor, Tensor, Format, list[str]], QTensor]
-"""weight [N, K] float32 (sites on one input, stacked), Hessian [K, K], format, names -> codes."""
+
+@dataclass(frozen=True)
+class Choice:
+    """What an algorithm chose for a weight.
+
+    Attributes:
+        codes: the quantized weight.
+        fell_back: whether it is rounded to nearest because the Hessian is singular.
+    """
+
+    codes: QTensor
+    fell_back: bool = False
+
+
+Choose = Callable[[Tensor, Tensor, Format], Choice]
+"""weight [N, K] float32 (sites on one input, stacked), Hessian [K, K] float64, format -> codes."""
 
 Aim = Callable[[Tensor, Tensor, Tensor], Tensor]
 """weight [N, K], Hessian X X^T, and X~ X^T with the float model's inputs X~ -> the weight to aim at."""
@@ -36,13 +51,24 @@ def quantize_sequentially(
 ) -> PassReport:
     """Quantize every planned site in place, in the order of the graph.
 
-    With `aim`, the program as it is now runs beside it, and inputs are rounded as activations are.
-
     The logits, where the recipe gives them eight bits of their own, are rounded to nearest, and the
     report says so: the largest matrix of a small model, and eight bits lose nothing that a search could
     win back.
+
+    Args:
+        program: changed in place.
+        config: formats.
+        context: of the program, with batches.
+        report: of the pass; filled in.
+        choose: the algorithm.
+        aim: the weights to aim at. With it the float program runs beside the quantized one, and inputs are
+            rounded as activations are.
+
+    Returns:
+        `report`, with a note on sites where the algorithm fell back to round-to-nearest.
     """
     reference = FloatReference(program.copy(), context) if aim is not None else None
+    fallbacks: list[str] = []
     groups: dict[tuple[torch.fx.Node, Format], list[PlannedSite]] = {}
     for planned in planned_sites(config, context, report):
         if planned.is_lm_head and planned.weight.bits >= 8:
@@ -60,11 +86,12 @@ def quantize_sequentially(
         release_freed_memory()
         if members[0].site.kind == "experts":
             for planned in members:
-                q = _experts(program, run, planned, choose)
+                q, fell_back = _experts(program, run, planned, choose)
+                fallbacks += fell_back
                 put_codes(program, planned, q.stored_parts, context)
                 report.done.append(planned.site.name)
                 if aim is not None:
-                    report.notes.append(f"{planned.site.name}: experts see other rows once routing differs; GPTQ")
+                    report.notes.append(f"{planned.site.name}: experts read other rows once routing differs; GPTQ")
             continue
         weights = torch.cat([program.weights[w.site.name].float() for w in members])
         if aim is None or reference is None:
@@ -72,10 +99,14 @@ def quantize_sequentially(
         else:
             hessian, cross = reference.moments(run, members[0])
             weights = aim(weights, hessian, cross)
-        results = choose(weights, hessian, form, [w.site.name for w in members])
-        for planned, q in zip(members, results.split([w.site.N for w in members]), strict=True):
+        choice = choose(weights, hessian, form)
+        if choice.fell_back:
+            fallbacks += [planned.site.name for planned in members]
+        for planned, q in zip(members, choice.codes.split([w.site.N for w in members]), strict=True):
             put_codes(program, planned, q.stored_parts, context)
             report.done.append(planned.site.name)
+    if fallbacks:
+        report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(fallbacks)}")
     return report
 
 
@@ -89,23 +120,26 @@ class FloatReference:
     def moments(self, quantized: LayerwiseRun, planned: PlannedSite) -> tuple[Tensor, Tensor]:
         """X X^T and X~ X^T, float64 [K, K]: X the site's rounded inputs, X~ those of the float program.
 
-        Every token counts alike, by the norm of its float input: else the few tokens with massive
-        activations would decide where the weight moves to.
+        Every token counts alike, divided by the root mean square of its float input: else the few tokens with
+        massive activations would decide where the weight moves to.
+
+        Raises:
+            CalibrationError: NaN or Inf in an input, with the batch and the site.
         """
         site, act = planned.site, planned.act
         self.run.advance(self.nodes[site.node.name])
         device = quantized.program.weights[site.name].device
         sums, cross = Gram(site.K, device), torch.zeros(site.K, site.K, dtype=torch.float64, device=device)
-        pairs = zip(quantized.see(site.input), self.run.see(self.nodes[site.input.name]), strict=True)
+        pairs = zip(quantized.values_of(site.input), self.run.values_of(self.nodes[site.input.name]), strict=True)
         for batch, (x, exact) in enumerate(pairs, 1):
             aim = exact.flatten(0, -2).float()
             size = aim.square().mean(-1, keepdim=True)
             if not bool(torch.isfinite(size).all()):
                 raise CalibrationError(
-                    f"batch {batch} brings NaN or Inf to {site.name} in the float model: "
-                    "drop it, or calibrate in float32"
+                    f"batch {batch} brings NaN or Inf to {site.name} in the float model. "
+                    "Fix: drop it, or calibrate in float32"
                 )
-            even = torch.where(size > 0, size.rsqrt(), 0)  # a token whose aim is nothing asks for nothing
+            even = torch.where(size > 0, size.rsqrt(), 0)  # a token whose float input is 0 has no say
             rows = (x if act is None else as_rounded(x, act)).flatten(0, -2).float() * even
             sums.add(rows)
             cross += (aim * even).t() @ rows
@@ -118,26 +152,29 @@ def as_rounded(x: Tensor, act: Format) -> Tensor:
     return quantize_tensor(x, act).dequantize().to(x.dtype)
 
 
-def _experts(program: Program, run: LayerwiseRun, planned: PlannedSite, choose: Choose) -> QTensor:
-    """Codes of a stack [E N, K], each expert by the rows that meet it.
+def _experts(program: Program, run: LayerwiseRun, planned: PlannedSite, choose: Choose) -> tuple[QTensor, list[str]]:
+    """Codes of a stack [E N, K], each expert's by the rows that are routed to it, and the experts that fell back.
 
     An expert that no row reached has a Hessian of zeros: every algorithm then rounds to nearest.
     """
-    site, found = planned.site, []
-    ends = [value.tolist() for value in run.see(site.node.args[2])] if site.grouped else []
+    site, found, fallbacks = planned.site, [], []
+    ends = [value.tolist() for value in run.values_of(site.node.args[2])] if site.grouped else []
 
     def rows_of(expert: int) -> Iterator[Tensor]:
         if site.batched:
-            yield from (x[expert] for x in run.see(site.input))
+            yield from (x[expert] for x in run.values_of(site.input))
             return
-        for x, last in zip(run.see(site.input), ends, strict=True):
+        for x, last in zip(run.values_of(site.input), ends, strict=True):
             yield x[int(last[expert - 1]) if expert else 0 : int(last[expert])]
 
     for expert, weight in enumerate(matrix_of(program, site).float().split(site.N)):
         sums = Gram(site.K, weight.device)
         for rows in rows_of(expert):
             sums.add(rows.float())
-        found.append(choose(weight, sums.whole(), planned.weight, [f"{site.name}[{expert}]"]))
+        choice = choose(weight, sums.whole(), planned.weight)
+        found.append(choice.codes)
+        if choice.fell_back:
+            fallbacks.append(f"{site.name}[{expert}]")
     parts = [[getattr(q, part) for q in found] for part in ("codes", "scale", "zero", "group_scale")]
     whole = [None if p[0] is None else torch.cat([t.reshape(-1, 1) if not t.ndim else t for t in p]) for p in parts]
-    return QTensor(whole[0], whole[1], whole[2], whole[3], planned.weight)
+    return QTensor(whole[0], whole[1], whole[2], whole[3], planned.weight), fallbacks

@@ -1,7 +1,7 @@
-"""Attention flow: which rows of which linears meet in the scores of an attention.
+"""Attention scores: which rows of which linears meet in the scores of an attention.
 
-Between the linears that make queries and keys and the product q k^T lie only operations that are
-linear in each channel (a rotary embedding, layouts, repeated heads). Sending row numbers through
+Between the linears that give queries and keys and the product q k^T lie only operations that are
+linear in each channel (a rotary embedding, layouts, repeated heads). Sending row indices through
 them shows, for each head and channel of the product, the rows that contribute. Rows that meet,
 directly or through others, form a class: a rotary embedding mixes a channel with its partner, and
 grouped heads share a key. Keys of a class may be divided by a factor if its queries are multiplied
@@ -15,18 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.channel_origin import ATTENTION, MATMULS, ChannelOrigins, FlowStops, Terms
+from qcompile.analysis.channel_origin import ChannelOrigins, FlowStops, Terms
 from qcompile.analysis.obstacle import Obstacle
 from qcompile.analysis.sites import Site, find_sites
+from qcompile.ir.aten_ops import ALIASES, CASTS, DROPOUTS, EXPANDS, MATMULS, RESHAPES, SDPA, SOFTMAX, Ops, aten
 from qcompile.ir.program import Program, hint
 
-aten = torch.ops.aten
-
-_BETWEEN = {  # what stands between scores and the product with the values
-    aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.tanh.default, aten.to.dtype, aten._to_copy.default,
-    aten.masked_fill.Scalar, aten.where.self, aten.softmax.int, aten._softmax.default, aten.dropout.default,
-    aten.view.default, aten.expand.default, aten.clone.default, aten.detach.default,
+# No transposes: scores of keys and queries instead of queries and keys would pass for others.
+_BETWEEN: Ops = SOFTMAX | CASTS | ALIASES | DROPOUTS | RESHAPES | EXPANDS | {
+    aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.tanh.default, aten.masked_fill.Scalar, aten.where.self,
 }  # fmt: skip
+"""What stands between scores and the product with the values: scales, soft caps, masks, the softmax."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,13 @@ class AttentionScores:
     """The product q k^T of one attention.
 
     Attributes:
-        node: the attention, or the product. keys: the node of the keys, [.., T, D] or keys_transposed.
-        makers: sites whose rows the classes count, with the number of each one's first row.
-        classes: [rows of all makers] the class of each row, -1 for rows that do not take part.
-        query: [rows] whether a row makes a query (else a key).
-        of_key: [heads, D] the class of each channel of the keys.
-        between: names of the nodes from the makers to the product.
+        node: the attention, or the product.
+        keys: the node of the keys, [.., T, D], or [.., D, T] where the product reads them transposed.
+        producers: the sites of queries and keys, each with the index of its first row.
+        classes: [rows of all producers] the class of each row, -1 for rows that do not take part.
+        query: [rows] whether a row gives a query (else a key).
+        of_key: [H, D] the class of each channel of the keys.
+        between: names of the nodes from the producers to the product.
     """
 
     node: fx.Node
@@ -53,13 +53,22 @@ class AttentionScores:
 
 @dataclass(frozen=True)
 class AttentionMatmul:
-    """Where an attention multiplies: queries [.., T, D], keys [.., T, D] or keys_transposed [.., D, T], values."""
+    """The two products of an attention.
+
+    Attributes:
+        node: the product of queries and keys, or a fused attention.
+        queries: [.., S, D].
+        keys: [.., T, D], or [.., D, T] with `keys_transposed`.
+        keys_transposed: whether the keys come transposed.
+        value_product: the node that reads the values.
+        values_at: as which of its arguments.
+    """
 
     node: fx.Node
     queries: fx.Node
     keys: fx.Node
     keys_transposed: bool
-    value_product: fx.Node  # reads the values, as argument `values_at`
+    value_product: fx.Node
     values_at: int
 
     @property
@@ -70,10 +79,10 @@ class AttentionMatmul:
 
 
 def attention_matmuls(program: Program) -> list[AttentionMatmul]:
-    """Every attention of a program, fused or spelled out as two products around a softmax."""
+    """Every attention of a program, fused or decomposed into two products around a softmax."""
     found = []
     for node in program.graph.nodes:
-        if node.target is ATTENTION:
+        if node.target is SDPA:
             found.append(AttentionMatmul(node, node.args[0], node.args[1], False, node, 2))
         elif node.target in MATMULS:
             consumer = _beyond_softmax(node)
@@ -83,11 +92,11 @@ def attention_matmuls(program: Program) -> list[AttentionMatmul]:
 
 
 def _beyond_softmax(node: fx.Node) -> fx.Node | None:
-    """The product with the values, if `node` makes scores."""
+    """The product with the values, if `node` gives scores."""
     passed = False
     while len(node.users) == 1:
         node = next(iter(node.users))
-        passed |= node.target in (aten.softmax.int, aten._softmax.default)
+        passed |= node.target in SOFTMAX
         if passed and node.target in MATMULS:
             return node
         if node.target not in _BETWEEN:
@@ -131,7 +140,7 @@ def _classes(
         for term in terms:
             marks[term[term >= 0]] = True
     if bool((is_query & is_key).any()):
-        return Obstacle(node.name, "one row makes both queries and keys")
+        return Obstacle(node.name, "one row gives both queries and keys")
     wide_keys = [term.repeat_interleave(repeats, 0) for term in keys]
     if wide_keys[0].shape != queries[0].shape:
         return Obstacle(node.name, "queries and keys have different heads")
@@ -146,7 +155,7 @@ def _classes(
 
 
 def _heads(terms: Terms, keys_transposed: bool) -> Terms:
-    """[.., heads, T, D] -> [heads, D] of each term; the rows must not depend on batch or position."""
+    """[.., H, T, D] -> [H, D] of each term; the rows must not depend on batch or position."""
     found = []
     for term in terms:
         term = term.transpose(-1, -2) if keys_transposed else term
@@ -159,27 +168,32 @@ def _heads(terms: Terms, keys_transposed: bool) -> Terms:
 
 
 def mixed_channels(program: Program, product: AttentionMatmul) -> Tensor | Obstacle:
-    """Which channels of the keys a rotary embedding turns into one another.
+    """Which channels of the keys a rotary embedding mixes.
+
+    What mixes channels is taken to be a rotation, so the norm of a class is the same at every position.
+
+    Args:
+        program: the program.
+        product: one of its attentions.
 
     Returns:
-        [heads, D] a number for each channel, one for all that are mixed; or what cannot be followed. What mixes them
-        is taken to be a rotation, so the norm of a class is the same at every position.
+        [H, D] a class for each channel, one for all that are mixed; or what cannot be followed.
     """
     try:
         terms = _heads(_Mixing(program, find_sites(program)).terms(product.keys), product.keys_transposed)
     except FlowStops as stop:
         return Obstacle(*stop.args)
-    number = {int(row): int(row) for term in terms for row in term.unique()}
+    parent = {int(row): int(row) for term in terms for row in term.unique()}
 
     def first(row: int) -> int:
-        while number[row] != row:
-            row = number[row]
+        while parent[row] != row:
+            row = parent[row]
         return row
 
     for column in torch.stack(terms).flatten(1).t().tolist():
         members = [row for row in column if row >= 0]
         for row in members[1:]:
-            number[first(row)] = first(members[0])
+            parent[first(row)] = first(members[0])
     return torch.tensor([[first(row) for row in head] for head in terms[0].tolist()])
 
 
@@ -199,7 +213,7 @@ class _Mixing(ChannelOrigins):
             upstream = [a for a in node.all_input_nodes if a.op == "call_function"]
             mixed = any(len(self.memo.get(a) or ()) > 1 and not isinstance(self.memo[a][0], list) for a in upstream)
             if mixed or any(a.meta["val"].is_complex() for a in upstream if isinstance(a.meta.get("val"), Tensor)):
-                raise _Lost(*stop.args) from None  # behind a rotation nobody could tell what it mixed
+                raise _Lost(*stop.args) from None  # behind a rotation nothing would tell what it mixed
             shape = [hint(size) for size in node.meta["val"].shape]
             start, self.rows = self.rows, self.rows + shape[-1]
             return [torch.arange(start, self.rows).expand(shape)]

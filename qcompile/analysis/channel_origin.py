@@ -1,6 +1,6 @@
-"""Row flow: which rows of which linears the channels of a value are made of.
+"""Channel origins: which rows of which linears the channels of a value are made of.
 
-Row numbers are sent through the very operations of the graph, so no layout is assumed: heads, fused
+Row indices are sent through the very operations of the graph, so no layout is assumed: heads, fused
 projections, interleaved pairs all come out. Two readings of what may stand between:
 
     linear        every channel is a sum of rows times factors that do not depend on the model's
@@ -18,29 +18,15 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.norms import CASTS
 from qcompile.analysis.sites import Site
+from qcompile.ir.aten_ops import ACTIVATIONS, CASTS, JOINS, MATMULS, MOVES, SDPA, SPLITS, Ops, aten, reads_elements
 from qcompile.ir.program import Program, hint
 
-aten = torch.ops.aten
-
-ATTENTION = aten.scaled_dot_product_attention.default
-MATMULS = {aten.matmul.default, aten.bmm.default}
-_MOVES = {
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.permute.default,
-    aten.clone.default, aten.contiguous.default, aten.repeat_interleave.self_int, aten.flatten.using_ints,
-}  # fmt: skip
-_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
-_JOINS = {aten.cat.default, aten.stack.default}
-_SIZES = {aten.sym_size.int, aten.sym_size.default}
-_ACTIVATIONS = {
-    aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default,
-    aten.pow.Tensor_Scalar,
-}  # fmt: skip
+_FUNCTIONS: Ops = ACTIVATIONS | {aten.pow.Tensor_Scalar, aten.square.default}
+"""The same function of every element; a power is no activation by itself, but part of one (squared ReLU)."""
 
 Terms = list[Tensor]
-"""Row numbers, one tensor of the value's shape for each summand; -1 where there is none."""
+"""Row indices, one tensor of the value's shape for each summand; -1 where there is none."""
 
 
 class FlowStops(Exception):
@@ -51,7 +37,8 @@ class ChannelOrigins:
     """The terms of values, back to the linear sites.
 
     Attributes:
-        makers: the sites met, with the number that each one's first row got. rows: how many in all.
+        producers: the linear sites behind the values, each with the index that its first row got.
+        rows: the number of rows of all producers.
         memo: every node passed -> its terms; None where no site is upstream.
     """
 
@@ -81,49 +68,54 @@ class ChannelOrigins:
             return None
         if node in self.sites:
             return [self._rows_of(self.sites[node])]
-        if self.elementwise and (node.target is ATTENTION or node.target in MATMULS):
+        if self.elementwise and (node.target is SDPA or node.target in MATMULS):
             return self._attend(node)
-        upstream = {a: self._visit(a) for a in node.all_input_nodes if a.target not in _SIZES}
+        upstream = {a: self._visit(a) for a in node.all_input_nodes if reads_elements(node, a)}
         derived = [a for a, terms in upstream.items() if terms]
         if not derived:
             return None
         first = upstream[derived[0]]
         if node.target in CASTS or node.target is aten.neg.default:
             return first
-        if node.target in _MOVES or (node.target is aten.index.Tensor and len(derived) == 1):
+        if node.target in MOVES or (node.target is aten.index.Tensor and len(derived) == 1):
             return [self._move(node, term) for term in first]
-        if node.target in _SPLITS:
+        if node.target in SPLITS:
             parts = [self._move(node, term) for term in first]
             return [list(part) for part in zip(*parts, strict=True)]
         if node.target is operator.getitem:
             return first[node.args[1]]
-        if node.target in (aten.mul.Tensor, aten.div.Tensor) and len(derived) == 1:
+        is_divisor = node.target is aten.div.Tensor and derived[0] is not node.args[0]
+        if (
+            node.target in (aten.mul.Tensor, aten.div.Tensor)
+            and len(derived) == 1
+            and (self.elementwise or not is_divisor)
+        ):
             if self.elementwise:
                 self._refuse_factors(node, derived[0])
             shape = _hints(node)
             return [term.expand(shape) for term in first]
         if self.elementwise:
-            if node.target in _ACTIVATIONS:
+            if node.target in _FUNCTIONS:
                 return first
             if node.target is aten.mul.Tensor:
                 shape = _hints(node)
                 return [term.expand(shape) for a in derived for term in upstream[a]]
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and len(derived) == len(node.all_input_nodes) == 2:
             return [*upstream[derived[0]], *upstream[derived[1]]]
-        if node.target in _JOINS and all(upstream[a] for a in node.args[0]):
+        if node.target in JOINS and all(upstream[a] for a in node.args[0]):
             return self._join(node, [upstream[a] for a in node.args[0]])
         what = "elementwise" if self.elementwise else "linear in each channel"
         raise FlowStops(node.name, f"{node.target} is not {what}")
 
     def _attend(self, node: fx.Node) -> Terms:
         """An attention passes on the channels of its values, to every position."""
-        values = node.args[2] if node.target is ATTENTION else node.args[1]
+        values = node.args[2] if node.target is SDPA else node.args[1]
         shape, found = _hints(node), []
         for term in self.terms(values):
             first = term[..., :1, :]
             if not bool((term == first).all()):
                 raise FlowStops(node.name, "the channels differ from position to position")
-            if node.target is ATTENTION and node.kwargs.get("enable_gqa"):
+            if node.target is SDPA and node.kwargs.get("enable_gqa"):
                 first = first.repeat_interleave(shape[1] // first.shape[1], 1)
             found.append(first.expand(shape))
         return found
@@ -170,10 +162,10 @@ class ChannelOrigins:
             if not terms or isinstance(terms[0], list):
                 continue
             for user in node.users:
-                if user in ends or user in self.memo or user.target in _SIZES or user.target in _SPLITS:
+                if user in ends or user in self.memo or user.target in SPLITS or not reads_elements(user, node):
                     continue
-                seen = [self._move(user, t) for t in terms] if user.target in _MOVES | {aten.index.Tensor} else terms
-                if used & {int(row) for term in seen for row in term.unique()}:
+                moved = [self._move(user, t) for t in terms] if user.target in MOVES | {aten.index.Tensor} else terms
+                if used & {int(row) for term in moved for row in term.unique()}:
                     raise FlowStops(user.name, f"{node.name} is read on another path too")
 
 

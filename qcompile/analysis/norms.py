@@ -15,15 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from qcompile.ir.program import Program
-
-aten = torch.ops.aten
-
-CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default, aten.to.other})
+from qcompile.ir.aten_ops import CASTS, aten
+from qcompile.ir.program import Program, hint
 
 
 def is_cast(node: fx.Node) -> bool:
-    """Whether a node only changes the dtype."""
+    """Whether a node only changes the dtype or the device."""
     return node.op == "call_function" and node.target in CASTS
 
 
@@ -36,27 +33,42 @@ def through_casts(node: fx.Node) -> fx.Node:
 
 @dataclass(frozen=True)
 class Norm:
-    """One norm: `input` is what it reads, `output` what it hands on, `inner` all nodes between."""
+    """One norm over the last dimension, of n channels.
+
+    Attributes:
+        kind: RMSNorm or LayerNorm.
+        input: the value that is normalized, [.., n].
+        output: the value that consumers read, [.., n].
+        gain: the placeholder of its weight, [n], or None.
+        bias: the placeholder of its bias, [n], or None.
+        one_plus: whether the gain is 1 + weight.
+        eps: added to the mean of squares, or to the variance.
+        inner: all nodes from the input (exclusive) to the output (inclusive).
+    """
 
     kind: Literal["rms", "layer"]
     input: fx.Node
     output: fx.Node
-    gain: fx.Node | None  # weight placeholder, [n]
-    bias: fx.Node | None  # weight placeholder, [n]
-    one_plus: bool  # the gain is 1 + weight
+    gain: fx.Node | None
+    bias: fx.Node | None
+    one_plus: bool
     eps: float
     inner: frozenset[fx.Node]
 
     def gain_value(self, program: Program) -> Tensor:
-        """The gain as multiplied, [n] float64 on the CPU, as all vectors of channels; ones when the norm has none."""
-        n = self.input.meta["val"].shape[-1]
+        """The factor of each channel, [n] float64 on the CPU, as all vectors of channels; ones for a norm without."""
+        n = hint(self.input.meta["val"].shape[-1])
         if self.gain is None:
             return torch.ones(n, dtype=torch.float64)
-        stored = program.weights[program.weight_name(self.gain) or ""].cpu().double()
+        stored = program.weight_of(self.gain).cpu().double()
         return stored + 1 if self.one_plus else stored
 
     def set_gain(self, program: Program, gain: Tensor) -> None:
-        """Store a new gain, in the form and the dtype that the model keeps it in."""
+        """Store a new gain [n], in the form and the dtype that the model keeps it in.
+
+        Raises:
+            ValueError: the norm has none.
+        """
         name = program.weight_name(self.gain)
         if name is None:
             raise ValueError(f"the norm at {self.output.name} has no gain to set")

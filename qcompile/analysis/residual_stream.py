@@ -1,57 +1,48 @@
-"""Rotation flow: the set of values that share one hidden basis.
+"""Residual streams: sets of values that share one hidden basis.
 
-If every writer of a residual stream writes x R instead of x and every reader reads through R^T, the
-model is the same function for any orthogonal R (QuaRot, arXiv:2404.00456; SpinQuant,
-arXiv:2405.16406). The flow is the closure of one value under the operations that commute with R on
-the last dimension: sums, casts, layout changes of the other dimensions, products with scalars or
-one factor per token, and norms with unit gain. It is *closed* when every writer is a linear site or
-a table, every reader a linear site; otherwise it is *open* and each obstacle is named.
+If every producer of a residual stream gives x R instead of x and every consumer reads through R^T,
+the model is the same function for any orthogonal R (QuaRot, arXiv:2404.00456; SpinQuant,
+arXiv:2405.16406). The stream is the closure of one value under the operations that commute with R
+on the last dimension: sums, casts, layout changes of the other dimensions, products with scalars or
+one factor per token, and norms with unit gain. It is *closed* when every producer is a linear site
+or a table, every consumer a linear site; otherwise it is *open* and each obstacle is named.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.norms import CASTS, Norm, find_norms
-from qcompile.analysis.obstacle import Obstacle
+from qcompile.analysis.norms import Norm, find_norms
+from qcompile.analysis.obstacle import Obstacle, ObstacleKind
 from qcompile.analysis.sites import Site, find_sites
+from qcompile.ir.aten_ops import CASTS, JOINS, MOVES, Ops, aten, reads_elements
 from qcompile.ir.program import Program
 
-aten = torch.ops.aten
-
-LAYOUT = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.clone.default,
-    aten.index.Tensor,
-    aten.index_select.default,
-    aten.sum.dim_IntList,
-    aten.flatten.using_ints,
-    aten.repeat.default,
-}
-_SIZES = {aten.sym_size.int, aten.sym_size.default, aten.size.default, aten.size.int}
+# Rows may also be picked, repeated and summed: each commutes with a rotation of the last dimension.
+LAYOUT: Ops = MOVES | {aten.index.Tensor, aten.index_select.default, aten.sum.dim_IntList, aten.repeat.default}
+"""What may keep the last dimension whole; `keeps_last` says whether a node does."""
 
 
 @dataclass
 class ResidualStream:
-    """One hidden basis of `size` channels: who writes it, who reads it, what blocks it."""
+    """One hidden basis.
+
+    Attributes:
+        size: its channels, n.
+        values: all values in this basis, [.., n].
+        producers: linear sites whose outputs are such values.
+        tables: placeholders of embeddings and of added parameters, [.., n].
+        consumers: linear sites that read such values.
+        norms: norms of such values.
+        obstacles: what prevents a rotation.
+    """
 
     size: int
     values: set[fx.Node] = field(default_factory=set)
     producers: list[Site] = field(default_factory=list)
-    tables: list[fx.Node] = field(default_factory=list)  # embeddings and added parameters, [.., n]
+    tables: list[fx.Node] = field(default_factory=list)
     consumers: list[Site] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)
@@ -59,127 +50,138 @@ class ResidualStream:
     @property
     def closed(self) -> bool:
         """Whether a rotation of this basis is sound."""
-        return not self.obstacles and bool(self.consumers) and bool(self.producers or self.tables)
+        return self.obstacle is None
+
+    @property
+    def obstacle(self) -> Obstacle | None:
+        """The first thing that prevents a rotation, or None for a closed stream."""
+        if self.obstacles:
+            return self.obstacles[0]
+        if self.consumers and (self.producers or self.tables):
+            return None
+        return Obstacle(self.norms[0].input.name, "nothing gives values to this stream, or nothing reads it")
 
 
 def residual_streams(program: Program) -> list[ResidualStream]:
-    """All flows that hold at least one norm, in graph order; they do not overlap."""
-    walker = _Walker(program)
-    flows: list[ResidualStream] = []
-    for norm in walker.norms:
-        if not any(norm.input in flow.values for flow in flows):
-            flows.append(walker.walk(norm.input))
-    return flows
+    """All streams that hold at least one norm, in graph order; they do not overlap."""
+    search = _Search(program)
+    streams: list[ResidualStream] = []
+    for norm in search.norms:
+        if not any(norm.input in stream.values for stream in streams):
+            streams.append(search.stream_of(norm.input))
+    return streams
 
 
-class _Walker:
+class _Search:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.norms = find_norms(program)
         self.by_output = {norm.output: norm for norm in self.norms}
         self.sites = {site.node: site for site in find_sites(program)}
 
-    def walk(self, seed: fx.Node) -> ResidualStream:
-        flow = ResidualStream(int(seed.meta["val"].shape[-1]))
+    def stream_of(self, seed: fx.Node) -> ResidualStream:
+        stream = ResidualStream(int(seed.meta["val"].shape[-1]))
         work = [seed]
         while work:
             value = work.pop()
-            if value in flow.values:
+            if value in stream.values:
                 continue
-            flow.values.add(value)
-            work += self._behind(flow, value)
-            work += self._ahead(flow, value)
+            stream.values.add(value)
+            work += self._behind(stream, value)
+            work += self._ahead(stream, value)
         order = {node: i for i, node in enumerate(self.program.graph.nodes)}
-        flow.producers.sort(key=lambda s: order[s.node])
-        flow.consumers.sort(key=lambda s: order[s.node])
-        flow.norms.sort(key=lambda n: order[n.output])
-        return flow
+        stream.producers.sort(key=lambda s: order[s.node])
+        stream.consumers.sort(key=lambda s: order[s.node])
+        stream.norms.sort(key=lambda n: order[n.output])
+        return stream
 
-    def _open(self, flow: ResidualStream, node: fx.Node, reason: str) -> list[fx.Node]:
-        obstacle = Obstacle(node.name, reason)
-        if obstacle not in flow.obstacles:
-            flow.obstacles.append(obstacle)
+    def _open(
+        self, stream: ResidualStream, node: fx.Node, reason: str, kind: ObstacleKind = ObstacleKind.FLOW
+    ) -> list[fx.Node]:
+        obstacle = Obstacle(node.name, reason, kind)
+        if obstacle not in stream.obstacles:
+            stream.obstacles.append(obstacle)
         return []
 
-    def _behind(self, flow: ResidualStream, value: fx.Node) -> list[fx.Node]:
+    def _behind(self, stream: ResidualStream, value: fx.Node) -> list[fx.Node]:
         """The values that `value` was made of and that share its basis."""
         if value.op == "placeholder":
             if self.program.weight_name(value) is None:
-                return self._open(flow, value, "comes in from outside the graph")
-            flow.tables.append(value)
+                return self._open(stream, value, "comes in from outside the graph")
+            stream.tables.append(value)
             return []
         if value in self.by_output:
-            return self._norm(flow, self.by_output[value])
+            return self._norm(stream, self.by_output[value])
         if value in self.sites and self.sites[value].kind == "linear":
-            flow.producers.append(self.sites[value])
+            stream.producers.append(self.sites[value])
             return []
         if value.target is aten.embedding.default:
             table = value.args[0]
             if self.program.weight_name(table) is None:
-                return self._open(flow, value, "looks up a table that is not a weight")
-            flow.tables.append(table)
+                return self._open(stream, value, "looks up a table that is not a weight")
+            stream.tables.append(table)
             return []
-        sources = self._commutes(flow, value)
+        sources = self._commutes(stream, value)
         if sources is None:
-            return self._open(flow, value, f"{_op(value)} does not commute with a rotation")
+            return self._open(stream, value, f"{_op(value)} does not commute with a rotation")
         return sources
 
-    def _ahead(self, flow: ResidualStream, value: fx.Node) -> list[fx.Node]:
-        """The values made of `value` that share its basis; readers and obstacles are noted."""
+    def _ahead(self, stream: ResidualStream, value: fx.Node) -> list[fx.Node]:
+        """The values made of `value` that share its basis; consumers and obstacles are recorded."""
         if value.op == "placeholder":
-            found: list[fx.Node] = []  # a table may have other readers; they are not of this basis
+            found: list[fx.Node] = []  # a table may have other consumers, not of this basis
             for user in value.users:
-                if user not in self.sites and self._commutes(flow, user) is None:
+                if user not in self.sites and self._commutes(stream, user) is None:
                     if user.target is not aten.embedding.default:
-                        self._open(flow, user, f"{_op(user)} reads a table of the stream")
+                        self._open(stream, user, f"{_op(user)} reads a table of the stream")
             return found
         found = []
         for user in value.users:
             norm = next((n for n in self.norms if n.input is value and user in n.inner), None)
-            if user.target in _SIZES:
+            if not reads_elements(user, value):
                 continue
             if norm is not None:
-                found += self._norm(flow, norm)
+                found += self._norm(stream, norm)
             elif user.op == "output":
-                self._open(flow, value, "leaves the graph as an output")
+                self._open(stream, value, "leaves the graph as an output")
             elif user in self.sites and self.sites[user].input is value:
                 if self.sites[user].kind == "linear":
-                    flow.consumers.append(self.sites[user])
+                    stream.consumers.append(self.sites[user])
                 else:
-                    self._open(flow, user, "feeds a stack of expert weights, which are not rotated")
-            elif self._commutes(flow, user) is not None:
+                    self._open(stream, user, "feeds a stack of expert weights, which are not rotated")
+            elif self._commutes(stream, user) is not None:
                 found.append(user)
             else:
-                self._open(flow, user, f"{_op(user)} does not commute with a rotation")
+                self._open(stream, user, f"{_op(user)} does not commute with a rotation")
         return found
 
-    def _norm(self, flow: ResidualStream, norm: Norm) -> list[fx.Node]:
-        if norm not in flow.norms:
-            flow.norms.append(norm)
+    def _norm(self, stream: ResidualStream, norm: Norm) -> list[fx.Node]:
+        if norm not in stream.norms:
+            stream.norms.append(norm)
             if not norm.has_unit_gain(self.program):
-                self._open(flow, norm.output, "a norm gain that is not folded")
+                self._open(stream, norm.output, "a norm gain that is not folded", ObstacleKind.GAIN)
         return [norm.input, norm.output]
 
-    def _commutes(self, flow: ResidualStream, node: fx.Node) -> list[fx.Node] | None:
+    def _commutes(self, stream: ResidualStream, node: fx.Node) -> list[fx.Node] | None:
         """The operands that share the basis with the result, or None if there is no such law."""
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor) or not value.ndim:
             return None
         tensors = [a for a in node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
-        if value.shape[-1] != flow.size:
+        if value.shape[-1] != stream.size:
             return None
         if node.target in CASTS:
             return tensors[:1]
         if node.target in LAYOUT:
-            return tensors[:1] if keeps_last(node, flow.size) else None
-        if node.target is aten.cat.default:
+            return tensors[:1] if keeps_last(node, stream.size) else None
+        if node.target in JOINS:
             dim = node.args[1] if len(node.args) > 1 else 0
             return list(node.args[0]) if dim % value.ndim != value.ndim - 1 else None
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
-            whole = [t for t in tensors if _last(t) == flow.size]
+            whole = [t for t in tensors if _last(t) == stream.size]
             return whole if len(whole) == 2 else None
         if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor):
-            whole = [t for t in tensors if _last(t) == flow.size]
+            whole = [t for t in tensors if _last(t) == stream.size]
             other = [t for t in tensors if t not in whole]
             per_token = all(_last(t) == 1 for t in other)
             return (
@@ -199,9 +201,9 @@ def _last(node: fx.Node) -> int:
 
 
 def keeps_last(node: fx.Node, size: int) -> bool:
-    """Whether a layout op leaves the last dimension whole and in place."""
-    source = node.args[0].meta["val"]
-    if not source.ndim or source.shape[-1] != size:
+    """Whether an operator of LAYOUT keeps the last dimension, of `size` channels, whole and in place."""
+    source, value = node.args[0].meta["val"], node.meta["val"]
+    if not source.ndim or not value.ndim or source.shape[-1] != size or value.shape[-1] != size:
         return False
     last = source.ndim - 1
 
@@ -212,6 +214,8 @@ def keeps_last(node: fx.Node, size: int) -> bool:
         return not touches(node.args[1] if len(node.args) > 1 else 0)
     if node.target is aten.transpose.int:
         return not (touches(node.args[1]) or touches(node.args[2]))
+    if node.target in (aten.t.default, aten.mT.default, aten.numpy_T.default):
+        return source.ndim == 1
     if node.target is aten.permute.default:
         return touches(node.args[1][-1])
     if node.target is aten.sum.dim_IntList:
@@ -222,7 +226,9 @@ def keeps_last(node: fx.Node, size: int) -> bool:
         return not (node.args[1] == source.ndim or node.args[1] == -1)
     if node.target is aten.repeat.default:
         return node.args[1][-1] == 1
-    return True
+    if node.target is aten.repeat_interleave.self_int:  # without a dimension it flattens
+        return len(node.args) > 2 and node.args[2] is not None and not touches(node.args[2])
+    return True  # the other operators keep the order of elements: a last dimension of equal size is the same one
 
 
 def _op(node: fx.Node) -> str:

@@ -1,11 +1,11 @@
-"""Scale flow: where a positive factor for each channel of a value can be folded.
+"""Scale folding: where a positive factor for each channel of a value can be folded.
 
 Walking back from the input of a site, a factor per channel travels through casts, layout changes,
 ReLU (positive homogeneous), one operand of a product (a gate), and the values of an attention,
 until it meets rows of a linear site or the gain of a norm. Anything else stops it, and the stop is
 named. Where attention shares a value head between query heads, or a fused projection is sliced, the
 *channel map* says which producer row each channel came from: it is computed by sending channel
-numbers through the very layout operations of the graph, so no head arithmetic is assumed.
+indices through the very layout operations of the graph, so no head arithmetic is assumed.
 """
 
 from __future__ import annotations
@@ -16,31 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.norms import CASTS, Norm
+from qcompile.analysis.norms import Norm
 from qcompile.analysis.obstacle import Obstacle
 from qcompile.analysis.residual_stream import LAYOUT, keeps_last
 from qcompile.analysis.sites import Site
+from qcompile.ir.aten_ops import CASTS, MATMULS, MOVES, SDPA, SPLITS, Ops, aten, reads_elements
 from qcompile.ir.program import Program, hint
 
-aten = torch.ops.aten
-
-_SHAPES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.clone.default,
-    aten.repeat_interleave.self_int,
-}
-_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
-_ATTENTION = aten.scaled_dot_product_attention.default
-_SIZES = {aten.sym_size.int, aten.sym_size.default}
+_FUNCTIONS: Ops = frozenset({aten.mul.Tensor, aten.relu.default})
+"""What a positive factor passes though it computes something: a gate, and ReLU, which is positive homogeneous."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +64,21 @@ def channel_root(value: fx.Node) -> fx.Node:
 
 @dataclass(frozen=True)
 class Consumers:
-    """Everything that reads the channels of one value."""
+    """Everything that reads the channels of one value.
+
+    Attributes:
+        root: the value, [.., K].
+        sites: linear sites, which absorb a factor for each channel.
+        other_consumers: nodes that are no linear sites and absorb none.
+    """
 
     root: fx.Node
     sites: tuple[Site, ...]
-    other_consumers: tuple[fx.Node, ...]  # readers that are not linear sites: they absorb nothing
+    other_consumers: tuple[fx.Node, ...]
 
 
-def find_readers(root: fx.Node, sites: list[Site]) -> Consumers:
-    """The sites, and the strangers, that read a value through casts and layouts of other dims."""
+def find_consumers(root: fx.Node, sites: list[Site]) -> Consumers:
+    """Whatever reads a value, straight or through casts and layouts of its other dimensions."""
     width = root.meta["val"].shape[-1]
     by_node = {site.node: site for site in sites}
     found: list[Site] = []
@@ -97,7 +87,7 @@ def find_readers(root: fx.Node, sites: list[Site]) -> Consumers:
     for value in work:
         for user in value.users:
             site = by_node.get(user)
-            if user.target in _SIZES:
+            if not reads_elements(user, value):
                 continue
             if site is not None and site.input is value and site.kind == "linear":
                 found.append(site)
@@ -112,7 +102,7 @@ def find_readers(root: fx.Node, sites: list[Site]) -> Consumers:
 def groups_of_consumers(sites: list[Site]) -> list[Consumers]:
     """Sites grouped by the value whose channels they read, in graph order."""
     roots = dict.fromkeys(channel_root(site.input) for site in sites if site.kind == "linear")
-    return [find_readers(root, sites) for root in roots]
+    return [find_consumers(root, sites) for root in roots]
 
 
 def scale_source(program: Program, consumers: Consumers, norms: list[Norm], sites: list[Site]) -> Source | Obstacle:
@@ -120,9 +110,12 @@ def scale_source(program: Program, consumers: Consumers, norms: list[Norm], site
 
     Args:
         program: the program.
-        readers: who reads the value; all of them must be sites, which absorb the inverse.
+        consumers: of the value; all of them must be sites, which absorb the inverse.
         norms: all norms (see find_norms).
         sites: all sites (see find_sites).
+
+    Returns:
+        The source, or the first obstacle on the way back.
     """
     value = consumers.root
     if consumers.other_consumers:
@@ -143,13 +136,13 @@ class _Walk:
             return self._at_rows(site, path, value)
         inside = (node, *path)
         first = node.args[0] if node.args else None
-        if node.target in CASTS or node.target in _SHAPES or node.target in _SPLITS:
+        if node.target in CASTS | MOVES | SPLITS:
             return self.back(first, inside, value)
         if node.target in (aten.relu.default, operator.getitem):
             return self.back(first, inside, value)
-        if node.target is _ATTENTION:
+        if node.target is SDPA:
             return self.back(node.args[2], inside, value)
-        if node.target in (aten.matmul.default, aten.bmm.default) and len(node.args) == 2:
+        if node.target in MATMULS and len(node.args) == 2:
             return self.back(node.args[1], inside, value)
         if node.target is aten.mul.Tensor:
             return self._through_product(node, inside, value)
@@ -183,10 +176,8 @@ class _Walk:
             return Obstacle(site.node.name, f"the weight {site.name} is shared with {site.shared_with}")
         nodes = (site.node, *path)
         for node, following in zip(nodes, path, strict=False):
-            others = [u for u in node.users if u is not following and u.target not in _SIZES]
-            if others and not all(
-                u.target in {aten.slice.Tensor} | _SPLITS | _SHAPES or u.target is operator.getitem for u in others
-            ):
+            others = [u for u in node.users if u is not following and reads_elements(u, node)]
+            if not all(u.target in MOVES | SPLITS or u.target is operator.getitem for u in others):
                 return Obstacle(others[0].name, f"{node.name} is read on another path too")
         try:
             channels = self._send(site, path, value)
@@ -196,43 +187,43 @@ class _Walk:
             return Obstacle(value.name, f"the channels of {site.name} cannot be followed ({error})")
         if channels is None:
             return Obstacle(value.name, f"the channels of {site.name} differ from row to row")
-        attention = [n for n in path if n.target in (_ATTENTION, aten.matmul.default, aten.bmm.default)]
-        pure = not any(n.target in (aten.mul.Tensor, aten.relu.default) for n in path)
+        attention = [n for n in path if n.target in MATMULS | {SDPA}]
+        pure = not any(n.target in _FUNCTIONS for n in path)
         head = int(attention[-1].meta["val"].shape[-1]) if attention else 0
         return Source(None, site, channels, path, bool(attention), pure, head)
 
     def _send(self, site: Site, path: tuple[fx.Node, ...], value: fx.Node) -> Tensor | None:
-        """Send channel numbers from the site's rows to the value; None if rows disagree."""
+        """Send the indices of the site's rows along the path to the value; None if positions disagree."""
         shape = [hint(s) for s in site.node.meta["val"].shape]
         ids: object = torch.arange(site.N).expand(*shape).contiguous()
         previous = site.node
         claims: list[tuple[fx.Node, object]] = []
         for node in path:
             for user in previous.users:
-                if user is not node and user.target not in _SIZES:
+                if user is not node and reads_elements(user, previous):
                     claims.append((user, self._step(user, previous, ids)))
             ids = self._step(node, previous, ids)
             previous = node
         if not isinstance(ids, Tensor):
             return None
-        mine = ids.reshape(-1, ids.shape[-1])
-        if not bool((mine == mine[0]).all()):
+        own = ids.reshape(-1, ids.shape[-1])
+        if not bool((own == own[0]).all()):
             return None
-        used = set(mine[0].tolist())
-        for user, seen in claims:
-            parts = seen if isinstance(seen, (list, tuple)) else [seen]
-            if user.target in _SPLITS:
+        used = set(own[0].tolist())
+        for user, claimed in claims:
+            parts = claimed if isinstance(claimed, (list, tuple)) else [claimed]
+            if user.target in SPLITS:
                 continue  # its pieces are getitem users of the same list, checked one by one
             if any(used & set(p.unique().tolist()) for p in parts if isinstance(p, Tensor)):
                 raise _Overlap(user.name)
-        return mine[0]
+        return own[0]
 
     def _step(self, node: fx.Node, previous: fx.Node, ids: object) -> object:
-        if node.target in CASTS or node.target in (aten.mul.Tensor, aten.relu.default):
+        if node.target in CASTS | _FUNCTIONS:
             return ids
-        if node.target in (aten.matmul.default, aten.bmm.default):
+        if node.target in MATMULS:
             return self._attend(node, ids, 1)
-        if node.target is _ATTENTION:
+        if node.target is SDPA:
             repeats = 1
             if node.kwargs.get("enable_gqa"):
                 repeats = node.args[0].meta["val"].shape[1] // node.args[2].meta["val"].shape[1]
@@ -248,7 +239,7 @@ class _Walk:
 
     @staticmethod
     def _attend(node: fx.Node, ids: object, repeats: int) -> Tensor:
-        """Attention mixes tokens, not channels: take any token's numbers for all queries."""
+        """Attention mixes tokens, not channels: take any token's indices for all queries."""
         assert isinstance(ids, Tensor)
         if repeats > 1:
             ids = ids.repeat_interleave(repeats, dim=1)
@@ -259,4 +250,4 @@ class _Walk:
 
 
 class _Overlap(Exception):
-    """Another reader sees the same channels; the text is its name."""
+    """Another consumer reads the same channels; the text is its name."""

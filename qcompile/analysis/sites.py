@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from qcompile.ir.program import Program
+from qcompile.ir.aten_ops import LINEAR, MATMULS, Ops, aten
+from qcompile.ir.program import Program, hint
 
-aten = torch.ops.aten
-
-_STACKED = {aten.bmm.default, aten.baddbmm.default, aten.matmul.default}
+_STACKED: Ops = MATMULS | {aten.baddbmm.default}
+"""Batched products, of which the second operand may be a stack of weights."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,16 @@ class Site:
     Attributes:
         name: the weight's attribute path; what rules match and reports print.
         kind: "linear" (weight [N, K]) or "experts" (weight 3-D, one matrix for each expert).
-        node: the product; `input` its left operand; `weight` its placeholder; `bias` or None.
+        node: the product.
+        input: its left operand, [.., K].
+        weight: the placeholder of the weight.
+        bias: of a linear, [N], or None.
+        N: rows of the weight, the channels of the output.
+        K: columns of the weight, the channels of the input.
         grouped: (experts) rows sorted by expert, with the end of each expert's rows as third operand.
         rows_first: (experts) the weight is stored [E, N, K], else [E, K, N].
         siblings: names of the other sites on the same input.
-        shared_with: other readers of the same weight (tied embeddings), as node names.
+        shared_with: names of other nodes that read the same weight (tied embeddings).
     """
 
     name: str
@@ -51,7 +56,7 @@ class Site:
     def batched(self) -> bool:
         """(experts) A product [E, T, K] by [E, K, N]: row t of expert e meets matrix e."""
         shape = self.input.meta["val"].shape
-        plain = self.node.target in (aten.bmm.default, aten.matmul.default)
+        plain = self.node.target in MATMULS
         return plain and len(shape) == 3 and shape[0] == self.weight.meta["val"].shape[0]
 
     def __str__(self) -> str:
@@ -79,7 +84,7 @@ def find_sites(program: Program) -> list[Site]:
 
 
 def _linear(program: Program, node: fx.Node) -> Site | None:
-    if node.target is not aten.linear.default:
+    if node.target is not LINEAR:
         return None
     x, weight = node.args[0], node.args[1]
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
@@ -92,10 +97,10 @@ def _linear(program: Program, node: fx.Node) -> Site | None:
 
 def _experts(program: Program, node: fx.Node) -> Site | None:
     """A product with a 3-D weight: grouped or batched, straight or through a transpose."""
-    if not _multiplies_stacks(node):
+    if node.target not in _STACKED and not is_grouped_matmul(node):
         return None
     for operand in node.args:
-        weight, turns = through_transposes(operand)
+        weight, transposes = through_transposes(operand)
         name = program.weight_name(weight)
         if name is None or weight.meta["val"].ndim != 3:
             continue
@@ -110,7 +115,7 @@ def _experts(program: Program, node: fx.Node) -> Site | None:
             continue
         n = rest[0] if rest[1] == k else rest[1]
         grouped = grouped_operands(node) is not None
-        rows_first = turns % 2 == 1 if grouped else rest[1] == k
+        rows_first = transposes % 2 == 1 if grouped else rest[1] == k
         if grouped:  # its operand is [E, K, N]
             n = rest[0] if rows_first else rest[1]
         return Site(name, "experts", node, first, weight, None, n, k, grouped, rows_first)
@@ -118,33 +123,47 @@ def _experts(program: Program, node: fx.Node) -> Site | None:
 
 
 def grouped_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """Of a node that multiplies rows sorted by expert: x [T, K], a stack [E, K, N], and the end of each's rows [E]."""
-    if "grouped_mm" not in str(node.target) or len(node.all_input_nodes) != 3:
+    """The operands of a product of rows that are sorted by expert, under whatever name a library registers it.
+
+    Args:
+        node: any node.
+
+    Returns:
+        x [T, K], a stack [E, K, N] and the end of each expert's rows [E], of a node that gives [T, N] and reads
+        nothing else; None for any other node.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload) or len(node.all_input_nodes) != 3:
         return None
     x, stack, ends = node.all_input_nodes
-    shapes = [getattr(operand.meta.get("val"), "shape", ()) for operand in (x, stack, ends)]
-    if [len(shape) for shape in shapes] != [2, 3, 1] or ends.meta["val"].is_floating_point():
-        return None  # with a bias in the place of the ends, or of products of another kind
-    return x, stack, ends
+    value, *values = [operand.meta.get("val") for operand in (node, x, stack, ends)]
+    if not all(isinstance(v, torch.Tensor) for v in (value, *values)) or values[2].is_floating_point():
+        return None
+    shapes = [[hint(size) for size in v.shape] for v in (value, *values)]
+    if [len(shape) for shape in shapes] != [2, 2, 3, 1]:
+        return None
+    (rows, columns), (t, k), (experts, depth, n), (count,) = shapes
+    return (x, stack, ends) if (rows, columns, depth, count) == (t, n, k, experts) else None
+
+
+def is_grouped_matmul(node: fx.Node) -> bool:
+    """Whether a node multiplies rows by the weights of their experts; PyTorch's own needs no ends for equal counts."""
+    return node.target is aten._grouped_mm.default or grouped_operands(node) is not None
 
 
 def through_transposes(operand: Any) -> tuple[Any, int]:
     """The value behind transposes of its last two axes, and how many there are."""
-    turns = 0
+    count = 0
     while isinstance(operand, fx.Node) and _is_transpose(operand):
-        operand, turns = operand.args[0], turns + 1
-    return operand, turns
+        operand, count = operand.args[0], count + 1
+    return operand, count
 
 
 def _is_transpose(node: fx.Node) -> bool:
+    if node.target is aten.mT.default:
+        return True
     if node.target not in (aten.transpose.int, aten.permute.default):
         return False
     axes = range(ndim) if (ndim := node.meta["val"].ndim) else ()
     if node.target is aten.permute.default:
         return [axes[a] for a in node.args[1]] == [*axes[:-2], ndim - 1, ndim - 2]
     return {axes[a] for a in node.args[1:]} == {ndim - 2, ndim - 1}
-
-
-def _multiplies_stacks(node: fx.Node) -> bool:
-    """Batched products, and the grouped products that libraries register under their own names."""
-    return node.target in _STACKED or "grouped_mm" in str(node.target)

@@ -12,9 +12,6 @@ from qcompile.calibration.statistics import CalibrationError
 from qcompile.ir.program import Program
 from qcompile.recipe.rule import RecipeError
 
-ops = torch.ops.qcompile
-aten = torch.ops.aten
-
 
 def own_example(model: nn.Module) -> dict[str, Any]:
     """The example that a model brings (transformers' `dummy_inputs`). Raises RecipeError if it brings none."""
@@ -33,7 +30,14 @@ def traceable_example(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments and keyword arguments that a calibration batch stands for."""
+    """The arguments that a calibration batch stands for.
+
+    Args:
+        batch: a mapping of keyword arguments (None values are dropped), a tuple or list of arguments, or one argument.
+
+    Returns:
+        Arguments by position and by name.
+    """
     if isinstance(batch, Mapping):
         return (), {k: v for k, v in batch.items() if v is not None}
     if isinstance(batch, (tuple, list)):
@@ -51,12 +55,28 @@ def widen_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
 
 
 def flat_inputs(program: Program, batch: Any, first: dict[str, Any]) -> Sequence[Any]:
-    """A batch as the flat inputs of a program; `first` gives the order of keywords."""
+    """A batch as the flat inputs of a program.
+
+    Args:
+        program: captured from the first batch.
+        batch: as for `call_of`.
+        first: keyword arguments of the first batch, in their order.
+
+    Returns:
+        One value for each input of the program.
+
+    Raises:
+        CalibrationError: a batch whose arguments are not those of the first.
+    """
     args, kwargs = call_of(batch)
     missing = [name for name in first if name not in kwargs]
     if missing:
-        raise CalibrationError(f"a batch lacks {missing}, which the first batch has")
+        raise CalibrationError(
+            f"a batch lacks {missing}, which the first batch has. Fix: give all batches the same keys"
+        )
     flat = [*args, *[kwargs[name] for name in first]]
     if len(flat) != len(program.inputs):
-        raise CalibrationError(f"a batch has {len(flat)} tensors, the model's graph takes {len(program.inputs)}")
+        raise CalibrationError(
+            f"a batch has {len(flat)} tensors, the model's graph takes {len(program.inputs)}. Fix: give these only"
+        )
     return flat

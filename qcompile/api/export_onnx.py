@@ -1,4 +1,4 @@
-"""`export_onnx(model, folder)`: quantize a copy if asked, and write an ONNX folder for CPU runtimes."""
+"""`export_onnx(model, folder)`: quantize a copy if there is a recipe, and write an ONNX folder for CPU runtimes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qcompile.api.quantize import quantize
+from qcompile.checkpoint.atomic_folder import atomic_folder
 from qcompile.codegen.onnx.options import OnnxKeywords, OnnxOptions
 from qcompile.codegen.onnx.sentence_embedding import check_example
 from qcompile.modules.generation_hooks import detached, refuse_cache
@@ -61,13 +62,12 @@ def export_onnx(
         from qcompile.codegen.onnx.fusions.attention.int8_kv_cache import Int8KVCache
         from qcompile.generation.onnx_session import PREFIX_FILE
     except ModuleNotFoundError as error:
-        raise RecipeError("ONNX export needs: pip install 'torch-qcompile[onnx]'") from error
-    from qcompile.checkpoint.atomic_folder import atomic_folder
+        raise RecipeError(f"{error}. Fix: pip install 'torch-qcompile[onnx]'") from error
 
     if file.pooling is not None:
         check_example(model, example)
     chosen = None if recipe is None else find_recipe(recipe, model, data=batches is not None)
-    portable, is_encoder = not file.contrib_ops, example is not None
+    is_encoder = example is not None
     if not file.float_cache:
         refuse_cache(model, chosen, contrib_ops=file.contrib_ops, encoder=is_encoder)
 
@@ -80,7 +80,7 @@ def export_onnx(
             report = Report("float")
         with detached(model) as calls:
             cache = None
-            is_float = file.float_cache or portable or is_encoder
+            is_float = file.float_cache or not file.contrib_ops or is_encoder
             if calls.config is not None and calls.scales is not None and not is_float:
                 cache = Int8KVCache(calls.scales, calls.config.optional)
             with Console(stderr=True, quiet=not progress).status("exporting and comparing"):
@@ -90,7 +90,7 @@ def export_onnx(
         if calls.scales is not None and is_float:
             done.rewritten.skip("cache", "stays float32, as requested, or as files of this kind have it")
         report.passes.append(done.rewritten)
-        report.numbers["onnx relative error"] = done.error
-        report.numbers["onnx relative error as run"] = done.error_as_run
+        report.metrics["onnx relative error"] = done.error
+        report.metrics["onnx relative error as run"] = done.error_as_run
         report.write(work / "qcompile.json")
     return report

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompile.analysis.facts import Facts
+from qcompile.ir.aten_ops import CASTS, LINEAR, VIEWS, aten
 from qcompile.ir.node_meta import LOW_RANK, REPLACES_LAYER_NORM, SITE
-from qcompile.ir.op_calls import HadamardCall, QExpertsCall, QLinearCall
+from qcompile.ir.op_calls import HadamardCall, QExpertsCall, QLinearCall, QuantizeCall
 from qcompile.ir.program import Program
 from qcompile.modules.quant_experts import QuantStack, replace_parameter
 from qcompile.modules.quant_linear import BUFFERS, QuantLinear, RotatedLinear
 from qcompile.recipe.rule import RecipeError
-
-ops = torch.ops.qcompile
-aten = torch.ops.aten
-
 
 # Weights that passes add and that no module of the model holds.
 _OF_GRAPH = {*BUFFERS, "rotation", "center", "key_scale", "value_scale"} - {"bias"}
@@ -27,14 +24,26 @@ _OF_GRAPH = {*BUFFERS, "rotation", "center", "key_scale", "value_scale"} - {"bia
 
 @dataclass
 class WriteBack:
-    """Where the results of a Program go in the module that it was captured from."""
+    """The modules that the results of a Program are written into.
+
+    Attributes:
+        model: what the Program was captured from.
+        owners: site name -> path of the plain linear that holds its weight.
+        not_plain: site name -> why no module can be replaced.
+    """
 
     model: nn.Module
-    owners: dict[str, str]  # site name -> path of the plain linear that holds its weight
-    not_plain: dict[str, str]  # site name -> why it cannot be replaced in place
+    owners: dict[str, str]
+    not_plain: dict[str, str]
 
     @staticmethod
     def of(model: nn.Module, facts: Facts) -> WriteBack:
+        """Find the module of every linear site.
+
+        Args:
+            model: a module.
+            facts: of the Program that was captured from it.
+        """
         owners: dict[str, str] = {}
         not_plain: dict[str, str] = {}
         program = facts.program
@@ -55,7 +64,14 @@ class WriteBack:
         return WriteBack(model, owners, not_plain)
 
     def check(self, after: Program) -> None:
-        """Refuse what cannot be written back, before anything is written."""
+        """Refuse what cannot be written back, before anything is written.
+
+        Args:
+            after: the Program that passes rewrote.
+
+        Raises:
+            RecipeError: an online transform, or a norm, that no module of the model can hold.
+        """
         homeless = [
             node.name
             for node, _ in HadamardCall.find(after)
@@ -63,16 +79,23 @@ class WriteBack:
             if self._linear_behind(user) is None
         ]
         if homeless:
-            raise RecipeError(f"the online transforms {homeless} have no linear module to live in: drop OnlineHadamard")
+            raise RecipeError(
+                f"the online transforms {homeless} have no linear module to live in. Fix: drop OnlineHadamard"
+            )
         for node in after.graph.find_nodes(op="call_function", target=aten.rms_norm.default):
             gain = node.meta.get(REPLACES_LAYER_NORM)
             if gain is not None and not isinstance(self.model.get_submodule(gain.rpartition(".")[0]), nn.LayerNorm):
                 raise RecipeError(
-                    f"the LayerNorm with gain {gain} is no nn.LayerNorm module: use FoldNorm(center=False)"
+                    f"the LayerNorm with gain {gain} is no nn.LayerNorm module. Fix: use FoldNorm(center=False)"
                 )
 
     def apply(self, before: Program, after: Program) -> None:
-        """Write weights, norms and linears into the model."""
+        """Write weights, norms and linears into the model.
+
+        Args:
+            before: the Program as captured.
+            after: the Program that passes rewrote and `check` accepted.
+        """
         for name, tensor in after.weights.items():
             parent, _, leaf = name.rpartition(".")
             if before.weights.get(name) is tensor or leaf in _OF_GRAPH:
@@ -84,7 +107,7 @@ class WriteBack:
                 setattr(module, leaf, nn.Parameter(stored, requires_grad=False))
             else:
                 setattr(module, leaf, stored)
-        untied = any(n in after.weights for others in before.aliases.values() for n in others)
+        untied = any(name in after.weights for others in before.aliases.values() for name in others)
         config = getattr(self.model, "config", None)
         if untied and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False  # or saving would tie them again
@@ -98,7 +121,7 @@ class WriteBack:
             self.model.set_submodule(self._path(node.meta[SITE]), _quant_linear(after, node, call))
         for node, _ in QExpertsCall.find(after):
             replace_parameter(self.model, node.meta[SITE], QuantStack.of(after, node, before))
-        for node in after.graph.find_nodes(op="call_function", target=aten.linear.default):
+        for node in after.graph.find_nodes(op="call_function", target=LINEAR):
             signs = _signs(after, node.args[0])
             if signs is not None:
                 path = self._path(str(after.weight_name(node.args[1])))
@@ -108,26 +131,16 @@ class WriteBack:
         return self.owners.get(site, site.rpartition(".")[0])
 
     def _linear_behind(self, node: fx.Node) -> fx.Node | None:
-        while node.target not in (ops.qlinear.default, aten.linear.default):
+        while node.target not in (QLinearCall.target, LINEAR):
             if not _only_carries(node) or not node.users:
                 return None
             node = next(iter(node.users))
         return node
 
 
-_CARRIERS = (
-    ops.quantize.default,
-    operator.getitem,
-    aten.view.default,
-    aten.reshape.default,
-    aten._to_copy.default,
-    aten.to.dtype,
-)
-
-
 def _only_carries(node: fx.Node) -> bool:
     """Whether a node between a transform and its linear is one that QuantLinear redoes by itself."""
-    return node.target in _CARRIERS
+    return QuantizeCall.matches(node) or node.target is operator.getitem or node.target in VIEWS | CASTS
 
 
 def _is_plain_linear(module: nn.Module, program: Program, weight: str, bias: str | None) -> bool:
@@ -139,11 +152,13 @@ def _is_plain_linear(module: nn.Module, program: Program, weight: str, bias: str
     shift = program.weights[bias] if bias else None
     try:
         with torch.no_grad():
-            got = module(x)
+            result = module(x)
     except Exception:  # any failure means that it is something else: the site is then skipped, with a reason
         return False
-    want = torch.nn.functional.linear(x, matrix, shift)
-    return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-2, atol=1e-2)
+    product = torch.nn.functional.linear(x, matrix, shift)
+    if not isinstance(result, Tensor) or result.shape != product.shape:
+        return False
+    return torch.allclose(result, product, rtol=1e-2, atol=1e-2)
 
 
 def _signs(program: Program, x: Any) -> Tensor | None:

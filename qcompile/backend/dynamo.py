@@ -44,7 +44,16 @@ def qcompile(
     options: dict[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """Compile one Dynamo graph; see options.py.
+    """Compile one Dynamo graph.
+
+    Args:
+        graph_module: of torch functions, as Dynamo gives it.
+        example_inputs: of the first call.
+        options: see OPTIONS in options.py.
+        mode: of torch.compile; see patches_of in inductor.py.
+
+    Returns:
+        A function of the same inputs.
 
     Raises:
         RecipeError: bad options, a recipe that needs data, a rule that matches nothing.
@@ -146,6 +155,9 @@ def compile_program(program: Program, inputs: Sequence[Any], options: Options) -
         program: as captured; not changed.
         inputs: one call's flat inputs, to certify exact passes on.
         options: of the backend.
+
+    Returns:
+        The lowered program and the report.
     """
     # int(i) would pin the symbol to this one value, and every new length would recompile.
     example = [i.node.hint if isinstance(i, torch.SymInt) else i for i in inputs]
@@ -209,7 +221,7 @@ def _applicable(options: Options, facts: Facts) -> Recipe:
     every = options.recipe.with_rules(options.rules)
     rules = [rule for rule in every.rules if any(rule.matches(name) for name in names)]
     if names and len(rules) < len(every.rules):
-        # In one whole graph an idle rule is a mistake; in a piece of a broken one it may be for another.
+        # In one whole graph an idle rule is a mistake; in a piece of a broken graph it may be meant for another piece.
         if not (facts.program.breaks or torch._dynamo.utils.counters["graph_break"]):
             every.resolve(names)  # raises, with the nearest names
     return Recipe(every.name, every.passes, tuple(rules), every.source)

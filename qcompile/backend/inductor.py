@@ -1,6 +1,6 @@
-"""Hand a graph to Inductor: its weights marked as staying where they are, CUDA graphs as asked, fresh caches laid out.
+"""Hand a graph to Inductor: weights marked as static, CUDA graphs as requested, first caches made contiguous.
 
-A CUDA graph reads the addresses that it was recorded with, so Inductor copies every input to a place of its own before
+A CUDA graph reads the addresses that it was recorded with, so Inductor copies every input to memory of its own before
 each replay, but for those known to be static. Dynamo knows that of parameters; that packed weights are static only we
 know, and copying them would cost as much as multiplying by them.
 """
@@ -25,17 +25,22 @@ def patches_of(mode: str, given: Mapping[str, Any]) -> dict[str, Any]:
         mode: "default", or "reduce-overhead": CUDA graphs, as torch.compile's own mode of this name.
         given: options of Inductor.
 
+    Returns:
+        Option -> value.
+
     Raises:
         ValueError: another mode, or one that `given` contradicts.
     """
     if mode not in MODES:
         raise ValueError(
-            f"mode={mode!r}: use {' or '.join(map(repr, MODES))}; what autotuning would change in Inductor's part goes "
+            f"mode={mode!r} is unknown. Fix: use {' or '.join(map(repr, MODES))}; options of Inductor's autotuning go "
             "into options={'inductor': {...}}, and `qcompile kernels tune` measures our kernels"
         )
     found = torch._inductor.list_mode_options(mode) | dict(given)
     if mode == "reduce-overhead" and not found[GRAPHS]:
-        raise ValueError(f"mode='reduce-overhead' is CUDA graphs, and 'inductor' turns {GRAPHS} off: give one of them")
+        raise ValueError(
+            f"mode='reduce-overhead' is CUDA graphs, and 'inductor' sets {GRAPHS} to False. Fix: give one of them"
+        )
     return found
 
 
@@ -45,11 +50,16 @@ def compile_graph(
     """Compile a graph.
 
     Args:
-        graph_module: ATen. inputs: fake or real, one for each placeholder. patches: options of Inductor.
-        static: placeholders whose tensors stay where they are between calls; None leaves it to Dynamo's marks.
+        graph_module: ATen.
+        inputs: fake or real, one for each placeholder.
+        patches: options of Inductor.
+        static: placeholders whose tensors keep their addresses between calls; None relies on Dynamo's marks.
+
+    Returns:
+        The compiled function, which takes the placeholders' values.
 
     Warns:
-        UserWarning: CUDA graphs were asked for, and Inductor runs this graph without one.
+        UserWarning: CUDA graphs were requested, and Inductor runs this graph without one.
     """
     from torch._dynamo.utils import counters
     from torch._inductor import compile_fx as inductor
@@ -60,25 +70,25 @@ def compile_graph(
             config["static_input_idxs"] = [*range(own), *(own + place for place in static)]
         return inductor.compile_fx_inner(traced, examples, **config)
 
-    _lay_out_fresh_caches(graph_module.graph)
+    _make_first_caches_contiguous(graph_module.graph)
     graph_module.recompile()
     skipped = counters["inductor"]["cudagraph_skips"]
     made = inductor.compile_fx(graph_module, list(inputs), inner_compile=inner, config_patches=dict(patches) or None)
     if patches.get(GRAPHS) and counters["inductor"]["cudagraph_skips"] > skipped:
         warnings.warn(
-            "qcompile: Inductor runs a graph without a CUDA graph, though they were asked for; "
+            "qcompile: Inductor runs a graph without a CUDA graph, though they were requested; "
             "TORCH_LOGS=cudagraphs says why",
             stacklevel=2,
         )
     return made
 
 
-def _lay_out_fresh_caches(graph: fx.Graph) -> None:
+def _make_first_caches_contiguous(graph: fx.Graph) -> None:
     """Write a cat of one tensor and empty ones as the contiguous copy that it is, in place.
 
-    A cache begins so: cat([empty, keys]). Inductor (torch 2.13) makes a copy with the strides of the keys of it, heads
-    behind tokens, where eager PyTorch and the next step's cat are contiguous: the graph of a second token was compiled
-    for strides that the third token's cache has not, and compiled once more, a minute for a small LLM.
+    A cache begins so: cat([empty, keys]). Inductor (torch 2.13) gives it the strides of the keys, heads behind tokens,
+    where eager PyTorch and the cat of the next token are contiguous. The graph for a second token would be compiled for
+    strides that the cache of a third token does not have, and be compiled again: a minute for a small LLM.
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
         made, parts = node.meta.get("val"), node.args[0] if node.args else ()
@@ -96,7 +106,7 @@ def _lay_out_fresh_caches(graph: fx.Graph) -> None:
 
 
 def _is_empty(value: Any) -> bool:
-    """A vector of no numbers, which `cat` leaves out whatever the shape of the others."""
+    """An empty vector, which `cat` omits whatever the shape of the others."""
     return isinstance(value, Tensor) and value.ndim == 1 and isinstance(value.shape[0], int) and value.shape[0] == 0
 
 
@@ -129,4 +139,4 @@ def needs_gpu(inputs: Sequence[Any]) -> str | None:
     devices = {t.device.type for t in inputs if isinstance(t, Tensor)}
     if "cuda" in devices or not any(isinstance(t, torch.nn.Parameter) for t in inputs):
         return None
-    return f"CUDA graphs need a GPU, and the model is on the {', '.join(sorted(devices))}: leave them out"
+    return f"CUDA graphs need a GPU, and the model is on the {', '.join(sorted(devices))}. Fix: drop the mode or option"

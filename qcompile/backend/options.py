@@ -24,7 +24,17 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Checked options of the backend."""
+    """Checked options of the backend.
+
+    Attributes:
+        recipe: what to do; one that needs no calibration data.
+        rules: before the recipe's own.
+        verify: whether exact passes are certified on the first inputs.
+        on_slow_kernel: "keep_float", or "quantize": what to do with a site whose kernel is slower than float.
+        rows: M at which kernels are compared; None: that of the first call.
+        inductor: options of Inductor.
+        dump: folder for graphs before and after every pass.
+    """
 
     recipe: Recipe
     rules: tuple[Rule, ...] = ()
@@ -36,7 +46,14 @@ class Options:
 
     @staticmethod
     def read(options: dict[str, Any] | None) -> Options:
-        """Raises RecipeError for an unknown option, and lists the known ones."""
+        """Check what the user gave.
+
+        Args:
+            options: as OPTIONS describes them.
+
+        Raises:
+            RecipeError: an unknown option, or a value that an option cannot have; lists the known ones.
+        """
         given = dict(options or {})
         unknown = sorted(set(given) - set(OPTIONS))
         if unknown:
@@ -46,10 +63,14 @@ class Options:
             )
         on_slow_kernel = given.get("on_slow_kernel", "keep_float")
         if on_slow_kernel not in ("keep_float", "quantize"):
-            raise RecipeError(f"option on_slow_kernel={on_slow_kernel!r}: use 'keep_float' or 'quantize'")
+            raise RecipeError(
+                f"option on_slow_kernel={on_slow_kernel!r} is unknown. Fix: use 'keep_float' or 'quantize'"
+            )
         rows = given.get("rows")
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
-            raise RecipeError(f"option rows={rows!r}: a whole number of at least 1, as 8 for a batch of 8 in decoding")
+            raise RecipeError(
+                f"option rows={rows!r} is no integer of at least 1. Fix: give M, as 8 for decoding a batch of 8"
+            )
         try:
             inductor = patches_of(given.get("mode", "default"), given.get("inductor", {}))
         except ValueError as error:

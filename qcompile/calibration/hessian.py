@@ -11,9 +11,17 @@ from qcompile.analysis.sites import Site
 from qcompile.calibration.layerwise_run import LayerwiseRun
 from qcompile.calibration.statistics import CalibrationError
 
+_BLOCK = 256  # columns of one product; blocks below the diagonal are copied
+
 
 class Gram:
-    """Sums x^T x of rows x [T, K] in float64; blocks below the diagonal are copied in the end, a third less work."""
+    """Sums x^T x of rows x [T, K] in float64.
+
+    Only blocks on and above the diagonal are computed, a third less work; `whole` copies the others.
+
+    Attributes:
+        sums: [K, K]; below the diagonal only `whole` fills it.
+    """
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.sums = torch.zeros(columns, columns, dtype=torch.float64, device=device)
@@ -24,8 +32,8 @@ class Gram:
 
     def whole(self) -> Tensor:
         """The sum, [K, K]: the same memory, so nothing can be added afterwards."""
-        for first in range(0, len(self.sums), 256):
-            block = slice(first, first + 256)
+        for first in range(0, len(self.sums), _BLOCK):
+            block = slice(first, first + _BLOCK)
             self.sums[block, :first] = self.sums[:first, block].t()
             corner = self.sums[block, block]
             corner.copy_(corner.triu() + corner.triu(1).t())
@@ -34,7 +42,7 @@ class Gram:
 
 def _add_products(total: Tensor, x: Tensor) -> None:
     columns = x.shape[1]
-    if columns < 256:
+    if columns < _BLOCK:
         total += x.t() @ x
         return
     half = columns // 2
@@ -44,38 +52,54 @@ def _add_products(total: Tensor, x: Tensor) -> None:
     _add_products(total[half:, half:], right)
 
 
-def _many_rows(walk: LayerwiseRun, site: Site, least: int = 4096) -> Iterator[Tensor]:
-    """A site's input as rows [T, K], batches put together: each sum x^T x costs a pass over [K, K] as well."""
-    held: list[Tensor] = []
-    for value in walk.see(site.input):
-        held.append(value.flatten(0, -2).float())
-        if sum(map(len, held)) >= least:
-            yield torch.cat(held)
-            held = []
-    if held:
-        yield torch.cat(held)
+def _joined_rows(run: LayerwiseRun, site: Site, least: int = 4096) -> Iterator[Tensor]:
+    """A site's input as rows [T, K], batches joined: each sum x^T x costs a pass over [K, K] as well."""
+    joined: list[Tensor] = []
+    for value in run.values_of(site.input):
+        joined.append(value.flatten(0, -2).float())
+        if sum(map(len, joined)) >= least:
+            yield torch.cat(joined)
+            joined = []
+    if joined:
+        yield torch.cat(joined)
 
 
-def hessian_of(walk: LayerwiseRun, site: Site) -> Tensor:
-    """Of a site's input over all batches: sum x x^T, float64 [K, K].
+def hessian_of(run: LayerwiseRun, site: Site) -> Tensor:
+    """The Hessian of a site: sum x x^T of its input over all batches.
+
+    Args:
+        run: stopped at the site.
+        site: a linear site.
+
+    Returns:
+        [K, K] float64.
 
     Raises:
         CalibrationError: NaN or Inf, with the batch and the site.
     """
-    sums = Gram(site.K, walk.program.weights[site.name].device)
-    for x in _many_rows(walk, site):
+    sums = Gram(site.K, run.program.weights[site.name].device)
+    for x in _joined_rows(run, site):
         sums.add(x)
-    refuse_infinite(walk, site, sums.sums)
+    refuse_infinite(run, site, sums.sums)
     return sums.whole()
 
 
-def refuse_infinite(walk: LayerwiseRun, site: Site, hessian: Tensor | None = None) -> None:
-    """Raises CalibrationError, with batches and site, where inputs hold NaN or Inf; their Hessian shows it sooner."""
+def refuse_infinite(run: LayerwiseRun, site: Site, hessian: Tensor | None = None) -> None:
+    """Refuse inputs of a site that hold NaN or Inf.
+
+    Args:
+        run: stopped at the site.
+        site: whose input is checked.
+        hessian: of that input, if it is known: a look at its diagonal costs less than one at all batches.
+
+    Raises:
+        CalibrationError: with the batches and the site.
+    """
     if hessian is not None and bool(torch.isfinite(hessian.diagonal()).all()):
         return
-    bad = [i + 1 for i, value in enumerate(walk.see(site.input)) if not bool(torch.isfinite(value).all())]
+    bad = [i + 1 for i, value in enumerate(run.values_of(site.input)) if not bool(torch.isfinite(value).all())]
     if bad or hessian is not None:
         raise CalibrationError(
-            f"batches {bad} bring NaN or Inf to {site.name} (node {site.input.name}): "
-            "drop them, or calibrate in float32"
+            f"batches {bad} bring NaN or Inf to {site.name} (node {site.input.name}). "
+            "Fix: drop them, or calibrate in float32"
         )

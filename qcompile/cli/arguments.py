@@ -58,7 +58,7 @@ def flags_of(options: type) -> Callable[[Callable[..., None]], Callable[..., Non
 
         own = inspect.signature(command, eval_str=True)
         parameters = [p for p in own.parameters.values() if p.name != "options"] + flags
-        call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # functions may have one
+        call.__signature__ = own.replace(parameters=parameters)
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         return call
 

@@ -1,4 +1,8 @@
-"""The main job in one command: a real LLM rewritten, quantized, compiled, exported and measured."""
+"""The command `demo`: a real LLM rewritten, quantized, exported, compiled and measured, within a budget of time.
+
+Each stage has a budget of seconds. A slow machine measures fewer windows and rounds; every row of the table remains,
+because one window and one round are always measured.
+"""
 
 from __future__ import annotations
 
@@ -6,150 +10,216 @@ import copy
 import json
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from rich.console import Console
+import typer
 from rich.table import Table
 
-from qcompile.api.export_onnx import export_onnx
-from qcompile.api.quantize import quantize
-from qcompile.api.verify_model import verify_model
-from qcompile.calibration.text import embedded_text, windows
-from qcompile.evaluation.perplexity import perplexity
-from qcompile.evaluation.throughput import ModelSpeed, SpeedComparison, compare_with_inductor
-from qcompile.generation.pretrained import load_pretrained
-from qcompile.memory.environment import versions
-from qcompile.recipe.report import Report
+from qcompile.cli.arguments import app
+from qcompile.cli.output import print_table, tell, write_plot
 
-RECIPES = ("int8", "w4a16", "w4a8")
-TIMED = ("int8", "w4a8")  # beside Inductor in bfloat16; each compilation takes minutes on two cores
+if TYPE_CHECKING:
+    from qcompile.evaluation.throughput import ModelSpeed
+    from qcompile.recipe.report import Report
+
+INT4 = "w4a16-rotated-gptq"
+RECIPES = ("int8", INT4)
+STAGES = {"quality": 190.0, "export": 80.0, "speed": 200.0}  # seconds
 PROMPT = "The capital of France is"
+WINDOWS, ROUNDS = 2, 5  # at most; at least one of each is measured
 
 
-def run(out: Path, console: Console, *, quick: bool = False) -> dict[str, Any]:
-    """Run the demo and write a plot, a JSON and an ONNX folder under `out`.
+class Budget:
+    """Seconds for stages that follow one another; time that one stage saves belongs to the next.
 
     Args:
-        out: created; an earlier demo's files in it are replaced. console: where to print.
-        quick: fewer tokens and rounds.
+        stages: seconds by name, in order.
+        clock: gives seconds.
     """
-    started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+
+    def __init__(self, stages: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+        self.stages, self._clock, self._start = dict(stages), clock, clock()
+        self._deadline = self._start
+
+    def begin(self, stage: str) -> str:
+        """Begin a stage; returns a line that says how long it may take."""
+        names = list(self.stages)
+        planned = sum(self.stages[name] for name in names[: names.index(stage) + 1])
+        self._deadline = self._start + planned
+        return f"stage {stage}: until {planned:.0f} s"
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the first stage began."""
+        return self._clock() - self._start
+
+    @property
+    def left(self) -> float:
+        """Seconds until the stage should end; negative once it is late."""
+        return self._deadline - self._clock()
+
+    def affords(self, seconds: float) -> bool:
+        """Whether work of this many seconds ends within the stage."""
+        return seconds <= self.left
+
+    def how_many(self, most: int, seconds: float, share: float = 1.0) -> int:
+        """How many pieces of work of so many seconds each fit into a share of what is left: 1 to `most`."""
+        return max(1, min(most, int(share * self.left / max(seconds, 1e-9))))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the plot, the JSON and the ONNX folder")] = Path("demo-out"),
+    quick: Annotated[bool, typer.Option(help="shorter texts, half the time")] = False,
+) -> None:
+    """Rewrite, quantize, export, compile and measure the embedded LLM; ends in one screen and a plot."""
+    run(out, Budget({name: seconds / (2 if quick else 1) for name, seconds in STAGES.items()}), quick=quick)
+
+
+def run(out: Path, budget: Budget, *, quick: bool = False) -> dict[str, Any]:
+    """Run the demo and write a plot, a JSON and an ONNX folder.
+
+    Args:
+        out: created; an earlier demo's files in it are replaced.
+        budget: of the stages `STAGES`.
+        quick: shorter texts.
+    """
+    from qcompile.memory.environment import versions
 
     def say(text: str) -> None:
-        console.print(f"[dim]{time.perf_counter() - started:5.0f} s[/] {text}", highlight=False)
+        tell(f"{budget.elapsed:5.0f} s  {text}")
 
-    say("loading SmolLM2-135M")
-    model, tokenizer = load_pretrained()
-    pieces = windows(tokenizer, embedded_text(), length=512 if quick else 1024, count=1 if quick else 2)
-    losses: dict[str, float] = {"float32": perplexity(model, pieces)}
-    say(f"float32: perplexity {losses['float32']:.2f} on the embedded text")
-    half = copy.deepcopy(model).to(torch.bfloat16)
-    losses["bfloat16"] = perplexity(half, pieces)
-    say(f"bfloat16: perplexity {losses['bfloat16']:.2f}")
-    reports: dict[str, Report] = {}
-    for name in RECIPES:
-        quantized = copy.deepcopy(model)
-        reports[name] = quantize(quantized, name, progress=False)
-        losses[name] = perplexity(quantized, pieces)
-        say(
-            f"{name}: perplexity {losses[name]:.2f}, site weights {reports[name].bytes_after / 1e6:.0f} MB, "
-            f"quantized in {reports[name].seconds:.1f} s"
-        )
-        if name == "w4a16":
-            exported = quantized
-    proof = verify_model(model, {"input_ids": pieces[0][:, :64]})
-    for certificate in proof.certificates:
-        say(f"certificate: {certificate}")
-    folder = out / "onnx"
-    shutil.rmtree(folder, ignore_errors=True)
-    say("exporting w4a16 to ONNX")
-    onnx = export_onnx(exported, folder, tokenizer=tokenizer, progress=False)
-    samples = _samples(exported, tokenizer, folder)
-    say(f"ONNX Runtime agrees with PyTorch to {onnx.numbers['onnx relative error']:.1e}")
-    say(f"compiling and timing: Inductor and qcompile ({', '.join(TIMED)}) in turn, a minute or more for each")
-    speeds = compare_with_inductor(
-        half,
-        list(TIMED),
-        prompt=128 if quick else 512,
-        new=8 if quick else 16,
-        rounds=2 if quick else 3,
-    )
-    table = _table(losses, reports, speeds)
-    console.print()
-    console.print(table)
-    for certificate in proof.certificates:
-        console.print(f"  law {certificate}", highlight=False)
-    for who, text in samples.items():
-        console.print(f"  [bold]{who}[/]: {text!r}", highlight=False)
-    result = {"versions": versions(), "perplexity": losses, "speed": speeds.to_json()["rows"], "samples": samples}
+    out.mkdir(parents=True, exist_ok=True)
+    say(budget.begin("quality"))
+    model, tokenizer, quantized, losses, reports = _quality(budget, say, 512 if quick else 1024)
+    say(budget.begin("export"))
+    samples = _export(quantized, tokenizer, out / "onnx", say)
+    say(budget.begin("speed"))
+    speeds = _speed(model, quantized, budget, say, 128 if quick else 512)
+    print_table(_table(losses, reports, speeds))
+    for runtime, text in samples.items():
+        tell(f"{runtime}: {text!r}")
+    result = {
+        "versions": versions(),
+        "seconds": budget.elapsed,
+        "perplexity": losses,
+        "tokens_per_second": {n: {"prefill": s.prefill_rate, "decode": s.decode_rate} for n, s in speeds.items()},
+        "rounds": {name: len(s.prefill) for name, s in speeds.items()},
+        "samples": samples,
+    }
     (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
-    _plot(losses, speeds, out / "tradeoff.png")
-    say(f"plot: {out / 'tradeoff.png'}; numbers: {out / 'demo.json'}; ONNX folder: {folder}")
+    tell(f"written: {out / 'demo.json'}, {out / 'onnx'}")
+    write_plot(lambda path: _plot(losses, speeds, path), out / "tradeoff.png")
+    say(f"done; the budget was {sum(budget.stages.values()):.0f} s")
     return result
 
 
-def _samples(model: Any, tokenizer: Any, folder: Path) -> dict[str, str]:
+def _quality(
+    budget: Budget, say: Callable[[str], None], length: int
+) -> tuple[Any, Any, Any, dict[str, float], dict[str, Report]]:
+    """The bfloat16 model, its tokenizer, the int4 model, and perplexities and reports by name."""
+    from qcompile.api.quantize import quantize
+    from qcompile.api.verify_model import verify_model
+    from qcompile.calibration.text import batches, embedded_text, windows
+    from qcompile.evaluation.perplexity import perplexity
+    from qcompile.generation.pretrained import load_pretrained
+    from qcompile.pipeline.presets import find_recipe
+
+    model, tokenizer = load_pretrained()
+    say("loaded SmolLM2-135M")
+    pieces = windows(tokenizer, embedded_text(), length=length, count=WINDOWS)
+    before = budget.elapsed
+    perplexity(model, pieces[:1], progress=False)
+    seconds = (2 + len(RECIPES)) * (budget.elapsed - before)
+    pieces = pieces[: budget.how_many(WINDOWS, seconds, share=0.3)]  # most of the stage is for quantizing
+    losses = {"float32": perplexity(model, pieces, progress=False)}
+    say(f"float32: perplexity {losses['float32']:.2f} ({len(pieces)} windows of {length} tokens)")
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    losses["bfloat16"] = perplexity(half, pieces, progress=False)
+    say(f"bfloat16: perplexity {losses['bfloat16']:.2f}")
+    reports, quantized = {}, model
+    for name in RECIPES:
+        quantized = copy.deepcopy(model)
+        data = batches(tokenizer) if find_recipe(name).needs else None
+        reports[name] = quantize(quantized, name, data, progress=False)
+        losses[name] = perplexity(quantized, pieces, progress=False)
+        say(f"{name}: perplexity {losses[name]:.2f}, quantized in {reports[name].seconds:.0f} s")
+    for certificate in verify_model(model, {"input_ids": pieces[0][:, :64]}).certificates:
+        say(f"law {certificate}")
+    return half, tokenizer, quantized, losses, reports
+
+
+def _export(quantized: Any, tokenizer: Any, folder: Path, say: Callable[[str], None]) -> dict[str, str]:
+    """Write the ONNX folder; returns what PyTorch and ONNX Runtime make of the prompt, greedily."""
+    from qcompile.api.export_onnx import export_onnx
     from qcompile.generation.onnx_session import Session
 
-    ids = tokenizer(PROMPT, return_tensors="pt")
-    ours = model.generate(**ids, max_new_tokens=24, do_sample=False)[0]
-    length = ids.input_ids.shape[1]
-    theirs = list(Session(folder).stream(ids.input_ids, ours.shape[0] - length))
-    return {
-        "PyTorch w4a16": PROMPT + tokenizer.decode(ours[length:], skip_special_tokens=True),
-        "ONNX w4a16": PROMPT + tokenizer.decode(theirs, skip_special_tokens=True),
+    shutil.rmtree(folder, ignore_errors=True)
+    # Float activations, as in PyTorch: the default rounds them to int8 in each MatMulNBits, faster and not the same.
+    report = export_onnx(quantized, folder, tokenizer=tokenizer, accuracy_level=1, progress=False)
+    say(f"exported to ONNX: relative difference to PyTorch {report.metrics['onnx relative error']:.1e}")
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    length = inputs.input_ids.shape[1]
+    ours = quantized.generate(**inputs, max_new_tokens=24, do_sample=False)[0, length:].tolist()
+    theirs = list(Session(folder).stream(inputs.input_ids, len(ours)))
+    if ours == theirs:
+        say(f"PyTorch and ONNX Runtime generate the same {len(ours)} tokens")
+    else:
+        same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
+        say(f"the texts differ from token {same + 1} on: two logits are nearer to each other than the runtimes are")
+    texts = {"PyTorch": ours, "ONNX Runtime": theirs}
+    return {f"{name}, {INT4}": PROMPT + tokenizer.decode(t, skip_special_tokens=True) for name, t in texts.items()}
+
+
+def _speed(half: Any, quantized: Any, budget: Budget, say: Callable[[str], None], prompt: int) -> dict[str, ModelSpeed]:
+    """Speed of the bfloat16 model under Inductor and of the recipes under qcompile, by name."""
+    from qcompile.evaluation.throughput import allow_recompiles, time_models
+
+    allow_recompiles()
+    candidates = {
+        "bfloat16": torch.compile(half, dynamic=True),
+        "int8": torch.compile(half, backend="qcompile", dynamic=True, options={"recipe": "int8"}),
+        INT4: torch.compile(quantized.to(torch.bfloat16), backend="qcompile", dynamic=True),
     }
+    say(f"compiling and timing {', '.join(candidates)}; compiling takes most of the time")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, half.get_input_embeddings().num_embeddings, (1, prompt), generator=generator)
+    return time_models(candidates, ids, rounds=ROUNDS, another_round=budget.affords, progress=False)
 
 
-def _speed(name: str, speeds: SpeedComparison) -> ModelSpeed | None:
-    """What was timed under the name that the table has for it."""
-    return speeds.speeds.get("inductor bfloat16" if name == "bfloat16" else f"qcompile {name} bfloat16")
-
-
-def _table(losses: dict[str, float], reports: dict[str, Report], speeds: SpeedComparison) -> Table:
-    table = Table(
-        "model", "perplexity", "site weights MB", "prefill tok/s", "decode tok/s", title="SmolLM2-135M on this machine"
-    )
+def _table(losses: dict[str, float], reports: dict[str, Report], speeds: dict[str, ModelSpeed]) -> Table:
+    table = Table("model", "perplexity", "to float", "weights MB", "prefill tok/s", "decode tok/s")
     sites = next(iter(reports.values())).sites
     for name, loss in losses.items():
         width = {"float32": 4, "bfloat16": 2}.get(name, 0)
         size = reports[name].bytes_after if name in reports else sum(s.N * s.K * width for s in sites)
-        speed = _speed(name, speeds)
-        rates = (f"{speed.prefill_rate:.0f}", f"{speed.decode_rate:.1f}") if speed else ("not timed", "not timed")
+        speed = speeds.get(name)
+        rates = (f"{speed.prefill_rate:.0f}", f"{speed.decode_rate:.1f}") if speed else ("", "")
+        compiler = {"float32": "", "bfloat16": " (Inductor)"}.get(name, " (qcompile)")
         table.add_row(
-            f"{name} (Inductor)" if width else f"{name} (qcompile)", f"{loss:.2f}", f"{size / 1e6:.0f}", *rates
+            name + compiler, f"{loss:.2f}", f"{loss / losses['float32'] - 1:+.1%}", f"{size / 1e6:.0f}", *rates
         )
     return table
 
 
-def _plot(losses: dict[str, float], speeds: SpeedComparison, path: Path) -> None:
-    """Perplexity against tokens per second; silent without matplotlib is not allowed: it says so."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        path.with_suffix(".txt").write_text("the plot needs: pip install 'torch-qcompile[plot]'\n")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def _plot(losses: dict[str, float], speeds: dict[str, ModelSpeed], path: Path) -> None:
+    """Perplexity against tokens per second."""
+    from qcompile.evaluation.plots import label_point, plot_file
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, kind in zip(axes, ("decode", "prefill"), strict=True):
-        for name, loss in losses.items():
-            speed = _speed(name, speeds)
-            if speed is None:
-                continue
-            rate = speed.decode_rate if kind == "decode" else speed.prefill_rate
-            peer = name == "bfloat16"
-            axis.scatter(rate, loss, s=60, marker="s" if peer else "o", color="0.5" if peer else "C0")
-            axis.annotate(name, (rate, loss), textcoords="offset points", xytext=(6, 4), fontsize=9)
-        axis.set_xlabel(f"{kind}, tokens/s (more is better)")
-        axis.grid(alpha=0.3)
-        axis.margins(x=0.2, y=0.15)
-    axes[0].set_ylabel("perplexity (less is better)")
-    figure.suptitle("SmolLM2-135M: the square is Inductor, circles are qcompile")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with plot_file(path, (10, 4), columns=2) as axes:
+        for axis, kind in zip(axes, ("decode", "prefill"), strict=True):
+            for name, speed in speeds.items():
+                rate = speed.decode_rate if kind == "decode" else speed.prefill_rate
+                inductor = name == "bfloat16"
+                axis.scatter(
+                    rate, losses[name], s=60, marker="s" if inductor else "o", color="0.5" if inductor else "C0"
+                )
+                label_point(axis, name, rate, losses[name])
+            axis.set_xlabel(f"{kind}, tokens/s (more is better)")
+            axis.grid(alpha=0.3)
+            axis.margins(x=0.2, y=0.15)
+        axes[0].set_ylabel("perplexity (less is better)")
+        axes[0].set_title("SmolLM2-135M: the square is Inductor, circles are qcompile", fontsize=9)

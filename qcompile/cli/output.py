@@ -23,6 +23,7 @@ from qcompile.evaluation import plots
 console = Console()
 
 _ANY_WIDTH = 10_000  # rich clips a measurement to the width of its options
+_FRAME = 4  # lines around the rows of a table, the header among them
 _NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?[%x]?")
 
 
@@ -66,7 +67,7 @@ def print_table(what: RenderableType) -> None:
                 column.justify = "right"
         needed = Measurement.get(console, console.options.update(width=_ANY_WIDTH), what).minimum  # of whole words
         fits = needed <= console.width
-        console.print(what if fits and _height(what) <= _height(_blocks(what)) else _blocks(what))
+        console.print(what if fits and _height(what) - _FRAME <= _height(_blocks(what)) else _blocks(what))
 
 
 def write_plot(draw: Callable[[Path], None], path: Path) -> None:

@@ -159,7 +159,7 @@ def _formats(recipes: str) -> list[tuple[Format, str]]:
 
 
 def _on_gpu(shapes: str, rows: str) -> tuple[list[tuple[int, int]], list[int]]:
-    """The shapes (K, N) and the numbers of rows to time, if there is a GPU."""
+    """The shapes (K, N) and the M to time, if there is a GPU."""
     try:
         sizes = [(int(k), int(n)) for k, _, n in (shape.partition("x") for shape in split_names(shapes))]
         counts = [int(m) for m in split_names(rows)]

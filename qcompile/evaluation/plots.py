@@ -1,4 +1,4 @@
-"""Plots in files: one way to make a figure, without a display and without global state of matplotlib."""
+"""Plots in files: figures without a display and without global state of matplotlib."""
 
 from __future__ import annotations
 

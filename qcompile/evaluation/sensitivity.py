@@ -100,7 +100,7 @@ def sensitivity(
     walk, found = LayerwiseRun(program, batches), []
     for site in track(sites, "sensitivity", disable=not progress, transient=True):
         walk.advance(site.node)
-        inputs = list(walk.see(site.input))
+        inputs = list(walk.values_of(site.input))
         for formats in choices:
             q = quantize_tensor(program.weights[site.name], formats.weight, clip=formats.weight.bits < 8)
             total = 0.0

@@ -50,7 +50,13 @@ class ModelSpeed:
 
 
 def time_models(
-    models: dict[str, Callable[..., Any]], ids: torch.Tensor, *, new: int = 16, rounds: int = 5, progress: bool = True
+    models: dict[str, Callable[..., Any]],
+    ids: torch.Tensor,
+    *,
+    new: int = 16,
+    rounds: int = 5,
+    another_round: Callable[[float], bool] = lambda seconds: True,
+    progress: bool = True,
 ) -> dict[str, ModelSpeed]:
     """Prefill a prompt and decode tokens greedily with each model, interleaved.
 
@@ -59,11 +65,16 @@ def time_models(
             first call of each compiles and is not counted.
         ids: the prompt, int64 [1, T].
         new: tokens to decode.
-        rounds: counted rounds.
+        rounds: counted rounds, at most.
+        another_round: whether there is time for one more round, given the seconds of the last; the first is counted
+            anyway.
         progress: show a bar.
     """
-    speeds = {name: ModelSpeed(name, ids.shape[1]) for name in models}
+    speeds, seconds = {name: ModelSpeed(name, ids.shape[1]) for name in models}, 0.0
     for run in track(range(rounds + 1), "compiling and timing", disable=not progress, transient=True):
+        if run > 1 and not another_round(seconds):
+            break
+        start = time.perf_counter()
         for name, model in models.items():
             prefill, decode = time_text(model, ids, new)
             if run:
@@ -71,6 +82,7 @@ def time_models(
                 speeds[name].decode += decode
             else:
                 speeds[name].first = prefill + sum(decode[:2])
+        seconds = time.perf_counter() - start
     return speeds
 
 
@@ -91,6 +103,12 @@ def time_text(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[f
             out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
             decode.append(time.perf_counter() - start)
     return prefill, decode
+
+
+def allow_recompiles() -> None:
+    """Raise Dynamo's limits for a process in which several candidates compile the same Python code."""
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.accumulated_recompile_limit = 1024
 
 
 @dataclass
@@ -169,8 +187,7 @@ def compare_with_inductor(
         rounds: counted rounds.
         progress: show a bar.
     """
-    torch._dynamo.config.recompile_limit = 256  # every candidate compiles the same code anew
-    torch._dynamo.config.accumulated_recompile_limit = 1024
+    allow_recompiles()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (1, prompt), generator=generator)
     own = str(next(model.parameters()).dtype).removeprefix("torch.")

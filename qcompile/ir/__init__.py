@@ -1,1 +1,1 @@
-"""The graph: `Program`, its two frontends, its normal form and the operators that quantization adds."""
+"""The graph: `Program`, its frontends, its normal form, its operators and those that quantization adds."""

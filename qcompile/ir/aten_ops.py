@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 aten = torch.ops.aten
 
@@ -24,6 +25,7 @@ PRODUCTS: Ops = MATMULS | {LINEAR, SDPA}
 """Everything that sums over a dimension of two operands."""
 
 SOFTMAX: Ops = frozenset({aten.softmax.int, aten._softmax.default})
+"""Exponentials that sum to one over a dimension."""
 
 CASTS: Ops = frozenset(
     {
@@ -35,7 +37,7 @@ CASTS: Ops = frozenset(
         aten.type_as.default,
     }
 )
-"""The same values in another dtype or on another device."""
+"""The same values in another dtype or on another device; of a second tensor only the dtype and the device are read."""
 
 ALIASES: Ops = frozenset(
     {
@@ -49,6 +51,7 @@ ALIASES: Ops = frozenset(
 """The same values in the same dtype: `normalize` drops them."""
 
 DROPOUTS: Ops = frozenset({aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default})
+"""The input itself in evaluation; arguments: input, p, train."""
 
 SIZES: Ops = frozenset({aten.sym_size.int, aten.sym_size.default, aten.size.default, aten.size.int})
 """Reads a shape, never an element."""
@@ -81,7 +84,10 @@ RESHAPES: Ops = VIEWS | {
 }
 """As VIEWS, with the operators that say the sizes in another way."""
 
-TRANSPOSES: Ops = frozenset({aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default})
+TRANSPOSES: Ops = frozenset(
+    {aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default, aten.numpy_T.default}
+)
+"""The same elements in another order of the dimensions."""
 
 EXPANDS: Ops = frozenset({aten.expand.default, aten.repeat_interleave.self_int})
 """Repeats elements (heads of grouped queries)."""
@@ -90,8 +96,10 @@ SLICES: Ops = frozenset({aten.slice.Tensor, aten.select.int})
 """Some of the elements, chosen by position."""
 
 SPLITS: Ops = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
+"""A list of tensors that do not overlap: all elements, by position."""
 
 JOINS: Ops = frozenset({aten.cat.default, aten.stack.default})
+"""One tensor of a list; the second argument is the dimension of the result."""
 
 MOVES: Ops = RESHAPES | TRANSPOSES | EXPANDS | SLICES
 """Moves, repeats or drops elements and computes nothing: one tensor in, one out."""
@@ -100,3 +108,10 @@ ACTIVATIONS: Ops = frozenset(
     {aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default}
 )
 """The same function of every element."""
+
+
+def reads_elements(node: fx.Node, operand: fx.Node) -> bool:
+    """Whether a node reads the elements of an operand, and not only its shape, dtype or device."""
+    if node.target in SIZES or node.target in FILLS:
+        return False
+    return node.target not in CASTS or node.args[0] is operand

@@ -1,13 +1,14 @@
 """From a module or a Dynamo graph to a `Program`.
 
 Two entries, one result. `torch.export` names the weights in its signature; Dynamo passes them as
-placeholders whose source spells the attribute path. Both are brought to pre-dispatch ATen and
-normalised (see normalize.py), so that passes see one form.
+placeholders whose source holds the attribute path. Both are brought to pre-dispatch ATen and
+normalized (see normalize.py), so that passes see one form.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompile.ir.node_meta import DYNAMO_INDEX, STATIC, WEIGHT
-from qcompile.ir.normalize import normalise
+from qcompile.ir.normalize import normalize
 from qcompile.ir.program import Program, copy_graph
 
 _SEGMENT = re.compile(r"\[(?:'([^']+)'|\"([^\"]+)\"|(\d+))\]|\.(\w+)")
@@ -26,7 +27,7 @@ _CONTAINERS = {"_modules", "_parameters", "_buffers"}
 
 
 class CaptureError(ValueError):
-    """The model cannot be traced to one graph; the message names the place and the mend."""
+    """The model cannot be traced to one graph; the message names the place and the fix."""
 
 
 def capture(
@@ -40,7 +41,16 @@ def capture(
 
     The weights of the Program are the module's own tensors, not copies. With `dynamic`, the first
     two dimensions of every input tensor stay symbolic where the model allows it; a size of 1 would
-    be specialised, so give examples with at least 2 rows.
+    be specialized, so give examples with at least 2 rows.
+
+    Args:
+        module: the model, in evaluation mode.
+        args: example inputs by position.
+        kwargs: example inputs by name.
+        dynamic: whether sizes stay symbolic.
+
+    Returns:
+        The normalized Program.
 
     Raises:
         CaptureError: the model breaks the graph; the text holds the frontend's own reason.
@@ -65,7 +75,7 @@ def capture(
             raise CaptureError(
                 f"{type(module).__name__} cannot be traced to one graph: "
                 f"{str(error).strip().splitlines()[0] if str(error) else type(error).__name__}. "
-                "Make the named line traceable, or use torch.compile(model, backend='qcompile'), "
+                "Fix: make the named line traceable, or use torch.compile(model, backend='qcompile'), "
                 "which compiles each sub-graph on its own."
             ) from error
     return from_exported(exported, module)
@@ -89,7 +99,7 @@ def from_exported(exported: torch.export.ExportedProgram, module: nn.Module) -> 
             tensor = exported.constants[name]
         node.meta[WEIGHT] = name
         weights[name] = tensor.detach()
-    return normalise(Program(graph_module, weights))
+    return normalize(Program(graph_module, weights))
 
 
 def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
@@ -97,6 +107,9 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
 
     Tracing runs inside the fake mode of the placeholders' own fakes, which keeps Dynamo's symbols.
     The Program's placeholders keep Dynamo's order; `meta[DYNAMO_INDEX]` remembers it.
+
+    Raises:
+        CaptureError: the graph has no tensor input.
     """
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     graph_module = copy_graph(graph_module)
@@ -120,7 +133,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         if path is not None and isinstance(real, Tensor) and real.device.type != "meta":
             node.meta[WEIGHT] = path if path not in weights else f"{path}#{index}"
             weights[node.meta[WEIGHT]] = real.detach()
-    program = normalise(Program(aten, weights))
+    program = normalize(Program(aten, weights))
     program.scalars = baked
     if reason is not None and reason.graph_break:
         place = reason.user_stack[-1] if reason.user_stack else None
@@ -132,7 +145,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
 def _bake_scalars(
     graph_module: fx.GraphModule, placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]
 ) -> dict[int, float]:
-    """Python numbers that Dynamo passes as 0-d tensors and reads by `.item()` become constants.
+    """Python scalars that Dynamo passes as 0-d tensors and reads by `.item()` become constants.
 
     The caller compares them at every call: index among the inputs -> value.
     """
@@ -161,8 +174,6 @@ def attribute_path(source: str) -> str | None:
 
 
 def _parameter_names(module: nn.Module, count: int) -> list[str]:
-    import inspect
-
     return list(inspect.signature(module.forward).parameters)[:count]
 
 

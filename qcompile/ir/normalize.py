@@ -1,8 +1,10 @@
-"""One spelling for one meaning: what capture does before any pass looks.
+"""One form for one meaning: what capture does before any pass looks.
 
-No-ops (same-dtype casts, aliases, metadata asserts, whole slices) go away; every product with a
-2-D weight becomes `aten.linear(x, W [N, K], bias)`; a tensor that has several attribute paths gets
-one placeholder and the others are remembered in `Program.aliases`.
+no-ops       same-dtype casts, aliases, dropout in evaluation, metadata asserts, whole slices go away
+x += y       becomes x + y where nothing else reads the memory of x
+baddbmm      becomes its product, its factors and its sum
+products     with a 2-D weight become aten.linear(x, W [N, K], bias)
+tied weights a tensor with several attribute paths gets one placeholder; `Program.aliases` keeps the others
 """
 
 from __future__ import annotations
@@ -10,41 +12,22 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
-from torch import fx
+from torch import Tensor, fx
 
+from qcompile.ir.aten_ops import ALIASES, CASTS, DROPOUTS, LINEAR, SPLITS, TRANSPOSES, aten, reads_elements
 from qcompile.ir.node_meta import WEIGHT
 from qcompile.ir.program import Program
 
-aten = torch.ops.aten
-
-_ALIASES = {
-    aten.alias.default,
-    aten.detach.default,
-    aten.detach_.default,
-    aten.lift_fresh_copy.default,
-    aten.contiguous.default,
-}
-_CASTS = {
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.to.other,
-    aten._to_copy.default,
-    aten.type_as.default,
-}
-_DROPOUTS = {aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default}
-_TURNS = {aten.t.default, aten.numpy_T.default, aten.permute.default, aten.transpose.int}
 _WHOLE = 2**62  # slices up to here or more reach the end of the dimension
 
 
-def normalise(program: Program) -> Program:
+def normalize(program: Program) -> Program:
     """Bring a freshly captured program to the form that passes expect; in place."""
     _inline_grad_scopes(program)
     _merge_tied(program)
+    _functional_adds(program)  # first, while a copy that is a no-op otherwise is still there
     _drop_noops(program)
-    _functional_adds(program)
-    _batched_sums(program)
+    _decompose_baddbmm(program)
     _products_to_linear(program)
     program.cleanup()
     return program
@@ -93,6 +76,39 @@ def _merge_tied(program: Program) -> None:
         node.replace_all_uses_with(owner)
 
 
+def _functional_adds(program: Program) -> None:
+    """`x += y` is `x + y` if the memory of x is read by nothing else."""
+    for node in program.graph.find_nodes(op="call_function", target=aten.add_.Tensor):
+        if _owns_memory(node):
+            node.target = aten.add.Tensor
+
+
+def _owns_memory(inplace: fx.Node) -> bool:
+    """Whether the value that a node changes in place, and what it is a view of, have no other consumer."""
+    node, consumer = inplace.args[0], inplace
+    memory = _storage(node)
+    while memory is not None and node.op == "call_function":  # else it is of the caller, or a weight
+        others = [user for user in node.users if user is not consumer and reads_elements(user, node)]
+        if node.target in SPLITS:  # whose parts do not overlap
+            others = [user for user in others if user.args[1] == consumer.args[1]]
+        if others:
+            return False
+        source = next((n for n in node.all_input_nodes if _storage(n) == memory), None)
+        if source is None:
+            return True
+        node, consumer = source, node
+    return False
+
+
+def _storage(node: fx.Node) -> int | None:
+    """An identity of the memory that a value, or a list of values, lies in; None for anything but tensors."""
+    while node.target in DROPOUTS and _is_noop(node):  # gives its input in evaluation, which fake tensors do not
+        node = node.args[0]
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
 def _drop_noops(program: Program) -> None:
     graph = program.graph
     for node in reversed(list(graph.nodes)):  # what comes later first: then the users of a `contiguous` are real ones
@@ -112,13 +128,13 @@ def _is_noop(node: fx.Node) -> bool:
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
     source, value = node.args[0].meta.get("val"), node.meta.get("val")
-    if node.target in _ALIASES:
+    if node.target in ALIASES:
         return True
-    if node.target in _DROPOUTS:  # args: input, p, train
+    if node.target in DROPOUTS:  # args: input, p, train
         return len(node.args) > 2 and node.args[2] is False
-    if not isinstance(source, torch.Tensor) or not isinstance(value, torch.Tensor):
+    if not isinstance(source, Tensor) or not isinstance(value, Tensor):
         return False
-    if node.target in _CASTS:
+    if node.target in CASTS:
         return source.dtype == value.dtype and source.device == value.device
     if node.target is aten.slice.Tensor:
         start = node.args[2] if len(node.args) > 2 else 0
@@ -129,15 +145,7 @@ def _is_noop(node: fx.Node) -> bool:
     return False
 
 
-def _functional_adds(program: Program) -> None:
-    """`x += y` on a value that nobody else reads is `x + y`."""
-    for node in program.graph.find_nodes(op="call_function", target=aten.add_.Tensor):
-        changed = node.args[0]
-        if changed.op == "call_function" and len(changed.users) == 1 and "view" not in changed.name:
-            node.target = aten.add.Tensor
-
-
-def _batched_sums(program: Program) -> None:
+def _decompose_baddbmm(program: Program) -> None:
     """`beta c + alpha a @ b` in one node (scores with a bias) is its product, its factors and its sum."""
     for node in program.graph.find_nodes(op="call_function", target=aten.baddbmm.default):
         total, *factors = node.args
@@ -145,7 +153,7 @@ def _batched_sums(program: Program) -> None:
         product = program.insert(aten.bmm.default, factors, before=node)
         if alpha != 1:
             product = program.insert(aten.mul.Tensor, (product, alpha), before=node)
-        if beta != 0:  # 0 leaves c out, whatever it holds
+        if beta != 0:  # with 0 the sum omits c, even if it holds NaN
             total = total if beta == 1 else program.insert(aten.mul.Tensor, (total, beta), before=node)
             product = program.insert(aten.add.Tensor, (product, total), before=node)
         node.replace_all_uses_with(product)
@@ -165,19 +173,18 @@ def _products_to_linear(program: Program) -> None:
         stored = _stored_as(program, weight)
         if stored is None or len(stored.meta["val"].shape) != 2:
             continue
-        turned = stored is not weight
         name = program.weight_name(stored)
         assert name is not None
-        if not turned:
+        if stored is weight:  # [K, N]
             if len(stored.users) > 1 or program.aliases.get(name):
-                continue  # another reader sees it the other way round: not ours to turn
+                continue  # another consumer reads it as [K, N]
             program.weights[name] = program.weights[name].t()
             program.transposed.add(name)
             with program.fake_mode:
                 stored.meta["val"] = stored.meta["val"].t()
         linear_args = (x, stored) if bias is None else (x, stored, bias)
         with program.graph.inserting_before(node):
-            linear = program.graph.call_function(aten.linear.default, linear_args)
+            linear = program.graph.call_function(LINEAR, linear_args)
         linear.meta = dict(node.meta)
         node.replace_all_uses_with(linear)
         program.graph.erase_node(node)
@@ -187,14 +194,16 @@ def _stored_as(program: Program, weight: Any) -> fx.Node | None:
     """The weight placeholder behind a [K, N] operand, straight or through one transpose."""
     if program.weight_name(weight) is not None:
         return weight
-    if not isinstance(weight, fx.Node) or weight.target not in _TURNS:
+    if not isinstance(weight, fx.Node) or weight.target not in TRANSPOSES:
         return None
     source = weight.args[0]
     if program.weight_name(source) is None or len(source.meta["val"].shape) != 2:
         return None
     order = weight.args[1:]
-    swaps = weight.target in (aten.t.default, aten.numpy_T.default) or (
-        weight.target is aten.permute.default and [d % 2 for d in order[0]] == [1, 0]
-    )
-    swaps = swaps or (weight.target is aten.transpose.int and order[0] % 2 != order[1] % 2)
+    if weight.target is aten.permute.default:
+        swaps = [d % 2 for d in order[0]] == [1, 0]
+    elif weight.target is aten.transpose.int:
+        swaps = order[0] % 2 != order[1] % 2
+    else:
+        swaps = True
     return source if swaps else None

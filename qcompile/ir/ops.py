@@ -50,7 +50,7 @@ def dequantize(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Codes -> numbers; `columns` > 0 says that the codes are stored packed with K = columns."""
+    """Codes -> dequantized values; `columns` > 0 says that the codes are stored packed with K = columns."""
     form = Format.parse(format)
     unpacked = unpack_codes(codes, form, columns) if columns else codes
     return dequantize_codes(unpacked, scale, zero, group_scale, form).to(dtype).clone()
@@ -100,10 +100,21 @@ def qlinear(
     """dq(x) @ dq(weight).T + bias, accumulated in float32 (or exactly in int32), cast once.
 
     Args:
-        x: [.., K]; numbers when `act` is "", else codes in the format `act`.
-        x_scale: scale of the codes. x_zero: their zero point or None.
-        weight: stored codes of [N, K] (see bit_packing.py). scale, zero, group_scale: as in QTensor.
-        bias: [N] or None. format: the weight's format. columns: K. dtype: of the result.
+        x: [.., K]; float when `act` is "", else codes in the format `act`.
+        x_scale: scale of the codes, or None.
+        x_zero: their zero point, or None.
+        weight: stored codes of [N, K] (see bit_packing.py).
+        scale: of the weight, as in QTensor; so are zero and group_scale.
+        zero: its zero point, or None.
+        group_scale: its second-level scale, or None.
+        bias: [N], or None.
+        format: of the weight.
+        act: the format of x, or "".
+        columns: K.
+        dtype: of the result.
+
+    Returns:
+        [.., N].
     """
     form = Format.parse(format)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -118,8 +129,8 @@ def qlinear(
         if act:
             assert x_scale is not None
             x = dequantize_codes(x, x_scale, x_zero, None, Format.parse(act))
-        numbers = dequantize_codes(codes, scale, zero, group_scale, form)
-        out = torch.nn.functional.linear(x.to(wide), numbers.to(wide))
+        values = dequantize_codes(codes, scale, zero, group_scale, form)
+        out = torch.nn.functional.linear(x.to(wide), values.to(wide))
     if bias is not None:
         out = out + bias.to(wide)
     return out.to(dtype)
@@ -159,9 +170,15 @@ def qexperts(
     """Rows sorted by expert times each one's weight; only experts that have rows are dequantized.
 
     Args:
-        x: [S, K]. ends: [E] one past the last row of each expert, rising.
-        weight: stored codes of [E, N, K]; scale, zero, group_scale with a leading E, or one scale for all.
-        format: the weight's format. columns: K. dtype: of the result.
+        x: [S, K].
+        ends: [E] one past the last row of each expert, rising.
+        weight: stored codes of [E, N, K].
+        scale: of the weight, as in QTensor with a leading E, or one for all experts; so are zero and group_scale.
+        zero: its zero point, or None.
+        group_scale: its second-level scale, or None.
+        format: of the weight.
+        columns: K.
+        dtype: of the result.
 
     Returns:
         [S, N]; rows beyond the last end are zero.
@@ -174,8 +191,8 @@ def qexperts(
         if end > start:
             s, z, g = (t if t is None or not t.ndim else t[expert] for t in (scale, zero, group_scale))
             assert s is not None
-            numbers = dequantize_codes(unpack_codes(weight[expert], form, columns), s, z, g, form)
-            out[start:end] = (x[start:end].to(wide) @ numbers.to(wide).t()).to(dtype)
+            values = dequantize_codes(unpack_codes(weight[expert], form, columns), s, z, g, form)
+            out[start:end] = (x[start:end].to(wide) @ values.to(wide).t()).to(dtype)
             start = end
     return out
 
@@ -196,5 +213,5 @@ def _(
 
 
 def _integer_rows(form: Format) -> bool:
-    """Whether sum over K of code products is the whole integer part: one scale for a row."""
+    """Whether the sum over K of products of codes is the whole integer part: a per-channel scale."""
     return form.dual or (form.dtype in ("int2", "int3", "int4", "int8") and form.per == "row" and form.zero == "none")

@@ -15,7 +15,7 @@ import contextlib
 import copy
 import itertools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +30,12 @@ from qcompile.ir.node_meta import WEIGHT
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class _AllSeen(BaseException):
-    """Ends a run whose rest nobody watches; no Exception, which the interpreter would comment on."""
+class _AllObserved(BaseException):
+    """Ends a run whose rest nobody observes; no Exception, which the interpreter would comment on."""
 
 
 def hint(size: Any) -> Any:
-    """The number that a symbolic size had in the example; anything else as it is."""
+    """The integer that a symbolic size had in the example; anything else unchanged."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
@@ -60,10 +60,10 @@ class Program:
             fake value (shape, dtype, symbolic sizes).
         weights: attribute path -> tensor. Linear weights are [N, K] whatever the module stores.
         aliases: attribute path -> the other attribute paths of the same tensor (tied weights).
-        transposed: weights that the module stores as [K, N]; `weights` holds them turned round.
+        transposed: weights that the module stores as [K, N]; `weights` holds their transpose, [N, K].
         cache_pairs: (input index, output index) of state that a caller feeds back unchanged.
         breaks: where the frontend had to split the model, as text.
-        scalars: Dynamo inputs that were baked in as numbers: index -> value.
+        scalars: Dynamo inputs that became constants of the graph: index -> value.
         alive: what keeps shared tensors alive (see weight_cache.py).
         version: rises with every change of the graph that goes through this class.
     """
@@ -159,8 +159,7 @@ class Program:
     ) -> fx.Node:
         """Insert a call next to a node and give it its fake value."""
         self.version += 1
-        place = self.graph.inserting_before(before) if before else self.graph.inserting_after(after)
-        with place:
+        with self.graph.inserting_before(before) if before else self.graph.inserting_after(after):
             node = self.graph.call_function(target, tuple(args), dict(kwargs or {}))
         values = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with self.fake_mode:
@@ -179,7 +178,8 @@ class Program:
 
         Args:
             function: takes and returns tensors; traced on the fake values of `args`.
-            args: nodes, or constants that are baked in. before: where to insert.
+            args: nodes, or constants.
+            before: where to insert.
         """
         self.version += 1
         nodes = [a for a in args if isinstance(a, fx.Node)]
@@ -272,21 +272,28 @@ class Program:
             result = fx.Interpreter(self.graph_module).run(*self.bind(inputs))
         return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
-    def watch(self, nodes: Iterable[fx.Node], inputs: Sequence[Any], see: Any) -> None:
-        """Run eagerly and call `see(node, value)` on each of `nodes` as it is computed; stop behind the last."""
-        wanted = set(nodes)
-        left = len(wanted)
+    def watch(self, nodes: Iterable[fx.Node], inputs: Sequence[Any], observe: Callable[[fx.Node, Any], None]) -> None:
+        """Run eagerly and call `observe(node, value)` on each of `nodes` as it is computed; stop behind the last."""
+        pending = set(nodes)
 
         class Watcher(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
-                nonlocal left
                 value = super().run_node(n)
-                if n in wanted:
-                    see(n, value)
-                    left -= 1
-                    if not left:
-                        raise _AllSeen
+                if n in pending:
+                    observe(n, value)
+                    pending.remove(n)
+                    if not pending:
+                        raise _AllObserved
                 return value
 
-        with torch.no_grad(), contextlib.suppress(_AllSeen):
+        with torch.no_grad(), contextlib.suppress(_AllObserved):
             Watcher(self.graph_module).run(*self.bind(inputs))
+
+    def evaluate(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+        """The value of a call, a constant or a weight; `value_of` gives those of a call's operands."""
+        if node.op == "placeholder":
+            return self.weight_of(node)
+        if node.op == "get_attr":
+            return getattr(self.graph_module, str(node.target))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+        return node.target(*args, **kwargs)

@@ -64,8 +64,12 @@ class GenerationPlan:
         Args:
             model: in evaluation mode.
             recipe: to be run.
-            args, kwargs: one call of the model.
+            args: of one call of the model, by position.
+            kwargs: by name.
             attentions: how many the captured graph has.
+
+        Returns:
+            The plan; `recipe` is without a cache that is optional and does not fit.
 
         Raises:
             RecipeError: the recipe needs a cache and the model takes none, or keeps it empty; static scales for a

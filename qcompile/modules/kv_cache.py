@@ -124,8 +124,8 @@ class KVCache(Cache):
             raise ValueError(f"KVCache: sink_tokens={sink_tokens} is negative. Fix: 0 or a count of tokens")
         if scales is not None and (bits != 8 or hadamard or sink_tokens or centers is not None):
             raise ValueError(
-                "KVCache: fixed scales are of 8 bits, without hadamard, sink_tokens and centers. "
-                "Fix: KVCache(8, scales=..), or drop scales"
+                f"KVCache: static scales go with 8 bits (got {bits}), and not with hadamard, sink_tokens or centers. "
+                "Fix: use KVCache(8, scales=..), or drop scales"
             )
         form = Format("int4" if bits == 4 else "int8", "row", zero="int")
         self.bits, self.sink_tokens = bits, sink_tokens

@@ -3,7 +3,7 @@
 Source: "Give Me BF16 or Give Me Death", arXiv:2411.02355 sec. 5 (deployment guidelines): one request
         at a time is bound by reading weights, so the smallest ones win; many requests at once are
         bound by arithmetic, so 8-bit activations win where the chip computes in them. For CPUs the
-        rule is this project's own measurement (docs/results.md).
+        rule is this project's own measurement (docs/results/torch-compile-cpu.md).
 """
 
 from __future__ import annotations

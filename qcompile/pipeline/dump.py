@@ -19,10 +19,24 @@ from qcompile.ir.program import Program
 
 
 class GraphDump:
-    """Graphs of one run, written as they are made."""
+    """Writes the graphs of one run.
+
+    Attributes:
+        folder: of the files.
+        count: passes that were written.
+        lines: the graph that was written last, one node a line.
+    """
 
     def __init__(self, folder: str | Path, program: Program) -> None:
-        """Write the captured graph. Raises OSError if the folder cannot be made."""
+        """Write the captured graph.
+
+        Args:
+            folder: made if it does not exist.
+            program: as captured.
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.count = 0

@@ -45,15 +45,15 @@ def _recipe(name: str, source: str, *passes: object) -> Recipe:
 
 
 _INT4 = Format.parse("int4/group128/zero")
-_DUAL = Format.parse("int4/group128/zero/dual")
-_SMALL = Format.parse("int4/group32/zero/dual")
-_EVEN = Format.parse("int4/group64/zero/dual")  # of logits: divides more hidden sizes than 128
-_CODED = QuantizeKV(8, static=True, optional=True)  # what ONNX Runtime's attention reads
+_TWO_LEVEL = Format.parse("int4/group128/zero/dual")
+_TWO_LEVEL_32 = Format.parse("int4/group32/zero/dual")
+_TWO_LEVEL_64 = Format.parse("int4/group64/zero/dual")  # of logits: 64 divides more hidden sizes than 128
+_INT8_CACHE = QuantizeKV(8, static=True, optional=True)  # what ONNX Runtime's attention reads
 
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        _recipe("float", "no rewriting: what the quantized recipes are compared with"),
+        _recipe("float", "no rewriting: the baseline of the quantized recipes"),
         _recipe(
             "int8",
             "W8A8, dynamic per token, data-free (arXiv:2411.02355 without its calibrated passes)",
@@ -84,22 +84,22 @@ PRESETS: dict[str, Recipe] = {
             SmoothQuant(),
             GPTQ(Format("int8"), Format("int8")),
         ),
-        _recipe("w8a16", "weight-only int8 for each output channel", Quantize(Format("int8"), None)),
+        _recipe("w8a16", "weight-only int8, per channel", Quantize(Format("int8"), None)),
         _recipe(
             "fp8",
-            "FP8 dynamic (arXiv:2411.02355): e4m3 weights for each channel, activations for each token",
+            "FP8 dynamic (arXiv:2411.02355): e4m3, weights per channel, activations per token",
             Quantize(_FP8, _FP8),
         ),
-        _recipe(
-            "fp8-gptq", "fp8 with its codes chosen by GPTQ (arXiv:2210.17323); needs calibration", GPTQ(_FP8, _FP8)
-        ),
+        _recipe("fp8-gptq", "fp8 with codes by GPTQ (arXiv:2210.17323); needs calibration", GPTQ(_FP8, _FP8)),
         _recipe(
             "fp8-principal",
             "fp8 on principal axes, where formats with an exponent round best; needs calibration",
             *_PRINCIPAL,
             Quantize(_FP8, _FP8),
         ),
-        _recipe("fp8-principal-gptq", "the same with its codes chosen by GPTQ", *_PRINCIPAL, GPTQ(_FP8, _FP8)),
+        _recipe(
+            "fp8-principal-gptq", "fp8-principal with codes by GPTQ; needs calibration", *_PRINCIPAL, GPTQ(_FP8, _FP8)
+        ),
         _recipe(
             "w4a16",
             "weight-only int4, groups of 128, zero points, MSE clip; round to nearest",
@@ -107,18 +107,18 @@ PRESETS: dict[str, Recipe] = {
         ),
         _recipe(
             "int4-cpu",
-            "smoothed, dual-grained W4A8 everywhere, the logits too, and an int8 cache: for an ONNX folder on a CPU",
+            "for an ONNX folder on a CPU: SmoothQuant, W4A8 with two-level group scales, the logits too; int8 KV cache",
             SmoothQuant(alpha=0.6),  # no Untie: a tied table stays one table in the file
-            _CODED,
-            Quantize(_SMALL, Format("int8"), lm_head=_SMALL, lm_head_act=Format("int8"), clip=True),
+            _INT8_CACHE,
+            Quantize(_TWO_LEVEL_32, Format("int8"), lm_head=_TWO_LEVEL_32, lm_head_act=Format("int8"), clip=True),
         ),
         _recipe(
             "int4-cpu-gptq",
-            "the best for an ONNX folder on a CPU: W4A8 on rotated bases by GPTQ, groups of 128; an int8 cache",
+            "the best for an ONNX folder on a CPU: W4A8 on rotated bases by GPTQ, groups of 128; int8 KV cache",
             *_FOLDED,
-            _CODED,
+            _INT8_CACHE,
             PerTensorActivations(lm_head=True),
-            GPTQ(_DUAL, Format("int8"), lm_head=_EVEN, lm_head_act=Format("int8"), clip=True),
+            GPTQ(_TWO_LEVEL, Format("int8"), lm_head=_TWO_LEVEL_64, lm_head_act=Format("int8"), clip=True),
         ),
         _recipe(
             "w4a16-gptq",
@@ -158,15 +158,11 @@ PRESETS: dict[str, Recipe] = {
         _recipe("w4a16-hqq", "HQQ int4, groups of 64, real zeros (mobiusml 2023), data-free", HQQ()),
         _recipe("w4a16-rotated", "w4a16 on rotated bases", *_FOLDED, Quantize(_INT4, None, clip=True)),
         _recipe("w4a16-rotated-gptq", "w4a16-gptq on rotated bases", *_FOLDED, GPTQ(_INT4, None, clip=True)),
-        _recipe(
-            "w4a8-gptq",
-            "w4a8 with its codes chosen by GPTQ; needs calibration",
-            GPTQ(_DUAL, Format("int8"), clip=True),
-        ),
+        _recipe("w4a8-gptq", "w4a8 with codes by GPTQ; needs calibration", GPTQ(_TWO_LEVEL, Format("int8"), clip=True)),
         _recipe(
             "w4a8",
-            "dual-grained int4 in int8, int8 activations (DGQ arXiv:2310.04836, QoQ arXiv:2405.04532)",
-            Quantize(_DUAL, Format("int8")),
+            "int4 with two-level group scales, int8 activations (DGQ arXiv:2310.04836, QoQ arXiv:2405.04532)",
+            Quantize(_TWO_LEVEL, Format("int8")),
         ),
         _recipe(
             "w4a4",
@@ -175,7 +171,7 @@ PRESETS: dict[str, Recipe] = {
         ),
         _recipe(
             "w4a4-rotated",
-            "QuaRot without GPTQ (arXiv:2404.00456): R1, R2 folded, a Hadamard before gated products",
+            "QuaRot without GPTQ (arXiv:2404.00456): rotations R1 and R2 folded, an online Hadamard transform",
             *_ROTATIONS,
             Quantize(Format.parse("int4/group128"), Format("int4")),
         ),
@@ -184,7 +180,7 @@ PRESETS: dict[str, Recipe] = {
             "DGQ (arXiv:2310.04836): outlier channels clipped down, scales of both levels searched; codes by GPTQ",
             Untie(),
             SmoothQuant(percentile=0.005),
-            DGQ(_DUAL, Format("int8"), codes="gptq"),
+            DGQ(_TWO_LEVEL, Format("int8"), codes="gptq"),
         ),
         _recipe(
             "w4a8kv4-qoq",
@@ -196,13 +192,13 @@ PRESETS: dict[str, Recipe] = {
             Rotate(),
             ReorderChannels(),
             QuantizeKV(4),
-            GPTQ(_DUAL, Format("int8"), clip=True),
+            GPTQ(_TWO_LEVEL, Format("int8"), clip=True),
         ),
         _recipe(
             "w4a8kv4",
             "W4A8 by GPTQ and the cache of kv4-centered",
             QuantizeKV(4, hadamard=True, sink_tokens=4, center=True),
-            GPTQ(_DUAL, Format("int8"), clip=True),
+            GPTQ(_TWO_LEVEL, Format("int8"), clip=True),
         ),
         _recipe(
             "w4a8-lorc",
@@ -218,13 +214,13 @@ PRESETS: dict[str, Recipe] = {
         ),
         _recipe(
             "w4a4-rotated-gptq",
-            "QuaRot (arXiv:2404.00456): rotations, GPTQ, one scale for each token",
+            "QuaRot (arXiv:2404.00456): rotations, GPTQ, per-token scales",
             *_ROTATIONS,
             GPTQ(_INT4, Format("int4"), clip=True),
         ),
         _recipe(
             "w4a4-rrs",
-            "Rotated Runtime Smooth (arXiv:2409.20361) made causal: scales for each token and group of sorted channels",
+            "Rotated Runtime Smooth (arXiv:2409.20361) made causal: per-token scales of groups of sorted channels",
             *_FOLDED,
             ReorderChannels(stream=True),
             OnlineHadamard(),
@@ -240,13 +236,13 @@ PRESETS: dict[str, Recipe] = {
         ),
         _recipe(
             "w4a4-groups",
-            "the best W4A4 here: rotations, GPTQ, a scale and zero point for each token and group",
+            "the best W4A4 here: rotations, GPTQ, scales and zero points per token and group",
             *_ROTATIONS,
             GPTQ(_INT4, _INT4, clip=True),
         ),
         _recipe(
             "w4a4-spinquant",
-            "SpinQuant (arXiv:2405.16406): learned rotations, GPTQ, one scale for each token",
+            "SpinQuant (arXiv:2405.16406): learned rotations, GPTQ, per-token scales",
             Untie(),
             FoldNorm(),
             SpinQuant(),
@@ -254,22 +250,22 @@ PRESETS: dict[str, Recipe] = {
             GPTQ(_INT4, Format("int4"), clip=True),
         ),
         _recipe("kv8", "an 8-bit key/value cache, weights float", QuantizeKV(8)),
-        _recipe("kv8-fixed", "the cache of int4-cpu: one scale for a channel of a head", QuantizeKV(8, static=True)),
+        _recipe("kv8-fixed", "the int8 KV cache of int4-cpu: static per-channel scales", QuantizeKV(8, static=True)),
         _recipe("kv4", "a 4-bit key/value cache, weights float", QuantizeKV(4)),
         _recipe(
             "kv4-smooth",
-            "a 4-bit cache of smoothed keys (QServe's SmoothAttention, arXiv:2405.04532), weights float",
+            "a 4-bit key/value cache of smoothed keys (QServe's SmoothAttention, arXiv:2405.04532), weights float",
             SmoothAttention(),
             QuantizeKV(4),
         ),
         _recipe(
             "kv4-hadamard",
-            "a 4-bit cache of keys turned by a Hadamard matrix (QuaRot, arXiv:2404.00456), weights float",
+            "a 4-bit key/value cache, keys times a Hadamard matrix (QuaRot, arXiv:2404.00456), weights float",
             QuantizeKV(4, hadamard=True),
         ),
         _recipe(
             "kv4-centered",
-            "a 4-bit cache of keys without their mean (arXiv:2410.02367), turned; the first four tokens float",
+            "kv4-hadamard of keys without their mean (arXiv:2410.02367); the first four tokens float (attention sinks)",
             QuantizeKV(4, hadamard=True, sink_tokens=4, center=True),
         ),
         _recipe("exact", "every exact rewriting and no quantization: what `qcompile verify` runs", *_ROTATIONS),
@@ -280,10 +276,13 @@ PRESETS: dict[str, Recipe] = {
 def find_recipe(
     recipe: str | Recipe | dict[str, object], model: nn.Module | None = None, *, data: bool = False
 ) -> Recipe:
-    """A recipe by preset name, JSON path, plain data or as it is; "auto" asks advise.py for a model.
+    """A recipe in whatever way it is given.
 
     Args:
-        recipe: as above. model: what "auto" chooses for. data: whether it may choose one that needs calibration.
+        recipe: the name of a preset, "auto" (advise.py chooses for the model), a path to a JSON file, plain data, or a
+            Recipe, which is returned unchanged.
+        model: what "auto" chooses for.
+        data: whether "auto" may choose a recipe that needs calibration.
 
     Raises:
         RecipeError: an unknown name; the text lists the known ones.

@@ -64,6 +64,9 @@ def run(
         progress: show bars.
         dump: folder for the graph before the first pass and after each (see pipeline/dump.py).
 
+    Returns:
+        The rewritten copy and the report.
+
     Raises:
         RecipeError: a recipe that cannot run, a rule that matches nothing, data that is missing,
             NaN or Inf in a weight.
@@ -79,9 +82,14 @@ def run(
     graphs = GraphDump(dump, program) if dump is not None else None
     report = Report(recipe.name, breaks=list(program.breaks))
     context = PassContext(
-        facts, batches=batches, rules=dict(rules), keep_float=dict(keep_float or {}), sites=_site_reports(program, facts),
-        reference=program, progress=progress,
-    )  # fmt: skip
+        facts,
+        batches=batches,
+        rules=dict(rules),
+        keep_float=dict(keep_float or {}),
+        sites=_site_reports(program, facts),
+        reference=program,
+        progress=progress,
+    )
     current, outputs = program.copy(), None
     for index, config in enumerate(recipe.passes):
         entry = registered()[type(config)]
@@ -116,7 +124,15 @@ def run(
 
 
 def check_data(recipe: Recipe, given: bool) -> None:
-    """Refuse a recipe that needs calibration data and has none, naming the passes and the fix."""
+    """Refuse a recipe that needs calibration data and has none.
+
+    Args:
+        recipe: to be run.
+        given: whether there is data.
+
+    Raises:
+        RecipeError: with the passes that need data, and the fix.
+    """
     if recipe.needs and not given:
         who = ", ".join(f"{name} ({', '.join(needs)})" for name, needs in recipe.needs.items())
         raise RecipeError(
@@ -127,7 +143,11 @@ def check_data(recipe: Recipe, given: bool) -> None:
 
 
 def check_weights(program: Program, sites: list[Site]) -> None:
-    """Refuse NaN and Inf in any site's weight, all at once, before work starts."""
+    """Refuse NaN and Inf in the weights of sites, all at once, before work starts.
+
+    Raises:
+        RecipeError: with every such weight.
+    """
     bad = []
     for name in dict.fromkeys(site.name for site in sites):
         wrong = int((~torch.isfinite(program.weights[name])).sum())
@@ -136,7 +156,7 @@ def check_weights(program: Program, sites: list[Site]) -> None:
     if bad:
         raise RecipeError(
             f"NaN or Inf in the weights of {len(bad)} sites: {', '.join(bad)}. "
-            "Fix: load the model again, or in a wider dtype."
+            "Fix: load the model again, or in a wider dtype"
         )
 
 

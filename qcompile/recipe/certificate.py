@@ -1,4 +1,4 @@
-"""Certificates: an exact pass must not change what the model computes, and is asked to prove it.
+"""Certificates: an exact pass must not change what the model computes, and this is where it is checked.
 
 Before and after run on the same inputs. Where the weights are float64 (as `qcompile verify` makes
 them) the law must hold to 1e-9; in a narrower storage the folded weights were rounded once, and the
@@ -25,7 +25,7 @@ TOLERANCE = {
     torch.bfloat16: 1e-1,
 }
 
-_PIECE = 1 << 22  # numbers compared at once: logits in float64 take more than the weights of a small model
+_PIECE = 1 << 22  # values compared at once: logits in float64 take more than the weights of a small model
 
 
 def storage_dtype(program: Program) -> torch.dtype:
@@ -35,12 +35,12 @@ def storage_dtype(program: Program) -> torch.dtype:
 
 
 def widen(inputs: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-    """Floating inputs in `dtype`, others as they are."""
+    """Floating-point inputs in `dtype`, others unchanged."""
     return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
 
 
 def relative_error(after: Sequence[Any], before: Sequence[Any]) -> float:
-    """The largest max|a - b| / max|b| over paired floating outputs; NaN counts as infinite."""
+    """The largest max|a - b| / max|b| over pairs of floating-point outputs; NaN counts as infinite."""
     worst = 0.0
     for a, b in zip(after, before, strict=True):
         if not isinstance(b, Tensor) or not b.is_floating_point() or b.numel() == 0:
@@ -64,9 +64,12 @@ def certify(
     """Compare two programs on one batch.
 
     Args:
-        name: of the pass. before, after: the programs. inputs: flat inputs.
-        changed: node names whose values the pass changes on purpose.
-        before_outputs: of an earlier call, to save a run.
+        name: of the pass.
+        before: the program that the pass was given.
+        after: what it made of it.
+        inputs: flat inputs.
+        changed: names of nodes whose values the pass changes on purpose.
+        before_outputs: outputs of `before` from an earlier call, to save a run.
 
     Returns:
         The certificate and the outputs of `after`, for the next pass.
@@ -92,7 +95,19 @@ def first_difference(
     dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-9,
 ) -> str:
-    """The name of the first node, in graph order, whose value differs and was not meant to."""
+    """The first node, in graph order, whose value differs and was not meant to.
+
+    Args:
+        before: the program that a pass was given.
+        after: what it made of it.
+        inputs: flat inputs.
+        changed: names of nodes whose values the pass changes on purpose.
+        dtype: what both are computed in.
+        tolerance: relative difference of a node's values that counts as none.
+
+    Returns:
+        Its name, or "the output" if all common nodes agree.
+    """
     first, second = before.widened(dtype), after.widened(dtype)
     common = {n.name for n in first.graph.nodes} & {n.name for n in second.graph.nodes} - changed
     reference: dict[str, Tensor] = {}

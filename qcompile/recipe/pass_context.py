@@ -28,7 +28,7 @@ class PassContext:
 
     Attributes:
         facts: sites, norms, streams and attentions of the program that the pass rewrites.
-        statistics: of the program's values, those that the pass asked for at its registration (`needs`).
+        statistics: of the program's values, those that the pass needs by its registration.
         batches: calibration data; None where there is none.
         rules: the first matching rule of a site name, or None. A pass may write formats here for the quantizing
             pass behind it (PerTensorActivations).

@@ -1,8 +1,8 @@
 """Recipes: what to do, as frozen data.
 
 A `Recipe` is a tuple of pass configs in order and a tuple of `Rule`s, first match wins. It reads
-from and writes to JSON with a schema number. Passes register themselves here by their config type;
-this file knows none of them.
+from and writes to JSON with a schema number. This file knows no pass: they register themselves by
+the type of their config (registry.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from qcompile.recipe.schema import UnknownSchema, stamp, upgraded_recipe
 
 @dataclass(frozen=True)
 class Recipe:
-    """Passes in order, rules, and where the recipe comes from."""
+    """What to do with a model.
+
+    Attributes:
+        name: what reports and checkpoints call it.
+        passes: configs of passes, in the order in which they run.
+        rules: what to do with sites by name; the first that matches decides.
+        source: where the recipe comes from, for people.
+
+    Raises:
+        RecipeError: a config that belongs to no registered pass.
+    """
 
     name: str
     passes: tuple[PassConfig, ...] = ()
@@ -74,7 +84,14 @@ class Recipe:
             raise RecipeError(f"recipe {self.name!r} cannot run:\n  " + "\n  ".join(faults))
 
     def resolve(self, names: Iterable[str], aliases: dict[str, list[str]] | None = None) -> dict[str, Rule | None]:
-        """The first matching rule of every site name; `aliases` are a name's other spellings.
+        """The first matching rule of every site.
+
+        Args:
+            names: of the sites.
+            aliases: name -> other names of the same weight, which rules match too.
+
+        Returns:
+            name -> rule, or None where none matches.
 
         Raises:
             RecipeError: a rule that matches no site, with the three nearest names.
@@ -135,11 +152,15 @@ class Recipe:
 
     @staticmethod
     def read(path: str | Path) -> Recipe:
-        """Read a recipe file."""
+        """Read a JSON file.
+
+        Raises:
+            RecipeError: it is no recipe; see `from_json`.
+        """
         try:
             return Recipe.from_json(json.loads(Path(path).read_text()), what=str(path))
         except json.JSONDecodeError as error:
-            raise RecipeError(f"{path} is not a recipe: {error}") from error
+            raise RecipeError(f"{path} is not a recipe: {error}. Fix: write one with Recipe.to_json()") from error
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.report import PassReport
 
 Need = Literal["absmax", "keys", "batches"]
-"""What a pass asks for: the absmax of site inputs, statistics of keys and values, or whole calibration batches."""
+"""What a pass needs: the absmax of site inputs, statistics of keys and values, or whole calibration batches."""
 
 
 class Stage(IntEnum):
-    """When a pass runs: stages follow one another in this order, passes of one stage in any order.
+    """When a pass runs: stages run in this order, passes of one stage in any order.
 
     Up to ONLINE the function of the model stays as it is; from ACTIVATIONS on codes are chosen.
     """
@@ -45,7 +45,9 @@ C = TypeVar("C", bound=PassConfig, contravariant=True)
 class Pass(Protocol[C]):
     """A rewriting: changes the program in place and reports what it did and what it skipped."""
 
-    def __call__(self, program: Program, config: C, context: PassContext, /) -> PassReport: ...
+    def __call__(self, program: Program, config: C, context: PassContext, /) -> PassReport:
+        """Rewrite `program` in place."""
+        ...
 
 
 Conflicts = Callable[[Any, Sequence[PassConfig]], list[str]]
@@ -96,7 +98,20 @@ def rewrites(
     conflicts: Conflicts = lambda _config, _passes: [],
     reads_float_weights: bool = False,
 ) -> Callable[[Pass[D]], Pass[D]]:
-    """Register the decorated function as the pass of a config type."""
+    """Register the decorated function as the pass of a config type.
+
+    Args:
+        config: the type of the configs in recipes.
+        stage: when it runs.
+        exact: whether it must keep the output of the model; each run is then certified.
+        needs: what it must be given, or a function of the config.
+        requires: configs without which it cannot run, or a function of the config.
+        conflicts: see Conflicts.
+        reads_float_weights: whether it compares codes with the float weights, which are kept for it.
+
+    Returns:
+        A decorator that gives the function back unchanged.
+    """
 
     def keep(run: Pass[D]) -> Pass[D]:
         _REGISTRY[config] = Registered(

@@ -1,4 +1,4 @@
-"""Reports: what was done, what was left and why, as data.
+"""Reports: what was done, what was skipped and why, as data.
 
 `str(report)` is aligned text for a terminal, `to_json()` the same as plain data. Nothing is logged
 on the side: a site or a pass that did nothing says so here.
@@ -20,7 +20,13 @@ from qcompile.numerics.format import Format
 
 @dataclass(frozen=True)
 class Skipped:
-    """A place that a pass left as it was, and the reason."""
+    """A place that a pass did not rewrite.
+
+    Attributes:
+        site: the name of the site, or what the place is.
+        reason: why.
+        node: the graph node that prevented it, if one did.
+    """
 
     site: str
     reason: str
@@ -78,9 +84,12 @@ class PassReport:
     """What one pass did.
 
     Attributes:
-        name: the pass. done: the places it rewrote. skipped: the places it did not, with reasons.
-        notes: choices made ("hadamard 16*36 for 576"). changed: names of graph nodes whose values
-            the pass changes on purpose, so that a certificate does not blame them.
+        name: the pass.
+        done: the places that it rewrote.
+        skipped: the places that it did not, with reasons.
+        notes: choices made ("hadamard 16*36 for 576").
+        changed: names of graph nodes whose values the pass changes on purpose, so that a certificate does not blame
+            them.
         renamed: new name of a site -> its name before, where a pass gave it a weight of its own.
         constants: what the pass computed for the key/value cache of the module's calls.
     """
@@ -94,7 +103,7 @@ class PassReport:
     constants: KVConstants = field(default_factory=KVConstants)
 
     def skip(self, site: str, reason: str, node: str = "") -> None:
-        """Record a place that stays as it is."""
+        """Record a place that the pass does not rewrite."""
         self.skipped.append(Skipped(site, reason, node))
 
 
@@ -103,8 +112,10 @@ class Certificate:
     """The check of one exact pass on the user's own model and data.
 
     Attributes:
+        name: the pass.
         error: relative difference max|after - before| / max|before| over the outputs.
-        tolerance: what was allowed; dtype: the precision that the check ran in.
+        tolerance: what is allowed.
+        dtype: how the model stores its weights, which decides the tolerance.
         blame: the first node that differs when it failed.
     """
 
@@ -126,7 +137,19 @@ class Certificate:
 
 @dataclass
 class SiteReport:
-    """One site: its formats, its kernels for each regime of rows, or why it stays float."""
+    """One site: how it was quantized, or why it stays float.
+
+    Attributes:
+        name: the attribute path of the weight.
+        N: its rows, output channels.
+        K: its columns, input channels.
+        weight: the format of the weight as text, or "float".
+        act: the format of the activation as text, or "float".
+        kernel: label of M (decode, prefill) -> kernel; filled by the backend.
+        reason: why the site stays float.
+        bytes_before: of the float weight.
+        bytes_after: of codes, scales and zero points, or of the float weight.
+    """
 
     name: str
     N: int
@@ -151,7 +174,18 @@ class SiteReport:
 
 @dataclass
 class Report:
-    """What one run did to one model."""
+    """What one run did to one model.
+
+    Attributes:
+        recipe: the name of the recipe.
+        sites: every site.
+        passes: every pass that ran and was not undone.
+        certificates: the check of each exact pass.
+        breaks: where the frontend had to split the model.
+        seconds: the time of the run.
+        peak_bytes: the largest memory of the process; 0 where it was not measured.
+        metrics: what was measured of the result (perplexity, KL divergence, error of an export).
+    """
 
     recipe: str
     sites: list[SiteReport] = field(default_factory=list)
@@ -160,11 +194,11 @@ class Report:
     breaks: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
-    numbers: dict[str, float] = field(default_factory=dict)  # perplexity, KL, ... when measured
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def constants(self) -> KVConstants:
-        """What the passes computed for the key/value cache; the later one's where two did."""
+        """What the passes computed for the key/value cache; where two did, the later one's."""
         found = KVConstants()
         for entry in self.passes:
             found = found.updated(entry.constants)
@@ -172,12 +206,12 @@ class Report:
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of all site weights before."""
+        """Bytes of the weights of all sites before."""
         return sum(site.bytes_before for site in self.sites)
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of all site weights after."""
+        """Bytes of the weights of all sites after."""
         return sum(site.bytes_after for site in self.sites)
 
     @property
@@ -189,13 +223,13 @@ class Report:
         done = sum(site.quantized for site in self.sites)
         lines = [
             f"recipe {self.recipe}: {done} of {len(self.sites)} sites quantized, "
-            f"{_mb(self.bytes_before)} -> {_mb(self.bytes_after)} of site weights, {self.seconds:.1f} s"
+            f"{_mb(self.bytes_before)} -> {_mb(self.bytes_after)} of linear weights, {self.seconds:.1f} s"
             + (f", peak {_mb(self.peak_bytes)}" if self.peak_bytes else "")
         ]
         kinds = Counter((s.weight, s.act, tuple(s.kernel.items())) for s in self.sites if s.quantized)
         for (weight, act, kernel), count in kinds.most_common():
-            config = ", ".join(f"{regime}: {name}" for regime, name in kernel)
-            lines.append(f"  {count:4d} x  weight {weight:<28s} act {act:<12s} {config}")
+            kernels = ", ".join(f"{rows}: {name}" for rows, name in kernel)
+            lines.append(f"  {count:4d} x  weight {weight:<28s} act {act:<12s} {kernels}")
         reasons = Counter(site.reason for site in self.skipped)
         for reason, count in reasons.most_common():
             names = [s.name for s in self.skipped if s.reason == reason]
@@ -208,7 +242,7 @@ class Report:
                 lines.append(f"       skipped {count}: {reason} ({_some(places)})")
         lines += [f"  law {certificate}" for certificate in self.certificates]
         lines += [f"  graph break: {where}" for where in self.breaks]
-        lines += [f"  {name}: {value:.4g}" for name, value in self.numbers.items()]
+        lines += [f"  {name}: {value:.4g}" for name, value in self.metrics.items()]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

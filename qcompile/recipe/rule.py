@@ -22,6 +22,9 @@ class Rule(PassConfig):
         keep: keep the site float.
         weight: the weight's format in place of the recipe's; None keeps the recipe's own.
         act: the activation's format in place of the recipe's; None keeps the recipe's own.
+
+    Raises:
+        RecipeError: a rule that contradicts itself or does nothing.
     """
 
     match: str
@@ -32,9 +35,11 @@ class Rule(PassConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep and (self.weight or self.act):
-            raise RecipeError(f"rule {self.match!r} keeps the site float and gives it a format too")
+            raise RecipeError(
+                f"rule {self.match!r} keeps the site float and gives it a format too. Fix: drop keep, or the formats"
+            )
         if not (self.keep or self.weight or self.act):
-            raise RecipeError(f"rule {self.match!r} does nothing: give keep=True, weight= or act=")
+            raise RecipeError(f"rule {self.match!r} does nothing. Fix: give keep=True, weight= or act=")
 
     def matches(self, *names: str) -> bool:
         """Whether the glob matches any of a site's names."""

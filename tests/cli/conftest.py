@@ -65,3 +65,10 @@ def screen(monkeypatch):
         monkeypatch.setattr(cli.console, "_force_terminal", terminal)
 
     return use
+
+
+@pytest.fixture(scope="session")
+def exported(folder, tmp_path_factory, call):
+    """The tiny model as an ONNX folder, and what the export printed; not to be changed."""
+    place = tmp_path_factory.mktemp("exported") / "o"
+    return place, call("export-onnx", folder, place, "--recipe", "int8")

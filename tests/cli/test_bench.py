@@ -17,19 +17,13 @@ def comparison(model, recipes, **options):
     return SpeedComparison(speeds, dict.fromkeys(speeds, 270_000_000))
 
 
-@pytest.fixture(scope="module")
-def exported(folder, tmp_path_factory, call):
-    place = tmp_path_factory.mktemp("exported") / "o"
-    call("export-onnx", folder, place, "--recipe", "int8")
-    return place
-
-
+@pytest.mark.slow
 def test_folders_side_by_side(exported, folder, tmp_path, call):
     text = tmp_path / "text.txt"
     text.write_text("the of a is in to and " * 2000)
     call("export-onnx", folder, tmp_path / "l", "--last-logits", "--low-memory", "--text", text)
     few = ["--prompt", 8, "--tokens", 2, "--rounds", 1]
-    out = call("bench", exported, "--against", tmp_path / "l", *few, "--out", tmp_path / "b.json")
+    out = call("bench", exported[0], "--against", tmp_path / "l", *few, "--out", tmp_path / "b.json")
     assert "decode" in out and len(json.loads((tmp_path / "b.json").read_text())["rows"]) == 2
     with pytest.raises(ValueError, match="last token's logits only"):
         call("eval", tmp_path / "l", "--windows", 1, "--length", 32)
@@ -37,11 +31,11 @@ def test_folders_side_by_side(exported, folder, tmp_path, call):
 
 def test_refusals(exported, folder, call):
     with pytest.raises(ValueError, match="--recipe is for a PyTorch model"):
-        call("bench", exported, "--recipe", "int8")
+        call("bench", exported[0], "--recipe", "int8")
     with pytest.raises(ValueError, match="--recipe is for a PyTorch model"):
-        call("eval", exported, "--recipe", "int8")
+        call("eval", exported[0], "--recipe", "int8")
     with pytest.raises(ValueError, match="--against is for ONNX folders"):
-        call("bench", folder, "--against", exported)
+        call("bench", folder, "--against", exported[0])
 
 
 @pytest.mark.parametrize("terminal", [True, False])

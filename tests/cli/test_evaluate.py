@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from qcompile.cli import app
 from qcompile.cli.evaluate import parse_share
 from qcompile.cli.output import print_table
+from qcompile.evaluation import compare
 from qcompile.evaluation.compare import Comparison, RecipeResult
 from qcompile.evaluation.compare import table as recipe_table
 from qcompile.evaluation.sensitivity import Damage, SiteFormats
@@ -19,8 +20,13 @@ FEW = ["--windows", 1, "--length", 32]
 def test_compare(folder, tmp_path, call):
     out = call("compare", folder, "--recipes", "int8, w4a16", *FEW, "--out", tmp_path / "c.json")
     assert "peak MB" in out and "w4a16" in out and (tmp_path / "c.png").is_file()
-    rotated = call("compare", folder, "--recipes", "w4a16", *FEW, "--rotated-copy")
-    assert "(rotated copy) on the embedded text" in rotated
+
+
+def test_compare_on_a_rotated_copy(folder, call, monkeypatch):
+    monkeypatch.setattr(compare, "rotated_copy", lambda model: model)
+    assert "(rotated copy) on the embedded text" in call(
+        "compare", folder, "--recipes", "float", *FEW, "--rotated-copy"
+    )
 
 
 def test_tune(folder, tmp_path, call):

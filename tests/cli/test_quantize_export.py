@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import onnx
 import pytest
 
+from qcompile.api import export_onnx
 from qcompile.codegen.onnx.options import OnnxOptions
 from qcompile.recipe.recipe import RecipeError
 
@@ -28,10 +28,14 @@ def test_every_option_of_a_file_is_a_flag(call):
     assert "--no-contrib-ops" in out
 
 
-def test_standard_operators(folder, tmp_path, call):
-    assert "onnx relative error" in call("export-onnx", folder, tmp_path / "o", "--recipe", "int8", "--no-contrib-ops")
-    model = onnx.load(str(tmp_path / "o" / "model.onnx"), load_external_data=False)
-    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+def test_the_flags_reach_the_exporter(folder, tmp_path, call, monkeypatch):
+    passed = []
+    monkeypatch.setattr(export_onnx, "export_onnx", lambda *arguments, **options: passed.append(options))
+    flags = ["--no-contrib-ops", "--chunk", 64, "--float-cache", "--low-memory"]
+    call("export-onnx", folder, tmp_path / "o", "--recipe", "int8", *flags)
+    assert passed[0]["example"] is None and passed[0]["tokenizer"] is not None
+    chosen = OnnxOptions(contrib_ops=False, chunk=64, float_cache=True, low_memory=True)
+    assert {name: passed[0][name] for name in dataclasses.asdict(chosen)} == dataclasses.asdict(chosen)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from stand_in import StandIn
 
 from qcompile.cli import app
 from qcompile.codegen.triton.kernels.render import render
 from qcompile.codegen.triton.kernels.spec import GemmW
+from qcompile.codegen.triton.launch import tuning_cache
+from qcompile.codegen.triton.launch.tiles import Launch
+from qcompile.codegen.triton.tuning import autotune, gemm_benchmark
 
 
 def test_commands(call):
@@ -24,7 +30,7 @@ def test_commands(call):
         (["bench"], "no GPU here"),
         (["tune"], "no GPU here"),
         (["bench", "--shapes", "4096"], "write 4096x4096"),
-        (["tune", "--recipes", "w4a16-gptq"], "none rounds weights to nearest"),
+        (["tune", "--recipes", "exact"], "none rounds weights to nearest"),
     ],
 )
 def test_errors_are_one_line(arguments, words, monkeypatch, fail):
@@ -86,3 +92,36 @@ def test_the_group_needs_a_command():
 
     result = CliRunner().invoke(app, ["kernels"])
     assert result.exit_code == 2 and "list" in result.output
+
+
+@pytest.fixture
+def on_stand_in(monkeypatch, own_cache):
+    """Timing runs in the interpreter, on what stands in for a GPU."""
+    import kernel_cases  # noqa: F401  a correct bfloat16
+
+    def problems(spec, launch, architecture):
+        return ["spills"] * (launch != Launch(16, 64, 4, 4))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(autotune, "TimedGpu", StandIn)
+    monkeypatch.setattr(gemm_benchmark, "TimedGpu", StandIn)
+    monkeypatch.setattr(autotune, "problems_by_compiling", problems)
+
+
+def test_the_bench_command(on_stand_in, call, screen, tmp_path):
+    out = tmp_path / "bench.json"
+    screen(250, False)
+    text = call("kernels", "bench", "--shapes", "128x32", "--rows", "1,20", "--out", out)
+    assert "GemLite is not installed" in text and "128x32" in text and len(json.loads(out.read_text())["rows"]) == 2
+
+
+def test_the_tune_command(on_stand_in, call, screen):
+    screen(250, False)
+    text = call("kernels", "tune", "--shapes", "128x64", "--rows", "1,16", "--recipes", "w4a16,int8")
+    assert "int4 weights, groups of 128" in text and "16x64" in text
+    assert str(tuning_cache.file()) in text.replace("\n", "")
+    kept = json.loads(tuning_cache.file().read_text())
+    assert len(kept) == 1 + 2 * 2  # one launch; two formats at two M
+    assert {tuple(sorted(v)) for v in kept.values()} == {
+        ("launch", "microseconds"), ("dequant", "float", "kernel"), ("float", "kernel")
+    }  # fmt: skip

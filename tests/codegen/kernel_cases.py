@@ -1,4 +1,4 @@
-"""Random operands of the Triton kernels, and bounds to float64: in Triton's interpreter, or on a GPU if there is one."""
+"""Random operands of the Triton kernels, and bounds to float64: in Triton's interpreter, or on a GPU."""
 
 from __future__ import annotations
 

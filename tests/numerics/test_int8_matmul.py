@@ -27,7 +27,7 @@ def test_sums_are_exact_on_every_kind_of_processor(monkeypatch, columns, fast):
 
 
 def test_buffers_may_hold_anything():
-    """What is in a workspace before a call does not matter, and it is asked for by name, size and dtype."""
+    """What is in a workspace before a call does not matter, and it is requested by name, size and dtype."""
     x, w = (torch.randint(-128, 128, (n, 2500), dtype=torch.int8) for n in (3, 5))
     names = []
 
@@ -41,7 +41,7 @@ def test_buffers_may_hold_anything():
     assert set(names) == {"product", "converted", "weight"}
 
 
-def test_the_processor_is_told_by_its_instructions(monkeypatch):
+def test_the_processor_follows_from_its_instructions(monkeypatch):
     for said, kind, fast in (
         (dict(amx_int8=True, avx512_vnni=True), "amx", True),
         (dict(avx512_vnni=True, avx2=True), "vnni", True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,3 +48,12 @@ def test_a_range_of_zeros_has_scale_one():
     assert choose_qparams(zeros, zeros, Format("int8"))[0].tolist() == [1, 1]
     scale, zero = choose_qparams(zeros, zeros, Format("int8", zero="int"))
     assert scale.tolist() == [1, 1] and zero.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("form", [f for f in FORMATS if Format.parse(f).per != "tensor"])
+def test_expanded_parameters_reproduce_the_dequantized_values(form):
+    q = quantize_tensor(torch.randn(6, 80), Format.parse(form))
+    scale, zero, low, high = expand_qparams(q)
+    assert torch.allclose(dequantize_with_qparams(q.codes, scale, zero, q.format), q.dequantize(), rtol=1e-5, atol=1e-6)
+    if low is not None:
+        assert bool((q.codes >= low).all() and (q.codes <= high).all())

@@ -32,11 +32,11 @@ def fit_change_of_basis(name: str, table: Tensor, values: Tensor, form: Format) 
         form: of the codes behind `values`; below 8 bits the matrix is quantized to 8.
 
     Returns:
-        The embedding, or None: no matrix comes near, or there are too few rows to tell.
+        The embedding, or None: no matrix comes near, or the table is too short to tell.
     """
     k = table.shape[1]
     if len(table) < 2 * k:
-        return None  # some matrix comes near to any table of so few rows
+        return None  # some matrix comes near to any table so short
     stride = len(table) // (4 * k)
     if stride > 1 and fit_matrix(table[::stride], values[::stride], form) is None:
         return None  # an early exit: a matrix comes nearer to a part of the rows than to all of them

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qcompile.codegen.onnx.fusions.evaluate import evaluate
 from qcompile.codegen.onnx.fusions.packed_matmul import take_bias
+from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate
 from qcompile.codegen.onnx.ops.activation_ops import GeluCall, QuickGeluCall
 from qcompile.ir.aten_ops import ACTIVATIONS, Ops
 from qcompile.ir.program import Program

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx
 
-from qcompile.analysis.sites import grouped_operands, through_transposes
+from qcompile.analysis.sites import grouped_operands, is_grouped_matmul, through_transposes
 from qcompile.codegen.onnx.ops.expert_ops import ExpertsBlockedCall, ExpertsLinearCall, ExpertsNBitsCall
-from qcompile.codegen.onnx.tracing.supported_formats import OnnxUnsupportedError
+from qcompile.codegen.onnx.tracing.onnx_support import OnnxUnsupportedError
 from qcompile.codegen.onnx.tracing.weight_layouts import block_size_of, to_dequantize_linear, to_matmul_nbits
 from qcompile.ir.op_calls import DequantizeCall, Operand
 from qcompile.ir.program import Program
@@ -58,7 +58,7 @@ def split_grouped_matmuls(program: Program, contrib_ops: bool = True) -> int:
 
 def _check_nothing_left(program: Program) -> None:
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    if others := [node.name for node in calls if "grouped_mm" in str(node.target)]:
+    if others := [node.name for node in calls if is_grouped_matmul(node)]:
         raise OnnxUnsupportedError(
             f"{others[0]}: experts are multiplied as (rows [T, K], stack [E, K, N], ends [E]) only. Fix: give the ends"
         )

@@ -1,9 +1,9 @@
 """An embedding whose table nothing else reads holds it in int8: a quarter of its bytes.
 
 Of a small encoder the table of tokens is half of all weights, and of a decoder whose logits have a weight of their own
-one of its largest. Its rows are only copied, so quantizing them to int8 in blocks of at most 128 changes what follows far
-less than quantizing matmuls to 8 or 4 bits does. A table that is tied to quantized logits is gathered from their codes
-(tied_embedding.py).
+one of its largest. Its rows are only copied, so quantizing them to int8 in blocks of at most 128 changes what follows
+far less than quantizing matmuls to 8 or 4 bits does. A table that is tied to quantized logits is gathered from their
+codes (tied_embedding.py).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def quantize_embeddings(program: Program, parameters: set[str], report: PassRepo
         form = Format("int8", "group", block_size_of(Format("int8"), k))
         q = quantize_tensor(table, form)
         codes, scales, _ = to_matmul_nbits(q)
-        weights = [program.add_weight(f"{name}_{part}", t) for part, t in (("codes", codes), ("scales", scales))]
+        stored = program.add_weight(f"{name}_codes", codes), program.add_weight(f"{name}_scales", scales)
         for gather in gathers:
-            call = GatherNBitsCall(gather.args[1], *weights, None, k, form.bits, form.group)
+            call = GatherNBitsCall(gather.args[1], stored[0], stored[1], None, k, form.bits, form.group)
             gather.replace_all_uses_with(call.insert(program, before=gather))
             program.graph.erase_node(gather)
         quantized.append(QuantizedEmbedding(name, q.dequantize()))

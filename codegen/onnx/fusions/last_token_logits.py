@@ -38,7 +38,7 @@ def keep_last_token_logits(program: Program) -> Obstacle | None:
         return Obstacle(node.name, "batch and tokens are one dimension before the logits")
     last = program.inline(last_tokens, [x, program.inputs[1]], before=node)
     node.replace_input_with(x, last)
-    if DualLinearCall.matches(node):  # always few rows: no need for its int8 weight
+    if DualLinearCall.matches(node):  # one row of each text: its int8 weight is not needed
         decode = DualLinearCall.of(node).without_int8().insert(program, before=node)
         node.replace_all_uses_with(decode)
         program.graph.erase_node(node)

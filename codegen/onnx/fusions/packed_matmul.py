@@ -1,14 +1,14 @@
 """Linears that read the same value, packed into one: queries, keys and values of an attention, gate and up.
 
-A linear here is `nbits_linear`, `dual_linear`, `int8_linear` or a float linear, with weights of the program. Each row of
-its weight (codes, scales, zero points, bias) makes one output channel, so rows may be selected, permuted and packed with
-those of another linear of the same format that reads the same value.
+A linear here is `nbits_linear`, `dual_linear`, `int8_linear` or a float linear, with weights of the program. Each row
+of its weight (codes, scales, zero points, bias) makes one output channel, so rows may be selected, permuted and packed
+with those of another linear of the same format that reads the same value.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -105,7 +105,7 @@ def pack(program: Program, parts: list[OutputChannels], before: fx.Node, name: s
     }
     if any(call.bias is not None for call in calls):
         tensors["bias"] = program.add_weight(f"{name}.bias", packed("bias", 0))
-    return replace(first, **tensors).insert(program, before=before)
+    return first.with_operands(**tensors).insert(program, before=before)
 
 
 def pack_matmuls(program: Program) -> int:
@@ -139,7 +139,7 @@ def split_bias(program: Program, node: fx.Node) -> tuple[fx.Node, Operand] | Non
         return None
     if call.bias is None:
         return node, None
-    return replace(call, bias=None).insert(program, before=node), call.bias
+    return call.with_operands(bias=None).insert(program, before=node), call.bias
 
 
 def take_bias(program: Program, node: fx.Node, users: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:

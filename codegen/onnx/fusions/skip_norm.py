@@ -1,8 +1,8 @@
 """Norms as one operator each, with the sum in front of them if there is one.
 
-    RMSNorm                SimplifiedLayerNormalization, or of a sum SkipSimplifiedLayerNormalization
-    LayerNorm of a sum     SkipLayerNormalization, with the bias of a linear as its bias
-    other LayerNorms       stay: torch.onnx writes the standard LayerNormalization
+RMSNorm                SimplifiedLayerNormalization, or of a sum SkipSimplifiedLayerNormalization
+LayerNorm of a sum     SkipLayerNormalization, with the bias of a linear as its bias
+other LayerNorms       stay: torch.onnx writes the standard LayerNormalization
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ def _fuse_rms_norm(program: Program, norm: Norm, index: int) -> None:
         gain = _add_gain(program, norm, index)
     x = norm.input
     if _is_sum(x):
-        fused = SkipRMSNormCall(*x.args, gain, norm.eps).insert(program, after=x)
+        first, second = x.args
+        fused = SkipRMSNormCall(first, second, gain, norm.eps).insert(program, after=x)
         out, total = program.unpack(fused, 2)
         norm.output.replace_all_uses_with(out)
         x.replace_all_uses_with(total, delete_user_cb=lambda user: user is not fused)
     else:
-        norm.output.replace_all_uses_with(RMSNormCall(x, gain, norm.eps).insert(program, after=x))
+        last = max(x, gain)  # an input of the program stands before a gain that was just added
+        norm.output.replace_all_uses_with(RMSNormCall(x, gain, norm.eps).insert(program, after=last))
 
 
 def _fuse_layer_norm(program: Program, norm: Norm, index: int) -> None:

@@ -2,10 +2,11 @@
 
 The logits of a tied model are the product with its own embedding table. When they were quantized, their codes are a
 quantization of that table, and GatherBlockQuantized can gather rows from them. Passes may untie the two: a rotation
-folds the last norm's gain into the logits' weight and rotates both. Then rows are gathered from the codes and multiplied
-by the matrix that comes nearest to the table, if that is about as near as quantizing the table itself would be
-(change_of_basis.py). So are tables of codes that a search chose by the logits' inputs (GPTQ), not by the table. Every
-token reads the whole matrix: behind 4-bit codes it has 8 bits. A table of its own would stay in float32, 4 V K bytes.
+folds the last norm's gain into the logits' weight and rotates both. Then rows are gathered from the codes and
+multiplied by the matrix that comes nearest to the table, if that is about as near as quantizing the table itself would
+be (change_of_basis.py). So are tables of codes that a search chose by the logits' inputs (GPTQ), not by the table.
+Every token reads the whole matrix: behind 4-bit codes it has 8 bits. A table of its own would stay in float32, 4 V K
+bytes.
 """
 
 from __future__ import annotations

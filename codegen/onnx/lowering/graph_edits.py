@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
 from onnx_ir.tape import Tape
 
 # Norms whose further outputs (mean, inverse deviation, the sum) cost time, read or not.
@@ -79,7 +80,7 @@ def move_to_branch(graph: ir.Graph, name: str) -> ir.Graph:
     graph.remove(nodes)
     moved = ir.Graph([], outputs, nodes=nodes, name=name)
     for node in moved.all_nodes():
-        node.name = f"{name}/{node.name}"
+        node.name = node.name and f"{name}/{node.name}"
         for value in node.outputs:
             value.name = value.name and f"{name}/{value.name}"
     return moved
@@ -87,7 +88,7 @@ def move_to_branch(graph: ir.Graph, name: str) -> ir.Graph:
 
 def clean_up(model: ir.Model) -> None:
     """Unique names; no initializers and no outputs of norms that nobody reads; no types but those of outputs."""
-    ir.passes.common.NameFixPass()(model)
+    NameFixPass()(model)
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         if not _is_read(value):

@@ -51,7 +51,7 @@ class Int8Weight:
             z = op("Unsqueeze", [op("Slice", [padded, whole(0), whole(blocks), whole(1)]), whole(-1)])
         ratio = op("Div", [dual.scales, op("Unsqueeze", [dual.row_scale, whole(-1)])])
         s1 = op("Unsqueeze", [op("Cast", [op("Round", [ratio])], s8), whole(-1)])
-        product = op("Mul", [op("Sub", [q, z]), s1])
+        product = op("Mul", [op("Sub", [q, z], name="levels"), s1])
         columns = op("Transpose", [op("Reshape", [product, whole(n, blocks * block)])], {"perm": [1, 0]})
         if blocks * block > k:
             columns = op("Slice", [columns, whole(0), whole(k), whole(0)])

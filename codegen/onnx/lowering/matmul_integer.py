@@ -157,6 +157,6 @@ class Int8Matmul:
         """Negative codes wrap, and so does the sum."""
         tape, middle = Tape(), self.constants.uint8(128)
         codes, weight, *scales_and_zero = inputs
-        unsigned = tape.op("Add", [tape.op("Cast", [weight], {"to": ir.DataType.UINT8}), middle])
+        unsigned = tape.op("Add", [tape.op("Cast", [weight], {"to": ir.DataType.UINT8}), middle], name="unsigned")
         out = tape.op("MatMulIntegerToFloat", [codes, unsigned, *scales_and_zero, middle], domain=CONTRIB)
         return make_branch("u8", tape, [out], [ir.DataType.FLOAT])

@@ -1,7 +1,7 @@
 """Activation functions of ONNX Runtime as torch operators, with their meaning, and typed views of their calls.
 
-    gelu          Gelu, BiasGelu, FastGelu
-    quick_gelu    QuickGelu
+gelu          Gelu, BiasGelu, FastGelu
+quick_gelu    QuickGelu
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ Each operator has a reference in plain torch, which is what the rewritten graph 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx
@@ -159,6 +159,10 @@ class LinearCall(OpCall):
         tensors = {"x", "bias", *self.row_axes}
         return tuple(value for name, value in vars(self).items() if name not in tensors)
 
+    def with_operands(self, **operands: Operand) -> Self:
+        """The same call with other weights or another bias."""
+        return replace(self, **operands)
+
 
 @dataclass(frozen=True)
 class NBitsLinearCall(LinearCall):
@@ -189,9 +193,7 @@ class DualLinearCall(NBitsLinearCall):
 
     def without_int8(self) -> NBitsLinearCall:
         """The same product by its 4-bit codes only, with float activations."""
-        return NBitsLinearCall(
-            self.x, self.codes, self.scales, self.zeros, self.bias, self.k, self.bits, self.block
-        )
+        return NBitsLinearCall(self.x, self.codes, self.scales, self.zeros, self.bias, self.k, self.bits, self.block)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Norms of ONNX Runtime as torch operators, with their meaning, and typed views of their calls.
 
-    rms_norm          SimplifiedLayerNormalization
-    skip_rms_norm     SkipSimplifiedLayerNormalization: of the sum of two values
-    skip_layer_norm   SkipLayerNormalization: of the sum of two values and a bias
+rms_norm          SimplifiedLayerNormalization
+skip_rms_norm     SkipSimplifiedLayerNormalization: of the sum of two values
+skip_layer_norm   SkipLayerNormalization: of the sum of two values and a bias
 """
 
 from __future__ import annotations

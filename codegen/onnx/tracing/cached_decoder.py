@@ -30,9 +30,9 @@ class CachedDecoder(TracedModule):
         positions: how many tokens it takes at most.
 
     Attributes:
-        cache_shapes: (G, D) of keys and of values, layer by layer, in turn.
+        cache_shapes: (G, D) of keys and of values, interleaved, layer by layer.
         int8_scales: of an int8 KV cache; None: it is float.
-        rounds_cache: whether an int8 cache is rounded; if not, its codes are not whole numbers.
+        rounds_cache: whether an int8 cache is rounded; if not, its codes are not integers.
     """
 
     def __init__(self, model: nn.Module, positions: int) -> None:
@@ -65,7 +65,7 @@ class CachedDecoder(TracedModule):
         Args:
             input_ids: [B, S].
             attention_mask: [B, P + S], 0 at padding.
-            past: keys and values [B, G, P, D] of each layer in turn.
+            past: keys and values [B, G, P, D], interleaved, layer by layer.
 
         Returns:
             Logits [B, S, V] ([B, 1, V] with `last_logits_only`), and the cache of P + S tokens.
@@ -120,8 +120,8 @@ class CachedDecoder(TracedModule):
     def reference_calls(self) -> list[ReferenceCall]:
         """Prefill of an empty cache with batch 1 and 2, and continuations of the caches that it returns.
 
-        Several new tokens behind a cache are for batch 1 only: GroupQueryAttention takes no more. More than DECODE_TOKENS may
-        run in another kernel, and a long text behind an int8 cache in pieces, the last of them shorter.
+        Several new tokens behind a cache are for batch 1 only: GroupQueryAttention takes no more. More than
+        DECODE_TOKENS may run in another kernel, and a long text behind an int8 cache in chunks, the last one shorter.
         """
         calls = [self.call(self.sample_inputs(1, 7, 0)), self.call(self.sample_inputs(2, 4, 0))]
         sizes = [(1, 1), (1, 3), (1, DECODE_TOKENS + 2), (2, 1)]

@@ -14,7 +14,7 @@ def open_cache(past: list[Tensor], scales: ChannelScales | None, rounds: bool) -
     """A transformers cache that holds `past`.
 
     Args:
-        past: keys and values [B, G, P, D] of each layer in turn: int8 codes where there are scales, else float.
+        past: keys and values [B, G, P, D], interleaved, layer by layer: int8 codes where there are scales, else float.
         scales: of an int8 cache.
         rounds: whether such a cache rounds what is appended to codes.
     """
@@ -31,7 +31,7 @@ def open_cache(past: list[Tensor], scales: ChannelScales | None, rounds: bool) -
 
 
 def close_cache(cache: Any, scales: ChannelScales | None) -> list[Tensor]:
-    """Keys and values [B, G, P + S, D] of each layer: codes (not whole numbers where the cache does not round), or float."""
+    """Keys and values [B, G, P + S, D] of each layer, float or codes (of a cache that does not round, float too)."""
     from qcompile.modules.kv_cache import KVCache
 
     if isinstance(cache, KVCache):

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import qcompile.codegen.onnx.ops.matmul_ops  # noqa: F401  registers torch.ops.qcompile_onnx
-from qcompile.codegen.onnx.tracing.supported_formats import has_int4_and_int8_kernels
+from qcompile.codegen.onnx.tracing.onnx_support import has_int4_and_int8_kernels
 from qcompile.codegen.onnx.tracing.weight_layouts import block_size_of, to_dequantize_linear, to_matmul_nbits, weight_of
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
 from qcompile.numerics.format import Format
-from qcompile.numerics.hadamard import factor, hadamard_matrix
+from qcompile.numerics.hadamard import hadamard_factors, hadamard_matrix
 
 ops = torch.ops.qcompile_onnx
 
@@ -95,8 +95,8 @@ class OnnxLinear(nn.Module):
             else:
                 out = ops.blocked_linear(quantized, *weight, self.bits, self.block)
         low_rank = x
-        for factor_ in self.factors:
-            low_rank = nn.functional.linear(low_rank, factor_)
+        for factor in self.factors:
+            low_rank = nn.functional.linear(low_rank, factor)
         return out + low_rank if len(self.factors) else out
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class HadamardTransform(nn.Module):
     def __init__(self, signs: Tensor) -> None:
         super().__init__()
         n = signs.numel()
-        k, m = factor(n) or (1, 0)
+        k, m = hadamard_factors(n) or (1, 0)
         self.sizes = [k, 2 ** (m // 2), 2 ** (m - m // 2)]
         self.register_buffer("signs", signs.float() * n**-0.5)
         for index, size in enumerate(self.sizes):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qcompile.codegen.triton.kernels.kernel_support import has_format
 from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, GemvW, KernelSpec, Pack, RowQuant, SumK
-from qcompile.codegen.triton.kernels.supported_formats import has_format
 from qcompile.codegen.triton.kernels.weight_layout import layout_of
 from qcompile.codegen.triton.launch.measured_times import GEMV_MAX_M
 from qcompile.codegen.triton.launch.row_quant import fuses_hadamard, num_warps

@@ -12,8 +12,8 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from qcompile.codegen.triton.kernels.kernel_support import codes_of, operator_for
 from qcompile.codegen.triton.kernels.spec import GemmW, RowQuant
-from qcompile.codegen.triton.kernels.supported_formats import codes_of, operator_for
 from qcompile.codegen.triton.launch.gemm import Epilogue, linear_a8, linear_w
 from qcompile.codegen.triton.launch.measured_times import (
     Variant,

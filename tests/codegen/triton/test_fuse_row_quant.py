@@ -181,7 +181,9 @@ def test_a_vector_before_a_transform():
     assert got == dict(row_quant=1, rms=1, smooth=1, hadamard=1, linear_a8=1)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "falcon", "bert"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "falcon", "bert"))]
+)
 def test_smoothing_recipes_have_no_vector_to_fuse(name):
     """SmoothQuant folds scales into weights or skips the site: no division is there to be fused."""
     _, found, _, _ = lowered(build(name).half(), example(name), "int8-smooth")

@@ -17,7 +17,12 @@ from qcompile.pipeline.run import run
 from qcompile.recipe.recipe import Recipe
 
 INT4 = Format.parse("int4/group128/zero")
-MODELS = [name for name in ZOO if name not in ("mixtral", "qwen2_moe")]  # experts have no kernel yet
+FAST = ("llama", "gpt2", "bert")
+MODELS = [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in ZOO
+    if name not in ("mixtral", "qwen2_moe")  # experts have no kernel yet
+]
 
 
 @pytest.mark.parametrize("recipe", ["int8", "w4a16"])
@@ -99,7 +104,7 @@ def test_the_report_says_what_was_not_measured(own_cache):
     assert chosen == {"weight": {"rows 20 (dynamic)": "gemm_w (not measured on this GPU)"}}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "falcon"))])
 @pytest.mark.parametrize("recipe", ["int8", "w4a16"])
 def test_free_sizes_stay_free(name, recipe):
     """Lowered once for any batch and length: nothing is fixed to the sizes that were traced."""

@@ -15,12 +15,12 @@ from qcompile.testing import Decoder, assert_equivalent
 def test_the_output_stays_and_only_gated_inputs_are_transformed():
     before, after, ids, (report,) = before_and_after(Decoder(shape()), OnlineHadamard())
     assert_equivalent(before, after, [ids])
-    assert report.done == ["blocks.0.fall.weight", "blocks.1.fall.weight"]
+    assert report.done == ["blocks.0.down.weight", "blocks.1.down.weight"]
     assert report.notes == ["online Hadamard 12*2 for 24 channels"]
     assert len(list(HadamardCall.find(after))) == 2
-    fall = "blocks.0.fall.weight"
-    assert torch.allclose(after.weights[fall].norm(), before.weights[fall].norm())
-    assert not torch.allclose(after.weights[fall], before.weights[fall])
+    down = "blocks.0.down.weight"
+    assert torch.allclose(after.weights[down].norm(), before.weights[down].norm())
+    assert not torch.allclose(after.weights[down], before.weights[down])
 
 
 def test_a_size_without_a_hadamard_matrix_is_skipped():

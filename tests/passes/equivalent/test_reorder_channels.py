@@ -27,9 +27,9 @@ def test_the_output_stays_and_channels_fall(model):
     assert any("stream" in d for d in report.done) == (not model.shape.post_norm), report
     head, peaks = model.shape.head, observe(after, [[ids]]).absmax
     by_site = {g.sites[0].name: peaks[g.root.name] for g in groups_of_consumers(find_sites(after)) if g.sites}
-    falls = by_site["blocks.0.fall.weight"]
-    assert bool((falls[:-1] >= falls[1:] - 1e-9).all())
-    shared = by_site["blocks.0.mix.weight"].view(model.shape.kv_heads, -1, head).amax(1)
+    down = by_site["blocks.0.down.weight"]
+    assert bool((down[:-1] >= down[1:] - 1e-9).all())
+    shared = by_site["blocks.0.out.weight"].view(model.shape.kv_heads, -1, head).amax(1)
     assert bool((shared[:, :-1] >= shared[:, 1:] - 1e-9).all())
 
 

@@ -31,7 +31,7 @@ def test_rotation_spreads_the_outlier():
     model = Decoder(shape(norm="rms", width=64))
     ids = model.example()
     with torch.no_grad():
-        model.table.weight[:, 5] *= 100
+        model.embedding.weight[:, 5] *= 100
     program = capture(model, (ids,)).widened()
     rewrite(program, FoldNorm(), batches=[[ids]])
     first = next(iter(observe(program, [[ids]]).absmax.values()))

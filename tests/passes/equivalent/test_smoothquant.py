@@ -59,8 +59,8 @@ def test_either_kind_of_place_can_be_excluded():
     *_, (norms,) = before_and_after(model, SmoothQuant(rows=False))
     *_, (both,) = before_and_after(model, SmoothQuant())
     assert not set(rows.done) & set(norms.done) and {*rows.done, *norms.done} == set(both.done)
-    assert "made by a norm, and norms=False" in {place.reason for place in rows.skipped}
-    assert "made by linear rows, and rows=False" in {place.reason for place in norms.skipped}
+    assert "its input comes from a norm, and norms=False" in {place.reason for place in rows.skipped}
+    assert "its input comes from linear rows, and rows=False" in {place.reason for place in norms.skipped}
 
 
 def test_percentile_smoothing_touches_only_outliers():

@@ -15,7 +15,7 @@ from qcompile.testing import Decoder, assert_equivalent
 def test_tied_weights_are_refused_until_untied():
     model = Decoder(shape(tied=True))
     *_, reports = before_and_after(model, FoldNorm(), Rotate())
-    assert any("untie" in place.reason for place in reports[0].skipped)
+    assert any("Fix: Untie()" in place.reason for place in reports[0].skipped)
     *_, reports = before_and_after(model, Untie(), FoldNorm(), Rotate())
     assert not reports[1].skipped and any("stream" in d for d in reports[2].done)
 
@@ -23,7 +23,7 @@ def test_tied_weights_are_refused_until_untied():
 def test_a_tied_site_gets_a_copy_under_its_other_name():
     before, after, ids, (report,) = before_and_after(Decoder(shape(tied=True)), Untie())
     ((new, old),) = report.renamed.items()
-    assert report.done == [f"{new} from {old}"] and {new, old} == {"head.weight", "table.weight"}
+    assert report.done == [f"{new} from {old}"] and {new, old} == {"head.weight", "embedding.weight"}
     assert torch.equal(after.weights[new], before.weights[old]) and torch.equal(after.weights[old], before.weights[old])
     sites = {site.name: site for site in find_sites(after)}
     assert new in sites and old not in sites and not sites[new].shared_with

@@ -106,7 +106,7 @@ def test_what_stands_behind_a_rotation_is_named():
     program = capture(_NormBehind().eval(), (ids,))
     context = PassContext.of(program, statistics=observe(program, [[ids]]))
     report = quantize_kv(program, QuantizeKV(8, static=True), context)
-    assert "scales hold for the positions of the calibration" in report.notes[0]
+    assert "static scales hold for the positions of the calibration only" in report.notes[0]
 
 
 @pytest.mark.parametrize("bad", [dict(bits=3), dict(sink_tokens=-1)])

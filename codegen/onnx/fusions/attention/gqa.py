@@ -127,14 +127,13 @@ def _qkv(
         packed = pack(program, channels, match.node, name)
         return reshape_to_batch(program, packed, match.node, sum(len(part.rows) for part in parts)), None, None
     query, key, value = (
-        flatten_heads(program, part, match.node, f"{name}.{letter}")
-        for part, letter in zip(parts, "qkv", strict=True)
+        flatten_heads(program, part, match.node, f"{name}.{letter}") for part, letter in zip(parts, "qkv", strict=True)
     )
     return query, key, value
 
 
 def _read_past_length_of_mask(program: Program) -> None:
-    """Compute the length of a cache, where something beside the attentions reads it, as that of the mask less new tokens.
+    """Where something beside the attentions reads the length of a cache, compute it as mask length less new tokens.
 
     A runtime may pass a longer buffer to extend in place; the mask has the length of the text.
     """

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.codegen.onnx.fusions.evaluate import evaluate
-from qcompile.ir.aten_ops import CASTS, EXPANDS, JOINS, RESHAPES, SLICES, SPLITS, TRANSPOSES, Ops
+from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate
+from qcompile.ir.aten_ops import CASTS, EXPANDS, JOINS, RESHAPES, SLICES, SPLITS, TRANSPOSES, Ops, reads_elements
 from qcompile.ir.program import Program, hint
 
 aten = torch.ops.aten
@@ -106,9 +106,7 @@ def channel_source(node: fx.Node, tokens: set[fx.Node]) -> fx.Node:
     frontier, single = {node}, node
     while True:
         latest = max(frontier, key=lambda n: order[n])
-        operands = latest.all_input_nodes
-        if latest.target in CASTS:
-            operands = operands[:1]  # of a second one (type_as) only the dtype is read
+        operands = [n for n in latest.all_input_nodes if reads_elements(latest, n)]
         upstream = [n for n in operands if n in tokens]
         tables = [n for n in operands if n not in tokens]
         if not upstream or latest.target not in _CHANNELWISE or not all(map(_is_size_or_position_table, tables)):

@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from qcompile.codegen.onnx.fusions.attention.head_channels import HeadChannels, fixed_sizes
-from qcompile.codegen.onnx.fusions.evaluate import evaluate
 from qcompile.codegen.onnx.fusions.packed_matmul import OutputChannels, linear_call, pack
+from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate
 from qcompile.ir.aten_ops import RESHAPES, TRANSPOSES, Ops
 from qcompile.ir.program import Program, hint
 

@@ -10,7 +10,7 @@ from torch import fx
 from qcompile.analysis.obstacle import Obstacle
 from qcompile.codegen.onnx.ops.attention_ops import GroupQueryAttentionCall
 from qcompile.codegen.onnx.tracing.cached_decoder import CachedDecoder
-from qcompile.codegen.onnx.tracing.supported_formats import OnnxUnsupportedError
+from qcompile.codegen.onnx.tracing.onnx_support import OnnxUnsupportedError
 from qcompile.ir.aten_ops import SIZES
 from qcompile.ir.program import Program
 from qcompile.modules.kv_constants import Scales

@@ -11,9 +11,7 @@ from qcompile.codegen.onnx.fusions.attention.sample_inputs import SampleInputs
 from qcompile.codegen.onnx.ops.attention_ops import causal_mask
 
 
-def find_window_and_bias(
-    samples: SampleInputs, scores: ScoreFunction, positions: int
-) -> tuple[int, Tensor | None]:
+def find_window_and_bias(samples: SampleInputs, scores: ScoreFunction, positions: int) -> tuple[int, Tensor | None]:
     """The window of a causal mask, and what is added to the scores by the position of the key alone.
 
     The softmax does not change with what a whole row has in common: a bias by distance, slope (key - query) as ALiBi

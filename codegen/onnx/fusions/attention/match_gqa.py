@@ -31,7 +31,7 @@ from qcompile.codegen.onnx.fusions.attention.match_scores import ScoreFunction
 from qcompile.codegen.onnx.fusions.attention.mismatch import Mismatch, match_or_obstacle
 from qcompile.codegen.onnx.fusions.attention.rotary_embedding import RotaryProbe, RotaryTables
 from qcompile.codegen.onnx.fusions.attention.sample_inputs import SampleInputs
-from qcompile.codegen.onnx.fusions.evaluate import evaluate, token_dependent_nodes
+from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate, token_dependent_nodes
 from qcompile.ir.program import Program, hint
 
 aten = torch.ops.aten
@@ -96,9 +96,7 @@ def match_group_query_attentions(program: Program, positions: int) -> list[Group
 class GroupQueryAttentionMatcher:
     """Matches one attention."""
 
-    def __init__(
-        self, program: Program, product: AttentionMatmul, tokens: set[fx.Node], positions: int
-    ) -> None:
+    def __init__(self, program: Program, product: AttentionMatmul, tokens: set[fx.Node], positions: int) -> None:
         self.program, self.product, self.tokens, self.positions = program, product, tokens, positions
         self.samples = SampleInputs(program)
         self.node = product.value_product

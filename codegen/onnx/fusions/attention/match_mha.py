@@ -21,7 +21,7 @@ from qcompile.codegen.onnx.fusions.attention.head_channels import HeadChannels, 
 from qcompile.codegen.onnx.fusions.attention.match_scores import ScoreFunction
 from qcompile.codegen.onnx.fusions.attention.mismatch import Mismatch, match_or_obstacle
 from qcompile.codegen.onnx.fusions.attention.sdpa_call import SDPACall
-from qcompile.codegen.onnx.fusions.evaluate import evaluate, inputs_behind, token_dependent_nodes
+from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate, inputs_behind, token_dependent_nodes
 from qcompile.codegen.onnx.ops.attention_ops import causal_mask
 from qcompile.ir.program import Program, hint
 
@@ -82,9 +82,7 @@ class MultiHeadAttentionMatcher:
         operands = (product.queries, product.keys, product.values)
         if any(len(t.meta["val"].shape) == 4 and t.meta["val"].shape[1] != scores.heads for t in operands):
             raise Mismatch(product.node, "queries share keys, which MultiHeadAttention does not support")
-        qkv = [
-            self._head_channels(t, is_transposed=product.keys_transposed and t is product.keys) for t in operands
-        ]
+        qkv = [self._head_channels(t, is_transposed=product.keys_transposed and t is product.keys) for t in operands]
         curve = scores.curve(self._inputs(), scores.batch, hint(self.new), hint(self.total))
         if curve.cap:
             raise Mismatch(product.node, "a soft cap on the scores: only GroupQueryAttention has one, with a cache")

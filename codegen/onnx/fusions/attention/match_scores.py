@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from qcompile.analysis.attention_scores import AttentionMatmul
 from qcompile.codegen.onnx.fusions.attention.mismatch import Mismatch
 from qcompile.codegen.onnx.fusions.attention.sdpa_call import SDPACall
-from qcompile.codegen.onnx.fusions.evaluate import evaluate
+from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate
 from qcompile.ir.aten_ops import SDPA, SOFTMAX
 from qcompile.ir.program import Program, hint
 

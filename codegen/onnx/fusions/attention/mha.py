@@ -73,8 +73,17 @@ def _replace(program: Program, match: MultiHeadAttentionMatch, shared: _SharedMa
         padding_mask = shared.of((match.padding_mask,), _to_int32_mask, [match.padding_mask], match.node)
     if match.biases:
         bias = shared.of(match.biases, _sum_biases, [*flat[:2], *match.biases], match.node)
+    query, key, value = flat
     call = MultiHeadAttentionCall(
-        *flat, qkv_bias, padding_mask, bias, heads=match.heads, scale=match.scale, is_causal=match.is_causal
+        query=query,
+        key=key,
+        value=value,
+        qkv_bias=qkv_bias,
+        padding_mask=padding_mask,
+        bias=bias,
+        heads=match.heads,
+        scale=match.scale,
+        is_causal=match.is_causal,
     )
     replace_output(program, match.node, match.heads, call.insert(program, before=match.node))
 

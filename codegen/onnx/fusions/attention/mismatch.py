@@ -9,7 +9,7 @@ from torch import fx
 
 from qcompile.analysis.attention_scores import AttentionMatmul
 from qcompile.analysis.obstacle import Obstacle
-from qcompile.codegen.onnx.fusions.evaluate import UnknownInputError
+from qcompile.codegen.onnx.fusions.partial_evaluation import UnknownInputError
 
 Match = TypeVar("Match")
 

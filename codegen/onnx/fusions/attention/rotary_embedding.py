@@ -16,7 +16,7 @@ from qcompile.codegen.onnx.fusions.attention.head_channels import (
 )
 from qcompile.codegen.onnx.fusions.attention.mismatch import Mismatch
 from qcompile.codegen.onnx.fusions.attention.sample_inputs import SampleInputs
-from qcompile.codegen.onnx.fusions.evaluate import evaluate
+from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate
 from qcompile.codegen.onnx.ops.attention_ops import apply_rotary
 
 CHUNK = 2048  # positions of a rotary table that are evaluated at once

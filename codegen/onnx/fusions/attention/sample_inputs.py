@@ -17,7 +17,7 @@ class SampleInputs:
         program: the decoder.
         ids: its input.
         mask: its input.
-        caches: its inputs, keys and values of each layer in turn.
+        caches: its inputs, keys and values interleaved, layer by layer.
         batch: B of the traced example.
         past: P of the traced example.
         new: S of the traced example.

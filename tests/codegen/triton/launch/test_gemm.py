@@ -7,8 +7,16 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import UNIT_ROUNDOFF, DEVICE, assert_close, epilogue_sum, packed_weight, randn, random_epilogue
-from kernel_cases import random_int8
+from kernel_cases import (
+    DEVICE,
+    UNIT_ROUNDOFF,
+    assert_close,
+    epilogue_sum,
+    packed_weight,
+    randn,
+    random_epilogue,
+    random_int8,
+)
 
 from qcompile.codegen.triton.launch import gemm
 from qcompile.codegen.triton.launch.gemm import Epilogue, linear_a8, linear_w

@@ -130,6 +130,6 @@ def test_a_transform_is_fused_where_a_row_fits_into_registers():
 def test_the_two_matrices_of_a_transform_make_it():
     spec = RowQuant(hadamard=320)
     left, right = transform_matrices(spec, torch.device("cpu"))
-    whole = torch.kron(left[: spec.left, : spec.left].t().double(), right.double()) / 320**0.5
+    whole = torch.kron(left[: spec.left, : spec.left].t().double().contiguous(), right.double()) / 320**0.5
     x = randn(3, 320).double().cpu()
     assert torch.allclose(x @ whole, apply_hadamard(x, torch.ones(320).double()))

@@ -33,9 +33,7 @@ def test_tuning_keeps_the_fastest_launch():
     def problems(spec, launch, architecture):
         return [] if launch in sound else ["spills"]
 
-    found = autotune.tune_launches(
-        [(128, 64)], [7], rounds=1, timed_gpu=StandIn([9.0, 3.0]), find_problems=problems
-    )
+    found = autotune.tune_launches([(128, 64)], [7], rounds=1, timed_gpu=StandIn([9.0, 3.0]), find_problems=problems)
     assert [(launch, us) for _, launch, us in found] == [(Launch(16, 64, 4, 3), 3.0)]
     weight = random_packed_weight(INT4, 128, 64, torch.device("cpu"))
     spec = place_scales(GemmW("bf16", **weight.spec_fields), 7)

@@ -1,0 +1,113 @@
+"""The values that share a basis: operators that commute with a rotation, and those that do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from zoo import build, example
+
+from qcompile.analysis.obstacle import ObstacleKind
+from qcompile.analysis.residual_stream import keeps_last, residual_streams
+from qcompile.ir.capture import capture
+
+
+class Stream(nn.Module):
+    """Two layers of a stream of eight channels, with an operator between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.table, self.between = nn.Embedding(11, 8), between
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norms = nn.ModuleList([nn.RMSNorm(8, elementwise_affine=False) for _ in range(2)])
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x = self.between(x + self.first(self.norms[0](x)))
+        return self.head(x + self.second(self.norms[1](x)))
+
+
+def streams_of(between, shape=(2, 4)):
+    return residual_streams(capture(Stream(between), (torch.randint(11, shape),), dynamic=False))
+
+
+COMMUTE = {
+    "view": lambda x: x.view(-1, 8),
+    "flatten": lambda x: x.flatten(0, 1),
+    "unflatten": lambda x: x.unflatten(1, (2, 2)),
+    "transpose": lambda x: x.transpose(0, 1),
+    "permute": lambda x: x.permute(1, 0, 2),
+    "unsqueeze": lambda x: x.unsqueeze(1),
+    "squeeze": lambda x: x.unsqueeze(1).squeeze(),
+    "expand": lambda x: x.unsqueeze(1).expand(2, 3, 4, 8),
+    "repeat": lambda x: x.repeat(2, 1, 1),
+    "repeat_interleave": lambda x: x.repeat_interleave(2, 1),
+    "slice": lambda x: x[:, 1:],
+    "select": lambda x: x[:, -1],
+    "index": lambda x: x[:, torch.tensor([2, 0])],
+    "index_select": lambda x: x.index_select(1, torch.tensor([2, 0])),
+    "sum over tokens": lambda x: x.sum(1),
+    "cast": lambda x: x.double().float(),
+    "cast to a device": lambda x: x.to(x.device, torch.float64).float(),
+    "cat": lambda x: torch.cat([x, x], 1),
+    "stack": lambda x: torch.stack([x, x], 1),
+    "what reads the dtype alone": lambda x: x * torch.arange(4).view(4, 1).type_as(x) * x.new_ones(1),
+    "what has the shape alone": lambda x: x * torch.full_like(x, 2.0)[:1, :1, :1],
+    "a scalar": lambda x: 0.5 * x / 3,
+    "a factor for each token": lambda x: x * torch.arange(4.0).view(4, 1),
+}
+MIX = {
+    "t": lambda x: x.t(),
+    "transpose": lambda x: x.transpose(0, 1),
+    "permute": lambda x: x.permute(1, 0),
+    "mT": lambda x: x.mT,
+    "numpy_T": lambda x: torch.ops.aten.numpy_T(x),
+    "index": lambda x: x[torch.arange(8), torch.arange(8).flip(0)].expand(8, 8),
+    "a slice of the channels": lambda x: x[:, :4].repeat(1, 2),
+    "repeat_interleave": lambda x: x[:, ::2].repeat_interleave(2, 1),
+    "all repeated": lambda x: x[:2, :4].repeat_interleave(8).view(8, 8),
+    "sum over channels": lambda x: x.sum(1, keepdim=True).expand(8, 8),
+    "a factor for each channel": lambda x: x * torch.arange(8.0),
+    "a reshape of other rows": lambda x: x.reshape(4, 16).t().reshape(8, 8),
+    "an activation": torch.relu,
+}
+
+
+@pytest.mark.parametrize("name", COMMUTE)
+def test_what_commutes_with_a_rotation(name):
+    (stream,) = streams_of(COMMUTE[name])
+    assert stream.closed, stream.obstacles
+    assert [site.name for site in stream.producers] == ["first.weight", "second.weight"]
+    assert [site.name for site in stream.consumers] == ["first.weight", "second.weight", "head.weight"]
+    assert len(stream.tables) == 1 and len(stream.norms) == 2
+
+
+@pytest.mark.parametrize("name", MIX)
+def test_what_mixes_channels_opens_the_stream(name):
+    """Rows and channels are eight both: no size tells them apart."""
+    assert all(not stream.closed for stream in streams_of(MIX[name], (8,)))
+
+
+def test_gains_are_obstacles_of_their_own_kind():
+    model = Stream(lambda x: x)
+    model.norms = nn.ModuleList([nn.RMSNorm(8) for _ in range(2)])
+    with torch.no_grad():
+        model.norms[0].weight.mul_(2)
+    (stream,) = residual_streams(capture(model, (torch.randint(11, (2, 4)),)))
+    assert [o.kind for o in stream.obstacles] == [ObstacleKind.GAIN] and not stream.closed
+    (stream,) = streams_of(torch.relu)[:1]
+    assert {o.kind for o in stream.obstacles} == {ObstacleKind.FLOW}
+
+
+def test_streams_do_not_overlap():
+    for name in ("llama", "bert", "whisper_encoder"):
+        streams = residual_streams(capture(build(name), (), example(name), dynamic=name != "whisper_encoder"))
+        values = [value for stream in streams for value in stream.values]
+        assert len(values) == len(set(values)) and all(stream.norms for stream in streams)
+
+
+def test_heads_do_not_keep_the_last_dimension():
+    program = capture(Stream(lambda x: x.unflatten(-1, (2, 4)).flatten(-2)), (torch.randint(11, (2, 4)),))
+    node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.unflatten.int)
+    assert not keeps_last(node, 8) and not keeps_last(next(iter(node.users)), 8)

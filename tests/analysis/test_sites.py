@@ -1,0 +1,112 @@
+"""Sites are found by arithmetic: linears, stacks of experts, grouped products under any name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import build, example
+
+from qcompile.analysis.sites import find_sites, grouped_operands, is_grouped_matmul, through_transposes
+from qcompile.ir.capture import capture
+
+E, K, N = 4, 8, 6
+
+
+@torch.library.custom_op("qcompile_test::routed_rows", mutates_args=())
+def routed_rows(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    """A library's own grouped product: x [T, K], stack [E, K, N], ends [E] -> [T, N]."""
+    pieces = x.tensor_split(ends[:-1].cpu().long())
+    return torch.cat([piece @ matrix for piece, matrix in zip(pieces, stack, strict=True)])
+
+
+@routed_rows.register_fake
+def _(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], stack.shape[2])
+
+
+@torch.library.custom_op("qcompile_test::grouped_mm_of_thirds", mutates_args=())
+def grouped_mm_of_thirds(x: Tensor, stack: Tensor, third: Tensor) -> Tensor:
+    """Not grouped, whatever its name says: the third operand is a bias [E]."""
+    return (x @ stack[0]) + third[0]
+
+
+@grouped_mm_of_thirds.register_fake
+def _(x: Tensor, stack: Tensor, third: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], stack.shape[2])
+
+
+class Experts(nn.Module):
+    def __init__(self, product, shape=(E, K, N), third=torch.int32):
+        super().__init__()
+        self.stack, self.product = nn.Parameter(torch.randn(shape)), product
+        self.register_buffer("third", torch.tensor([2, 2, 4, 5], dtype=third))
+
+    def forward(self, x):
+        return self.product(x, self.stack, self.third)
+
+
+def captured(product, x=None, **config):
+    return capture(Experts(product, **config), (torch.randn(5, K) if x is None else x,), dynamic=False)
+
+
+def test_a_grouped_product_by_its_operands():
+    program = captured(lambda x, w, e: torch.ops.qcompile_test.routed_rows(x, w, e))
+    (site,) = find_sites(program)
+    assert (site.kind, site.grouped, site.rows_first, site.N, site.K) == ("experts", True, False, N, K)
+    assert grouped_operands(site.node) == (program.inputs[0], program.node_of("stack"), program.node_of("third"))
+
+
+def test_stored_as_rows_and_transposed():
+    program = captured(lambda x, w, e: torch.ops.qcompile_test.routed_rows(x, w.transpose(1, 2), e), shape=(E, N, K))
+    (site,) = find_sites(program)
+    assert site.grouped and site.rows_first and (site.N, site.K) == (N, K) and site.name == "stack"
+
+
+def test_a_name_makes_no_grouped_product():
+    program = captured(lambda x, w, e: torch.ops.qcompile_test.grouped_mm_of_thirds(x, w, e), third=torch.float32)
+    assert not find_sites(program)
+    assert not any(is_grouped_matmul(node) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("change", ["entries", "K", "dtype"])
+def test_operands_that_do_not_fit(change):
+    @torch.library.custom_op(f"qcompile_test::unfit_{change}", mutates_args=())
+    def unfit(x: Tensor, stack: Tensor, third: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[0], stack.shape[2])
+
+    unfit.register_fake(lambda x, stack, third: x.new_empty(x.shape[0], stack.shape[2]))
+    shape = {"entries": (E + 1, K, N), "K": (E, K + 1, N), "dtype": (E, K, N)}[change]
+    program = captured(unfit, shape=shape, third=torch.float32 if change == "dtype" else torch.int32)
+    assert not find_sites(program)
+
+
+def test_a_batched_product():
+    program = captured(lambda x, w, e: torch.bmm(x, w), torch.randn(E, 3, K))
+    (site,) = find_sites(program)
+    assert site.batched and not site.grouped and (site.N, site.K) == (N, K)
+
+
+def test_a_stack_on_the_left_is_no_site():
+    assert not find_sites(captured(lambda x, w, e: torch.bmm(w, x), torch.randn(E, N, 3)))
+
+
+@pytest.mark.parametrize(
+    "transpose,count",
+    [(lambda w: w.transpose(-1, -2), 1), (lambda w: w.permute(0, 2, 1), 1), (lambda w: w.mT, 1),
+     (lambda w: w.mT.transpose(2, 1), 2),
+     (lambda w: w.permute(1, 0, 2), 0), (lambda w: w.transpose(0, 1), 0)],
+)  # fmt: skip
+def test_transposes_of_the_last_two_axes(transpose, count):
+    program = captured(lambda x, w, e: x @ transpose(w), torch.randn(4, 3, 4), shape=(4, 4, 4))
+    product = next(n for n in program.graph.nodes if n.target is torch.ops.aten.matmul.default)
+    source, found = through_transposes(product.args[1])
+    assert found == count and (program.weight_name(source) == "stack") == (count > 0)
+
+
+def test_siblings_and_shared_weights():
+    program = capture(build("llama"), (), example("llama"))
+    sites = {site.name.split(".", 2)[-1]: site for site in find_sites(program)}
+    assert len(sites["0.self_attn.q_proj.weight"].siblings) == 2
+    table = next(site for site in sites.values() if site.shared_with)
+    assert "embedding" in table.shared_with[0] and not table.siblings

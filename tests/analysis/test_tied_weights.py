@@ -1,0 +1,29 @@
+"""Tied weights are named, with what they are tied to, and the fix."""
+
+from __future__ import annotations
+
+import pytest
+from laws import shape
+
+from qcompile.analysis.residual_stream import residual_streams
+from qcompile.analysis.sites import find_sites
+from qcompile.analysis.tied_weights import tied_obstacle, tied_table_obstacle
+from qcompile.ir.capture import capture
+from qcompile.testing import Decoder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_weight_and_its_table_are_obstacles(tied):
+    model = Decoder(shape(tied=tied))
+    program = capture(model, (model.example(),))
+    sites = find_sites(program)
+    *others, logits = sites
+    assert tied_obstacle(others) is None and tied_obstacle([]) is None
+    (stream,) = residual_streams(program)
+    obstacles = tied_obstacle(sites), tied_table_obstacle(program, stream.tables, sites)
+    if not tied:
+        assert obstacles == (None, None)
+        return
+    assert logits.name in obstacles[0].reason and obstacles[0].node == logits.node.name
+    assert logits.name in obstacles[1].reason and obstacles[1].node == logits.weight.name
+    assert all("Fix: Untie() before this pass" in obstacle.reason for obstacle in obstacles)

@@ -1,0 +1,63 @@
+"""Second moments of site inputs: what blocks sum is x^T x, and values that are not finite are named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qcompile.analysis.sites import find_sites
+from qcompile.calibration import hessian as module
+from qcompile.calibration.hessian import Gram, hessian_of, refuse_infinite
+from qcompile.calibration.layerwise_run import LayerwiseRun
+from qcompile.calibration.statistics import CalibrationError
+from qcompile.ir.capture import capture
+
+
+@pytest.mark.parametrize("columns", [5, 255, 256, 601])
+def test_gram(columns):
+    x, sums = torch.randn(40, columns, dtype=torch.float64), Gram(columns, torch.device("cpu"))
+    sums.add(x[:25])
+    sums.add(x[25:])
+    assert torch.allclose(sums.whole(), x.t() @ x)
+
+
+def run_to_the_second_site(*batches):
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    program = capture(model, (torch.randn(2, 3, 8),))
+    run = LayerwiseRun(program, [[batch] for batch in batches])
+    site = find_sites(program)[1]
+    run.advance(site.node)
+    return model, run, site
+
+
+@pytest.mark.parametrize("least", [1, 7, 10_000])
+def test_the_hessian_of_a_site(least, monkeypatch):
+    """Of all tokens of all batches, however they are joined."""
+    batches = [torch.randn(2, 3, 8), torch.randn(1, 5, 8), torch.randn(4, 2, 8)]
+    model, run, site = run_to_the_second_site(*batches)
+    real = module._joined_rows
+    monkeypatch.setattr(module, "_joined_rows", lambda run, site: real(run, site, least))
+    with torch.no_grad():
+        x = torch.cat([model[:2](batch).flatten(0, -2) for batch in batches])
+    found = hessian_of(run, site)
+    assert found.dtype == torch.float64 and torch.allclose(found, x.t().double() @ x.double(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_infinite_inputs_are_named_with_their_batch(bad):
+    batches = [torch.randn(2, 3, 8) for _ in range(3)]
+    batches[1][0, 0, 0] = bad
+    _, run, site = run_to_the_second_site(*batches)
+    for check in (hessian_of, refuse_infinite):
+        with pytest.raises(
+            CalibrationError, match=r"batches \[2\] bring NaN or Inf to 2.weight \(node relu\). Fix: drop"
+        ):
+            check(run, site)
+
+
+def test_a_finite_diagonal_needs_no_look_at_the_inputs(monkeypatch):
+    _, run, site = run_to_the_second_site(torch.randn(2, 3, 8))
+    hessian = hessian_of(run, site)
+    monkeypatch.setattr(run, "values_of", None)
+    refuse_infinite(run, site, hessian)

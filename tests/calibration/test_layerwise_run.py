@@ -1,0 +1,98 @@
+"""LayerwiseRun: every batch up to a node, as one run of the whole graph computes it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from zoo import build, example
+
+from qcompile.analysis.sites import find_sites
+from qcompile.api.example_inputs import flat_inputs
+from qcompile.calibration.layerwise_run import LayerwiseRun
+from qcompile.ir.capture import capture
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "phi3", "mixtral"])
+def test_a_layerwise_run_computes_what_a_run_computes(name):
+    model = build(name)
+    program = capture(model, (), example(name))
+    batches = [flat_inputs(program, example(name), example(name)) for _ in range(2)]
+    run = LayerwiseRun(program, batches)
+    for site in find_sites(program):
+        run.advance(site.node)
+        whole = {}
+        program.watch([site.input], batches[1], lambda n, v, whole=whole: whole.setdefault(n, v.clone()))
+        values = list(run.values_of(site.input))
+        assert len(values) == 2 and torch.equal(values[1], whole[site.input])
+        kept = {n for v in run.values for n in v}
+        assert all(any(u not in run.done for u in n.users) for n in kept)  # nothing is kept for nobody
+
+
+def three_layers():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    return model, capture(model, (torch.randn(3, 8),))
+
+
+def test_what_comes_next_may_be_rewritten():
+    model, program = three_layers()
+    batches = [torch.randn(5, 8), torch.randn(2, 8)]
+    run = LayerwiseRun(program, [[x] for x in batches])
+    for site in find_sites(program):
+        run.advance(site.node)
+        program.weights[site.name] = program.weights[site.name] * 2
+    run.advance(program.output_node)
+    for layer in (model[0], model[2], model[4]):
+        layer.weight.data *= 2
+    with torch.no_grad():
+        for x, value in zip(batches, run.values_of(program.outputs[0]), strict=True):
+            assert torch.allclose(value, model(x), atol=1e-5)
+
+
+def test_each_node_runs_once_for_each_batch_and_what_no_input_reaches_once():
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.scale = nn.Linear(8, 8), nn.Parameter(torch.randn(8))
+
+        def forward(self, x):
+            return self.a(x) * torch.exp(self.scale)
+
+    program = capture(Counted(), (torch.randn(3, 8),))
+    counts = {}
+
+    def counted(target, name):
+        def call(*args, **kwargs):
+            counts[name] = counts.get(name, 0) + 1
+            return target(*args, **kwargs)
+
+        return call
+
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            node.target = counted(node.target, node.name)
+    run = LayerwiseRun(program, [[torch.randn(2, 8)] for _ in range(3)])
+    run.advance(program.outputs[0])
+    run.advance(program.output_node)
+    assert counts == {"linear": 3, "exp": 1, "mul": 3}
+
+
+def test_finish_computes_the_rest_with_another_value():
+    model, program = three_layers()
+    batches = [torch.randn(5, 8), torch.randn(2, 8)]
+    run = LayerwiseRun(program, [[x] for x in batches])
+    site = find_sites(program)[1]
+    run.advance(site.node)
+    other = torch.randn(2, 8)
+    before = [dict(values) for values in run.values]
+    with torch.no_grad():
+        assert torch.allclose(run.finish(1, site.node, other)[0], model[3:](other), atol=1e-6)
+    assert [list(values) for values in run.values] == [list(values) for values in before]
+    run.advance(program.output_node)
+    assert len(list(run.values_of(program.outputs[0]))) == 2
+
+
+def test_batches_of_another_shape_are_refused():
+    _, program = three_layers()
+    with pytest.raises(ValueError, match="takes 1 inputs"):
+        LayerwiseRun(program, [[torch.randn(2, 8), 3]])

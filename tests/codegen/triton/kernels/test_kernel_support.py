@@ -1,0 +1,40 @@
+"""Which formats have a kernel, on which GPUs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcompile.codegen.triton.kernels.kernel_support import codes_of, has_format, operator_for
+from qcompile.numerics.format import Format
+
+
+@pytest.mark.parametrize(
+    "form,act,capability,operator",
+    [
+        ("int4/group128/zero", "", (8, 0), "linear_w"),
+        ("int8/row", "", (8, 0), "linear_w"),
+        ("fp4/group32", "", (9, 0), None),
+        ("int4/group128", "", (7, 5), None),
+        ("int8/row", "int8/row", (8, 0), "linear_a8"),
+        ("int8/row", "int8/tensor", (8, 0), "linear_a8"),
+        ("int8/group64", "int8/row", (9, 0), None),
+        ("int8/row", "int8/row/zero", (9, 0), None),
+        ("int4/group128/zero/dual", "int8/row", (9, 0), "linear_a8"),
+        ("int4/group128/zero", "int8/row", (9, 0), None),
+        ("fp8/row", "fp8/row", (8, 9), "linear_a8"),
+        ("fp8/row", "fp8/row", (8, 6), None),
+        ("fp8/row", "int8/row", (9, 0), None),
+    ],
+)
+def test_operators(form, act, capability, operator):
+    assert operator_for(Format.parse(form), act, torch.bfloat16, capability) == operator
+    assert operator_for(Format.parse(form), act, torch.float32, capability) is None
+
+
+def test_two_level_scales_are_multiplied_as_int8():
+    assert codes_of(Format.parse("int4/group128/zero/dual")) == "int8" and codes_of(Format("fp8")) == "fp8"
+
+
+def test_fp8_needs_a_newer_gpu():
+    assert has_format("int8", (8, 0)) and not has_format("fp8", (8, 8)) and has_format("fp8", (8, 9))

@@ -1,0 +1,109 @@
+"""From modules and Dynamo's graphs to programs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from zoo import build, example
+
+from qcompile.ir.capture import CaptureError, attribute_path, capture, capture_dynamo
+from qcompile.ir.node_meta import DYNAMO_INDEX, STATIC, WEIGHT
+
+
+@pytest.mark.parametrize(
+    "source,path",
+    [
+        ("L['self']._modules['a']._parameters['weight']", "a.weight"),
+        ("L['self']._modules['layers']._modules['0']._modules['up']._buffers['scale']", "layers.0.up.scale"),
+        ('L["fn"]._modules["a"]._modules["b"]._parameters["w"]', "a.b.w"),
+        ("L['self']._parameters['weight']", "weight"),
+        ("L['x']", None),
+        ("L['self'].config.rate", None),
+    ],
+)
+def test_attribute_paths(source, path):
+    assert attribute_path(source) == path
+
+
+def test_a_model_that_breaks_the_graph_is_refused_with_the_reason():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x - 1
+
+    with pytest.raises(CaptureError, match="Branch cannot be traced to one graph: .*Fix: make the named line"):
+        capture(Branch(), (torch.randn(2, 3),))
+
+
+def test_weights_are_the_models_own_tensors():
+    model = build("llama")
+    program = capture(model, (), example("llama"))
+    tensors = {p.data_ptr() for p in model.parameters()} | {b.data_ptr() for b in model.buffers()}
+    assert all(weight.data_ptr() in tensors for weight in program.weights.values())
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_sizes_stay_symbolic_where_they_may(dynamic):
+    program = capture(nn.Linear(8, 6), (torch.randn(3, 5, 8),), dynamic=dynamic)
+    shape = program.inputs[0].meta["val"].shape
+    assert [isinstance(size, torch.SymInt) for size in shape] == [dynamic, dynamic, False]
+    assert program(torch.randn(2, 7, 8))[0].shape == (2, 7, 6)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_cache_of_a_decoder_is_off_only_while_it_is_captured(fails):
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = type("Config", (), {"use_cache": True})()
+
+        def forward(self, x):
+            assert not self.config.use_cache
+            return x + 1 if not fails else x + (1 if x.sum() > 0 else 2)
+
+    model = Decoder()
+    try:
+        capture(model, (torch.randn(2, 3),))
+    except CaptureError:
+        assert fails
+    assert model.config.use_cache
+
+
+class Backend:
+    """Keeps what Dynamo hands over, and runs it as it is."""
+
+    def __init__(self):
+        self.programs = []
+
+    def __call__(self, graph_module, inputs):
+        self.programs.append(capture_dynamo(graph_module, inputs))
+        return graph_module
+
+
+def test_dynamo_graphs_keep_the_order_of_the_inputs():
+    model, backend, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU()).requires_grad_(False), Backend(), torch.randn(3, 8)
+    static = torch.zeros(3, 6)
+    torch._dynamo.mark_static_address(static)
+
+    def call(x, cache):
+        return model(x) + cache
+
+    torch.compile(call, backend=backend)(x, static)
+    (program,) = backend.programs
+    assert sorted(program.weights) == ["0.bias", "0.weight"]
+    assert [n.meta[DYNAMO_INDEX] for n in program.placeholders] == list(range(len(program.placeholders)))
+    assert [bool(n.meta.get(STATIC)) for n in program.placeholders if WEIGHT not in n.meta] == [False, True]
+    assert torch.allclose(program(x, static)[0], model(x))
+
+
+def test_breaks_are_recorded_with_their_place():
+    backend = Backend()
+
+    def call(x):
+        y = x + 1
+        torch._dynamo.graph_break()
+        return y * 2
+
+    torch.compile(call, backend=backend)(torch.randn(3))
+    assert len(backend.programs) == 2
+    assert any("test_capture.py" in line for program in backend.programs for line in program.breaks)

@@ -1,0 +1,254 @@
+"""One form for one meaning, and the same values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qcompile.ir.capture import capture
+
+aten = torch.ops.aten
+
+
+def targets(program):
+    return [node.target for node in program.graph.nodes if node.op == "call_function"]
+
+
+class Scores(nn.Module):
+    """Scores with a bias, in one operator."""
+
+    def __init__(self, beta, alpha):
+        super().__init__()
+        self.factors = dict(beta=beta, alpha=alpha)
+
+    def forward(self, bias, a, b):
+        return torch.baddbmm(bias, a, b, **self.factors)
+
+
+@pytest.mark.parametrize("beta,alpha", [(1, 1), (0.5, 1), (1, -3.0), (2.0, 0.25), (0, 2.0)])
+def test_a_product_and_a_sum_in_one_operator(beta, alpha):
+    model = Scores(beta, alpha)
+    inputs = torch.randn(2, 3, 5), torch.randn(2, 3, 4), torch.randn(2, 4, 5)
+    program = capture(model, inputs)
+    assert aten.bmm.default in targets(program) and aten.baddbmm.default not in targets(program)
+    assert torch.allclose(program(*inputs)[0], model(*inputs), atol=1e-6)
+    if beta == 0:  # whatever the bias holds
+        assert torch.allclose(program(torch.full((2, 3, 5), torch.nan), *inputs[1:])[0], model(*inputs), atol=1e-6)
+
+
+@pytest.mark.parametrize("between", ["dropout", "detach", "to"])
+def test_a_view_behind_a_dropped_copy_and_another_no_op(between):
+    """`contiguous` goes, and what stands between it and the view: the view must copy then."""
+
+    class Transposed(torch.nn.Module):
+        def forward(self, x):
+            y = x.view(2, 4, 2, 8).transpose(1, 2).contiguous()
+            y = {"dropout": lambda: torch.dropout(y, 0.1, False), "detach": y.detach, "to": lambda: y.to(x.dtype)}[
+                between
+            ]()
+            return y.view(2, 4, 16)
+
+    x = torch.randn(2, 4, 16)
+    program = capture(Transposed(), (x,))
+    assert torch.equal(program(x)[0], Transposed()(x))
+
+
+# -- x += y ------------------------------------------------------------------------------------------
+
+
+class InPlace(nn.Module):
+    """A linear's output, which a function changes in place."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(8, 8), function
+        self.table = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x):
+        return self.function(self.linear(x), x + 1, self.table)
+
+
+def _add(y, z):
+    y += z
+    return y
+
+
+OWNED = {
+    "the output of a linear": lambda y, z, t: _add(y, z),
+    "a reshape": lambda y, z, t: _add(y.reshape(-1, 8), z.flatten(0, 1)),
+    "a view": lambda y, z, t: _add(y.view(-1, 8), z.flatten(0, 1)),
+    "a transpose": lambda y, z, t: _add(y.transpose(0, 1), z.transpose(0, 1)),
+    "a sum of sums": lambda y, z, t: _add(_add(y, z), z),
+    "whose sizes are read": lambda y, z, t: _add(y, z * y.shape[0]),
+    "a copy": lambda y, z, t: (_add(y.transpose(0, 1).contiguous(), z.transpose(0, 1)), y),
+    "a clone": lambda y, z, t: (_add(y.clone(), z), y),
+    "a part of a split": lambda y, z, t: (lambda a, b: (_add(a, z[..., :4]), b))(*y.split(4, -1)),
+    "in evaluation, a dropout": lambda y, z, t: _add(torch.dropout(y, 0.1, False), z),
+}
+SHARED = {
+    "a view of what is read again": lambda y, z, t: (_add(y.view(-1, 8), z.flatten(0, 1)), y),
+    "a row": lambda y, z, t: (_add(y[:, 0], z[:, 0]), y),
+    "a row of which nothing is returned": lambda y, z, t: [_add(y[:, 0], z[:, 0]), y][1],
+    "a slice of a transpose": lambda y, z, t: (_add(y.transpose(0, 1)[1:], z.transpose(0, 1)[1:]), y),
+    "what was read before": lambda y, z, t: (torch.relu(y), _add(y, z)),
+    "a view that was taken before": lambda y, z, t: (lambda v: (_add(y, z), v * 2))(y.view(-1, 8)),
+    "a reshape that is a view": lambda y, z, t: (_add(y.reshape(-1, 8), z.flatten(0, 1)), y),
+    "in evaluation, the dropout of what is read": lambda y, z, t: (_add(torch.dropout(y, 0.1, False), z), y),
+}
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_a_sum_in_place_of_memory_that_nothing_else_reads(name):
+    model, x = InPlace(OWNED[name]), torch.randn(2, 4, 8)
+    program = capture(model, (x,), dynamic=name == "whose sizes are read")
+    assert aten.add_.Tensor not in targets(program)
+    with torch.no_grad():
+        want = model(x)
+    for got, expected in zip(program(x), want if isinstance(want, tuple) else (want,), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_sum_in_place_of_memory_that_is_read_elsewhere(name):
+    model, x = InPlace(SHARED[name]), torch.randn(2, 4, 8)
+    program = capture(model, (x,), dynamic=False)
+    assert aten.add_.Tensor in targets(program)
+    with torch.no_grad():
+        want = model(x)
+    for got, expected in zip(program(x), want if isinstance(want, tuple) else (want,), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_inputs_are_changed_in_place_as_the_model_does():
+    class Counter(nn.Module):
+        def forward(self, x):
+            x.add_(1.0)
+            return x * 2
+
+    x = torch.zeros(2, 3)
+    program = capture(Counter(), (x.clone(),))
+    (got,) = program(x)
+    assert torch.equal(x, torch.ones(2, 3)) and torch.equal(got, torch.full((2, 3), 2.0))
+
+
+# -- products and weights ----------------------------------------------------------------------------
+
+
+class Product(nn.Module):
+    """x times a matrix that is stored [K, N] or [N, K]."""
+
+    def __init__(self, function, shape=(8, 6)):
+        super().__init__()
+        self.weight, self.bias, self.function = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(6)), function
+
+    def forward(self, x):
+        return self.function(x, self.weight, self.bias)
+
+
+STORED_K_N = {
+    "matmul": lambda x, w, b: x @ w,
+    "mm": lambda x, w, b: torch.mm(x, w),
+    "addmm": lambda x, w, b: torch.addmm(b, x, w),
+}
+STORED_N_K = {
+    "t": lambda x, w, b: x @ w.t(),
+    "T": lambda x, w, b: x @ w.T,
+    "mT": lambda x, w, b: x @ w.mT,
+    "transpose": lambda x, w, b: x @ w.transpose(0, 1),
+    "transpose of negative axes": lambda x, w, b: x @ w.transpose(-1, -2),
+    "permute": lambda x, w, b: x @ w.permute(1, 0),
+    "addmm": lambda x, w, b: torch.addmm(b, x, w.t()),
+}
+
+
+@pytest.mark.parametrize("name", STORED_K_N)
+def test_products_with_a_transposed_weight(name):
+    model, x = Product(STORED_K_N[name]), torch.randn(3, 8)
+    program = capture(model, (x,))
+    assert targets(program) == [aten.linear.default] and program.transposed == {"weight"}
+    assert program.weights["weight"].shape == (6, 8)
+    assert torch.allclose(program(x)[0], model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STORED_N_K)
+def test_products_with_a_weight_as_linears_store_it(name):
+    model, x = Product(STORED_N_K[name], (6, 8)), torch.randn(3, 8)
+    program = capture(model, (x,))
+    assert targets(program) == [aten.linear.default] and not program.transposed
+    assert torch.allclose(program(x)[0], model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("permute", [lambda w: w.permute(0, 1), lambda w: w.transpose(1, 1)])
+def test_a_transpose_that_swaps_nothing(permute):
+    model, x = Product(lambda x, w, b: x @ permute(w), (8, 8)), torch.randn(3, 8)
+    program = capture(model, (x,))
+    assert torch.allclose(program(x)[0], model(x), atol=1e-5)
+
+
+def test_a_weight_with_another_consumer_stays_as_it_is_stored():
+    model, x = Product(lambda x, w, b: (x @ w) @ w.t()), torch.randn(3, 8)
+    program = capture(model, (x,))
+    assert not program.transposed and torch.allclose(program(x)[0], model(x), atol=1e-4)
+
+
+def test_tied_weights_have_one_placeholder():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.other = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.other(self.second(self.first(x)))
+
+    program = capture(Tied(), (torch.randn(3, 8),))
+    assert program.aliases == {"first.weight": ["second.weight"]}
+    assert "second.weight" not in program.weights and len(program.node_of("first.weight").users) == 2
+
+
+@pytest.mark.parametrize(
+    "function,left",
+    [
+        (lambda x: x.detach().to(x.dtype).contiguous()[:], []),
+        (lambda x: torch.dropout(x, 0.3, False), []),
+        (lambda x: x[:, :][..., 0:], []),
+        (lambda x: x.double(), [aten.to.dtype]),
+        (lambda x: x[1:], [aten.slice.Tensor]),
+        (lambda x: x[::2], [aten.slice.Tensor]),
+    ],
+)
+def test_no_ops_go_and_others_stay(function, left):
+    class Neg(nn.Module):
+        def forward(self, x):
+            return torch.neg(function(x))
+
+    x = torch.randn(4, 6)
+    program = capture(Neg(), (x,))
+    assert targets(program) == [*left, aten.neg.default]
+    assert torch.equal(program(x)[0], -function(x))
+
+
+def test_a_scope_without_gradients_is_spliced_in():
+    class Scoped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            with torch.no_grad():
+                y, z = self.linear(x), x * 2
+            return torch.relu(y) + z
+
+    x = torch.randn(3, 8)
+    with torch.enable_grad():
+        program = capture(Scoped(), (x,))
+    assert aten.linear.default in targets(program)
+    assert torch.allclose(program(x)[0], Scoped.forward(_with(program), x), atol=1e-6)
+
+
+def _with(program):
+    """The module again, with the program's weights."""
+    linear = nn.Linear(8, 8)
+    linear.load_state_dict({"weight": program.weights["linear.weight"], "bias": program.weights["linear.bias"]})
+    return type("Module", (), {"linear": linear})()

@@ -1,0 +1,95 @@
+"""Our operators: opcheck, and the fused ones against quantize and dequantize apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qcompile.ir.ops  # noqa: F401
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
+
+ops = torch.ops.qcompile
+WEIGHTS = ["int8/row", "int8/row/zero", "int4/group32", "int4/group32/zero", "int4/group32/floatzero",
+           "int4/group32/zero/dual", "int3/group32/zero", "int2/group16", "fp8/row", "int4/row"]  # fmt: skip
+ACTS = ["", "int8/row", "int8/tensor", "int8/row/zero", "int4/row", "int8/group32", "fp8/row"]
+
+
+def arguments(weight, act, dtype=torch.float32, bias=True):
+    torch.manual_seed(0)
+    n, k = 10, 80
+    form = Format.parse(weight)
+    q = quantize_tensor(torch.randn(n, k), form)
+    x, x_scale, x_zero = torch.randn(2, 3, k).to(dtype), None, None
+    if act:
+        x, x_scale, x_zero = ops.quantize(x, act)
+        x_zero = x_zero if x_zero.numel() else None
+    b = torch.randn(n) if bias else None
+    return (x, x_scale, x_zero, *q.stored_parts, b, weight, act, k, dtype)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_qlinear_is_linear_of_dequantized(weight, act):
+    a = arguments(weight, act)
+    x = ops.dequantize(a[0], a[1], a[2], None, act, 0, torch.float32) if act else a[0]
+    w = ops.dequantize(a[3], a[4], a[5], a[6], weight, a[10], torch.float32)
+    want = torch.nn.functional.linear(x.double(), w.double(), a[7].double())
+    assert torch.allclose(ops.qlinear(*a).double(), want, rtol=1e-5, atol=1e-4)
+
+
+def test_integer_sums_are_exact():
+    a = arguments("int8/row", "int8/row", torch.float64, bias=False)
+    want = (a[0].double() @ a[3].double().t()) * a[1].double() * a[4].double().reshape(-1)
+    assert torch.equal(ops.qlinear(*a), want)
+
+
+@pytest.mark.parametrize(
+    "weight,act",
+    [
+        ("int8/row", "int8/row"),
+        ("int4/group32/zero/dual", "int8/row"),
+        ("int4/group32", ""),
+    ],  # opcheck itself cannot compare fp8
+)
+def test_opcheck(weight, act):
+    torch.library.opcheck(ops.qlinear.default, arguments(weight, act))
+    a = arguments(weight, act)
+    torch.library.opcheck(ops.dequantize.default, (a[3], a[4], a[5], a[6], weight, a[10], torch.float32))
+
+
+@pytest.mark.parametrize("act", [a for a in ACTS if a])
+def test_opcheck_quantize(act):
+    torch.library.opcheck(ops.quantize.default, (torch.randn(2, 3, 64), act))
+
+
+def test_opcheck_hadamard():
+    torch.library.opcheck(ops.hadamard.default, (torch.randn(2, 12), torch.ones(12)))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "int8",
+        "int4/group32/zero",
+        "int4/group32/zero/dual",
+        "int4/group32/dual",
+        "fp8",
+        "fp4/group32/m2",
+        "int8/tensor",
+    ],
+)
+def test_the_operator_is_the_product_of_each_experts_rows(form):
+    form, (e, n, k) = Format.parse(form), (4, 6, 64)
+    weight, x = torch.randn(e * n, k), torch.randn(9, k)
+    q = quantize_tensor(weight, form)
+    stacked = [None if t is None else t if not t.ndim else t.unflatten(0, (e, n)) for t in q.stored_parts]
+    ends = torch.tensor([3, 3, 7, 8], dtype=torch.int32)  # no row for the second expert, no expert for the last row
+    got = torch.ops.qcompile.qexperts(x, ends, *stacked, str(form), k, torch.float32)
+    values = q.dequantize().unflatten(0, (e, n))
+    expert_of = [0, 0, 0, 2, 2, 2, 2, 3]
+    want = torch.stack([values[o] @ row for o, row in zip(expert_of, x, strict=False)])
+    assert torch.allclose(got[:8], want, atol=1e-5) and not got[8].any()
+    if form.dtype != "fp8":  # torch has no arithmetic of its own on these, which the check uses
+        arguments = (x, ends, *stacked, str(form), k, torch.float32)
+        torch.library.opcheck(torch.ops.qcompile.qexperts, arguments)

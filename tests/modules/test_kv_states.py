@@ -1,0 +1,50 @@
+"""Growing tensors, and the tokens that are dropped from float and quantized parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.modules.kv_states import GrowingTensor, PerChannelStates, PerTokenStates
+from qcompile.numerics.format import Format
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
+def test_a_growing_tensor_is_what_was_appended(lengths):
+    growing, pieces = GrowingTensor(), [torch.randn(2, 3, length, 4) for length in lengths]
+    assert growing.nbytes == 0
+    for piece in pieces:
+        growing.append(piece)
+    whole = torch.cat(pieces, -2)
+    assert torch.equal(growing.read(), whole) and growing.nbytes == whole.nbytes
+    growing.replace(lambda t: t[[1, 0, 0]])
+    growing.append(pieces[0][[0, 1, 1]])
+    assert torch.equal(growing.read(), torch.cat([whole[[1, 0, 0]], pieces[0][[0, 1, 1]]], -2))
+
+
+@pytest.mark.parametrize("drop", [2, 5, 6])
+def test_dropped_tokens_may_reach_into_the_float_ones(drop):
+    states, x = PerTokenStates(Format("int8", zero="int"), 3, False, None), torch.randn(1, 2, 8, 16)
+    states.append(x)
+    before = states.read(torch.float32)
+    assert torch.equal(before[:, :, :3], x[:, :, :3]) and not torch.equal(before[:, :, 3:], x[:, :, 3:])
+    states.drop(drop)
+    assert states.length == 8 - drop and torch.equal(states.read(torch.float32), before[:, :, : 8 - drop])
+    states.append(x[:, :, 8 - drop :])
+    assert torch.equal(states.read(torch.float32), before), "what comes again is quantized the same"
+
+
+def test_sizes():
+    x = torch.randn(5, 3, 7, 16)
+    tokens, channels = (
+        PerTokenStates(Format("int4", zero="int"), 2, True, torch.zeros(3, 16)),
+        PerChannelStates(torch.ones(3, 16)),
+    )
+    for states in (tokens, channels):
+        states.append(x)
+        assert (states.batch, states.heads, states.length, states.width) == (5, 3, 7, 16)
+    assert sum(t.nbytes for t in channels.tensors) == x.numel()
+    # two float tokens; five of 16 codes in 8 bytes, a float16 scale and a byte of zero point
+    assert sum(t.nbytes for t in tokens.tensors) == 5 * 3 * (2 * 16 * 4 + 5 * (8 + 2 + 1))

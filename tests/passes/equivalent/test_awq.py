@@ -1,0 +1,92 @@
+"""AWQ's scales and its search."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from zoo import build, example
+
+import qcompile
+from qcompile.ir.capture import capture
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
+from qcompile.passes import AWQ, GPTQ, Fuse, Quantize, Rotate, SmoothQuantPlus
+from qcompile.passes.equivalent.awq import awq_scale, scaled_error
+from qcompile.pipeline.run import run
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import Rule
+
+FORM = Format.parse("int4/group32/zero")
+
+
+@given(st.integers(0, 2**20), st.floats(0, 0.95))
+def test_scales(seed, exponent):
+    mean = torch.rand(40, generator=torch.Generator().manual_seed(seed)) + 0.01
+    scale = awq_scale(mean, exponent)
+    assert torch.allclose((scale.max() * scale.min()).log(), torch.zeros((), dtype=torch.float64), atol=1e-9)
+    assert bool((scale[mean.argsort()].diff() >= 0).all())  # rises with the activation
+    assert torch.equal(awq_scale(mean, 0), torch.ones(40, dtype=torch.float64))
+
+
+@given(st.integers(0, 2**20))
+def test_the_error_is_that_of_the_product(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, w = torch.randn(50, 64, generator=generator), torch.randn(9, 64, generator=generator)
+    scale = torch.rand(64, generator=generator).double() + 0.5
+    rounded = quantize_tensor((w.double() * scale).float(), FORM).dequantize().double()
+    want = (x.double() / scale @ rounded.t() - x.double() @ w.double().t()).square().sum()
+    assert abs(scaled_error(w, x.t().double() @ x.double(), scale, FORM) / float(want) - 1) < 1e-3
+
+
+def test_outliers_are_protected():
+    """Channels with large activations get larger scales, and the product a smaller error."""
+    x, w = torch.randn(200, 64), torch.randn(32, 64)
+    x[:, :3] *= 30
+    hessian, mean = (x.t() @ x).double(), x.abs().mean(0)
+    errors = [scaled_error(w, hessian, awq_scale(mean, r / 20), FORM) for r in range(20)]
+    assert min(errors) < 0.5 * errors[0]
+
+
+def test_the_search_protects_outliers():
+    """A few channels decide the product: scaling by them takes a third off its error."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64)).requires_grad_(False)
+    with torch.no_grad():
+        model[0].weight[:3] *= 30
+    x = torch.randn(200, 64)
+    errors = {}
+    for passes in ((), (AWQ(FORM, norms=False),)):
+        program, config = capture(model, (x,), {}), Quantize(FORM, None, lm_head=None)
+        only = Recipe("q", (*passes, config, Fuse()), (Rule("0.weight", keep=True),))
+        quantized, report = run(program, only, batches=lambda: [[x]], example=[x])
+        errors[bool(passes)] = float((quantized(x)[0] - model(x)).norm())
+    assert errors[True] < 0.7 * errors[False], errors
+    (awq,) = [p for p in report.passes if p.name == "AWQ"]
+    assert awq.notes and "0.00 to 0.00" not in awq.notes[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2", "gemma2", "phi3", "mixtral", "bert"])
+def test_exact_on_real_structures(name):
+    model = build(name)
+    passes = (qcompile.passes.Untie(), AWQ(Format.parse("int3/group32/zero")))
+    report = qcompile.quantize(model, Recipe("awq", passes), [example(name)], progress=False)
+    with torch.no_grad():
+        got, want = model(**example(name))[0], build(name)(**example(name))[0]
+    assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
+    (awq,) = [p for p in report.passes if p.name == "AWQ"]
+    assert awq.done and all(c.holds for c in report.certificates)
+
+
+def test_bad_recipes():
+    with pytest.raises(ValueError, match="steps must be at least 2"):
+        AWQ(steps=1)
+    with pytest.raises(ValueError, match=r"AWQ\(norms=True\) puts scales"):
+        Recipe("both", (qcompile.passes.FoldNorm(), AWQ(), Rotate())).check()
+    for search in (AWQ(FORM), SmoothQuantPlus(FORM)):
+        for behind in (Quantize(FORM, clip=True), GPTQ(Format.parse("int4/group64/zero"))):
+            with pytest.raises(ValueError, match="give both the same"):
+                Recipe("other", (search, behind, Fuse())).check()
+    with pytest.raises(ValueError, match="needs calibration data for AWQ"):
+        qcompile.quantize(build("llama"), "w4a16-awq")

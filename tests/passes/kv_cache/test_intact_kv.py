@@ -1,0 +1,130 @@
+"""IntactKV: exact without quantization, better with it, through calls, generate() and checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import build, example
+
+import qcompile
+from qcompile.calibration.statistics import CalibrationError
+from qcompile.modules.kv_cache import KVCache
+from qcompile.numerics.format import Format
+from qcompile.passes import FoldNorm, Fuse, IntactKV, Quantize, QuantizeKV, Rotate, SmoothAttention, Untie
+from qcompile.recipe.certificate import relative_error
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError
+
+PREFIX = (1, 7, 9)
+IDS = torch.tensor([[*PREFIX, 20, 33, 41, 8], [*PREFIX, 99, 5, 61, 27]])
+DECODERS = ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "bloom", "mixtral"]
+INT4 = Quantize(Format.parse("int4/group32/zero"), None, lm_head=None)
+INT3 = Quantize(Format.parse("int3/group32/zero"), None, lm_head=None)
+
+
+def logits(model, ids=IDS, **more):
+    with torch.no_grad():
+        return model(input_ids=ids, **more).logits
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_without_quantization_nothing_changes(name):
+    """Also after rewritings that change the bases of keys and values."""
+    model = build(name)
+    want = logits(model)
+    exact = (Untie(), SmoothAttention(), Rotate(stream=False), IntactKV(PREFIX))
+    qcompile.quantize(model, Recipe("exact", exact), [example(name)], progress=False)
+    assert model.qcompile_prefix.layers == 2
+    assert relative_error([logits(model)], [want]) < 2e-5
+    assert relative_error([logits(model, use_cache=False)], [want]) < 2e-5
+
+
+def test_a_text_that_differs_from_the_prefix_in_its_last_token_is_another_text():
+    model = build("llama")
+    qcompile.quantize(model, Recipe("exact", (Untie(), IntactKV(PREFIX))), [example("llama")], progress=False)
+    ids = torch.tensor([[*PREFIX[:-1], PREFIX[-1] + 1, 11, 12]])
+    assert relative_error([logits(model, ids)], [logits(build("llama"), ids)]) < 2e-5
+
+
+def test_the_prefix_is_the_float_models_and_the_rest_gets_better():
+    total = [0.0, 0.0]
+    for seed in range(6):
+        ids = torch.randint(3, 128, (1, 12), generator=torch.manual_seed(seed))
+        want, prefix = logits(build("llama"), ids), tuple(ids[0, :9].tolist())
+        for index, passes in enumerate(((INT3, Fuse()), (IntactKV(prefix), INT3, Fuse()))):
+            model = build("llama")
+            qcompile.quantize(model, Recipe("q", passes), [example("llama")], progress=False)
+            got = logits(model, ids)
+            total[index] += float((got - want)[:, 9:].square().mean())
+        assert torch.allclose(got[:, :9], want[:, :9], atol=1e-5)
+    assert total[1] < 0.9 * total[0], total
+
+
+def test_generate_starts_behind_the_prefix_and_a_checkpoint_keeps_it(tmp_path):
+    model = build("llama")
+    recipe = Recipe("q", (IntactKV(PREFIX), QuantizeKV(4), Quantize(), Fuse()))
+    qcompile.quantize(model, recipe, progress=False)
+    done = model.generate(IDS, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    cache = done.past_key_values
+    assert isinstance(cache, KVCache) and cache.get_seq_length() == 10
+    assert torch.equal(cache.layers[0].own_keys.sinks.read()[0], model.qcompile_prefix.keys0[0])
+    assert relative_error([done.logits[0]], [logits(model)[:, -1]]) < 1e-5
+    qcompile.save(model, tmp_path / "m")
+    loaded = qcompile.load(tmp_path / "m")
+    assert relative_error([logits(loaded)], [logits(model)]) < 1e-6
+    assert torch.equal(loaded.generate(IDS, max_new_tokens=4, do_sample=False), done.sequences)
+
+
+def test_an_exported_folder_starts_behind_the_prefix(tmp_path):
+    from qcompile.generation.onnx_session import Session
+
+    model = build("llama")
+    qcompile.quantize(model, Recipe("q", (IntactKV(PREFIX), INT4, Fuse())), progress=False)
+    qcompile.export_onnx(model, tmp_path / "o", accuracy_level=1, progress=False)
+    with torch.no_grad():  # the file has one table for both, of codes
+        model.get_input_embeddings().weight.copy_(model.get_output_embeddings().weight)
+    assert torch.equal(model(input_ids=IDS).logits, logits(model)), "the hooks are back"
+    session = Session(tmp_path / "o")
+    assert relative_error([session(input_ids=IDS)], [logits(model)]) < 1e-3
+    first = model.generate(IDS[:1], max_new_tokens=3, do_sample=False)[0, IDS.shape[1] :].tolist()
+    assert list(session.stream(IDS[:1], 3)) == first
+    other = torch.randint(3, 128, (1, 6))
+    assert relative_error([session(input_ids=other)], [logits(model, other)]) < 1e-3
+
+
+def test_a_quantized_cache_has_no_onnx_form(tmp_path):
+    model = build("llama")
+    with pytest.raises(RecipeError, match="QuantizeKV"):
+        qcompile.export_onnx(model, tmp_path / "o", Recipe("q", (QuantizeKV(), INT4, Fuse())), progress=False)
+    assert not (tmp_path / "o").exists()
+
+
+def test_other_texts_are_computed_as_without_it():
+    ids = torch.randint(3, 128, (2, 8))
+    plain, intact = build("llama"), build("llama")
+    qcompile.quantize(plain, Recipe("q", (INT3, Fuse())), progress=False)
+    qcompile.quantize(intact, Recipe("q", (IntactKV(PREFIX), INT3, Fuse())), progress=False)
+    assert torch.equal(logits(plain, ids), logits(intact, ids))
+    assert not torch.equal(logits(plain), logits(intact))
+
+
+def test_the_models_own_token_is_the_default():
+    model = build("llama")
+    qcompile.quantize(model, Recipe("q", (IntactKV(), Quantize(), Fuse())), progress=False)
+    assert model.qcompile_prefix.ids.tolist() == [model.config.bos_token_id]
+
+
+@pytest.mark.parametrize(
+    "name,passes,words",
+    [
+        ("vit", (IntactKV((1,)), Quantize(), Fuse()), "puts nothing into past_key_values"),
+        ("llama", (Quantize(), IntactKV((1,)), Fuse()), "Quantize must come after IntactKV"),
+        ("llama", (IntactKV((1,)), Untie(), FoldNorm(), Rotate(), Quantize(), Fuse()), "must come after"),
+    ],
+)
+def test_bad_recipes_are_refused(name, passes, words):
+    model = build(name)
+    with pytest.raises((RecipeError, CalibrationError), match=words):
+        qcompile.quantize(model, Recipe("q", passes), [example(name)], progress=False)
+    with pytest.raises(RecipeError, match="token ids"):
+        IntactKV((-1,))

@@ -1,0 +1,104 @@
+"""Which sites are quantized and to what: the config's formats, rules, and the reasons to keep a site float."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws import shape
+from torch import nn
+from zoo import build, example
+
+from qcompile.analysis.sites import find_sites
+from qcompile.ir.capture import capture
+from qcompile.numerics.format import Format
+from qcompile.passes import Quantize
+from qcompile.passes.qdq.site_plan import chooses_experts, formats_of, planned_sites, writes_output
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import RecipeError, Rule
+from qcompile.testing import Decoder
+
+INT4, INT8 = Format.parse("int4/group32"), Format("int8")
+
+
+def decoder():
+    model = Decoder(shape(layers=1))
+    return capture(model, (model.example(),))
+
+
+def test_the_logits_have_formats_of_their_own():
+    config = Quantize(INT4, INT8, lm_head=INT8, lm_head_act=None)
+    program, report = decoder(), PassReport("Quantize")
+    planned = planned_sites(config, PassContext.of(program), report)
+    assert [entry.site.name for entry in planned] == [site.name for site in find_sites(program)] and not report.skipped
+    *blocks, logits = planned
+    assert logits.site.name == "head.weight" and logits.is_lm_head
+    assert (logits.weight, logits.act) == (INT8, None)
+    assert {(entry.weight, entry.act, entry.is_lm_head) for entry in blocks} == {(INT4, INT8, False)}
+    alike = planned_sites(Quantize(INT4, INT8, lm_head=None), PassContext.of(program), report)
+    assert {(entry.weight, entry.act, entry.is_lm_head) for entry in alike} == {(INT4, INT8, False)}
+
+
+def test_only_what_reaches_the_output_unmultiplied_writes_it():
+    assert [site.name for site in find_sites(decoder()) if writes_output(site)] == ["head.weight"]
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.first(x)
+            return torch.tanh(y), self.second(y)
+
+    sites = find_sites(capture(Two(), (torch.randn(3, 4),)))
+    assert [writes_output(site) for site in sites] == [False, True]  # the first one is multiplied too
+
+
+@pytest.mark.parametrize(
+    "rule, formats",
+    [
+        (None, (INT8, None)),
+        (Rule("head.weight", weight=INT4), (INT4, None)),
+        (Rule("head.weight", act=INT8), (INT8, INT8)),
+        (Rule("head.weight", weight=INT4, act=INT8), (INT4, INT8)),
+    ],
+)
+def test_a_rule_replaces_what_it_names(rule, formats):
+    config, logits = Quantize(INT4, INT8), find_sites(decoder())[-1]
+    assert formats_of(logits, config, rule) == formats
+
+
+def test_sites_that_stay_float_say_why():
+    program, report = decoder(), PassReport("Quantize")
+    rules = {"blocks.0.up.weight": Rule("*.up.*", keep=True), "head.weight": Rule("head*", weight=INT4)}
+    context = PassContext.of(program, rules=rules, keep_float={"blocks.0.gate.weight": "no kernel is faster"})
+    planned = planned_sites(Quantize(), context, report)
+    assert {place.site: place.reason for place in report.skipped} == {
+        "blocks.0.up.weight": "kept float by the rule '*.up.*'",
+        "blocks.0.gate.weight": "no kernel is faster",
+    }
+    assert len(planned) == len(find_sites(program)) - 2
+    assert not planned[-1].is_lm_head, "its format is the rule's, not the recipe's"
+
+
+def test_what_chooses_experts_is_skipped_unless_a_rule_says_otherwise():
+    program = capture(build("mixtral"), (), example("mixtral"))
+    routers = {site.name for site in find_sites(program) if chooses_experts(site)}
+    assert len(routers) == 2 and all(name.endswith("gate.weight") for name in routers)
+    report = PassReport("Quantize")
+    planned = planned_sites(Quantize(), PassContext.of(program), report)
+    assert {place.site for place in report.skipped} == routers
+    experts = [entry for entry in planned if entry.site.kind == "experts"]
+    assert len(experts) == 4 and all(entry.act is None for entry in experts), "stacks are weight-only"
+    rules = {name: Rule(name, weight=INT8) for name in routers}
+    planned = planned_sites(Quantize(), PassContext.of(program, rules=rules), PassReport("Quantize"))
+    assert routers <= {entry.site.name for entry in planned}
+
+
+def test_formats_that_no_site_can_have_are_refused():
+    for act in ({"act": "int4/group32/dual"}, {"lm_head_act": "int4/group32/dual"}):
+        with pytest.raises(RecipeError, match="activations have no second level of scales"):
+            Quantize(**act)
+    with pytest.raises(RecipeError, match="runtime smoothing is for activations"):
+        Quantize("int4/group32/smooth")

@@ -1,0 +1,128 @@
+"""GPTQ's law: on the same grid of scales and zero points, never worse than round-to-nearest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from zoo import build, example
+
+import qcompile
+from qcompile.calibration.statistics import CalibrationError
+from qcompile.numerics.format import Format
+from qcompile.numerics.qparams import expand_qparams
+from qcompile.numerics.rounding import quantize_tensor
+from qcompile.passes.weights.gptq import GPTQ, gptq, inverse_factor, loss
+from qcompile.recipe.recipe import Recipe
+
+FORMATS = [
+    "int8",
+    "int4/group32",
+    "int4/group32/zero",
+    "int4/group32/floatzero",
+    "int4/group32/zero/dual",
+    "int4/group32/dual",
+    "int3/group32/zero",
+    "fp8",
+]
+
+
+def correlated(seed, columns, rows=400):
+    """Inputs with few strong directions, as a model's are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    mix *= torch.logspace(0, -2, columns, dtype=torch.float64)[:, None]
+    x = torch.randn(rows, columns, generator=generator, dtype=torch.float64) @ mix
+    return x.t() @ x
+
+
+def solve(weight, hessian, form, *, block_size=128, act_order=True):
+    grid = quantize_tensor(weight, Format.parse(form))
+    by = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(len(hessian))
+    upper = inverse_factor(hessian[by][:, by], 0.01)
+    return gptq(weight, hessian, grid, upper, by, block_size), grid
+
+
+@given(st.sampled_from(FORMATS), st.integers(0, 2**20), st.floats(0.01, 100), st.booleans())
+def test_without_correlation_it_is_round_to_nearest(form, seed, size, act_order):
+    weight = torch.randn(5, 80, generator=torch.Generator().manual_seed(seed))
+    found, grid = solve(weight, size * torch.eye(80, dtype=torch.float64), form, act_order=act_order)
+    assert torch.equal(found.codes.float(), grid.codes.float())
+
+
+@given(st.sampled_from(FORMATS), st.integers(0, 2**20), st.booleans())
+def test_it_is_never_worse_and_usually_much_better(form, seed, act_order):
+    weight, hessian = torch.randn(24, 96, generator=torch.Generator().manual_seed(seed)), correlated(seed, 96)
+    found, grid = solve(weight, hessian, form, act_order=act_order)
+    ours, nearest = (loss(weight, q.dequantize(), hessian) for q in (found, grid))
+    assert bool((ours <= nearest * (1 + 1e-9)).all())
+    assert ours.sum() < 0.6 * nearest.sum()
+    scale, zero, low, high = expand_qparams(found)
+    if low is not None:  # int8 stays int8
+        assert bool((found.codes >= low).all() and (found.codes <= high).all())
+
+
+@given(st.integers(0, 2**20))
+def test_where_greed_loses_nearest_is_kept(seed):
+    """With weakly correlated inputs some rows come out worse than rounded to nearest."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, x = torch.randn(300, 8, generator=generator), torch.randn(60, 8, generator=generator).double()
+    hessian = x.t() @ x
+    found, grid = solve(weight, hessian, "int3/row")
+    ours, nearest = (loss(weight, q.dequantize(), hessian) for q in (found, grid))
+    assert bool((ours <= nearest * (1 + 1e-9)).all())
+    kept = (found.codes == grid.codes).all(1)
+    assert bool((ours[~kept] <= nearest[~kept]).all()) and bool(kept.any())
+
+
+@given(st.integers(0, 2**20), st.sampled_from([1, 7, 32, 96]))
+def test_blocks_change_nothing_but_rounding(seed, block_size):
+    weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    hessian = correlated(seed, 96)
+    found, _ = solve(weight, hessian, "int4/group32/zero", block_size=block_size)
+    want, _ = solve(weight, hessian, "int4/group32/zero", block_size=96)
+    assert torch.equal(found.codes, want.codes)
+
+
+def test_a_singular_hessian_has_no_factor_and_a_damped_one_has():
+    assert inverse_factor(torch.zeros(8, 8), 0.01) is None
+    one = torch.ones(8, 1) @ torch.ones(1, 8)
+    assert inverse_factor(one, 0.01) is not None
+
+
+@pytest.mark.parametrize("columns", [5, 129, 300])
+def test_the_factor_of_the_inverse(columns):
+    hessian = correlated(0, columns)
+    upper = inverse_factor(hessian, 0.01)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    assert torch.equal(upper, upper.triu()) and bool((upper.diagonal() > 0).all())
+    assert torch.allclose(upper.t() @ upper @ damped, torch.eye(columns, dtype=torch.float64), atol=1e-8)
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-gptq", "int8-gptq"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3", "mixtral", "bert"])
+def test_in_place_and_better_than_nearest(name, recipe):
+    def error(recipe):
+        model = build(name)
+        qcompile.quantize(model, recipe, [example(name)] * 2, progress=False)
+        with torch.no_grad():
+            got, want = model(**example(name))[0], build(name)(**example(name))[0]
+        return float((got - want).norm() / want.norm())
+
+    nearest = {"w4a16-gptq": "w4a16", "int8-gptq": "int8-smooth"}[recipe]
+    assert error(recipe) < 1.05 * error(nearest)
+
+
+def test_bad_input():
+    model = build("llama")
+    with pytest.raises(ValueError, match="needs calibration data for GPTQ"):
+        qcompile.quantize(model, "w4a16-gptq")
+    with pytest.raises(CalibrationError, match="empty"):
+        qcompile.quantize(model, "w4a16-gptq", [], progress=False)
+    with pytest.raises(ValueError, match="damp_percent and block_size must be positive"):
+        GPTQ(damp_percent=0)
+    with pytest.raises(ValueError, match="stands twice"):
+        Recipe("two", (GPTQ(), qcompile.passes.Quantize())).check()
+    again = Recipe.from_json(qcompile.find_recipe("w4a16-gptq").to_json())
+    assert again == qcompile.find_recipe("w4a16-gptq")

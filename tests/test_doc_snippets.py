@@ -1,0 +1,66 @@
+"""The Python blocks of the documentation run, on models of one layer."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import transformers
+from doc_pages import PAGES, ROOT, blocks
+from zoo import SIZES, build, example
+
+from qcompile.calibration import text
+from qcompile.generation import pretrained
+
+ALGORITHMS = [page for page in PAGES if page.parent.name == "algorithms"]
+GUIDES = [page for page in PAGES if page.parent.name == "guides"]
+WHOLE = [
+    ROOT / "README.md",
+    ROOT / "docs" / "getting-started.md",
+    *GUIDES,
+    *(page for page in PAGES if page.parent.name == "reference"),
+]
+PREAMBLE = "import qcompile\nfrom qcompile.calibration.text import batches\n"
+
+
+def tiny(vocabulary: int):
+    """A decoder of one layer."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": vocabulary, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(tie_word_embeddings=True, **sizes)
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("page", ALGORITHMS, ids=lambda p: p.stem)
+def test_snippets_run(page):
+    model = tiny(SIZES["vocab_size"])
+    ids = [torch.randint(3, 128, (1, 24)) for _ in range(2)]
+    space = {"model": model, "batches": [{"input_ids": x} for x in ids], "windows": ids}
+    assert blocks(page), "an algorithm is shown in a few lines"
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), space)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WHOLE, ids=lambda p: p.stem)
+def test_pages_run(page, smollm2, tmp_path, monkeypatch):
+    """All blocks of a page in order, on a small model and in a folder of their own."""
+    tokenizer = smollm2[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda *_: (tiny(len(tokenizer)), tokenizer))
+    brief = functools.partial(text.batches, count=2, length=64)
+    monkeypatch.setattr(text, "batches", lambda *args, **sizes: brief(*args, **{**sizes, "length": 64}))
+    space = {
+        "model": tiny(len(tokenizer)),
+        "tokenizer": tokenizer,
+        "inputs": tokenizer("The capital of France is", return_tensors="pt"),
+        "build_model": lambda: tiny(len(tokenizer)),
+        "weight": torch.randn(8, 256),
+        "encoder": build("bert"),
+        "sentences": [{**example("bert"), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}],
+    }
+    for block in blocks(page):
+        exec(compile(PREAMBLE + block, str(page), "exec"), space)
+        if page in GUIDES and hasattr(space["model"], "qcompile_recipe"):
+            space["model"] = tiny(len(tokenizer))  # a page of alternatives: each starts from a float model
