@@ -9,7 +9,7 @@ Every folder, ours and the peers', runs in onnxruntime-genai in a process of its
 at a time, so that no idle thread of another spins. All are started five times, since the place of its memory makes a
 process some percent faster or slower. After a long prompt, which takes seconds to read, each decodes several times.
 Perplexity is that of the ONNX model: 4 windows of 2048 tokens. Peers that are not installed are named and skipped. Last
-comes the number of tokens from which int8 weights are faster than 4-bit codes (FEW in codegen/onnx/lowering).
+comes the number of tokens from which int8 weights are faster than 4-bit codes (DECODE_TOKENS in codegen/onnx/lowering).
 """
 
 from __future__ import annotations

@@ -12,16 +12,19 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
-from onnx import GraphProto, TensorProto, helper, numpy_helper
+from onnx_ir.passes.common import NameFixPass
 from rich.table import Table
 
-import qcompile.codegen.onnx.lowering.int8_kv_attention as lower_attention
 from qcompile.cli.output import print_table
+from qcompile.codegen.onnx.lowering import int8_kv_attention
+from qcompile.codegen.onnx.lowering.constants import Constants
+from qcompile.codegen.onnx.lowering.int8_kv_attention import ChunkedPrefill, insert_lengths, split_by_length
+from qcompile.codegen.onnx.lowering.op_inputs import CONTRIB, GroupQueryAttention
 from qcompile.memory.environment import versions
 from qcompile.numerics.int8_matmul import processor
 
@@ -31,39 +34,32 @@ SIZES = [(new, 0) for new in (128, 192, 256, 512, 1024, 1536, 2048, 4096)]
 SIZES += [(256, 256), (256, 512), (512, 256), (512, 512)]  # new tokens, and cached ones
 
 
-def attention(pieces: int, longest: int) -> onnxruntime.InferenceSession:
-    """The attention, whatever the past, in so many pieces up to so many tokens."""
-    floats, codes, ints = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT32
-    constants: list[Any] = []
-
-    def constant(value: np.ndarray) -> str:
-        constants.append(numpy_helper.from_array(value, f"constant_{len(constants)}"))
-        return constants[-1].name
-
-    rng = np.random.default_rng(0)
+def attention(chunks: int, max_tokens: int) -> onnxruntime.InferenceSession:
+    """The attention, whatever the past, in so many chunks up to so many tokens."""
+    floats, codes, ints, cache = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, [1, GROUPS, None, SIZE]
+    inputs = [ir.val("ids", ir.DataType.INT64, [1, None]), ir.val("last", ints, [1]), ir.val("total", ints, [1])]
+    inputs += [ir.val(name, floats, [1, None, n * SIZE]) for name, n in (("q", HEADS), ("k", GROUPS), ("v", GROUPS))]
+    inputs += [ir.val("keys", codes, cache), ir.val("values", codes, cache)]
+    outputs = [ir.val("attended", floats), ir.val("new_keys", codes), ir.val("new_values", codes)]
+    graph = ir.Graph(inputs, outputs[:2], nodes=[], name="attention", opset_imports={"": 21, CONTRIB: 1})
+    constants, rng = Constants(graph), np.random.default_rng(0)
     angles = rng.standard_normal((8192, SIZE // 2)).astype(np.float32)
-    scales = [constant(np.full((1, GROUPS, 1, SIZE), 0.02, np.float32)) for _ in range(2)]
-    tables = [constant(part) for part in (np.cos(angles), np.sin(angles))]
-    node = helper.make_node(
-        "GroupQueryAttention", ["q", "k", "v", "keys", "values", "last", "total", *tables, "", "", "", *scales],
-        ["attended", "new_keys", "new_values"], name="attention", domain="com.microsoft", num_heads=HEADS,
-        kv_num_heads=GROUPS, do_rotary=1, kv_cache_bit_width=8, k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL",
-    )  # fmt: skip
-    with patch.multiple(lower_attention, _PIECES=pieces, LONG=0, _LONGEST=longest, _AHEAD=0):
-        known = lower_attention.lengths("ids", node, constant)
-        nodes = [*known.nodes, lower_attention.by_length(node, known, constant)]
-    cache = [1, GROUPS, None, SIZE]
-    inputs = [("ids", TensorProto.INT64, [1, None]), ("last", ints, [1]), ("total", ints, [1])]
-    inputs += [(name, floats, [1, None, n * SIZE]) for name, n in (("q", HEADS), ("k", GROUPS), ("v", GROUPS))]
-    inputs += [("keys", codes, cache), ("values", codes, cache)]
-    graph: GraphProto = helper.make_graph(
-        nodes, "attention", [helper.make_tensor_value_info(*one) for one in inputs],
-        [helper.make_tensor_value_info(*one) for one in (("attended", floats, None), ("new_keys", codes, None))],
-        constants,
-    )  # fmt: skip
-    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    cos, sin = constants.tensor(np.cos(angles)), constants.tensor(np.sin(angles))
+    scale = constants.tensor(np.full((1, GROUPS, 1, SIZE), 0.02, np.float32))
+    _, last, total, q, k, v, keys, values = inputs
+    operands = GroupQueryAttention(q, k, v, keys, values, last, total, cos, sin, None, None, None, scale, scale)
+    attributes = dict(num_heads=HEADS, kv_num_heads=GROUPS, do_rotary=1, kv_cache_bit_width=8,
+                      k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL")  # fmt: skip
+    node = ir.node(
+        "GroupQueryAttention", operands.as_list(), attributes, outputs=outputs, domain=CONTRIB, name="attention"
+    )
+    graph.append(node)
+    config = ChunkedPrefill(chunks, min_tokens=0, max_tokens=max_tokens, min_over_past=0)
+    with patch.object(int8_kv_attention, "CHUNKED_PREFILL", config):
+        split_by_length(node, insert_lengths(node, inputs[0]))
+    model = ir.Model(graph, ir_version=10)
+    NameFixPass()(model)
+    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def inputs_of(new: int, past: int) -> dict[str, np.ndarray]:

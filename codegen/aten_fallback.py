@@ -38,8 +38,9 @@ def lower_rest(program: Program) -> None:
 def replace_quantize(node: fx.Node, codes: fx.Node, scale: fx.Node) -> None:
     """Let consumers of a quantize without zero point read `codes` and `scale` instead."""
     for user in list(node.users):
-        if user.target is operator.getitem and user.args[1] < 2:
-            user.replace_all_uses_with((codes, scale)[user.args[1]])
+        index = user.args[1] if user.target is operator.getitem else None
+        if isinstance(index, int) and index < 2:
+            user.replace_all_uses_with((codes, scale)[index])
 
 
 def inline_qlinear(program: Program, node: fx.Node, call: QLinearCall) -> fx.Node:

@@ -14,7 +14,7 @@ from qcompile.calibration.statistics import CalibrationError
 from qcompile.calibration.text import batches as calibration_batches
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.save_load import load, save
-from qcompile.codegen.onnx.options import OnnxOptions
+from qcompile.codegen.onnx.onnx_options import OnnxOptions
 from qcompile.generation.pretrained import load_pretrained
 from qcompile.ir.capture import CaptureError, capture
 from qcompile.ir.program import Program

@@ -16,7 +16,7 @@ from retired_words import faults
 import qcompile.passes
 from qcompile.backend.options import OPTIONS
 from qcompile.cli import app
-from qcompile.codegen.onnx.options import OnnxOptions
+from qcompile.codegen.onnx.onnx_options import OnnxOptions
 from qcompile.pipeline.presets import PRESETS
 from qcompile.recipe.registry import registered
 

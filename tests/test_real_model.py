@@ -18,6 +18,8 @@ from qcompile.numerics.format import Format
 from qcompile.passes import GPTQ, Fuse, Quantize
 from qcompile.recipe.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pieces(smollm2):
@@ -40,18 +42,18 @@ def test_perplexity(smollm2, pieces, float_perplexity, recipe, most):
 
 def test_a_quantized_cache(smollm2, pieces, float_perplexity):
     """Four bits lose little, a Hadamard matrix wins most of it back, and the cache takes a quarter."""
-    found, held = {}, {}
-    for name, how in (("plain", {}), ("hadamard", {"hadamard": True})):
+    found, sizes = {}, {}
+    for name, options in (("plain", {}), ("hadamard", {"hadamard": True})):
         caches = []
 
-        def call(input_ids, how=how, caches=caches):
-            caches.append(KVCache(4, **how))
+        def call(input_ids, options=options, caches=caches):
+            caches.append(KVCache(4, **options))
             return smollm2[0](input_ids=input_ids, past_key_values=caches[-1])
 
         found[name] = perplexity(call, pieces, progress=False)
-        held[name] = caches[0].nbytes / caches[0].float_nbytes()
+        sizes[name] = caches[0].nbytes / caches[0].float_nbytes()
     assert float_perplexity < found["hadamard"] < found["plain"] < 1.3 * float_perplexity
-    assert found["hadamard"] < 1.1 * float_perplexity and held["hadamard"] < 0.35
+    assert found["hadamard"] < 1.1 * float_perplexity and sizes["hadamard"] < 0.35
 
 
 def test_rotation_rescues_w4a4(smollm2, pieces):
@@ -88,7 +90,7 @@ def test_eager_compiled_and_onnx_choose_the_same_tokens(smollm2, tmp_path):
 
 
 def test_eager_and_compiled_round_activations_alike(smollm2):
-    """Both round the same numbers, but not always to the same side, and one code that flips is new noise for all
+    """Both round the same values, but not always to the same side, and one code that flips is new noise for all
     later layers: a change of 1e-7 in each layer moves eager logits by up to a tenth of their norm. So the median
     over tokens is compared, of a prompt and of single steps, with what the rounding itself does to float logits."""
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
@@ -123,7 +125,7 @@ def distances(found, want):
 
 
 def shorten(model):
-    """The first eight layers and the last four: Inductor takes seconds for each (`make demo` compiles all of them)."""
+    """Keep the first eight layers and the last four: Inductor takes seconds for each (`make demo` compiles all)."""
     del model.model.layers[8:-4]
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = index

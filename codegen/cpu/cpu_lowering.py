@@ -17,7 +17,7 @@ from qcompile.codegen.cpu.cpu_kernel_choice import choose_cpu_kernel
 from qcompile.codegen.kernel_choice import KernelChoice
 from qcompile.codegen.prepared_weights import prepared_weights, stored_weight
 from qcompile.codegen.rows import rows_label, rows_of
-from qcompile.ir.op_calls import QLinearCall, site_name
+from qcompile.ir.op_calls import Operand, QLinearCall, site_name
 from qcompile.ir.program import Program
 from qcompile.memory.weight_cache import Remember
 
@@ -60,14 +60,16 @@ def _int8_mm(program: Program, node: fx.Node, call: QLinearCall, remember: Remem
     def run(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         return kernels.int8_mm(x, x_scale, weight, scale, bias, call.dtype)
 
-    return program.inline(run, (call.x, call.x_scale, call.weight, call.scale, call.bias), before=node)
+    result: fx.Node = program.inline(run, (call.x, call.x_scale, call.weight, call.scale, call.bias), before=node)
+    return result
 
 
 def _int8_float(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> fx.Node:
     def run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         return kernels.finish(kernels.int8_float(x, weight), scale, bias, call.dtype)
 
-    return program.inline(run, (call.x, call.weight, call.scale, call.bias), before=node)
+    result: fx.Node = program.inline(run, (call.x, call.weight, call.scale, call.bias), before=node)
+    return result
 
 
 def _dual_mm(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> fx.Node:
@@ -87,13 +89,16 @@ def _dual_mm(program: Program, node: fx.Node, call: QLinearCall, remember: Remem
         assert group_scale is not None
         return kernels.prepare_symmetric(codes, group_scale, form, k)
 
+    scale_of_groups: Operand
+    zero: Operand
     if call.zero is None:
         nibbles, scale_of_groups, zero = prepared_weights(program, call, "symmetric nibbles", remember, without_zero)
     else:
         (nibbles,) = prepared_weights(program, call, "nibbles", remember, with_zero)
         scale_of_groups, zero = call.group_scale, call.zero
     operands = (call.x, call.x_scale, nibbles, scale_of_groups, zero, call.scale, call.bias)
-    return program.inline(run, operands, before=node)
+    result: fx.Node = program.inline(run, operands, before=node)
+    return result
 
 
 def _nibble_float(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> fx.Node:
@@ -101,7 +106,9 @@ def _nibble_float(program: Program, node: fx.Node, call: QLinearCall, remember: 
     form, k = call.weight_format, call.columns
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
-        slope, offset = kernels.group_offsets(group_scale if form.dual else scale, zero)
+        scale_of_groups = group_scale if form.dual else scale
+        assert scale_of_groups is not None
+        slope, offset = kernels.group_offsets(scale_of_groups, zero)
         return kernels.prepare_nibbles(codes, form, k), slope, offset
 
     def run(x: Tensor, nibbles: Tensor, a: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,7 +116,8 @@ def _nibble_float(program: Program, node: fx.Node, call: QLinearCall, remember: 
         return kernels.finish(sums, scale if form.dual else torch.ones(1), bias, call.dtype)
 
     nibbles, a, c = prepared_weights(program, call, "affine nibbles", remember, make)
-    return program.inline(run, (call.x, nibbles, a, c, call.scale, call.bias), before=node)
+    result: fx.Node = program.inline(run, (call.x, nibbles, a, c, call.scale, call.bias), before=node)
+    return result
 
 
 _INSERT: dict[str, Callable[[Program, fx.Node, QLinearCall, Remember], fx.Node]] = {

@@ -21,7 +21,7 @@ import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -192,21 +192,31 @@ def unpack_nibble(nibbles: Tensor, a: Tensor, c: Tensor, k: int, dtype: torch.dt
     return out.to(dtype)
 
 
+class _Library(Protocol):
+    """torch.library.Library, which torch does not type."""
+
+    def define(self, schema: str) -> Any: ...
+
+    def impl(self, op_name: str, fn: Callable[..., Tensor], dispatch_key: str) -> Any: ...
+
+
 # Registered at the lowest level: an operator is called some hundred times for each token, and the
 # layers of torch.library.custom_op cost more than a small matmul.
-_registry = torch.library.Library("qcompile_cpu", "DEF")
+_open_library: Callable[[str, str], _Library] = torch.library.Library
+_registry = _open_library("qcompile_cpu", "DEF")
 for _name, _schema in _DEFINITIONS.items():
     _registry.define(_name + _schema)
     _registry.impl(_name, globals()[f"_{_name}"], "CPU")
 
 
-@torch.library.register_fake("qcompile_cpu::int8_mm")
-@torch.library.register_fake("qcompile_cpu::dual_mm")
 def _int8_fake(x: Tensor, x_scale: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=rest[-1])
 
 
-@torch.library.register_fake("qcompile_cpu::int8_float")
-@torch.library.register_fake("qcompile_cpu::nibble_float")
 def _float_fake(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+for _names, _fake in (("int8_mm", "dual_mm"), _int8_fake), (("int8_float", "nibble_float"), _float_fake):
+    for _name in _names:
+        torch.library.register_fake(f"qcompile_cpu::{_name}", _fake)

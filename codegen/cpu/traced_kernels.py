@@ -122,7 +122,7 @@ def prepare_nibbles(stored: Tensor, format: Format, columns: int) -> Tensor:
     codes = unpack_codes(stored, format, columns)
     unsigned = codes if format.zero != "none" else (codes.to(torch.int16) - format.qmin).to(torch.uint8)
     padded = torch.nn.functional.pad(unsigned, (0, -columns % format.group))
-    halves = padded.unflatten(-1, (-1, 2, format.group // 2))
+    halves = torch.unflatten(padded, -1, (-1, 2, format.group // 2))
     return (halves[..., 0, :] | (halves[..., 1, :] << 4)).contiguous()
 
 

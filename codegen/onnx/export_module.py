@@ -20,7 +20,7 @@ from torch import nn
 from qcompile.codegen.onnx.folder_files import write_folder_files
 from qcompile.codegen.onnx.fusions.attention.int8_kv_cache import Int8KVCache
 from qcompile.codegen.onnx.fusions.quantized_embedding import QuantizedEmbedding
-from qcompile.codegen.onnx.options import OnnxOptions
+from qcompile.codegen.onnx.onnx_options import OnnxOptions
 from qcompile.codegen.onnx.rewrite_graph import rewrite
 from qcompile.codegen.onnx.sentence_embedding import PooledEncoder
 from qcompile.codegen.onnx.tracing.onnx_support import check_supported

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from qcompile.codegen.onnx.genai_config import DecoderConfig, write_genai_config
+from qcompile.codegen.onnx.onnx_options import OnnxOptions
 from qcompile.codegen.onnx.ops.attention_ops import GroupQueryAttentionCall
-from qcompile.codegen.onnx.options import OnnxOptions
 from qcompile.codegen.onnx.sentence_embedding import write_pooling
 from qcompile.codegen.onnx.tracing.cached_decoder import CachedDecoder
 from qcompile.codegen.onnx.tracing.trace import Traced

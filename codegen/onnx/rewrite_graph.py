@@ -11,7 +11,7 @@ from qcompile.codegen.onnx.fusions.grouped_matmul import split_grouped_matmuls
 from qcompile.codegen.onnx.fusions.int8_embedding import quantize_embeddings
 from qcompile.codegen.onnx.fusions.last_token_logits import keep_last_token_logits
 from qcompile.codegen.onnx.fusions.quantized_embedding import QuantizedEmbedding
-from qcompile.codegen.onnx.options import OnnxOptions
+from qcompile.codegen.onnx.onnx_options import OnnxOptions
 from qcompile.codegen.onnx.tracing.cached_decoder import CachedDecoder
 from qcompile.codegen.onnx.tracing.onnx_support import OnnxUnsupportedError
 from qcompile.codegen.onnx.tracing.trace import Traced

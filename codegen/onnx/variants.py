@@ -35,7 +35,13 @@ class ExpectedOutputs:
 
 
 def expected_outputs(path: Path, module: TracedModule, *, low_memory: bool) -> ExpectedOutputs:
-    """Of the module behind an export; low_memory: a file that multiplies by 4-bit codes only."""
+    """Compute what the file of an exported graph must compute.
+
+    Args:
+        path: of the exported graph.
+        module: the module.
+        low_memory: the file multiplies by 4-bit codes only.
+    """
     if low_memory or not has_dual_linears(ir.load(path)):
         variants: list[Variant] = ["decode"]
     else:
@@ -54,7 +60,7 @@ def write_variants(
     Args:
         path: of the exported graph; overwritten.
         module: the module.
-        expected: its outputs.
+        expected: what the file must compute.
         accuracy_level: of MatMulNBits, as it will run.
         contrib_ops: use ONNX Runtime's operators; else those of the ONNX standard only.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -73,8 +73,9 @@ def fuse_into_row_quant(program: Program, capability: tuple[int, int]) -> None:
     kernels: dict[QuantizeCall, fx.Node] = {}
     for node, call in QuantizeCall.find(program):
         form, value = Format.parse(call.format), call.x.meta["val"]
-        per_token = form.dtype in ("int8", "fp8") and form.per == "row" and form.zero == "none"
-        if not per_token or not has_format(form.dtype, capability):
+        if not (form.dtype == "int8" or form.dtype == "fp8") or form.per != "row" or form.zero != "none":
+            continue
+        if not has_format(form.dtype, capability):
             continue
         if value.dtype not in NAMES or int(value.shape[-1]) > MAX_K:
             continue
@@ -95,7 +96,7 @@ def _insert(program: Program, node: fx.Node, fused: _Fused, spec: RowQuant, move
     kernel = call.insert(program, after=fused.written[min(fused.written)][0])
     for index, (value, consumers) in fused.written.items():
         moved[value] = result = program.insert(operator.getitem, (kernel, index), after=kernel)
-        value.replace_all_uses_with(result, delete_user_cb=lambda user, consumers=consumers: user in consumers)
+        value.replace_all_uses_with(result, delete_user_cb=consumers.__contains__)
     return kernel
 
 
@@ -159,10 +160,11 @@ def _take_gate(x: fx.Node, fused: _Fused) -> bool:
     if x.target is not aten.mul.Tensor:
         return False
     for gate, other in (x.args, x.args[::-1]):
-        both = isinstance(gate, fx.Node) and isinstance(other, fx.Node) and same_type(gate, other)
-        if both and gate.target is aten.silu.default:
+        if not isinstance(gate, fx.Node) or not isinstance(other, fx.Node) or not same_type(gate, other):
+            continue
+        if gate.target is aten.silu.default:
             fused.fields["first"] = "gate"
-            fused.x, fused.tensors["gate"] = gate.args[0], other
+            fused.x, fused.tensors["gate"] = cast(fx.Node, gate.args[0]), other  # silu has one operand, a tensor
             return True
     return False
 
@@ -192,7 +194,7 @@ def same_type(a: fx.Node, b: fx.Node) -> bool:
 
 def _in_memory(node: fx.Node) -> bool:
     while node.target in VIEWS:
-        node = node.args[0]
+        node = cast(fx.Node, node.args[0])  # the tensor that a view reads
     return node.op == "placeholder" or node.target in _IN_MEMORY or any(user.target in _KERNELS for user in node.users)
 
 

@@ -86,7 +86,8 @@ def _lower_qlinear(program: Program, node: fx.Node, call: QLinearCall, remember:
 def _linear_w(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> fx.Node:
     stored, form, k = stored_weight(program, call), call.weight_format, call.columns
     made = prepared_weights(program, call, "linear_w", remember, lambda: prepare(*stored, form, k))
-    packed, scale, zero = (*made, None)[:3]
+    packed, scale, *zeros = made
+    zero = zeros[0] if zeros else None
     return LinearWCall(
         call.x, packed, scale, zero, call.bias, residual=None, low=None, up=None, format=call.format, columns=k
     ).insert(program, before=node)
@@ -94,6 +95,7 @@ def _linear_w(program: Program, node: fx.Node, call: QLinearCall, remember: Reme
 
 def _linear_a8(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> fx.Node:
     weight, form, k = call.weight, call.weight_format, call.columns
+    assert call.x_scale is not None
     if form.dual:
         codes, _, zero, group_scale = stored_weight(program, call)
 
@@ -131,6 +133,7 @@ def _low_rank(other: fx.Node) -> dict[str, Any] | None:
     if other.target is not LINEAR or len(other.args) > 2 or len(other.users) != 1:
         return None
     low, up = other.args
+    assert isinstance(up, fx.Node)
     return dict(low=low, up=up) if up.meta["val"].shape[1] <= _MAX_RANK else None
 
 

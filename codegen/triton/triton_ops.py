@@ -6,6 +6,8 @@ so that Inductor and CUDA graphs may put them anywhere. On a CPU they are their 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from qcompile.numerics.bit_packing import pack
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard
 from qcompile.numerics.qtensor import expand_groups
+
+_check: Callable[[bool], None] = torch._check  # which torch does not type
 
 
 def _as_matrix(x: Tensor | None) -> Tensor | None:
@@ -90,7 +94,7 @@ def _(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     low: Tensor | None, up: Tensor | None, format: str, columns: int,
 ) -> Tensor:  # fmt: skip
-    torch._check(x.shape[-1] == columns)
+    _check(x.shape[-1] == columns)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
@@ -198,7 +202,7 @@ def _(
     v = v if smooth is None else v / smooth
     v = v if signs is None else apply_hadamard(v, signs)
     width = fields.group or k
-    groups = torch.nn.functional.pad(v, (0, -k % width)).unflatten(-1, (-1, width))
+    groups = torch.unflatten(torch.nn.functional.pad(v, (0, -k % width)), -1, (-1, width))
     max_value = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[fields.codes]
     scale = groups.abs().amax(-1, keepdim=True) / max_value
     scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))

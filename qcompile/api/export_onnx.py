@@ -13,7 +13,7 @@ from torch import nn
 
 from qcompile.api.quantize import quantize
 from qcompile.checkpoint.atomic_folder import atomic_folder
-from qcompile.codegen.onnx.options import OnnxKeywords, OnnxOptions
+from qcompile.codegen.onnx.onnx_options import OnnxKeywords, OnnxOptions
 from qcompile.codegen.onnx.sentence_embedding import check_example
 from qcompile.modules.generation_hooks import detached, refuse_cache
 from qcompile.modules.quant_experts import QuantStack
@@ -47,7 +47,7 @@ def export_onnx(
         progress: show progress bars and a spinner.
         options: what kind of file: accuracy_level, low_memory, last_logits, chunk, contrib_ops, float_cache,
             float_embeddings, pooling, normalize. Each is described, with its default, in
-            qcompile.codegen.onnx.options.OnnxOptions.
+            qcompile.codegen.onnx.onnx_options.OnnxOptions.
 
     Raises:
         TypeError: an unknown option.

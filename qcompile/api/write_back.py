@@ -76,7 +76,7 @@ class WriteBack:
             node.name
             for node, _ in HadamardCall.find(after)
             for user in node.users
-            if self._linear_behind(user) is None
+            if not self._has_module(after, self._linear_behind(user))
         ]
         if homeless:
             raise RecipeError(
@@ -129,6 +129,12 @@ class WriteBack:
 
     def _path(self, site: str) -> str:
         return self.owners.get(site, site.rpartition(".")[0])
+
+    def _has_module(self, after: Program, linear: fx.Node | None) -> bool:
+        """Whether a module can take the place of a float linear; quantized ones were checked before."""
+        if linear is None or linear.target is not LINEAR:
+            return linear is not None
+        return after.weight_name(linear.args[1]) not in self.not_plain
 
     def _linear_behind(self, node: fx.Node) -> fx.Node | None:
         while node.target not in (QLinearCall.target, LINEAR):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qcompile.ir.aten_ops import aten
+
 GRAPHS = "triton.cudagraphs"
 MODES = ("default", "reduce-overhead")
 
@@ -90,16 +92,14 @@ def _make_first_caches_contiguous(graph: fx.Graph) -> None:
     where eager PyTorch and the cat of the next token are contiguous. The graph for a second token would be compiled for
     strides that the cache of a third token does not have, and be compiled again: a minute for a small LLM.
     """
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+    for node in graph.find_nodes(op="call_function", target=aten.cat.default):
         made, parts = node.meta.get("val"), node.args[0] if node.args else ()
         kept = [part for part in parts if not _is_empty(part.meta.get("val"))]
         if made is None or len(kept) != 1 or len(parts) == 1:
             continue
         if kept[0].meta["val"].dtype == made.dtype and made.is_contiguous():
             with graph.inserting_before(node):
-                copy = graph.call_function(
-                    torch.ops.aten.clone.default, (kept[0],), {"memory_format": torch.contiguous_format}
-                )
+                copy = graph.call_function(aten.clone.default, (kept[0],), {"memory_format": torch.contiguous_format})
             copy.meta = dict(node.meta)
             node.replace_all_uses_with(copy)
             graph.erase_node(node)

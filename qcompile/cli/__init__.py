@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import warnings
 
+import rich
+
 from qcompile.cli import (  # noqa: F401  register commands
     bench,
     demo,
@@ -31,6 +33,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.formatwarning = format_warning
+    rich.reconfigure(stderr=True)  # progress bars: a pipe gets results only
     try:
         app()
     except (ValueError, OSError) as error:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
 import torch
 import typer
@@ -46,7 +46,7 @@ def flags_of(options: type) -> Callable[[Callable[..., None]], Callable[..., Non
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=field.default,
-                annotation=Annotated[hints[field.name], typer.Option(help=field.metadata["help"])],
+                annotation=Annotated[hints[field.name], typer.Option(*_names(field), help=field.metadata["help"])],
             )
             for field in fields(options)
         ]
@@ -58,11 +58,16 @@ def flags_of(options: type) -> Callable[[Callable[..., None]], Callable[..., Non
 
         own = inspect.signature(command, eval_str=True)
         parameters = [p for p in own.parameters.values() if p.name != "options"] + flags
-        call.__signature__ = own.replace(parameters=parameters)
+        cast(Any, call).__signature__ = own.replace(parameters=parameters)  # typer reads it; a function declares none
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         return call
 
     return replace
+
+
+def _names(field: Field[Any]) -> list[str]:
+    """A switch that is off by default needs no flag that switches it off."""
+    return [f"--{field.name.replace('_', '-')}"] if field.default is False else []
 
 
 def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
-from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -22,7 +21,6 @@ from qcompile.evaluation import plots
 
 console = Console()
 
-_ANY_WIDTH = 10_000  # rich clips a measurement to the width of its options
 _FRAME = 4  # lines around the rows of a table, the header among them
 _NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?[%x]?")
 
@@ -61,12 +59,7 @@ def print_table(what: RenderableType) -> None:
         for line in _aligned(what):
             tell(line)
     else:
-        for column in what.columns:
-            column.overflow = "fold"
-            if all(_NUMBER.fullmatch(cell) for cell in _cells(column.cells) if cell):
-                column.justify = "right"
-        needed = Measurement.get(console, console.options.update(width=_ANY_WIDTH), what).minimum  # of whole words
-        fits = needed <= console.width
+        fits = _set_widths(what, console.width)
         console.print(what if fits and _height(what) - _FRAME <= _height(_blocks(what)) else _blocks(what))
 
 
@@ -83,7 +76,7 @@ def _one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def _cells(column: object) -> list[str]:
+def _cells(column: Iterable[object]) -> list[str]:
     return [cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain for cell in column]
 
 
@@ -101,6 +94,23 @@ def _aligned(table: Table) -> Iterator[str]:
         yield _cells([table.title])[0]
     for line in lines:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def _set_widths(table: Table, width: int) -> bool:
+    """Give each column its longest word, and further space to those that wrap most; False if whole words do not fit."""
+    header, rows = _rows(table)
+    spare, columns = width - 1, list(zip(table.columns, zip(header, *rows, strict=True), strict=True))
+    for column, cells in columns:
+        column.width = max(len(word) for cell in cells for word in cell.split() or [""])
+        column.justify = "right" if all(_NUMBER.fullmatch(cell) for cell in cells[1:] if cell) else "left"
+        spare -= column.width + 3  # borders and padding
+    if spare < 0:
+        return False
+    for _ in range(spare):
+        column, cells = max(columns, key=lambda pair: max(map(len, pair[1])) / (pair[0].width or 1))
+        if max(map(len, cells)) > (column.width or 0):
+            column.width = (column.width or 0) + 1
+    return True
 
 
 def _blocks(table: Table) -> Group:

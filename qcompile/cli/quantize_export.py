@@ -17,7 +17,7 @@ from qcompile.cli.arguments import (
     load_encoder,
 )
 from qcompile.cli.output import tell
-from qcompile.codegen.onnx.options import OnnxOptions
+from qcompile.codegen.onnx.onnx_options import OnnxOptions
 
 
 @app.command()
@@ -44,8 +44,8 @@ def export_onnx(
 ) -> None:
     """Quantize MODEL and write an ONNX folder, verified against PyTorch before it appears.
 
-    The folder runs in onnxruntime-genai, and by `qcompile generate FOLDER`; an encoder's (--pooling) in
-    sentence-transformers with backend="onnx".
+    The folder runs in onnxruntime-genai, and by `qcompile generate FOLDER`.
+    The folder of an encoder (--pooling) runs in sentence-transformers.
     """
     from qcompile.api.export_onnx import export_onnx as write
     from qcompile.calibration.text import sentence_batches, sentences

@@ -68,6 +68,7 @@ def check(
 ) -> None:
     """Compile all kernels ahead of time, without a GPU, and look for spills, lost bodies and slow instructions."""
     from qcompile.codegen.triton.aot import budget
+    from qcompile.codegen.triton.aot.shipped_kernels import shipped
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET=1 interprets kernels and compiles none. Fix: unset it")
@@ -75,10 +76,10 @@ def check(
         architectures = [int(a) for a in split_names(arch)]
     except ValueError:
         raise ValueError(f"--arch {arch!r} is no list of compute capabilities. Fix: write 90, or 80,90") from None
-    total = sum(only in str(kernel) for a in architectures for kernel in budget.shipped(a))
+    total = sum(only in str(kernel) for a in architectures for kernel in shipped(a))
     if not total:
         raise ValueError(f"--only {only!r}: no kernel's name contains this. Fix: see qcompile kernels list")
-    rows = list(track(budget.check(architectures, only), "compiling", total=total, transient=True, console=console))
+    rows = list(track(budget.check(architectures, only), "compiling", total=total, transient=True))
     bad = [row for row in rows if row.complaints or (row.over and not update)]
     if update:
         budget.write(rows)

@@ -120,9 +120,9 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         raise CaptureError("the graph has no tensor input: nothing to quantize")
     baked = _bake_scalars(graph_module, placeholders, example_inputs)
     with torch.fx.traceback.preserve_node_meta(), mode, _quiet():
-        aten = make_fx(graph_module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+        module = make_fx(graph_module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
     weights: dict[str, Tensor] = {}
-    traced = list(aten.graph.find_nodes(op="placeholder"))
+    traced = list(module.graph.find_nodes(op="placeholder"))
     for index, (node, origin, real) in enumerate(zip(traced, placeholders, example_inputs, strict=True)):
         node.meta[DYNAMO_INDEX] = index
         node.meta.setdefault("val", fakes[index])
@@ -133,7 +133,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         if path is not None and isinstance(real, Tensor) and real.device.type != "meta":
             node.meta[WEIGHT] = path if path not in weights else f"{path}#{index}"
             weights[node.meta[WEIGHT]] = real.detach()
-    program = normalize(Program(aten, weights))
+    program = normalize(Program(module, weights))
     program.scalars = baked
     if reason is not None and reason.graph_break:
         place = reason.user_stack[-1] if reason.user_stack else None

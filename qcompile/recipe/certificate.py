@@ -40,16 +40,28 @@ def widen(inputs: Sequence[Any], dtype: torch.dtype) -> list[Any]:
 
 
 def relative_error(after: Sequence[Any], before: Sequence[Any]) -> float:
-    """The largest max|a - b| / max|b| over pairs of floating-point outputs; NaN counts as infinite."""
+    """The largest max|a - b| / max|b| over pairs of floating-point outputs.
+
+    NaN and Inf are equal to themselves only, and count for nothing in max|b|.
+    """
     worst = 0.0
     for a, b in zip(after, before, strict=True):
         if not isinstance(b, Tensor) or not b.is_floating_point() or b.numel() == 0:
             continue
-        scale = max(float(b.abs().max()), 1e-30)
+        scale = max(_largest(piece) for piece in b.flatten().split(_PIECE))
         pieces = zip(a.flatten().split(_PIECE), b.flatten().split(_PIECE), strict=True)
-        error = torch.stack([(x.double() - y.double()).abs().max() for x, y in pieces]).max()  # NaN stays NaN
-        worst = max(worst, float(error.nan_to_num(nan=torch.inf)) / scale)
+        worst = max(worst, max(_largest_difference(x.double(), y.double()) for x, y in pieces) / max(scale, 1e-30))
     return worst
+
+
+def _largest(x: Tensor) -> float:
+    """The largest finite |x|."""
+    return float(x.abs().nan_to_num(nan=0.0, posinf=0.0).max())
+
+
+def _largest_difference(x: Tensor, y: Tensor) -> float:
+    same = (x == y) | (x.isnan() & y.isnan())
+    return float((x - y).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(same, 0.0).max())
 
 
 def certify(

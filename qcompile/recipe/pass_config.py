@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from dataclasses import dataclass
+from typing import get_args, get_type_hints
 
 from qcompile.numerics.format import Format
 
 
 @dataclass(frozen=True)
 class PassConfig:
-    """A frozen dataclass whose fields are plain data or formats; a format may be given as text ("int4/group128")."""
+    """A frozen dataclass whose fields are plain data or formats; a format may be given as text ("int4/group128").
+
+    Raises:
+        ValueError: text that is no format.
+    """
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, str) and "Format" in str(field.type):
-                object.__setattr__(self, field.name, Format.parse(value))
+        for name in _format_fields(type(self)):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, Format.parse(value))
+
+
+@functools.cache
+def _format_fields(config: type[PassConfig]) -> tuple[str, ...]:
+    """Names of the fields that hold a format, or a format or None."""
+    return tuple(name for name, hint in get_type_hints(config).items() if Format in (hint, *get_args(hint)))

@@ -17,7 +17,7 @@ ENCODER = dict(example=torch.randn(2, 8))
 @pytest.mark.parametrize(
     "options,error,words",
     [
-        (dict(portable=True), TypeError, "unknown ONNX option 'portable'"),
+        (dict(last_logit=True), TypeError, "unknown ONNX option .last_logit."),
         (dict(accuracy_level=2), RecipeError, "accuracy_level 2 is unknown"),
         (dict(**ENCODER, last_logits=True), RecipeError, "for decoders"),
         (dict(**ENCODER, chunk=16), RecipeError, "for decoders"),

@@ -40,7 +40,7 @@ def cases():
                 yield pytest.param(recipe, dtype, rows, marks=() if fast else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("recipe,dtype,rows", cases())
+@pytest.mark.parametrize("recipe,dtype,rows", list(cases()))
 def test_compiled_is_the_eager_reference(recipe, dtype, rows):
     model = mlp().to(dtype)
     x = torch.randn(rows, 128, dtype=dtype)

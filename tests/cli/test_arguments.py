@@ -15,6 +15,7 @@ from qcompile.cli.arguments import calibration_batches, flags_of, is_exported, l
 class Options:
     level: int = field(default=4, metadata={"help": "the level"})
     fast_path: bool = field(default=True, metadata={"help": "take it"})
+    quiet: bool = field(default=False, metadata={"help": "say nothing"})
     name: str | None = field(default=None, metadata={"help": "a name"})
 
 
@@ -35,6 +36,7 @@ def command(place: list):
     [
         ([], Options()),
         (["--level", "1", "--no-fast-path"], Options(1, False)),
+        (["--quiet"], Options(quiet=True)),
         (["--name", "x", "--fast-path"], Options(name="x")),
     ],
 )
@@ -47,6 +49,7 @@ def test_a_dataclass_gives_the_flags(arguments, options):
 def test_the_help_is_that_of_the_fields():
     out = CliRunner().invoke(command([]), ["--help"]).output
     assert "Run it." in out and all(text in out for text in ("the level", "take it", "--no-fast-path", "[default: 4]"))
+    assert "--quiet" in out and "--no-quiet" not in out, "it is off by default"
 
 
 def test_an_unknown_dtype_is_refused_before_loading():

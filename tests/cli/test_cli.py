@@ -61,3 +61,10 @@ def test_help_imports_no_slow_package():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_pipe_gets_results_only(folder):
+    """Progress bars and spinners are no part of what a command prints."""
+    command = [sys.executable, "-m", "qcompile.cli", "eval", folder, "--windows", "1", "--length", "32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.startswith("perplexity ") and done.stdout.count("\n") == 1, done

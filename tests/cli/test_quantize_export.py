@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from qcompile.api import export_onnx
-from qcompile.codegen.onnx.options import OnnxOptions
+from qcompile.codegen.onnx.onnx_options import OnnxOptions
 from qcompile.recipe.recipe import RecipeError
 
 

@@ -7,11 +7,12 @@ import torch
 from zoo import build
 
 import qcompile
-from qcompile.modules.generation_hooks import attach
+from qcompile.modules.generation_hooks import attach, detached, hooks_of, refuse_cache
 from qcompile.modules.kv_cache import KVCache
 from qcompile.modules.kv_constants import CENTERS, SCALES, Centers, Scales
 from qcompile.passes import Fuse, Quantize, QuantizeKV
 from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import RecipeError
 
 
 def test_generate_uses_the_cache_and_a_checkpoint_keeps_it(tmp_path):
@@ -35,3 +36,52 @@ def test_what_the_cache_needs_is_where_the_model_is(name, constants):
     model = build("llama").to("meta")
     attach(model, Recipe("kv", (QuantizeKV(8),)), constants=constants)
     assert {buffer.device.type for buffer in model.get_submodule(name).buffers()} == {"meta"}
+
+
+def test_an_exporter_sees_a_model_without_hooks():
+    model, ids = build("llama"), torch.randint(3, 128, (1, 6))
+    attach(model, Recipe("kv", (QuantizeKV(8),)))
+    with pytest.raises(RuntimeError), detached(model) as hooks:
+        assert hooks is hooks_of(model) and not hooks.enabled
+        with torch.no_grad():
+            assert not isinstance(model(ids, use_cache=True).past_key_values, KVCache)
+        raise RuntimeError
+    with torch.no_grad():
+        assert isinstance(model(ids, use_cache=True).past_key_values, KVCache)
+
+
+def test_a_model_without_hooks_has_hooks_that_give_nothing():
+    model = build("mlp")
+    with detached(model) as hooks:
+        assert hooks.config is None and hooks.prefix is None
+    attach(model, Recipe("x", (Quantize(), Fuse())))
+    assert not hasattr(model, "qcompile_calls")
+
+
+@pytest.mark.parametrize(
+    "config,kind,words",
+    [
+        (QuantizeKV(4), {}, "has no form in ONNX.*Fix: use QuantizeKV.8, static=True."),
+        (QuantizeKV(8, static=True), {"encoder": True}, "an encoder .example=... has no cache. Fix: drop QuantizeKV"),
+        (
+            QuantizeKV(8, static=True),
+            {"contrib_ops": False},
+            "has a float cache.*Fix: drop QuantizeKV, or allow contrib_ops",
+        ),
+    ],
+)
+def test_caches_that_no_file_can_have_are_refused(config, kind, words):
+    given = {"contrib_ops": True, "encoder": False, **kind}
+    recipe, model = Recipe("kv", (config,)), build("llama")
+    with pytest.raises(RecipeError, match=words):
+        refuse_cache(model, recipe, **given)
+    attach(model, recipe)
+    with pytest.raises(RecipeError, match=words):
+        refuse_cache(model, None, **given)
+
+
+@pytest.mark.parametrize("kind", [{}, {"encoder": True}, {"contrib_ops": False}])
+def test_an_optional_cache_is_never_refused(kind):
+    given = {"contrib_ops": True, "encoder": False, **kind}
+    refuse_cache(build("llama"), Recipe("kv", (QuantizeKV(8, static=True, optional=True),)), **given)
+    refuse_cache(build("llama"), None, **given)

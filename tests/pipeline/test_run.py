@@ -132,10 +132,15 @@ def test_an_untied_site_keeps_rule_and_report_of_its_name():
 def test_statistics_are_those_that_a_pass_needs(monkeypatch):
     from qcompile.pipeline import run as module
 
-    asked, real = [], module.observe
-    monkeypatch.setattr(module, "observe", lambda *a, **k: asked.append((k["sites"], k["attentions"])) or real(*a, **k))
+    observed, real = [], module.observe
+
+    def spy(*args, **named):
+        observed.append((named["sites"], named["attentions"]))
+        return real(*args, **named)
+
+    monkeypatch.setattr(module, "observe", spy)
     inputs = [torch.randn(6, 48)]
     run(mlp_program(), INT8, batches=lambda: [inputs])
-    assert asked == []
+    assert observed == []
     run(mlp_program(), Recipe("smooth", (SmoothQuant(), Quantize())), batches=lambda: [inputs])
-    assert asked == [(True, False)]
+    assert observed == [(True, False)]

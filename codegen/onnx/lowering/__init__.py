@@ -1,1 +1,1 @@
-"""Quantized products and attentions written as ONNX nodes."""
+"""Quantized matmuls and attentions lowered to nodes that ONNX Runtime has."""

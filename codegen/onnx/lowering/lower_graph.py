@@ -55,6 +55,8 @@ def lower(model: ir.Model, variant: Variant, *, contrib_ops: bool = True, any_le
     """A copy in which every matmul is of one variant.
 
     Args:
+        model: as exported.
+        variant: of the matmuls of DualLinear.
         contrib_ops: use ONNX Runtime's operators; else those of the ONNX standard only.
         any_length: whether texts may have more than DECODE_TOKENS tokens; else attentions stay as they are.
     """
@@ -65,7 +67,7 @@ def lower(model: ir.Model, variant: Variant, *, contrib_ops: bool = True, any_le
 
 
 def lower_by_tokens(model: ir.Model, decode_tokens: int = DECODE_TOKENS) -> ir.Model:
-    """A copy with both variants: decode for up to so many tokens (the size of the first input), else prefill."""
+    """A copy with both variants: decode where the first input [B, S] has at most so many tokens, else prefill."""
     decode, lowered = lower(model, "decode", any_length=False), lower(model, "prefill")
     graph = lowered.graph
     outputs = [ir.val(value.name, type=value.type, shape=value.shape) for value in graph.outputs]

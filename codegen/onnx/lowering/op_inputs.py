@@ -16,14 +16,14 @@ The fields of a class are the inputs of its operator, in the order of the schema
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Self, get_type_hints
+from typing import Self, TypeAlias, get_type_hints
 
 import onnx_ir as ir
 
 DOMAIN = "qcompile"
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 
-OptionalValue = ir.Value | None
+OptionalValue: TypeAlias = ir.Value | None
 
 
 @dataclass(frozen=True)

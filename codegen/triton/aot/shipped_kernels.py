@@ -10,7 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qcompile.codegen.triton.kernels.kernel_support import has_format
-from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, GemvW, KernelSpec, Pack, RowQuant, SumK
+from qcompile.codegen.triton.kernels.spec import (
+    Dequant,
+    Gemm8,
+    GemmCodes,
+    GemmW,
+    GemvW,
+    KernelSpec,
+    Pack,
+    RowQuant,
+    SumK,
+    WeightFields,
+)
 from qcompile.codegen.triton.kernels.weight_layout import layout_of
 from qcompile.codegen.triton.launch.measured_times import GEMV_MAX_M
 from qcompile.codegen.triton.launch.row_quant import fuses_hadamard, num_warps
@@ -19,6 +30,7 @@ from qcompile.numerics.format import Format
 
 FORMATS = ("int4/group128", "int4/group128/zero", "int4/group64/floatzero", "int4/group32/zero", "int4/row",
            "int8/row", "int3/group128/zero", "int2/group64/zero")  # fmt: skip
+GEMM_CODES: tuple[GemmCodes, ...] = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ def _all(architecture: int) -> Iterator[ShippedKernel]:
         yield ShippedKernel(spec, launch_of(spec, 16, capability))
     for m in range(2, GEMV_MAX_M + 1):
         yield ShippedKernel(GemvW("bf16", rows=m), launch_of(GemvW()))
-    for codes in ("int8", "fp8"):
+    for codes in GEMM_CODES:
         if has_format(codes, capability):
             yield from _quantized_activations(codes, capability)
     yield ShippedKernel(SumK("bf16", bias=True, residual=True), launch_of(SumK()))
@@ -75,10 +87,10 @@ def _all(architecture: int) -> Iterator[ShippedKernel]:
 def _weight_only(form: Format, capability: tuple[int, int]) -> Iterator[ShippedKernel]:
     layout = layout_of(form)
     assert layout is not None
-    fields = dict(bits=layout.bits, group=layout.group, zero=form.zero, chunk=layout.chunk)
+    fields = WeightFields(bits=layout.bits, group=layout.group, zero=form.zero, chunk=layout.chunk, ragged=False)
     for m in M_REGIMES:
-        spec = place_scales(GemmW("bf16", **fields), m)
-        yield ShippedKernel(spec, launch_of(spec, m, capability))
+        gemm = place_scales(GemmW("bf16", **fields), m)
+        yield ShippedKernel(gemm, launch_of(gemm, m, capability))
     for spec in (
         GemvW("bf16", **fields),
         Dequant("bf16", **fields),
@@ -87,7 +99,7 @@ def _weight_only(form: Format, capability: tuple[int, int]) -> Iterator[ShippedK
         yield ShippedKernel(spec, launch_of(spec))
 
 
-def _quantized_activations(codes: str, capability: tuple[int, int]) -> Iterator[ShippedKernel]:
+def _quantized_activations(codes: GemmCodes, capability: tuple[int, int]) -> Iterator[ShippedKernel]:
     for m in M_REGIMES:
         yield ShippedKernel(Gemm8("bf16", codes), launch_of(Gemm8(), m, capability))
     for spec in (Gemm8("bf16", codes, parts=True), Gemm8("bf16", codes, bias=True, residual=True, low_rank=32)):

@@ -8,7 +8,7 @@ import torch
 
 from qcompile.codegen.triton.kernels.dtypes import NAMES
 from qcompile.codegen.triton.kernels.weight_layout import layout_of
-from qcompile.numerics.format import Format
+from qcompile.numerics.format import CodeType, Format
 
 Operator = Literal["linear_w", "linear_a8"]
 """The operators of triton_ops.py: weight-only, and 8-bit codes on both sides."""
@@ -42,6 +42,6 @@ def operator_for(form: Format, act: str, dtype: torch.dtype, capability: tuple[i
     return "linear_a8" if (form.dual or per_channel) and act in (f"{codes}/row", f"{codes}/tensor") else None
 
 
-def codes_of(form: Format) -> str:
+def codes_of(form: Format) -> CodeType:
     """The codes that gemm_a8 multiplies: int4 with two-level scales is multiplied as int8."""
     return "int8" if form.dual else form.dtype

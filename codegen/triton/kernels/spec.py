@@ -17,12 +17,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, TypedDict, get_type_hints
 
 from qcompile.numerics.hadamard import hadamard_factors
 
 Dtype = Literal["bf16", "fp16"]
 Zero = Literal["none", "int", "float"]
+GemmCodes = Literal["int8", "fp8"]
+ActScales = Literal["row", "tensor"]
+
+
+class WeightFields(TypedDict):
+    """Fields that all specs of kernels with a weight of integer codes have, see _Weight."""
+
+    bits: int
+    group: int
+    zero: Zero
+    chunk: int
+    ragged: bool
 
 
 @dataclass(frozen=True)
@@ -138,8 +150,8 @@ class Gemm8(KernelSpec):
     """
 
     template: ClassVar[str] = "gemm_a8"
-    codes: Literal["int8", "fp8"] = "int8"
-    act: Literal["row", "tensor"] = "row"
+    codes: GemmCodes = "int8"
+    act: ActScales = "row"
     ragged: bool = False
     parts: bool = False
     bias: bool = False
@@ -165,7 +177,7 @@ class SumK(KernelSpec):
 
     template: ClassVar[str] = "sum_k"
     codes: Literal["", "int8", "fp8"] = ""
-    act: Literal["row", "tensor"] = "row"
+    act: ActScales = "row"
     bias: bool = False
     residual: bool = False
 
@@ -254,7 +266,8 @@ def parse(text: str) -> KernelSpec:
     template, *words = text.split("/")
     if template not in KINDS:
         raise ValueError(f"kernel {text!r}: no template {template!r}; there are {', '.join(KINDS)}")
-    kind, values = KINDS[template], {}
+    kind = KINDS[template]
+    values: dict[str, Any] = {}
     known = {field.name: field for field in dataclasses.fields(kind)}
     types = get_type_hints(kind)
     for index, word in enumerate(words):

@@ -62,7 +62,7 @@ def pack_weight(codes: Tensor, layout: WeightLayout) -> Tensor:
     """Unsigned codes [N, K] uint8 -> bytes [N, blocks x bytes of a block]."""
     k = codes.shape[1]
     chunk, bits = layout.chunk, layout.bits
-    blocks = torch.nn.functional.pad(codes, (0, -k % layout.block)).unflatten(-1, (-1, layout.block))
+    blocks = torch.unflatten(torch.nn.functional.pad(codes, (0, -k % layout.block)), -1, (-1, layout.block))
     if bits == 3:
         low = _join_chunks(blocks & 3, 2 * chunk, 2)
         return torch.cat([low, _join_chunks(blocks >> 2, chunk, 1)], -1).flatten(1)
@@ -70,7 +70,7 @@ def pack_weight(codes: Tensor, layout: WeightLayout) -> Tensor:
 
 
 def _join_chunks(blocks: Tensor, chunk: int, bits: int) -> Tensor:
-    chunks = blocks.unflatten(-1, (-1, chunk))
+    chunks = torch.unflatten(blocks, -1, (-1, chunk))
     shifts = bits * torch.arange(chunks.shape[-2], dtype=torch.uint8, device=blocks.device)
     return (chunks << shifts[:, None]).sum(-2, dtype=torch.int32).to(torch.uint8)
 
@@ -78,9 +78,9 @@ def _join_chunks(blocks: Tensor, chunk: int, bits: int) -> Tensor:
 def unpack_weight(packed: Tensor, layout: WeightLayout, k: int) -> Tensor:
     """The inverse: bytes -> unsigned codes [N, K] uint8."""
     chunk, bits = layout.chunk, layout.bits
-    blocks = packed.unflatten(-1, (-1, 3 * chunk if bits == 3 else chunk))
+    blocks = torch.unflatten(packed, -1, (-1, 3 * chunk if bits == 3 else chunk))
     if bits == 3:
-        low, high = blocks.split([2 * chunk, chunk], -1)
+        low, high = torch.split(blocks, [2 * chunk, chunk], -1)
         codes = _split_chunks(low, 2) | _split_chunks(high, 1) << 2
     else:
         codes = _split_chunks(blocks, bits)
@@ -89,4 +89,4 @@ def unpack_weight(packed: Tensor, layout: WeightLayout, k: int) -> Tensor:
 
 def _split_chunks(blocks: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=blocks.device)
-    return ((blocks[..., None, :] >> shifts[:, None]) & (2**bits - 1)).flatten(-2)
+    return ((blocks[..., None, :] >> shifts[:, None]) & ((1 << bits) - 1)).flatten(-2)

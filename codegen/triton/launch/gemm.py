@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,11 +13,35 @@ from torch import Tensor
 from qcompile.codegen.triton.kernels.dtypes import NAMES
 from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.kernels.jit import kernel
-from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, GemvW, KernelSpec, SumK, Zero
+from qcompile.codegen.triton.kernels.spec import (
+    ActScales,
+    Dequant,
+    Gemm8,
+    GemmCodes,
+    GemmW,
+    GemvW,
+    KernelSpec,
+    SumK,
+    WeightFields,
+    Zero,
+)
 from qcompile.codegen.triton.kernels.weight_layout import WeightLayout
 from qcompile.codegen.triton.launch.measured_times import GEMV_MAX_M, Variant, dequantizes, weight_only_name
 from qcompile.codegen.triton.launch.tiles import Launch, launch_of, place_scales, split_k_of, tiles_of
 from qcompile.codegen.triton.launch.tuning_cache import launch_for
+
+
+class SumKFields(TypedDict):
+    """Fields of the spec of sum_k that an epilogue decides."""
+
+    bias: bool
+    residual: bool
+
+
+class EpilogueFields(SumKFields):
+    """Fields of the spec of a GEMM that an epilogue decides."""
+
+    low_rank: int
 
 
 @dataclass(frozen=True)
@@ -36,12 +60,12 @@ class Epilogue:
         return {name: tensor for name, tensor in by_name.items() if tensor is not None}
 
     @property
-    def spec_fields(self) -> dict[str, Any]:
+    def spec_fields(self) -> EpilogueFields:
         """Fields of the spec of a GEMM with this epilogue."""
-        return self.sum_k_fields | dict(low_rank=0 if self.up is None else self.up.shape[1])
+        return {**self.sum_k_fields, "low_rank": 0 if self.up is None else self.up.shape[1]}
 
     @property
-    def sum_k_fields(self) -> dict[str, bool]:
+    def sum_k_fields(self) -> SumKFields:
         """Fields of the spec of sum_k behind a split-K GEMM."""
         return dict(bias=self.bias is not None, residual=self.residual is not None)
 
@@ -70,7 +94,7 @@ class PackedWeight:
         return -(-self.columns // self.layout.block)
 
     @property
-    def spec_fields(self) -> dict[str, Any]:
+    def spec_fields(self) -> WeightFields:
         """Fields of the spec of a kernel that reads this weight."""
         points: Zero = "none" if self.zero is None else "float" if self.zero.is_floating_point() else "int"
         ragged = self.columns % self.layout.block != 0
@@ -98,7 +122,7 @@ def run(spec: KernelSpec, grid: tuple[int, ...], launch: Launch, **arguments: An
     function = kernel(spec)
     names = function.arg_names
     own = {name: arguments[name] for name in names if name in arguments}
-    with torch.cuda.device_of(arguments["out"]):  # the current one may be another
+    with torch.cuda.device(arguments["out"].get_device()):  # the current one may be another
         function[grid](**own, **launch.constants(names), num_warps=launch.num_warps, num_stages=launch.num_stages)
 
 
@@ -196,8 +220,8 @@ def linear_a8(
     n = len(weight)
     if m == 0:
         return x.new_empty(0, n, dtype=dtype)
-    codes = "int8" if x.dtype == torch.int8 else "fp8"
-    act = "row" if x_scale.numel() > 1 or m == 1 else "tensor"
+    codes: GemmCodes = "int8" if x.dtype == torch.int8 else "fp8"
+    act: ActScales = "row" if x_scale.numel() > 1 or m == 1 else "tensor"
     spec = Gemm8(NAMES[dtype], codes, act, **epilogue.spec_fields)
     launch = launch_for(gpu(x.device), spec, n, k, m)
     steps = -(-k // launch.block_k)

@@ -13,7 +13,7 @@ beyond it dequantizing, and nothing is known about float.
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Literal, cast
 
 from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.launch.tuning_cache import entry, write
@@ -57,12 +57,13 @@ def key(gpu: Gpu, layer: str, n: int, k: int, m: int) -> str:
 
 def remember_times(gpu: Gpu, layer: str, n: int, k: int, m: int, microseconds: dict[Variant, float]) -> None:
     """Keep the measured times of a linear layer with a weight [N, K]."""
-    write(key(gpu, layer, n, k, m), dict(microseconds))
+    write(key(gpu, layer, n, k, m), dict(microseconds.items()))
 
 
 def measured_times(gpu: Gpu, layer: str, n: int, k: int, m: int) -> dict[Variant, float]:
     """Microseconds by variant; empty where nothing was measured."""
-    return entry(lambda: key(gpu, layer, n, k, m)) or {}
+    found = entry(lambda: key(gpu, layer, n, k, m)) or {}
+    return cast(dict[Variant, float], found)  # what remember_times wrote
 
 
 def dequantizes(gpu: Gpu, layer: str, n: int, k: int, m: int) -> bool:

@@ -43,7 +43,7 @@ def row_quant(spec: RowQuant, x: Tensor, eps: float = 0.0, **tensors: Tensor) ->
         arguments["left"], arguments["right"] = transform_matrices(spec, x.device)
     run = kernel(spec)
     own = {name: arguments[name] for name in run.arg_names}
-    with torch.cuda.device_of(x):  # the current one may be another
+    with torch.cuda.device(x.get_device()):  # the current one may be another
         run[(m,)](**own, num_warps=num_warps(spec, k), num_stages=1)
     return results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from qcompile.codegen.triton.launch.measured_times import (
 from qcompile.codegen.triton.launch.row_quant import row_quant
 from qcompile.codegen.triton.launch.tiles import Launch, place_scales
 from qcompile.codegen.triton.launch.tuning_cache import key, remember_launch
-from qcompile.codegen.triton.tuning.baselines import CODE_DTYPES, INT4, WeightCopies, random_packed_weight
+from qcompile.codegen.triton.tuning.baselines import INT4, WeightCopies, random_packed_weight
 from qcompile.codegen.triton.tuning.gemm_benchmark import MAX_SPREAD, Timed, copies_of, interleaved
 from qcompile.codegen.triton.tuning.gpu_timer import TimedGpu
 from qcompile.codegen.triton.tuning.launch_candidates import (
@@ -136,7 +137,7 @@ def measure_variants(
         for m, (form, act) in ((m, f) for m in buckets for f in formats):
             layer, calls = _a8_variants(weights, form, m) if act else _weight_only_variants(weights, form, m)
             x = weights.normal(m, k).bfloat16()
-            calls["float"] = lambda i, x=x, dense=weights.dense: torch.nn.functional.linear(x, dense[i])
+            calls["float"] = functools.partial(_multiply_by_copy, x, weights.dense)
             timers = {variant: (timed_gpu.timer(call, weights.copies), 0) for variant, call in calls.items()}
             times = interleaved(timers, rounds)
             quiet = max(timed.spread for timed in times.values()) <= MAX_SPREAD
@@ -146,6 +147,10 @@ def measure_variants(
             found.append(MeasuredVariants(layer, k, n, m, times, quiet))
             timed_gpu.release_memory()
     return found
+
+
+def _multiply_by_copy(x: Tensor, copies: Sequence[Tensor], i: int) -> Tensor:
+    return torch.nn.functional.linear(x, copies[i])
 
 
 def _weight_only_variants(weights: WeightCopies, form: Format, m: int) -> tuple[str, Calls]:
@@ -165,7 +170,7 @@ def _weight_only_variants(weights: WeightCopies, form: Format, m: int) -> tuple[
 def _a8_variants(weights: WeightCopies, form: Format, m: int) -> tuple[str, Calls]:
     """With x quantized before every call, as in a model where no other site reads the same codes."""
     codes = codes_of(form)
-    assert codes in CODE_DTYPES
+    assert codes == "int8" or codes == "fp8"
     x, copies = weights.normal(m, weights.k).bfloat16(), getattr(weights, codes)
     scale, spec = torch.rand(weights.n, 1, device=weights.device), RowQuant("bf16", codes=codes)
 

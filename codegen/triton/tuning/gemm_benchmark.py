@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import track
@@ -25,6 +25,8 @@ from qcompile.codegen.triton.tuning.gpu_timer import TimedGpu
 
 MAX_SPREAD = 0.05
 ROUNDS = 20
+
+Name = TypeVar("Name", bound=str)
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ class Timed:
         return self.nbytes / self.microseconds * 1e6
 
 
-def interleaved(timers: Mapping[str, tuple[Callable[[], float], int]], rounds: int = ROUNDS) -> dict[str, Timed]:
+def interleaved(timers: Mapping[Name, tuple[Callable[[], float], int]], rounds: int = ROUNDS) -> dict[Name, Timed]:
     """Read each timer (microseconds, with the bytes of a call) once a round; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in timers}
+    times: dict[Name, list[float]] = {name: [] for name in timers}
     for step in range(rounds + 1):
         for name, (once, _) in timers.items():
             value = once()

@@ -10,7 +10,7 @@ from onnx_models import encoder_inputs
 from zoo import build
 
 from qcompile.codegen.onnx.folder_files import write_folder_files
-from qcompile.codegen.onnx.options import OnnxOptions
+from qcompile.codegen.onnx.onnx_options import OnnxOptions
 from qcompile.codegen.onnx.rewrite_graph import rewrite
 from qcompile.codegen.onnx.sentence_embedding import PooledEncoder
 from qcompile.codegen.onnx.tracing.trace import trace

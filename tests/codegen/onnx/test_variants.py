@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
-from onnx_nodes import bend
+import torch
+from onnx_nodes import bend, graph_of
+from quant_linears import linear
+from torch import nn
 from zoo import build, example
 
 import qcompile
 from qcompile.codegen.onnx import variants
 from qcompile.codegen.onnx.lowering import matmul_integer
-from qcompile.codegen.onnx.tracing.cached_decoder import CachedDecoder
+from qcompile.codegen.onnx.tracing.signature import TracedModule
 from qcompile.codegen.onnx.tracing.stateless_module import StatelessModule
 from qcompile.codegen.onnx.verify_outputs import ExportMismatch
 from qcompile.numerics.int8_matmul import processor
@@ -44,6 +48,7 @@ def test_what_other_processors_run_is_verified(tmp_path, monkeypatch):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accuracy_level", [1, 4])
 @pytest.mark.parametrize("recipe", ["w4a16", DUAL])  # one variant, two
 def test_the_file_has_the_accuracy_level_that_was_requested(recipe, accuracy_level, tmp_path):
@@ -54,32 +59,25 @@ def test_the_file_has_the_accuracy_level_that_was_requested(recipe, accuracy_lev
     assert nodes and {node.attributes["accuracy_level"].as_int() for node in nodes} == {accuracy_level}
 
 
-def test_variants_of_decoders_and_encoders(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "operator,low_memory,module,names",
+    [
+        ("DualLinear", False, TracedModule(), ["decode", "prefill"]),
+        ("DualLinear", True, TracedModule(), ["decode"]),
+        ("DualLinear", False, StatelessModule(nn.Identity(), torch.ones(1)), ["prefill"]),
+        ("Int8Linear", False, TracedModule(), ["decode"]),
+    ],
+)
+def test_variants_of_decoders_and_encoders(operator, low_memory, module, names, tmp_path, monkeypatch):
     """A dual-grained decoder has two, unless memory is low; an encoder has prefill only, other models one."""
-    found = {}
-
-    def expect(path, module, **options):
-        expected = real(path, module, **options)
-        found[len(found)] = type(module), list(expected.variants)
-        raise KeyboardInterrupt
-
-    from qcompile.codegen.onnx import export_module
-
-    real = variants.expected_outputs
-    monkeypatch.setattr(export_module, "expected_outputs", expect)
-    encoder = dict(example=example("bert"))
-    cases = [
-        ("llama", DUAL, {}),
-        ("llama", DUAL, dict(low_memory=True)),
-        ("llama", "w4a16", {}),
-        ("bert", DUAL, encoder),
-    ]
-    for index, (name, recipe, options) in enumerate(cases):
-        with pytest.raises(KeyboardInterrupt):
-            qcompile.export_onnx(build(name), tmp_path / str(index), recipe, [example(name)], progress=False, **options)
-    assert list(found.values()) == [
-        (CachedDecoder, ["decode", "prefill"]),
-        (CachedDecoder, ["decode"]),
-        (CachedDecoder, ["decode"]),
-        (StatelessModule, ["prefill"]),
-    ]
+    text = f"model (float[m, 4] x, float[4] w) => (float[m, 4] y) {{ y = qcompile.{operator} (x, w, w, , w) }}"
+    ir.save(graph_of(text, w=np.ones(4, np.float32)), tmp_path / "model.onnx")
+    monkeypatch.setattr(variants, "reference", lambda module, keeps_float: keeps_float)
+    expected = variants.expected_outputs(tmp_path / "model.onnx", module, low_memory=low_memory)
+    assert list(expected.variants) == names
+    assert (expected.module in expected.variants.values()) == (len(names) == 1)
+    for form, is_dual in (("int4/group32/dual", True), ("int8", False)):
+        site = linear(form, "int8", 64)
+        kept = {name: keeps_float(site) for name, keeps_float in expected.variants.items()}
+        assert kept == {name: name == "decode" and is_dual for name in names}
+        assert len(names) == 1 or not expected.module(site)

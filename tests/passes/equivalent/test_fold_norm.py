@@ -33,11 +33,13 @@ def test_post_norm_is_refused_with_its_node(norm):
 
 @pytest.mark.parametrize("norm", ["rms", "one_plus", "layer"])
 def test_folded_norms_have_gain_one_and_no_mean_to_subtract(norm):
-    _, after, _, (report,) = before_and_after(Decoder(shape(norm=norm)), FoldNorm())
+    before, after, ids, (report,) = before_and_after(Decoder(shape(norm=norm)), FoldNorm())
+    assert_equivalent(before, after, [ids])
     norms = find_norms(after)
     assert len(norms) == 5 and all(found.gain is None or found.has_unit_gain(after) for found in norms), report
     assert {found.kind for found in norms} == {"rms"}
-    _, after, _, _ = before_and_after(Decoder(shape(norm=norm)), FoldNorm(center=False))
+    before, after, ids, _ = before_and_after(Decoder(shape(norm=norm)), FoldNorm(center=False))
+    assert_equivalent(before, after, [ids])
     assert {found.kind for found in find_norms(after)} == {"layer" if norm == "layer" else "rms"}
 
 

@@ -49,6 +49,7 @@ def outputs(session, batch, length, past, padding=0):
     return [value[:, : length - padding] if not i else value for i, value in enumerate(session.run(None, feeds))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "short windows", "windows"])
 def test_chunks_are_the_whole(name, tmp_path, monkeypatch):
     model = quantized(name)

@@ -45,7 +45,11 @@ def bytes_of(tensor, data):
     return data[int(place["offset"]) :][: int(place["length"])]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])  # no biases; some; all, and odd layouts
+SLOW = pytest.mark.slow
+MODELS = ["llama", pytest.param("qwen2", marks=SLOW), pytest.param("gpt2", marks=SLOW)]
+
+
+@pytest.fixture(scope="module", params=MODELS)  # no biases; some; all, and odd layouts
 def folders(request, tmp_path_factory):
     """One model in files that multiply by 4-bit codes, in int8, and by both variants."""
     place = tmp_path_factory.mktemp(request.param)
@@ -139,6 +143,7 @@ def test_an_encoder_is_multiplied_in_int8_only(tmp_path):
     assert report.metrics["onnx relative error"] < 0.05
 
 
+@pytest.mark.slow
 def test_a_site_in_int8_beside_sites_in_four_bits(tmp_path):
     """It is multiplied in int8 in both branches of the choice."""
     recipe = find_recipe(DUAL)
@@ -159,6 +164,7 @@ def test_a_site_in_int8_beside_sites_in_four_bits(tmp_path):
     assert np.linalg.norm(np.concatenate(logits, 1) - whole) < 0.2 * np.linalg.norm(whole)
 
 
+@pytest.mark.slow
 def test_per_tensor_activations_in_both_variants(tmp_path):
     """The preset for CPUs: sites that PerTensorActivations chose are the int8 matmuls without scales of rows."""
     model, batches = build("llama"), [{"input_ids": torch.randint(0, 128, (2, 24))} for _ in range(3)]

@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import pytest
 
-from qcompile.codegen.onnx.options import OnnxKeywords, OnnxOptions
+from qcompile.codegen.onnx.onnx_options import OnnxKeywords, OnnxOptions
 from qcompile.codegen.onnx.sentence_embedding import Pooling, PoolingError
 from qcompile.recipe.recipe import RecipeError
 

@@ -40,11 +40,11 @@ class OnnxOptions:
     )
     chunk: int | None = _option(
         None,
-        "prefill in chunks of this many tokens (onnxruntime-genai): less memory, slower; longer prompts not in batches",
+        "chunk of a prefill in onnxruntime-genai, in tokens: less memory, slower; longer prompts cannot be batched",
     )
     contrib_ops: bool = _option(
         True,
-        "ONNX Runtime's contrib operators; without them standard ones only (opset 21), for other runtimes; slower here",
+        "use ONNX Runtime's contrib operators; else standard ones only (opset 21), for other runtimes",
     )
     float_cache: bool = _option(
         False, "keep the KV cache in float32, whatever the recipe says: for tools that pass no other, as optimum"

@@ -1,0 +1,123 @@
+"""Statistics: maxima and means over all batches, and data that cannot be used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from zoo import build, example
+
+from qcompile.analysis import facts as facts_module
+from qcompile.analysis.facts import Facts
+from qcompile.calibration.statistics import CalibrationError, observe
+from qcompile.ir.capture import capture
+
+H, D, S = 2, 4, 12
+
+
+class Attention(nn.Module):
+    def __init__(self, decomposed=False):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.decomposed = decomposed
+
+    def heads(self, x):
+        return [f(x).unflatten(-1, (H, D)).transpose(1, 2) for f in (self.query, self.key, self.value)]
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        if self.decomposed:
+            y = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+        else:
+            y = scaled_dot_product_attention(q, k, v)
+        return self.out(torch.relu(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.fixture(params=[False, True])
+def attention(request):
+    model = Attention(request.param)
+    batches = [[torch.randn(3, S, 8)], [2 * torch.randn(2, S, 8)]]
+    return model, capture(model, (torch.randn(2, S, 8),)), batches
+
+
+def test_the_input_of_every_site(attention):
+    model, program, batches = attention
+    statistics = observe(program, batches)
+    facts = Facts(program)
+    assert statistics.batches == 2 and statistics.absmax.keys() == {group.root.name for group in facts.consumers}
+    want = torch.stack([x.abs().flatten(0, 1).amax(0) for (x,) in batches]).amax(0)
+    assert torch.equal(statistics.absmax[program.inputs[0].name], want)
+    (relu,) = [name for name in statistics.absmax if name.startswith("relu")]
+    assert statistics.absmax[relu].shape == (8,) and statistics.absmax[relu].dtype == torch.float32
+
+
+def test_keys_and_values(attention):
+    """Of the mean only tokens behind the first four, whose keys are unlike all others."""
+    model, program, batches = attention
+    statistics = observe(program, batches)
+    (flow,) = Facts(program).attentions
+    with torch.no_grad():
+        heads = [model.heads(x) for (x,) in batches]
+    keys, values = (torch.cat([h[i] for h in heads]) for i in (1, 2))
+    per_batch = [h[1][:, :, 4:] for h in heads]
+    absmax = torch.stack([k.abs().amax(2).mean(0) for k in per_batch]).mean(0)
+    means = torch.stack([k.mean((0, 2)) for k in per_batch]).mean(0)
+    assert torch.allclose(statistics.keys[flow.keys.name], absmax, atol=1e-6)
+    assert torch.allclose(statistics.key_means[flow.keys.name], means, atol=1e-6)
+    assert torch.allclose(statistics.cached[flow.keys.name], keys.abs().amax((0, 2)), atol=1e-6)
+    assert torch.allclose(statistics.cached[flow.values.name], values.abs().amax((0, 2)), atol=1e-6)
+
+
+def test_short_sequences_keep_their_first_tokens():
+    model = Attention()
+    x = torch.randn(2, 8, 8)
+    program = capture(model, (x,))
+    (flow,) = Facts(program).attentions
+    with torch.no_grad():
+        keys = model.heads(x)[1]
+    found = observe(program, [[x]]).key_means[flow.keys.name]
+    assert torch.allclose(found, keys.mean((0, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("sites,attentions", [(True, False), (False, True)])
+def test_only_what_is_requested_is_observed(attention, sites, attentions):
+    _, program, batches = attention
+    statistics = observe(program, batches, sites=sites, attentions=attentions)
+    assert bool(statistics.absmax) == sites
+    assert bool(statistics.keys) == bool(statistics.key_means) == bool(statistics.cached) == attentions
+
+
+def test_known_facts_are_not_found_again(attention, monkeypatch):
+    _, program, batches = attention
+    facts = Facts(program)
+    want = observe(program, batches, facts=facts)
+    monkeypatch.setattr(facts_module, "find_sites", None)
+    found = observe(program, batches, facts=facts)
+    assert all(torch.equal(found.absmax[n], t) for n, t in want.absmax.items())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sites", [True, False])
+def test_infinite_values_are_named(attention, bad, sites):
+    _, program, batches = attention
+    batches[1][0][0, 5, 0] = bad
+    where = "query.weight" if sites else "an attention"
+    with pytest.raises(
+        CalibrationError, match=rf"batch 2 brings NaN or Inf to {where} \(node .*\). Fix: drop that batch"
+    ):
+        observe(program, batches, sites=sites)
+
+
+def test_an_empty_iterator_is_refused():
+    program = capture(nn.Linear(8, 4), (torch.randn(2, 8),))
+    with pytest.raises(CalibrationError, match="the calibration iterator is empty: give at least one batch"):
+        observe(program, iter(()))
+
+
+def test_nothing_but_vectors_is_kept():
+    inputs = example("llama")
+    program = capture(build("llama"), (), inputs)
+    statistics = observe(program, [list(inputs.values())] * 2)
+    tensors = [t for group in (statistics.absmax, statistics.keys, statistics.cached) for t in group.values()]
+    assert tensors and all(t.ndim <= 2 and t.dtype == torch.float32 and not t.requires_grad for t in tensors)
