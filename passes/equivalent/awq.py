@@ -96,7 +96,8 @@ def rounding_conflicts(config: RoundingSearch, passes: Sequence[PassConfig]) -> 
         f"{type(config).__name__} searches for weight={config.weight}, clip={config.clip}, and {type(p).__name__} "
         f"rounds with weight={p.weight}, clip={p.clip}. Fix: give both the same"
         for p in passes
-        if type(p) in (Quantize, GPTQ) and (p.weight, p.clip) != (config.weight, config.clip)
+        if isinstance(p, Quantize) and type(p) in (Quantize, GPTQ)
+        if (p.weight, p.clip) != (config.weight, config.clip)
     ]
 
 

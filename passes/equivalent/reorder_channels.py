@@ -113,7 +113,7 @@ def _ends(consumers: Consumers, origins: ChannelOrigins) -> set[torch.fx.Node]:
         node = site.input
         while node is not consumers.root:
             ends.add(node)
-            node = node.args[0]
+            node = node.all_input_nodes[0]
     return ends
 
 

@@ -45,7 +45,8 @@ class RotatePrincipal(Rotate):
 
 def principal_axes(moment: Tensor) -> Tensor:
     """Eigenvectors of a second moment [n, n], largest first, as columns: x R is uncorrelated; float64."""
-    return torch.linalg.eigh(moment.double()).eigenvectors.flip(1).contiguous()
+    vectors: Tensor = torch.linalg.eigh(moment.double()).eigenvectors
+    return vectors.flip(1).contiguous()
 
 
 @rewrites(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ def cayley_step(matrix: Tensor, gradient: Tensor, lr: float) -> Tensor:
     skew = g @ r.t() - r @ g.t()
     lr = min(lr, 1.0 / float(skew.norm().clamp_min(1e-12)))
     eye = torch.eye(len(r), dtype=torch.float64, device=r.device)
-    return torch.linalg.solve(eye + lr / 2 * skew, (eye - lr / 2 * skew) @ r)
+    stepped: Tensor = torch.linalg.solve(eye + lr / 2 * skew, (eye - lr / 2 * skew) @ r)
+    return stepped
 
 
 @dataclass
@@ -87,7 +89,8 @@ class _Basis:
         blocks = x.unflatten(-1, (-1, len(self.matrix)))
         matrix = self.matrix.to(x)
         rotated = (blocks @ matrix).flatten(-2)
-        return (fake_quantize_ste(rotated, form).unflatten(-1, (-1, len(matrix))) @ matrix.t()).flatten(-2)
+        back: Tensor = fake_quantize_ste(rotated, form).unflatten(-1, (-1, len(matrix))) @ matrix.t()
+        return back.flatten(-2)
 
 
 @rewrites(SpinQuant, Stage.ROTATE, exact=True, needs=("batches",), requires=needs_folded_norms, conflicts=conflicts)
@@ -109,17 +112,17 @@ def spinquant(program: Program, config: SpinQuant, context: PassContext) -> Pass
         names = {site.name for site in stream.consumers}
         for group in groups:
             if not group.other_consumers and any(site.name in names for site in group.sites):
-                rounders[group.root] = lambda x, b=basis: b.round(x, config.act)
+                rounders[group.root] = partial(basis.round, form=config.act)
     for group, source in head_bases(program, context, report) if config.heads else []:
         basis = learn(random_rotation(source.head, config.seed + 1000)[0])
         heads.append((group, source, basis))
-        rounders[group.root] = lambda x, b=basis: b.round(x, config.act)
+        rounders[group.root] = partial(basis.round, form=config.act)
     for group in groups:  # what OnlineHadamard will rotate
         k = group.sites[0].K if group.sites else 0
         free = group.root not in norm_outputs and group.root not in rounders and not group.other_consumers
         if free and group.root.target in GATED and hadamard_factors(k) is not None:
             signs = random_signs(k, config.seed)
-            rounders[group.root] = lambda x, s=signs: _in_hadamard(x, s, config.act)
+            rounders[group.root] = partial(_in_hadamard, signs=signs, form=config.act)
     if learned:
         first, last = _descend(program, config, context, learned, rounders)
         report.notes.append(f"{config.steps} steps: divergence {first:.4f} -> {last:.4f} nats a token")

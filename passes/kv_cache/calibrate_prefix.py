@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,10 +124,8 @@ def calibrate_prefix(program: Program, config: CalibratePrefix, context: PassCon
     keys, values = [PrefixHeads(k) for k in start.keys], [PrefixHeads(v) for v in start.values]
     places: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
     for attention, of_keys, of_values in zip(context.facts.attentions, keys, values, strict=True):
-        places[attention.keys] = lambda x, own=of_keys, transposed=attention.keys_transposed: _begin(
-            x, own.all, transposed
-        )
-        places[attention.values] = lambda x, own=of_values: _begin(x, own.all, False)
+        places[attention.keys] = partial(_begin_with, heads=of_keys, transposed=attention.keys_transposed)
+        places[attention.values] = partial(_begin_with, heads=of_values, transposed=False)
     run = Trainable(program, places)
     heads = [part for pair in zip(keys, values, strict=True) for part in pair]
     leaves = [part.own for part in heads]
@@ -160,6 +159,10 @@ def calibrate_prefix(program: Program, config: CalibratePrefix, context: PassCon
     report.done = [f"{len(ids)} tokens"]
     report.notes.append(f"{config.steps} steps: divergence {first:.4f} -> {least:.4f} nats a token on validation texts")
     return report
+
+
+def _begin_with(x: Tensor, heads: PrefixHeads, transposed: bool) -> Tensor:
+    return _begin(x, heads.all, transposed)
 
 
 def _begin(x: Tensor, first: Tensor, transposed: bool) -> Tensor:

@@ -135,12 +135,14 @@ def _static_scales(
     program: Program, attention: AttentionMatmul, context: PassContext, report: PassReport
 ) -> tuple[Tensor, Tensor]:
     """Of keys and of values; found before anything is inserted, which the analysis would meet."""
-    mixed = mixed_channels(program, attention)
-    if isinstance(mixed, Obstacle):
+    mixed: Tensor | None = None
+    found = mixed_channels(program, attention)
+    if isinstance(found, Obstacle):
         report.notes.append(
-            f"{attention.node.name}: static scales hold for the positions of the calibration only ({mixed.reason})"
+            f"{attention.node.name}: static scales hold for the positions of the calibration only ({found.reason})"
         )
-        mixed = None
+    else:
+        mixed = found
     absmax = context.statistics.cached
     return static_scale(absmax[attention.keys.name], mixed), static_scale(absmax[attention.values.name])
 
@@ -184,12 +186,13 @@ def _round(
         wide = wide if mean is None else wide - mean
         codes, scale, zero = ops.quantize(wide if matrix is None else wide @ matrix, str(form))
         dequantized = ops.dequantize(codes, scale, zero, None, str(form), 0, torch.float32)
-        back = dequantized if matrix is None else dequantized @ matrix.t()
+        back: Tensor = dequantized if matrix is None else dequantized @ matrix.t()
         back = (back if mean is None else back + mean).to(dtype)
         if not sinks:
             return back
         position = torch.arange(x.shape[-2], device=x.device)[:, None]
-        return torch.where(position < sinks, x, back)
+        kept: Tensor = torch.where(position < sinks, x, back)
+        return kept
 
     done: torch.fx.Node = program.inline(run, args, before=before)
     return done

@@ -43,9 +43,8 @@ def fuse(program: Program, config: Fuse, context: PassContext) -> PassReport:
 
 def _linear(program: Program, node: fx.Node) -> fx.Node:
     weight = DequantizeCall.of(node.args[1])
-    bias = node.args[2] if len(node.args) > 2 else None
-    x, act = node.args[0], ""
-    x_scale = x_zero = None
+    x, _, *rest = node.all_input_nodes  # activation, weight, and a bias if there is one
+    act, x_scale, x_zero = "", None, None
     if DequantizeCall.matches(x) and (quantized := DequantizeCall.of(x)).of_activation:
         x, x_scale, x_zero, act = quantized.codes, quantized.scale, quantized.zero, quantized.format
     call = QLinearCall(
@@ -56,7 +55,7 @@ def _linear(program: Program, node: fx.Node) -> fx.Node:
         scale=weight.scale,
         zero=weight.zero,
         group_scale=weight.group_scale,
-        bias=bias,
+        bias=rest[0] if rest else None,
         format=weight.format,
         act=act,
         columns=weight.columns,

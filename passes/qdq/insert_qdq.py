@@ -81,11 +81,18 @@ def _quantized(program: Program, x: fx.Node, act: Format) -> tuple[fx.Node, fx.N
     """Codes, scale and zero point of a value: one quantization for all sites that read it."""
     for user in x.users:
         if QuantizeCall.matches(user) and QuantizeCall.of(user).format == str(act):
-            codes, scale, zero = sorted(user.users, key=lambda read: read.args[1])
+            codes, scale, zero = sorted(user.users, key=_output_index)
             return codes, scale, zero
     pair = QuantizeCall(x, str(act)).insert(program, after=x)
     codes, scale, zero = program.unpack(pair, 3)
     return codes, scale, zero
+
+
+def _output_index(read: fx.Node) -> int:
+    """Which output of its node a getitem reads."""
+    index = read.args[1]
+    assert isinstance(index, int)
+    return index
 
 
 def _add_parts(

@@ -58,7 +58,7 @@ def towards_float(weight: Tensor, hessian: Tensor, cross: Tensor, damp_percent: 
     h = hessian.double()
     ridge = h.diagonal().mean().clamp_min(1e-30) * damp_percent
     h = h + ridge * torch.eye(len(h), dtype=h.dtype, device=h.device)
-    step = torch.linalg.solve(h, (cross - hessian).double().t()).t()  # H is symmetric
+    step: Tensor = torch.linalg.solve(h, (cross - hessian).double().t()).t()  # H is symmetric
     return (weight.double() + strength * (weight.double() @ step)).to(weight.dtype)
 
 

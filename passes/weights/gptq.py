@@ -70,7 +70,8 @@ def inverse_triangle(lower: Tensor) -> Tensor:
     size = len(lower)
     if size <= 128:
         one = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, one, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
+        return solved
     half, inverse = size // 2, torch.zeros_like(lower)
     inverse[:half, :half] = inverse_triangle(lower[:half, :half])
     inverse[half:, half:] = inverse_triangle(lower[half:, half:])

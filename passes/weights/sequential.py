@@ -157,8 +157,8 @@ def _experts(program: Program, run: LayerwiseRun, planned: PlannedSite, choose: 
 
     An expert that no row reached has a Hessian of zeros: every algorithm then rounds to nearest.
     """
-    site, found, fallbacks = planned.site, [], []
-    ends = [value.tolist() for value in run.values_of(site.node.args[2])] if site.grouped else []
+    site, found, fallbacks = planned.site, list[QTensor](), list[str]()
+    ends = [value.tolist() for value in run.values_of(site.node.all_input_nodes[2])] if site.grouped else []
 
     def rows_of(expert: int) -> Iterator[Tensor]:
         if site.batched:
@@ -175,6 +175,18 @@ def _experts(program: Program, run: LayerwiseRun, planned: PlannedSite, choose: 
         found.append(choice.codes)
         if choice.fell_back:
             fallbacks.append(f"{site.name}[{expert}]")
-    parts = [[getattr(q, part) for q in found] for part in ("codes", "scale", "zero", "group_scale")]
-    whole = [None if p[0] is None else torch.cat([t.reshape(-1, 1) if not t.ndim else t for t in p]) for p in parts]
-    return QTensor(whole[0], whole[1], whole[2], whole[3], planned.weight), fallbacks
+    zeros = [_as_rows(q.zero) for q in found if q.zero is not None]
+    group_scales = [q.group_scale for q in found if q.group_scale is not None]
+    whole = QTensor(
+        torch.cat([q.codes for q in found]),
+        torch.cat([_as_rows(q.scale) for q in found]),
+        torch.cat(zeros) if zeros else None,
+        torch.cat(group_scales) if group_scales else None,
+        planned.weight,
+    )
+    return whole, fallbacks
+
+
+def _as_rows(part: Tensor) -> Tensor:
+    """One scale for a whole matrix, as a row of its own."""
+    return part if part.ndim else part.reshape(-1, 1)

@@ -92,5 +92,5 @@ def quantize(
     calls.attach(model)
     report.passes += [calls.skipped] if calls.skipped is not None else []
     report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model.qcompile_recipe = calls.recipe.to_json()
+    object.__setattr__(model, "qcompile_recipe", calls.recipe.to_json())  # an attribute of ours, for `save`
     return report

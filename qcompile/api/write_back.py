@@ -109,7 +109,7 @@ class WriteBack:
                 setattr(module, leaf, stored)
         untied = any(name in after.weights for others in before.aliases.values() for name in others)
         config = getattr(self.model, "config", None)
-        if untied and getattr(config, "tie_word_embeddings", False):
+        if untied and config is not None and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False  # or saving would tie them again
         for node in after.graph.find_nodes(op="call_function", target=aten.rms_norm.default):
             if node.meta.get(REPLACES_LAYER_NORM):

@@ -116,9 +116,9 @@ class _Compiled:
         self.order: list[_FromCaller | Tensor] = []
         for node in lowered.placeholders:
             name = node.meta.get(WEIGHT)
-            index = node.meta[DYNAMO_INDEX] if name is None else self._index_of_unchanged(lowered, name)
-            if index is not None:
-                self.order.append(_FromCaller(index))
+            place: Any = node.meta[DYNAMO_INDEX] if name is None else self._index_of_unchanged(lowered, name)
+            if name is None or place is not None:
+                self.order.append(_FromCaller(place))
             else:
                 tensor = lowered.weights[name]
                 self.order.append(tensor)

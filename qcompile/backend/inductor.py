@@ -75,13 +75,16 @@ def compile_graph(
     _make_first_caches_contiguous(graph_module.graph)
     graph_module.recompile()
     skipped = counters["inductor"]["cudagraph_skips"]
-    made = inductor.compile_fx(graph_module, list(inputs), inner_compile=inner, config_patches=dict(patches) or None)
+    compiled: Any = inductor.compile_fx(
+        graph_module, list(inputs), inner_compile=inner, config_patches=dict(patches) or None
+    )
     if patches.get(GRAPHS) and counters["inductor"]["cudagraph_skips"] > skipped:
         warnings.warn(
             "qcompile: Inductor runs a graph without a CUDA graph, though they were requested; "
             "TORCH_LOGS=cudagraphs says why",
             stacklevel=2,
         )
+    made: Callable[..., Any] = compiled
     return made
 
 

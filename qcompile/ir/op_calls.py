@@ -39,10 +39,10 @@ class OpCall:
     target: ClassVar[Any]
 
     @classmethod
-    def of(cls, node: fx.Node) -> Self:
+    def of(cls, node: object) -> Self:
         """The view of a node. Raises TypeError if the node calls something else."""
-        if node.target is not cls.target:
-            raise TypeError(f"{node.name} calls {node.target}, not {cls.target}")
+        if not isinstance(node, fx.Node) or node.target is not cls.target:
+            raise TypeError(f"{node} calls {getattr(node, 'target', None)}, not {cls.target}")
         return cls(*cast(tuple[Any, ...], node.args))
 
     @classmethod

@@ -122,7 +122,7 @@ def attach(
         constants.to(next(model.parameters()).device)  # calibration gathers on the CPU
         model.add_module(CENTERS if isinstance(constants, Centers) else SCALES, constants)
     hooks = GenerationHooks(cache_config, prefix, constants)
-    model.qcompile_calls = hooks
+    object.__setattr__(model, "qcompile_calls", hooks)  # an attribute of ours, no parameter and no submodule
     model.register_forward_pre_hook(hooks.before, with_kwargs=True)
     model.register_forward_hook(hooks.after, with_kwargs=True)
 

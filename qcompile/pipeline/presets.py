@@ -29,6 +29,7 @@ from qcompile.passes import (
     Untie,
 )
 from qcompile.pipeline.advise import Device, advise, parameters
+from qcompile.recipe.pass_config import PassConfig
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError
 
@@ -38,7 +39,7 @@ _PRINCIPAL = (Untie(), FoldNorm(), RotatePrincipal())
 _FP8 = Format("fp8")
 
 
-def _recipe(name: str, source: str, *passes: object) -> Recipe:
+def _recipe(name: str, source: str, *passes: PassConfig) -> Recipe:
     """A recipe that fuses in the end what it quantized."""
     fuse = (Fuse(),) if any(isinstance(config, Quantize) for config in passes) else ()
     return Recipe(name, (*passes, *fuse), (), source)

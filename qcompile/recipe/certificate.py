@@ -8,7 +8,7 @@ the first node that differs outside of what the pass changed on purpose is named
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def certify(
     after: Program,
     inputs: Sequence[Any],
     *,
-    changed: set[str] = frozenset(),
+    changed: Set[str] = frozenset(),
     before_outputs: Sequence[Any] | None = None,
 ) -> tuple[Certificate, tuple[Any, ...]]:
     """Compare two programs on one batch.
@@ -103,7 +103,7 @@ def first_difference(
     before: Program,
     after: Program,
     inputs: Sequence[Any],
-    changed: set[str],
+    changed: Set[str],
     dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-9,
 ) -> str:

@@ -18,13 +18,13 @@ class PassConfig:
     """
 
     def __post_init__(self) -> None:
-        for name in _format_fields(type(self)):
+        for name in _format_fields(self.__class__):
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Format.parse(value))
 
 
 @functools.cache
-def _format_fields(config: type[PassConfig]) -> tuple[str, ...]:
+def _format_fields(config: type) -> tuple[str, ...]:
     """Names of the fields that hold a format, or a format or None."""
     return tuple(name for name, hint in get_type_hints(config).items() if Format in (hint, *get_args(hint)))

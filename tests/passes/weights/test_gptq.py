@@ -11,9 +11,10 @@ from zoo import build, example
 import qcompile
 from qcompile.calibration.statistics import CalibrationError
 from qcompile.numerics.format import Format
+from qcompile.numerics.hadamard import random_orthogonal
 from qcompile.numerics.qparams import expand_qparams
 from qcompile.numerics.rounding import quantize_tensor
-from qcompile.passes.weights.gptq import GPTQ, gptq, inverse_factor, loss
+from qcompile.passes.weights.gptq import GPTQ, compensate, gptq, inverse_factor, loss
 from qcompile.recipe.recipe import Recipe
 
 FORMATS = [
@@ -89,6 +90,35 @@ def test_a_singular_hessian_has_no_factor_and_a_damped_one_has():
     assert inverse_factor(torch.zeros(8, 8), 0.01) is None
     one = torch.ones(8, 1) @ torch.ones(1, 8)
     assert inverse_factor(one, 0.01) is not None
+
+
+def with_eigenvalue(lowest, columns=16):
+    """A symmetric matrix of mean diagonal near 1 that needs more damping than -lowest."""
+    basis = random_orthogonal(columns, 0)
+    return basis @ torch.diag(torch.tensor([1.0] * (columns - 1) + [lowest], dtype=torch.float64)) @ basis.t()
+
+
+@pytest.mark.parametrize("lowest, fell_back", [(0.5, False), (-0.05, False), (-0.5, False), (-5.0, True)])
+def test_damping_rises_until_it_helps(lowest, fell_back):
+    """0.01 of the mean diagonal, then ten and a hundred times that; then round-to-nearest."""
+    weight, hessian = torch.randn(5, 16), with_eigenvalue(lowest)
+    grid = quantize_tensor(weight, Format.parse("int3/row"))
+    choice = compensate(weight, hessian, grid, GPTQ())
+    assert choice.fell_back == fell_back
+    assert torch.equal(choice.codes.codes, grid.codes) or not fell_back
+    assert torch.equal(hessian, with_eigenvalue(lowest)), "the caller's Hessian stays as it is"
+
+
+def test_inputs_that_are_always_zero_are_rounded_to_nearest():
+    weight, hessian = torch.randn(5, 96), correlated(0, 96)
+    dead = [3, 40]
+    hessian[dead], hessian[:, dead] = 0, 0
+    grid = quantize_tensor(weight, Format.parse("int3/group32/zero"))
+    choice = compensate(weight, hessian, grid, GPTQ())
+    assert not choice.fell_back and not torch.equal(choice.codes.codes, grid.codes)
+    assert torch.equal(choice.codes.codes[:, dead], grid.codes[:, dead])
+    nothing = compensate(weight, torch.zeros_like(hessian), grid, GPTQ())  # an expert that no row reached
+    assert not nothing.fell_back and torch.equal(nothing.codes.codes, grid.codes)
 
 
 @pytest.mark.parametrize("columns", [5, 129, 300])

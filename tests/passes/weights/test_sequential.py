@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from laws import rewrite
+from torch import nn
 from zoo import build, example
 
 import qcompile
@@ -13,8 +14,12 @@ from qcompile.api.example_inputs import flat_inputs
 from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
+from qcompile.passes import Quantize
 from qcompile.passes.weights.gptq import GPTQ, gptq, inverse_factor
+from qcompile.passes.weights.sequential import Choice, quantize_sequentially
+from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.report import PassReport
 
 
 @pytest.mark.parametrize("lm_head", [None, "int3/group32/zero", "int4/group64/zero"])
@@ -48,3 +53,45 @@ def test_logits_in_eight_bits_are_rounded_to_nearest_and_the_report_says_so():
     assert [note.partition(": ")[2] for note in report.passes[0].notes] == [
         "the logits in int8/row are rounded to nearest, unclipped"
     ]
+
+
+class Experts(nn.Module):
+    """Two linears on one input, then a batched product with a stack of three experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.stack = nn.Parameter(torch.randn(3, 16, 8))
+
+    def forward(self, x):
+        return torch.bmm(torch.relu(self.first(x)) * self.second(x), self.stack)
+
+
+def test_hessians_are_those_of_the_input_and_fallbacks_are_named():
+    torch.manual_seed(0)
+    model, x = Experts().requires_grad_(False), torch.randn(3, 20, 16)
+    program = capture(model, (x,))
+    problems = []
+
+    def choose(weight, hessian, form):
+        problems.append((weight, hessian))
+        return Choice(quantize_tensor(weight, form), fell_back=True)
+
+    context = PassContext.of(program, batches=lambda: [[x[:, :5]], [x[:, 5:]]])
+    report = quantize_sequentially(program, Quantize("int8", None, lm_head=None), context, PassReport(""), choose)
+    assert report.done == ["first.weight", "second.weight", "stack"]
+    assert report.notes == [
+        "singular Hessian, rounded to nearest: first.weight, second.weight, stack[0], stack[1], stack[2]"
+    ]
+    (both, hessian), *experts = problems
+    assert torch.equal(both, torch.cat([model.first.weight, model.second.weight]))  # one Hessian for siblings
+    rows = x.flatten(0, 1).double()
+    assert torch.allclose(hessian, rows.t() @ rows, rtol=1e-5)
+    first, second = (
+        quantize_tensor(layer.weight, Format("int8")).dequantize() for layer in (model.first, model.second)
+    )
+    hidden = torch.relu(x @ first.t() + model.first.bias) * (x @ second.t() + model.second.bias)
+    for expert, (weight, found) in enumerate(experts):
+        assert torch.equal(weight, model.stack[expert].t())
+        rows = hidden[expert].double()
+        assert torch.allclose(found, rows.t() @ rows, rtol=1e-4, atol=1e-4)

@@ -27,7 +27,13 @@ def test_every_operator_has_a_translation():
 
 @pytest.mark.parametrize(
     "name,recipe",
-    [("llama", "int8"), ("llama", DUAL), ("gpt2", "w8a16"), ("gemma2", "w4a16"), ("bert", "w4a16"), ("bert", DUAL)],
+    [
+        ("bert", "w4a16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("llama", "int8"), ("llama", DUAL), ("gpt2", "w8a16"), ("gemma2", "w4a16"), ("bert", DUAL))
+        ),
+    ],
 )
 def test_a_file_of_standard_operators(name, recipe, tmp_path):
     batch = example(name)
@@ -49,6 +55,7 @@ def test_a_file_of_standard_operators(name, recipe, tmp_path):
         assert fused["MatMulNBits"] == sum(n.op_type == "DequantizeLinear" for n in model.graph.node) > 0
 
 
+@pytest.mark.slow
 def test_standard_operators_in_another_runtime(tmp_path):
     """ONNX's own reference evaluator knows nothing but the standard."""
     model = build("llama")
