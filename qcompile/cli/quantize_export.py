@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from qcompile.cli.arguments import (
     Dtype,
@@ -22,7 +26,12 @@ from qcompile.codegen.onnx.onnx_options import OnnxOptions
 
 @app.command()
 def quantize(
-    model: Model, folder: Out, recipe: RecipeName = "int8", text: TextFile = None, dtype: Dtype = "float32"
+    model: Model,
+    folder: Out,
+    recipe: RecipeName = "int8",
+    text: TextFile = None,
+    dtype: Dtype = "float32",
+    dump: Annotated[Path | None, typer.Option(help="folder for the graph before and after every pass")] = None,
 ) -> None:
     """Quantize MODEL and write it to FOLDER (safetensors and JSON)."""
     from qcompile.api.quantize import quantize as run
@@ -31,7 +40,7 @@ def quantize(
 
     require_empty(folder)
     loaded, tokenizer = load(model, dtype)
-    report = run(loaded, recipe, calibration_batches(recipe, tokenizer, text))
+    report = run(loaded, recipe, calibration_batches(recipe, tokenizer, text), dump=dump)
     write(loaded, folder, tokenizer)
     tell(report)
     tell(f"written: {folder}")

@@ -280,8 +280,7 @@ def find_recipe(
     """A recipe in whatever way it is given.
 
     Args:
-        recipe: the name of a preset, "auto" (advise.py chooses for the model), a path to a JSON file, plain data, or a
-            Recipe, which is returned unchanged.
+        recipe: name of a preset, "auto" (advise.py chooses), path to a JSON file, plain data, or a Recipe.
         model: what "auto" chooses for.
         data: whether "auto" may choose a recipe that needs calibration.
 

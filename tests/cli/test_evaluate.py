@@ -17,6 +17,7 @@ from qcompile.evaluation.sensitivity import table as damage_table
 FEW = ["--windows", 1, "--length", 32]
 
 
+@pytest.mark.slow
 def test_compare(folder, tmp_path, call):
     out = call("compare", folder, "--recipes", "int8, w4a16", *FEW, "--out", tmp_path / "c.json")
     assert "peak MB" in out and "w4a16" in out and (tmp_path / "c.png").is_file()
@@ -34,6 +35,7 @@ def test_tune(folder, tmp_path, call):
     assert "w4a8 stays within 500.0%" in loose and (tmp_path / "t.png").is_file()
 
 
+@pytest.mark.slow
 def test_sensitivity_writes_a_recipe(folder, tmp_path, call):
     out = call("sensitivity", folder, "--tokens", 16, "--bits", 6, "--out", tmp_path / "m.json", "--recipe", "w4a16")
     assert "15 sites, added up" in out and (tmp_path / "m.png").is_file()

@@ -16,6 +16,7 @@ def pieces():
     return [torch.randint(0, 100, (1, 12)) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_rows_and_resumption(tmp_path, monkeypatch):
     model, windows, out = build("llama"), pieces(), tmp_path / "c.json"
     calls = []

@@ -121,6 +121,7 @@ def test_other_folders_are_refused(tmp_path, monkeypatch):
         Session(tmp_path)
 
 
+@pytest.mark.slow
 def test_chunks_of_a_file_are_the_whole(tmp_path, monkeypatch):
     """A W4A8 decoder: prefill in chunks, then decode of one token after another."""
     qcompile.export_onnx(build("llama"), tmp_path / "m", "int4-cpu", [example("llama")], progress=False)

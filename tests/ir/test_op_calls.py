@@ -44,7 +44,7 @@ def program():
 
 
 def test_every_view_is_tested():
-    assert set(VIEWS) == set(OpCall.__subclasses__())
+    assert set(VIEWS) == {view for view in OpCall.__subclasses__() if view.__module__ == OpCall.__module__}
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -49,6 +49,7 @@ def test_the_graph_rounds_each_expert_by_itself(name):
     assert relative_error(quantized(*inputs.values())[:1], want(*inputs.values())[:1]) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "config", [Quantize(INT4, None), GPTQ(INT4, None), HQQ(), FineQuant(group_sizes=(64, 32), bits=5.2)]

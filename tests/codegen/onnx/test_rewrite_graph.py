@@ -10,9 +10,9 @@ from zoo import build, example
 
 import qcompile
 from qcompile.codegen.onnx.fusions import int8_embedding
+from qcompile.codegen.onnx.onnx_options import OnnxOptions
 from qcompile.codegen.onnx.ops.attention_ops import GroupQueryAttentionCall
 from qcompile.codegen.onnx.ops.embedding_ops import GatherNBitsCall
-from qcompile.codegen.onnx.onnx_options import OnnxOptions
 from qcompile.codegen.onnx.rewrite_graph import rewrite
 from qcompile.codegen.onnx.tracing.onnx_support import OnnxUnsupportedError
 from qcompile.codegen.onnx.tracing.trace import trace

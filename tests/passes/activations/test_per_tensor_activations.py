@@ -109,6 +109,7 @@ def test_rules_come_first():
     assert set(acts(model)) == {"gate", "second"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_an_onnx_file_rounds_as_the_module_does(name, tmp_path):
     recipe = Recipe(

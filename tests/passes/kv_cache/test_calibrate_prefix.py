@@ -58,6 +58,18 @@ def test_training_keeps_the_lossless_prefix_where_nothing_is_lost():
     assert torch.equal(model.qcompile_prefix.keys1, kept.qcompile_prefix.keys1)
 
 
+def test_the_texts_that_judge_are_not_trained_on():
+    """One step: the last batch only judges, so that what is learned comes from the first."""
+
+    def trained(first):
+        model = build("llama")
+        recipe = Recipe("q", (IntactKV(PREFIX), INT3, CalibratePrefix(steps=1, lr=1e-2), Fuse()))
+        qcompile.quantize(model, recipe, [texts()[first], texts()[7]], progress=False)
+        return model.qcompile_prefix.keys1
+
+    assert not torch.equal(trained(0), trained(1))
+
+
 def test_heads_that_repeat_one_another_are_trained_as_one():
     start = torch.randn(1, 2, 3, 4).repeat_interleave(2, dim=1)
     heads = PrefixHeads(start)

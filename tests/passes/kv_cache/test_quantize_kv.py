@@ -26,6 +26,7 @@ from qcompile.testing import Decoder, Shape, decoders, rotary
 DECODERS = ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "bloom", "mixtral"]
 
 
+@pytest.mark.slow
 @given(decoders())
 @settings(max_examples=20)
 def test_static_scales_hold_at_every_position(model):

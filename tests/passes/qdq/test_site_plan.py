@@ -65,8 +65,10 @@ def test_only_what_reaches_the_output_unmultiplied_writes_it():
     ],
 )
 def test_a_rule_replaces_what_it_names(rule, formats):
-    config, logits = Quantize(INT4, INT8), find_sites(decoder())[-1]
-    assert formats_of(logits, config, rule) == formats
+    *_, inner, logits = find_sites(decoder())
+    assert formats_of(logits, Quantize(INT4, INT8), rule) == formats
+    weight, act = (rule and rule.weight) or INT8, (rule and rule.act) or Format("fp8")
+    assert formats_of(inner, Quantize(INT8, "fp8"), rule) == (weight, act)
 
 
 def test_sites_that_stay_float_say_why():

@@ -58,6 +58,7 @@ def test_a_correction_helps_and_a_full_one_is_the_float_model(name, act, factors
         assert errors[2] < (1e-4 if factors is None else errors[0] / 20)
 
 
+@pytest.mark.slow
 def test_int8_factors_are_half_the_bytes_and_survive_saving(tmp_path):
     models = {}
     for factors in (None, Format("int8")):

@@ -74,6 +74,7 @@ def test_blocks_of_a_table(columns, block, options, tmp_path):
     assert float((got - want).norm() / want.norm()) < 0.01
 
 
+@pytest.mark.slow
 def test_what_keeps_its_floats(tmp_path, monkeypatch):
     """A float model, a user who asks for it, tables that are small, and one that float logits read too."""
     model, inputs = build("bert"), example("bert")

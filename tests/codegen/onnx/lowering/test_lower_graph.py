@@ -63,6 +63,7 @@ def folders(request, tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 def test_decode_multiplies_by_codes_and_prefill_in_int8(folders):
     sessions = {name: Session(folders / name) for name in ("both", "decode", "prefill")}
     ids = torch.randint(3, 128, (1, 8), generator=torch.Generator().manual_seed(0)).numpy()

@@ -56,6 +56,7 @@ def tensors(seed, heads, groups, new, total, mask):
     return tuple(made)
 
 
+@pytest.mark.slow
 @given(
     st.integers(0, 99), st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]), st.integers(1, 5), st.integers(2, 6),
     st.sampled_from(["expanded", "interleaved", "tiled", "flag", "keys only"]),
@@ -82,6 +83,7 @@ def test_other_masks_stay(why):
     assert decompose_attentions(program) == 0 and len(program.graph.find_nodes(op="call_function", target=SDPA)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_a_file_of_standard_operators_repeats_no_keys(name, tmp_path):
     """Of a text and its continuation."""

@@ -65,6 +65,7 @@ def relative(got, want):
     return float((got - want).norm() / want.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gpt2", "phi3", "falcon", "opt", "gemma2", "bloom"])
 def test_one_by_one_the_file_is_the_module_and_a_prompt_is_as_near_as_rounding(name, tmp_path):
     """Biases, norms of keys, heads that share one key, no rotation at all; a soft cap, windows, a bias of places."""
@@ -84,6 +85,7 @@ def test_one_by_one_the_file_is_the_module_and_a_prompt_is_as_near_as_rounding(n
             assert (one != other).mean() < 0.01, "ties at most"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"low_memory": True}])
 def test_products_with_two_kernels(options, tmp_path):
     """Decode and prefill, one text and two: which branch of products meets which of attention."""
@@ -209,6 +211,7 @@ def test_a_wrong_prefill_is_not_exported(bent, operator, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_has_no_such_attention(tmp_path):
     """A rotary embedding of four channels, which GroupQueryAttention does not take."""
     with pytest.raises(OnnxUnsupportedError, match="QuantizeKV: .* rotary embedding of 4 channels.*float_cache"):
@@ -221,6 +224,7 @@ def test_what_has_no_such_attention(tmp_path):
         assert Session(tmp_path / folder).cache_dtype == np.float32
 
 
+@pytest.mark.slow
 def test_a_float_cache_where_it_is_requested(tmp_path):
     model = quantized("llama", (QuantizeKV(8, static=True, optional=True), *WEIGHTS[1:]))
     model.qcompile_calls.enabled = False
