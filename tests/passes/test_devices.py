@@ -82,6 +82,7 @@ def captured(name):
     [(name, recipe) for name in ("llama", "gpt2", "gemma2", "falcon", "bert") for recipe in RECIPES
      if name == "llama" or recipe not in CALIBRATED],
 )  # fmt: skip
+@pytest.mark.slow
 def test_recipes_stay_on_the_models_device(name, recipe, monkeypatch):
     count = itertools.count()
     real = qcompile.memory.weight_cache.fingerprint

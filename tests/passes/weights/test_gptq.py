@@ -132,6 +132,7 @@ def test_the_factor_of_the_inverse(columns):
 
 @pytest.mark.parametrize("recipe", ["w4a16-gptq", "int8-gptq"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3", "mixtral", "bert"])
+@pytest.mark.slow
 def test_in_place_and_better_than_nearest(name, recipe):
     def error(recipe):
         model = build(name)

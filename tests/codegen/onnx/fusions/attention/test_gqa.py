@@ -21,6 +21,7 @@ DECODERS = [
 
 
 @pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.slow
 def test_attentions_with_a_cache_are_found_and_compute_the_same(name):
     traced = trace_decoder(build(name))
     program, module = traced.program, traced.module
