@@ -10,7 +10,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check sanitize bench clean
 
 $(READY): Makefile requirements-ci.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -32,9 +32,21 @@ check: $(READY) ## style, types and the fast tests: minutes
 test: check ## everything that CI runs: real models and compiles too
 	$(PYTEST) -m slow
 
+# What is loaded into Python by LD_PRELOAD, and must be found by the compiler that Inductor uses.
+CXX ?= g++
+SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+sanitize: $(READY) ## the C++ kernels under address and undefined-behavior sanitizers, on random arguments: minutes
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 CXX=$(CXX) \
+		$(BIN)/python -m pytest -p sanitizer_build tests/codegen/cpu/test_native_kernels.py \
+		tests/codegen/cpu/test_traced_kernels.py tests/codegen/cpu/test_cpu_op_checks.py
+
 bench: $(READY) ## measure kernels and whole models; writes benches/results
 	$(BIN)/python benches/cpu_linear.py
 	$(BIN)/python benches/llm_cpu.py
+
+architectures: $(READY) ## every architecture of tests/zoo through every step: an hour on two cores; writes docs/architectures.md
+	OMP_NUM_THREADS=1 $(BIN)/python benches/architectures.py --jobs 2
+	$(BIN)/python benches/update_docs.py
 
 clean:
 	rm -rf .venv demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

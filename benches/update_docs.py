@@ -23,6 +23,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import architecture_tables
 import compile_tables
 from compile_tables import RESULTS, read
 
@@ -200,6 +201,7 @@ TABLES = {
     "kv-scales": kv_scales,
     "w4a8": w4a8,
     **compile_tables.TABLES,
+    **architecture_tables.TABLES,
 }
 
 

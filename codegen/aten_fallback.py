@@ -99,7 +99,7 @@ def hadamard(x: Tensor, signs: Tensor) -> Tensor:
 
 def quantize_int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [.., K] -> int8 codes [.., K], float32 per-token scales [.., 1]: the values of qcompile::quantize, in ATen."""
-    wide = x.float()
+    wide = x.float().contiguous()  # codes and scales are contiguous whatever x is: kernels and views rely on it
     scale = wide.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
     return (wide / scale).round().clamp(-128, 127).to(torch.int8), scale

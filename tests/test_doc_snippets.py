@@ -48,7 +48,7 @@ def test_pages_run(page, smollm2, tmp_path, monkeypatch):
     """All blocks of a page in order, on a small model and in a folder of their own."""
     tokenizer = smollm2[1]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrained, "load_pretrained", lambda *_: (tiny(len(tokenizer)), tokenizer))
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda *_, **__: (tiny(len(tokenizer)), tokenizer))
     brief = functools.partial(text.batches, count=2, length=64)
     monkeypatch.setattr(text, "batches", lambda *args, **sizes: brief(*args, **{**sizes, "length": 64}))
     space = {

@@ -18,7 +18,7 @@ import torch
 from qcompile.codegen.cpu.traced_kernels import takes_nibbles
 from qcompile.codegen.kernel_choice import KernelChoice
 from qcompile.numerics.format import Format
-from qcompile.numerics.int8_matmul import Processor, processor
+from qcompile.numerics.int8_matmul import MAX_K, Processor, processor
 
 _STANDS_FOR: dict[Processor, Processor] = {"amx": "vnni", "other": "avx2"}  # processors without a table of their own
 
@@ -84,7 +84,7 @@ def choose_cpu_kernel(form: Format, act: str, dtype: torch.dtype, m: int, k: int
         k: input channels.
         n: output channels.
     """
-    kernel, here = kernel_of(form, act), processor()
+    kernel, here = kernel_of(form, act) if k <= MAX_K else "dequant_mm", processor()
     measured_on = _STANDS_FOR.get(here, here)
     ratio = ratio_to_float(kernel, dtype, m, k, n, measured_on)
     elsewhere = f" on {measured_on}" if measured_on != here else ""

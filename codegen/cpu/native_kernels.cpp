@@ -7,6 +7,9 @@
 // A channel of the weight is expanded in the first cache or in registers and multiplied by every row of x:
 // memory is read once, in its packed form. Vectors are the compilers' own (vector_size), so that one
 // source serves AVX-512, AVX2 and NEON; only the byte dot product names an instruction.
+//
+// Nothing is checked here: the operators (cpu_op_checks.py) refuse sizes, dtypes and layouts other than these. m, n and k
+// may be zero. Sums of integers wrap as uint32 and are read as int32: a part of a sum may exceed what the sum does not.
 
 #include <algorithm>
 #include <cstdint>
@@ -98,9 +101,9 @@ inline void dots(const uint8_t* w, const int8_t* x, i64 k, i64 stride, int32_t* 
   for (int r = 0; r < R; r++) out[r * n] = _mm512_reduce_add_epi32(sums[r]);
 #else
   for (int r = 0; r < R; r++) {
-    int32_t sum = 0;
-    for (i64 j = 0; j < k; j++) sum += w[j] * x[r * stride + j];
-    out[r * n] = sum;
+    uint32_t sum = 0;
+    for (i64 j = 0; j < k; j++) sum += uint32_t(w[j] * x[r * stride + j]);
+    out[r * n] = int32_t(sum);
   }
 #endif
 }
@@ -182,15 +185,15 @@ std::vector<Sum> group_sums(const T* x, i64 m, i64 k, i64 groups, i64 group) {
   for (i64 r = 0; r < m; r++)
     for (i64 g = 0; g < groups; g++) {
       Sum sum = 0;
-      for (i64 j = g * group; j < std::min(k, (g + 1) * group); j++) sum += x[r * k + j];
+      for (i64 j = g * group; j < std::min(k, (g + 1) * group); j++) sum += Sum(x[r * k + j]);
       sums[g * m + r] = sum;
     }
   return sums;
 }
 
 // out[r] -= sum over groups of offset(g) times the sum of row r's group (the zero points' share of the product).
-template <class Sum, class Offset>
-inline void subtract_offsets(const std::vector<Sum>& sums, i64 m, i64 groups, Offset offset, Sum* out, i64 n) {
+template <class Sum, class Offset, class Out>
+inline void subtract_offsets(const std::vector<Sum>& sums, i64 m, i64 groups, Offset offset, Out* out, i64 n) {
   for (i64 first = 0; first < m; first += 16) {
     Sum total[16] = {};
     const i64 count = std::min<i64>(16, m - first);
@@ -198,16 +201,24 @@ inline void subtract_offsets(const std::vector<Sum>& sums, i64 m, i64 groups, Of
       const Sum factor = offset(g);
       for (i64 r = 0; r < count; r++) total[r] += factor * sums[g * m + first + r];
     }
-    for (i64 r = 0; r < count; r++) out[(first + r) * n] -= total[r];
+    for (i64 r = 0; r < count; r++) out[(first + r) * n] = Out(Sum(out[(first + r) * n]) - total[r]);
   }
 }
 
-// float32 -> bfloat16, to nearest even. A NaN that arithmetic makes stays one.
+// Whether there is nothing to multiply: no value of out, or only sums of nothing.
+template <class T>
+inline bool empty(T* out, i64 m, i64 k, i64 n) {
+  if (!k) std::fill(out, out + m * n, T(0));
+  return !m || !k || !n;
+}
+
+// float32 -> bfloat16, to nearest even; NaN stays NaN.
 inline void floats_to_bf16(const float* from, uint16_t* to, i64 count) {
   for (i64 j = 0; j < count; j++) {
     uint32_t bits;
     std::memcpy(&bits, from + j, 4);
-    to[j] = uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    to[j] = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? bits >> 16 | 0x40 : rounded);
   }
 }
 
@@ -217,7 +228,8 @@ extern "C" {
 
 // x int8, w int8. Bytes of w are read as w + 128, and 128 sum(x) is subtracted.
 void small_m_int8(const int8_t* x, const int8_t* w, int32_t* out, i64 m, i64 k, i64 n, i64 threads) {
-  const auto sums = group_sums<int32_t>(x, m, k, 1, k);
+  if (empty(out, m, k, n)) return;
+  const auto sums = group_sums<uint32_t>(x, m, k, 1, k);
   const Rows<int8_t> rows(x, m, k, k);
 #pragma omp parallel num_threads(threads)
   {
@@ -226,7 +238,7 @@ void small_m_int8(const int8_t* x, const int8_t* w, int32_t* out, i64 m, i64 k, 
     for (i64 c = 0; c < n; c++) {
       for (i64 j = 0; j < k; j++) codes[j] = uint8_t(w[c * k + j]) ^ 0x80;
       by_blocks(m, [&]<int R>(i64 r) { dots<R>(codes.data(), rows[r], padded(k), rows.stride, out + r * n + c, n); });
-      subtract_offsets(sums, m, 1, [](i64) { return 128; }, out + c, n);
+      subtract_offsets(sums, m, 1, [](i64) { return 128u; }, out + c, n);
     }
   }
 }
@@ -234,8 +246,9 @@ void small_m_int8(const int8_t* x, const int8_t* w, int32_t* out, i64 m, i64 k, 
 // x int8, w = s (q - z): sum of q s x, less sum over groups of s z sum(x).
 void small_m_dual(const int8_t* x, const uint8_t* nibbles, const int8_t* scale, const uint8_t* zero, int32_t* out,
                   i64 m, i64 k, i64 n, i64 groups, i64 half, i64 threads) {
+  if (empty(out, m, k, n)) return;
   const i64 group = 2 * half, wide = padded(groups * group);
-  const auto sums = group_sums<int32_t>(x, m, k, groups, group);
+  const auto sums = group_sums<uint32_t>(x, m, k, groups, group);
   const Rows<int8_t> rows(x, m, k, wide);
 #pragma omp parallel num_threads(threads)
   {
@@ -246,7 +259,7 @@ void small_m_dual(const int8_t* x, const uint8_t* nibbles, const int8_t* scale, 
       for (i64 g = 0; g < groups; g++)
         expand(nibbles + (at + g) * half, half, uint8_t(scale[at + g]), uint8_t(0), &codes[g * group]);
       by_blocks(m, [&]<int R>(i64 r) { dots<R>(codes.data(), rows[r], wide, rows.stride, out + r * n + c, n); });
-      const auto offset = [&](i64 g) { return int32_t(scale[at + g]) * int32_t(zero[at + g]); };
+      const auto offset = [&](i64 g) { return uint32_t(scale[at + g] * zero[at + g]); };
       subtract_offsets(sums, m, groups, offset, out + c, n);
     }
   }
@@ -254,6 +267,7 @@ void small_m_dual(const int8_t* x, const uint8_t* nibbles, const int8_t* scale, 
 
 // x float, w int8 without its scale. Bytes of w are read as w + 128.
 void small_m_int8_float(const float* x, const int8_t* w, float* out, i64 m, i64 k, i64 n, i64 threads) {
+  if (empty(out, m, k, n)) return;
   const auto sums = group_sums<float>(x, m, k, 1, k);
   const Rows<float> rows(x, m, k, k);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -266,6 +280,7 @@ void small_m_int8_float(const float* x, const int8_t* w, float* out, i64 m, i64 
 // x float, w = a q - c.
 void small_m_nibble(const float* x, const uint8_t* nibbles, const float* a, const float* c, float* out, i64 m, i64 k,
                     i64 n, i64 groups, i64 half, i64 threads) {
+  if (empty(out, m, k, n)) return;
   const auto sums = group_sums<float>(x, m, k, groups, 2 * half);
   const Rows<float> rows(x, m, k, groups * 2 * half);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -282,6 +297,7 @@ void small_m_nibble(const float* x, const uint8_t* nibbles, const float* a, cons
 // + bias[column], as float32 or, when `to_bf16`, bfloat16 rounded to nearest even. bias may be null.
 void finish(const int32_t* sums, const float* x_scale, const float* scale, const float* bias, void* out, i64 to_bf16,
             i64 m, i64 count, i64 first, i64 n, i64 threads) {
+  if (!m || !count) return;
 #pragma omp parallel for num_threads(threads) schedule(static) if (m * count > 16384)
   for (i64 r = 0; r < m; r++) {
     const int32_t* from = sums + r * count;
@@ -309,6 +325,7 @@ void finish(const int32_t* sums, const float* x_scale, const float* scale, const
 // -> s (q - z), int8 [n, k].
 void unpack_dual(const uint8_t* nibbles, const int8_t* scale, const uint8_t* zero, int8_t* out, i64 k, i64 n,
                  i64 groups, i64 half, i64 threads) {
+  if (!k || !n) return;
   const i64 group = 2 * half;
 #pragma omp parallel num_threads(threads)
   {
@@ -328,6 +345,7 @@ void unpack_dual(const uint8_t* nibbles, const int8_t* scale, const uint8_t* zer
 // -> a q - c, float32 or, when `to_bf16`, bfloat16 rounded to nearest even, [n, k].
 void unpack_nibble(const uint8_t* nibbles, const float* a, const float* c, void* out, i64 to_bf16, i64 k, i64 n,
                    i64 groups, i64 half, i64 threads) {
+  if (!k || !n) return;
   const i64 wide = groups * 2 * half;
 #pragma omp parallel num_threads(threads)
   {

@@ -12,6 +12,8 @@ activations with what comes before it. Shapes: x [.., K], weight [N, K], result 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def _as_matrix(x: Tensor) -> Tensor:
     torch 2.13's CPU `_int_mm` reads the stride of a single row, which a view may set to anything, and then computes
     something else.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if isinstance(rows.shape[0], int) and rows.shape[0] == 1:
         return rows.reshape(-1).as_strided((1, x.shape[-1]), (x.shape[-1], 1))
     return rows
@@ -118,11 +120,13 @@ def prepare_nibbles(stored: Tensor, format: Format, columns: int) -> Tensor:
     """Stored int4 codes -> bytes [N, groups, G/2]; a ragged last group is padded with zero codes.
 
     Byte j of a group holds column j in its low nibble and column G/2 + j in its high one; codes are unsigned.
+    Where half a group exceeds the row, only the bytes of the row are kept, up to a whole vector.
     """
     codes = unpack_codes(stored, format, columns)
     unsigned = codes if format.zero != "none" else (codes.to(torch.int16) - format.qmin).to(torch.uint8)
-    padded = torch.nn.functional.pad(unsigned, (0, -columns % format.group))
-    halves = torch.unflatten(padded, -1, (-1, 2, format.group // 2))
+    half = min(format.group // 2, -(-columns // 16) * 16 or 16)
+    padded = torch.nn.functional.pad(unsigned, (0, -columns % (2 * half)))
+    halves = torch.unflatten(padded, -1, (format.groups(columns), 2, half))
     return (halves[..., 0, :] | (halves[..., 1, :] << 4)).contiguous()
 
 

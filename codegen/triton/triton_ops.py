@@ -6,31 +6,30 @@ so that Inductor and CUDA graphs may put them anywhere. On a CPU they are their 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import torch
 from torch import Tensor
 
-from qcompile.codegen.triton.kernels.spec import RowQuant, parse
-from qcompile.codegen.triton.kernels.weight_layout import layout_of, unpack_weight
+from qcompile.codegen.triton.kernels.weight_layout import unpack_weight
 from qcompile.codegen.triton.launch.gemm import Epilogue, PackedWeight
 from qcompile.codegen.triton.launch.gemm import linear_a8 as launch_linear_a8
 from qcompile.codegen.triton.launch.gemm import linear_w as launch_linear_w
 from qcompile.codegen.triton.launch.row_quant import row_quant as launch_row_quant
+from qcompile.codegen.triton.triton_op_checks import check_linear_a8, check_linear_w, check_row_quant
 from qcompile.numerics.bit_packing import pack
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard
 from qcompile.numerics.qtensor import expand_groups
 
-_check: Callable[[bool], None] = torch._check  # which torch does not type
-
 
 def _as_matrix(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
+    return None if x is None else x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
 def _epilogue(bias: Tensor | None, residual: Tensor | None, low: Tensor | None, up: Tensor | None) -> Epilogue:
-    return Epilogue(bias, _as_matrix(residual), _as_matrix(low), None if up is None else up.contiguous())
+    bias, up = (None if of_rows is None else of_rows.contiguous() for of_rows in (bias, up))
+    return Epilogue(bias, _as_matrix(residual), _as_matrix(low), up)
 
 
 def _add_epilogue(
@@ -68,9 +67,10 @@ def linear_w(
     Returns:
         [.., N] in x's dtype.
     """
-    layout, matrix = layout_of(Format.parse(format)), _as_matrix(x)
-    assert layout is not None and matrix is not None
-    weight = PackedWeight(packed, scale, zero, layout, columns)
+    layout, matrix = check_linear_w(x, packed, scale, zero, bias, residual, low, up, format, columns), _as_matrix(x)
+    assert matrix is not None
+    points = None if zero is None else zero.contiguous()
+    weight = PackedWeight(packed.contiguous(), scale.contiguous(), points, layout, columns)
     out = launch_linear_w(matrix, weight, _epilogue(bias, residual, low, up))
     return out.reshape(*x.shape[:-1], len(packed))
 
@@ -80,9 +80,8 @@ def _(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     low: Tensor | None, up: Tensor | None, format: str, columns: int,
 ) -> Tensor:  # fmt: skip
+    layout = check_linear_w(x, packed, scale, zero, bias, residual, low, up, format, columns)
     form = Format.parse(format)
-    layout = layout_of(form)
-    assert layout is not None
     codes = unpack_weight(packed, layout, columns).float()
     points = 2.0 ** (form.bits - 1) if zero is None else expand_groups(zero.t().float(), form, columns)
     weight = (codes - points) * expand_groups(scale.t(), form, columns)
@@ -94,7 +93,7 @@ def _(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     low: Tensor | None, up: Tensor | None, format: str, columns: int,
 ) -> Tensor:  # fmt: skip
-    _check(x.shape[-1] == columns)
+    check_linear_w(x, packed, scale, zero, bias, residual, low, up, format, columns)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
@@ -122,8 +121,10 @@ def linear_a8(
     Returns:
         [.., N].
     """
+    check_linear_a8(x, x_scale, weight, scale, bias, residual, low, up, dtype)
     matrix, scales = _as_matrix(x), x_scale.reshape(-1).contiguous()
     assert matrix is not None
+    weight, scale = weight.contiguous(), scale.contiguous()
     out = launch_linear_a8(matrix, scales, weight, scale, _epilogue(bias, residual, low, up), dtype)
     return out.reshape(*x.shape[:-1], len(weight))
 
@@ -133,6 +134,7 @@ def _(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
     low: Tensor | None, up: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    check_linear_a8(x, x_scale, weight, scale, bias, residual, low, up, dtype)
     sums = (x.double() @ weight.double().t()).float()  # exact, as int32 is
     return _add_epilogue(sums * x_scale * scale.reshape(-1), bias, residual, low, up).to(dtype)
 
@@ -142,16 +144,11 @@ def _(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
     low: Tensor | None, up: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    check_linear_a8(x, x_scale, weight, scale, bias, residual, low, up, dtype)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
 # -- quantizing activations --------------------------------------------------------------------------
-
-
-def _parse(text: str) -> RowQuant:
-    spec = parse(text)
-    assert isinstance(spec, RowQuant)
-    return spec
 
 
 @torch.library.custom_op("qcompile_triton::row_quant", mutates_args=(), device_types="cuda")
@@ -165,13 +162,14 @@ def row_quant(
         Codes [.., K], scales [.., groups], x + residual [.., K], and the value of norm or gate [.., K]; what the spec
         does not write is empty.
     """
+    fields = check_row_quant(x, residual, gate, gain, shift, smooth, signs, spec)
     tensors = dict(
         residual=_as_matrix(residual), gate=_as_matrix(gate), gain=gain, shift=shift, smooth=smooth, signs=signs
     )
     matrix = _as_matrix(x)
     assert matrix is not None
     results = launch_row_quant(
-        _parse(spec), matrix, eps, **{name: tensor for name, tensor in tensors.items() if tensor is not None}
+        fields, matrix, eps, **{name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
     )
     lead = x.shape[:-1]
     codes, scale = (results[name].reshape(*lead, results[name].shape[1]) for name in ("codes", "scale"))
@@ -184,7 +182,7 @@ def _(
     x: Tensor, residual: Tensor | None, gate: Tensor | None, gain: Tensor | None, shift: Tensor | None,
     smooth: Tensor | None, signs: Tensor | None, eps: float, spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    fields, k = _parse(spec), x.shape[-1]
+    fields, k = check_row_quant(x, residual, gate, gain, shift, smooth, signs, spec), x.shape[-1]
     total = x.new_empty(0)
     if residual is not None:
         x = total = (x.float() + residual.float()).to(x.dtype)
@@ -220,7 +218,7 @@ def _(
     x: Tensor, residual: Tensor | None, gate: Tensor | None, gain: Tensor | None, shift: Tensor | None,
     smooth: Tensor | None, signs: Tensor | None, eps: float, spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    fields, k = _parse(spec), x.shape[-1]
+    fields, k = check_row_quant(x, residual, gate, gain, shift, smooth, signs, spec), x.shape[-1]
     code_dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}[fields.codes]
     codes = x.new_empty((*x.shape[:-1], k // 2 if fields.codes == "int4" else k), dtype=code_dtype)
     groups = -(-k // fields.group) if fields.group else 1

@@ -93,7 +93,7 @@ def per_tensor_activations(program: Program, config: PerTensorActivations, conte
         run.advance(members[0].node)
         weight = torch.cat([program.weights[site.name].float() for site in members])
         refuse_infinite(run, members[0])
-        ratio = error_ratio(list(run.values_of(members[0].input)), weight, config.act)
+        ratio = error_ratio(list(run.rows_of(members[0].input)), weight, config.act)
         for site in members:  # the scale of a weight that is called at several places must fit at all of them
             found[site.name] = max(found.get(site.name, 0.0), ratio)
     for name, ratio in found.items():
@@ -103,6 +103,7 @@ def per_tensor_activations(program: Program, config: PerTensorActivations, conte
         rule = context.rules.get(name)
         context.rules[name] = dataclasses.replace(rule, act=config.act) if rule else Rule(name, act=config.act)
         report.done.append(name)
+    report.notes += run.notes()
     chosen = f"{len(report.done)} of {len(found)} sites get a per-tensor scale"
     report.notes.append(f"{chosen} ({', '.join(_ranges(found, config.most))})")
     return report
@@ -136,6 +137,6 @@ def error_ratio(inputs: list[Tensor], weight: Tensor, act: Format) -> float:
 
 def _product_sizes(x: Tensor, weight: Tensor, gram: Tensor | None) -> Tensor:
     """|x W^T|^2 of every token, float64, without [T, N] where that is more than [T, K]."""
-    rows = x.flatten(0, -2)
+    rows = x.reshape(-1, x.shape[-1])
     products = (rows @ weight.t()).square() if gram is None else (rows @ gram) * rows
     return products.sum(-1, dtype=torch.float64).clamp_min(0)

@@ -128,14 +128,15 @@ def awq(program: Program, config: AWQ, context: PassContext) -> PassReport:
         report.changed |= changed_by(source, consumers)
     if exponents:
         report.notes.append(f"exponents {min(exponents):.2f} to {max(exponents):.2f}")
+    report.notes += run.notes()
     return report
 
 
 def _mean_absolute(run: LayerwiseRun, site: Site) -> Tensor:
-    """mean |x| of a site's input over all batches, float64 [K]."""
+    """mean |x| of a site's input over all tokens of all batches, float64 [K]."""
     sums, rows = torch.zeros(site.K, dtype=torch.float64), 0
-    for value in run.values_of(site.input):
-        x = value.flatten(0, -2).float()
+    for values in run.rows_of(site.input):
+        x = values.float()
         sums += x.abs().sum(0).cpu()
         rows += len(x)
     return sums / rows

@@ -9,8 +9,10 @@ Law:    gain    W diag(g) (x/r)  =  W (g * x/r)                 W[:, j] *= g_j, 
                 and the LayerNorm *is* an RMSNorm.
 Keeps:  the output; computed in float64, cast once.
 Needs:  nothing.
-Skips:  norms whose output is read by something else than linears (post-norm residuals, routers of
-        expert stacks), norms whose gain is used elsewhere too, tied weights.
+Skips:  streams that no rotation could take afterwards: a gain in a weight spreads the ranges of its columns, and only
+        a rotation brings them together again. So either all norms of a stream are folded or none; what prevents it is
+        named: norms whose output is read by something else than linears (post-norm residuals, routers of expert
+        stacks), norms whose gain is used elsewhere too, tied weights, values that enter or leave the graph.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qcompile.analysis.facts import Facts
 from qcompile.analysis.norms import Norm
@@ -28,7 +30,7 @@ from qcompile.analysis.scale_folding import find_consumers
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.analysis.tied_weights import tied_obstacle, tied_table_obstacle
 from qcompile.ir.aten_ops import aten
-from qcompile.ir.node_meta import REPLACES_LAYER_NORM
+from qcompile.ir.node_meta import NO_MODULE, REPLACES_LAYER_NORM
 from qcompile.ir.program import Program
 from qcompile.recipe.pass_config import PassConfig
 from qcompile.recipe.pass_context import PassContext
@@ -42,6 +44,8 @@ class FoldNorm(PassConfig):
 
     # Replace LayerNorms by RMSNorms, by centering what the producers give to the stream. Off: LayerNorms stay.
     center: bool = True
+    # Also fold norms of streams that no rotation can take: for a stream with gains of one size, or to look at.
+    open_streams: bool = False
 
 
 def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
@@ -63,27 +67,61 @@ def center_table(table: Tensor) -> Tensor:
 
 @rewrites(FoldNorm, Stage.FOLD, exact=True)
 def fold_norm(program: Program, config: FoldNorm, context: PassContext) -> PassReport:
-    """Fold every norm that can be folded, in place."""
+    """Fold the norms of every stream that a rotation can take then, in place."""
     report = PassReport("FoldNorm")
     sites = context.facts.sites
-    for norm in context.facts.norms:
-        if norm.gain is None or norm.has_unit_gain(program):
-            continue
-        obstacle = _fold(program, norm, sites)
-        if obstacle is None:
-            report.done.append(norm.output.name)
-            report.changed |= {n.name for n in norm.inner}
-        else:
-            report.skip(norm.output.name, obstacle.reason, obstacle.node)
+    kept = set[fx.Node]()
+    for stream in context.facts.streams:
+        norms = [norm for norm in stream.norms if norm.gain is not None and not norm.has_unit_gain(program)]
+        obstacle = None if config.open_streams else _stream_obstacle(program, stream, norms, config, sites)
+        if obstacle is not None and norms:
+            label = f"{len(norms)} norms of the {stream.label}"
+            report.skip(label, f"the stream could not be rotated then: {obstacle.reason}", obstacle.node)
+            kept |= {norm.output for norm in stream.norms}
+        for norm in norms if obstacle is None else ():
+            obstacle_of_norm = _norm_obstacle(norm, sites)
+            if obstacle_of_norm is None:
+                _fold(program, norm, sites)
+                report.done.append(norm.output.name)
+                report.changed |= {n.name for n in norm.inner}
+            else:
+                report.skip(norm.output.name, obstacle_of_norm.reason, obstacle_of_norm.node)
     if config.center:
         for stream in Facts(program).streams:  # norms that were just folded have gain one now
-            if any(norm.kind == "layer" for norm in stream.norms):
+            if any(norm.kind == "layer" and norm.output not in kept for norm in stream.norms):
                 _center(program, stream, report)
     return report
 
 
-def _fold(program: Program, norm: Norm, sites: list[Site]) -> Obstacle | None:
-    """Fold the gain and the shift of a norm into its consumers, or say what prevents it."""
+def _stream_obstacle(
+    program: Program, stream: ResidualStream, norms: list[Norm], config: FoldNorm, sites: list[Site]
+) -> Obstacle | None:
+    """Why a stream could not be rotated even if its norms were folded, or None.
+
+    Args:
+        program: where the stream is.
+        stream: to be rotated.
+        norms: those of its norms whose gain is not one.
+        config: whether means can be folded.
+        sites: all sites.
+    """
+    if stream.flow_obstacle is not None:
+        return stream.flow_obstacle
+    for norm in norms:
+        obstacle = _norm_obstacle(norm, sites)
+        if obstacle is not None:
+            return obstacle
+    layers = [norm for norm in stream.norms if norm.kind == "layer"]
+    if layers and not config.center:
+        return Obstacle(layers[0].output.name, "a LayerNorm subtracts a mean that is not folded")
+    if layers and len(layers) < len(stream.norms):
+        return Obstacle(layers[0].output.name, "the stream holds RMSNorms too: its mean matters to them")
+    tied = tied_obstacle((*stream.consumers, *stream.producers))
+    return tied or tied_table_obstacle(program, stream.tables, sites)
+
+
+def _norm_obstacle(norm: Norm, sites: list[Site]) -> Obstacle | None:
+    """What prevents that the gain and the shift of a norm fold into its consumers, or None."""
     consumers = find_consumers(norm.output, sites)
     if consumers.other_consumers:
         name = consumers.other_consumers[0].name
@@ -96,6 +134,15 @@ def _fold(program: Program, norm: Norm, sites: list[Site]) -> Obstacle | None:
     tied = tied_obstacle(consumers.sites)
     if tied is not None:
         return tied
+    for site in consumers.sites:
+        if norm.bias is not None and len(site.node.args) < 3 and NO_MODULE in site.node.meta:
+            return Obstacle(site.node.name, f"no module could hold a bias of {site.name}")
+    return None
+
+
+def _fold(program: Program, norm: Norm, sites: list[Site]) -> None:
+    """Fold the gain and the shift of a norm into its consumers."""
+    consumers = find_consumers(norm.output, sites)
     gain = norm.gain_value(program)
     shift_name = program.weight_name(norm.bias)
     for site in consumers.sites:
@@ -106,7 +153,6 @@ def _fold(program: Program, norm: Norm, sites: list[Site]) -> Obstacle | None:
     norm.set_gain(program, torch.ones_like(gain))
     if shift_name is not None:
         program.weights[shift_name] = torch.zeros_like(program.weights[shift_name])
-    return None
 
 
 def add_to_bias(program: Program, site: Site, shift: Tensor) -> None:

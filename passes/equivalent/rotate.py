@@ -51,6 +51,8 @@ class Rotate(PassConfig):
 
 def rotate_columns(weight: Tensor, matrix: Tensor) -> Tensor:
     """W [.., n] -> W R for each block of columns, R [b, b] with b dividing n; float64, cast back."""
+    if weight.ndim == 1:
+        return rotate_columns(weight[None], matrix)[0]
     rotated, matrix = torch.empty_like(weight), matrix.to(weight.device)
     for rows, out in zip(weight.split(4096), rotated.split(4096), strict=True):  # a whole table in float64 is large
         out.copy_((rows.double().unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2))
@@ -104,7 +106,7 @@ def streams_to_rotate(program: Program, context: PassContext, report: PassReport
     found = []
     sites = context.facts.sites
     for stream in context.facts.streams:
-        label = f"stream of {stream.size} at {stream.norms[0].input.name}"
+        label = stream.label
         obstacle = stream_obstacle(program, stream, sites)
         if obstacle is None:
             found.append((label, stream))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.calibration.statistics import CalibrationError
+from qcompile.calibration.padding import BatchTokens, CalibrationError, TokenMask
 from qcompile.ir.program import Program
 from qcompile.passes.equivalent.rotate import (
     Rotate,
@@ -68,7 +68,9 @@ def rotate_principal(program: Program, config: RotatePrincipal, context: PassCon
                 watched[group.root] = (label, stream.size)
     for group, source in heads:
         watched[group.root] = (group.sites[0].name, source.head)
-    moments = _second_moments(program, context, watched)
+    mask = TokenMask(program)
+    moments = _second_moments(mask, context, watched)
+    report.notes += mask.notes()
     axes = {label: principal_axes(moment) for label, moment in moments.items()}
 
     for label, stream in streams:
@@ -84,26 +86,28 @@ def rotate_principal(program: Program, config: RotatePrincipal, context: PassCon
 
 
 def _second_moments(
-    program: Program, context: PassContext, watched: dict[fx.Node, tuple[str, int]]
+    mask: TokenMask, context: PassContext, watched: dict[fx.Node, tuple[str, int]]
 ) -> dict[str, Tensor]:
-    """Sum of x^T x of each label over its nodes, whose last dimension holds blocks of `size` channels.
+    """Sum of x^T x of each label over tokens of its nodes, whose last dimension holds blocks of `size` channels.
 
     A batch's products are of the values' own precision, float32 at least; their sum is float64.
     """
     moments = {label: torch.zeros(size, size, dtype=torch.float64) for label, size in watched.values()}
 
-    def see(node: fx.Node, value: Any) -> None:
+    def see(node: fx.Node, value: Any, tokens: BatchTokens) -> None:
         label, size = watched[node]
-        x = value.detach().reshape(-1, size)
+        x = tokens.rows(node, value.detach()).reshape(-1, size)
         x = x if x.dtype == torch.float64 else x.float()
         moment = (x.t() @ x).double().cpu()
         if not bool(torch.isfinite(moment).all()):
-            raise CalibrationError(f"RotatePrincipal: a batch brings NaN or Inf to {label} (node {node.name}): drop it")
+            raise CalibrationError(
+                f"RotatePrincipal: batch {count + 1} brings NaN or Inf to {label} (node {node.name}). Fix: drop it"
+            )
         moments[label] += moment
 
     count = 0
     for batch in context.track(context.data() if watched else [], "RotatePrincipal"):
-        program.watch(watched, batch, see)
+        mask.of(batch, count + 1).watch(watched, batch, see)
         count += 1
     if watched and not count:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")

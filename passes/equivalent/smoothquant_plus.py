@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qcompile.calibration.padding import BatchTokens, TokenMask
 from qcompile.ir.program import Program
 from qcompile.numerics.divergence import kl_divergence, relative_squared_error
 from qcompile.numerics.format import Format
@@ -75,16 +76,18 @@ class SmoothQuantPlus(PassConfig):
 )
 def smoothquant_plus(program: Program, config: SmoothQuantPlus, context: PassContext) -> PassReport:
     """Search alpha on quantized copies, then smooth the program with the winner, in place."""
+    mask = TokenMask(program)
     data = [batch for _, batch in zip(range(config.batches), context.data(), strict=False)]
+    tokens = [mask.of(batch, number) for number, batch in enumerate(data, 1)]
     expected = [first_output(program, batch) for batch in data]
     coarse = dataclasses.replace(config, clip=False)
     ranked = {
-        candidate: loss_of(program, coarse, context, candidate, data[:1], expected[:1])
+        candidate: loss_of(program, coarse, context, candidate, data[:1], expected[:1], tokens[:1])
         for candidate in context.track(candidates(config), "SmoothQuant+")
     }
     finalists: list[SmoothQuant | None] = [None, *sorted(ranked, key=ranked.__getitem__)[:_FINALISTS]]
     losses = {
-        candidate: loss_of(program, config, context, candidate, data, expected)
+        candidate: loss_of(program, config, context, candidate, data, expected, tokens)
         for candidate in context.track(finalists, "SmoothQuant+, the best")
     }
     best = min(losses, key=losses.__getitem__)
@@ -92,6 +95,7 @@ def smoothquant_plus(program: Program, config: SmoothQuantPlus, context: PassCon
     if best is not None:
         report = dataclasses.replace(smoothquant(program, best, context), name="SmoothQuantPlus")
     report.notes.append(f"{describe(best)}: loss {losses[best]:.4g}, without smoothing {losses[None]:.4g}")
+    report.notes += mask.notes()
     return report
 
 
@@ -118,6 +122,7 @@ def loss_of(
     candidate: SmoothQuant | None,
     data: list[Sequence[Any]],
     expected: list[Tensor],
+    tokens: list[BatchTokens],
 ) -> float:
     """Mean divergence from the float model after smoothing as a candidate does and rounding all weights.
 
@@ -128,6 +133,7 @@ def loss_of(
         candidate: how to smooth; None: not at all.
         data: flat inputs of each batch.
         expected: the first output of the float program for each batch.
+        tokens: of each batch; padding does not count.
     """
     tried = program.copy()
     if candidate is not None:
@@ -136,8 +142,10 @@ def loss_of(
     round_to_nearest(tried, weights_only, context.on(tried, keep_float_weights=False))
     tried.cleanup()
     measure = kl_divergence if config.logits else relative_squared_error
-    pairs = zip(data, expected, strict=True)
-    return sum(float(measure(value, first_output(tried, batch))) for batch, value in pairs) / len(data)
+    output, total = program.outputs[0], 0.0
+    for batch, value, own in zip(data, expected, tokens, strict=True):
+        total += float(measure(own.select(output, value), own.select(output, first_output(tried, batch))))
+    return total / len(data)
 
 
 def first_output(program: Program, batch: Sequence[Any]) -> Tensor:

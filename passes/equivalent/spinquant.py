@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.calibration.statistics import CalibrationError
+from qcompile.calibration.padding import BatchTokens, CalibrationError, TokenMask
 from qcompile.ir.program import Program
 from qcompile.numerics.divergence import kl_divergence
 from qcompile.numerics.format import Format
@@ -124,8 +124,10 @@ def spinquant(program: Program, config: SpinQuant, context: PassContext) -> Pass
             signs = random_signs(k, config.seed)
             rounders[group.root] = partial(_in_hadamard, signs=signs, form=config.act)
     if learned:
-        first, last = _descend(program, config, context, learned, rounders)
+        mask = TokenMask(program)
+        first, last = _descend(mask, config, context, learned, rounders)
         report.notes.append(f"{config.steps} steps: divergence {first:.4f} -> {last:.4f} nats a token")
+        report.notes += mask.notes()
     for stream, basis, label in streams:
         rotate_stream(program, stream, basis.matrix.detach(), label, report)
     for group, source, basis in heads:
@@ -142,14 +144,18 @@ def _in_hadamard(x: Tensor, signs: Tensor, form: Format) -> Tensor:
 
 
 def _descend(
-    program: Program,
+    mask: TokenMask,
     config: SpinQuant,
     context: PassContext,
     learned: list[_Basis],
     rounders: dict[fx.Node, Callable[[Tensor], Tensor]],
 ) -> tuple[float, float]:
     """Cayley descent on all bases; returns the mean divergence of the first and of the last steps."""
-    batches = [_cut(batch, config.tokens) for batch in context.data()]
+    program, batches, tokens = mask.program, list[list[Any]](), list[BatchTokens]()
+    for number, batch in enumerate(context.data(), 1):
+        start = mask.of(batch, number).first_token()
+        batches.append(_cut(batch, start, config.tokens))
+        tokens.append(mask.of(batches[-1], number))
     if not batches:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
 
@@ -160,12 +166,13 @@ def _descend(
 
     history = []
     for step in context.track(range(config.steps), "SpinQuant"):
-        batch = batches[step % len(batches)]
+        batch, own = batches[step % len(batches)], tokens[step % len(batches)]
         with torch.no_grad():
-            expected = program(*batch)[0]
+            expected = own.select(program.outputs[0], program(*batch)[0])
         with torch.enable_grad():
             out = Rounded(program.graph_module).run(*program.bind(batch))
-            loss = kl_divergence(expected, out[0] if isinstance(out, (tuple, list)) else out)
+            logits = own.select(program.outputs[0], out[0] if isinstance(out, (tuple, list)) else out)
+            loss = kl_divergence(expected, logits)
             gradients = torch.autograd.grad(loss, [b.matrix for b in learned])
         lr = config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
         for basis, gradient in zip(learned, gradients, strict=True):
@@ -175,6 +182,9 @@ def _descend(
     return sum(history[:few]) / few, sum(history[-few:]) / few
 
 
-def _cut(batch: Sequence[Any], tokens: int) -> list[Any]:
-    """The first tokens of every [B, T] integer input."""
-    return [x[:, :tokens] if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point() else x for x in batch]
+def _cut(batch: Sequence[Any], start: int, tokens: int) -> list[Any]:
+    """So many tokens of every [B, T] integer input, from `start`."""
+    end = start + tokens
+    return [
+        x[:, start:end] if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point() else x for x in batch
+    ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.ir.aten_ops import LINEAR
-from qcompile.ir.node_meta import LOW_RANK, SITE
+from qcompile.ir.node_meta import LOW_RANK, MODULE, SITE
 from qcompile.ir.op_calls import DequantizeCall, QExpertsCall, QLinearCall
 from qcompile.ir.program import Program
 from qcompile.passes.qdq.site_plan import Quantize
@@ -62,8 +62,7 @@ def _linear(program: Program, node: fx.Node) -> fx.Node:
         dtype=node.meta["val"].dtype,
     )
     fused = call.insert(program, before=node)
-    fused.meta[LOW_RANK] = node.meta.get(LOW_RANK)
-    fused.meta[SITE] = node.meta[SITE]
+    fused.meta.update({key: node.meta[key] for key in (LOW_RANK, MODULE, SITE) if key in node.meta})
     program.replace(node, fused)
     return fused
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from qcompile.analysis.sites import Site
 from qcompile.ir.aten_ops import LINEAR, aten
-from qcompile.ir.node_meta import FLOAT_WEIGHT, SITE
+from qcompile.ir.node_meta import FLOAT_WEIGHT, SITE, WRITTEN
 from qcompile.ir.op_calls import DequantizeCall, QuantizeCall
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
@@ -71,19 +71,23 @@ def _as_operand(program: Program, weight: fx.Node, site: Site) -> fx.Node:
 
 
 def _quantized_input(program: Program, site: Site, act: Format) -> fx.Node:
-    codes, scale, zero = _quantized(program, site.input, act)
+    codes, scale, zero = _quantized(program, site, act)
     dtype = site.node.meta["val"].dtype
     call = DequantizeCall(codes, scale, zero if act.zero != "none" else None, None, str(act), 0, dtype)
     return call.insert(program, before=site.node)
 
 
-def _quantized(program: Program, x: fx.Node, act: Format) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Codes, scale and zero point of a value: one quantization for all sites that read it."""
-    for user in x.users:
-        if QuantizeCall.matches(user) and QuantizeCall.of(user).format == str(act):
-            codes, scale, zero = sorted(user.users, key=_output_index)
-            return codes, scale, zero
-    pair = QuantizeCall(x, str(act)).insert(program, after=x)
+def _quantized(program: Program, site: Site, act: Format) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Codes, scale and zero point of a site's input: one quantization for all sites that read it."""
+    x = site.input
+    if x.meta.get(WRITTEN):
+        pair = QuantizeCall(x, str(act)).insert(program, before=site.node)
+    else:
+        for user in x.users:
+            if QuantizeCall.matches(user) and QuantizeCall.of(user).format == str(act):
+                codes, scale, zero = sorted(user.users, key=_output_index)
+                return codes, scale, zero
+        pair = QuantizeCall(x, str(act)).insert(program, after=x)
     codes, scale, zero = program.unpack(pair, 3)
     return codes, scale, zero
 

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from torch import fx
 
 from qcompile.analysis.sites import Site
-from qcompile.ir.aten_ops import LINEAR, PRODUCTS, aten
+from qcompile.ir.aten_ops import CASTS, LINEAR, MOVES, PRODUCTS, aten
 from qcompile.numerics.format import Format
 from qcompile.recipe.pass_config import PassConfig
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.report import PassReport
 from qcompile.recipe.rule import RecipeError, Rule
+
+_MAXIMA = frozenset({aten.max.dim, aten.argmax.default})
+"""What gives the index of the largest channel."""
+
+
+_MAXIMA = frozenset({aten.max.dim, aten.argmax.default})
+"""What gives the index of the largest channel."""
 
 
 @dataclass(frozen=True)
@@ -63,28 +70,34 @@ class PlannedSite:
 def planned_sites(config: Quantize, context: PassContext, report: PassReport) -> list[PlannedSite]:
     """The sites to quantize, in graph order; the others are skipped, with reasons."""
     found = []
-    for site in context.facts.sites:
+    sites = context.facts.sites
+    for site in sites:
+        # A weight has one format, whatever the products that share it would each get.
+        one_weight = [other for other in sites if other.weight is site.weight]
+        logits = any(writes_output(other) for other in one_weight)
         rule = context.rules.get(site.name)
         if site.name in context.keep_float:
             context.skip(report, site.name, context.keep_float[site.name])
         elif rule is not None and rule.keep:
             context.skip(report, site.name, f"kept float by the rule {rule.match!r}")
-        elif rule is None and chooses_experts(site):
+        elif rule is None and any(chooses_experts(other) for other in one_weight):
             reason = "its output chooses experts: one flipped choice costs more than its bytes"
             context.skip(report, site.name, reason)
-        elif site.kind == "experts" and not (site.grouped or site.batched):
+        elif not all(other.kind == "linear" or other.grouped or other.batched for other in one_weight):
             reason = "neither rows sorted by expert nor [E, T, K] by [E, K, N]"
             context.skip(report, site.name, reason, site.node.name)
         else:
-            is_lm_head = config.lm_head is not None and (rule is None or rule.weight is None) and writes_output(site)
-            found.append(PlannedSite(site, *formats_of(site, config, rule), is_lm_head))
+            is_lm_head = config.lm_head is not None and (rule is None or rule.weight is None) and logits
+            found.append(PlannedSite(site, *formats_of(site, config, rule, logits), is_lm_head))
     return found
 
 
-def formats_of(site: Site, config: Quantize, rule: Rule | None) -> tuple[Format, Format | None]:
-    """Weight and activation format of one site."""
+def formats_of(
+    site: Site, config: Quantize, rule: Rule | None, logits: bool | None = None
+) -> tuple[Format, Format | None]:
+    """Weight and activation format of one site; `logits`: whether its weight gives the output, here or elsewhere."""
     weight, act = config.weight, config.act
-    if config.lm_head is not None and writes_output(site):
+    if config.lm_head is not None and (writes_output(site) if logits is None else logits):
         weight, act = config.lm_head, config.lm_head_act
     if rule is not None:
         weight, act = rule.weight or weight, rule.act or act
@@ -109,11 +122,14 @@ def writes_output(site: Site) -> bool:
 
 
 def chooses_experts(site: Site) -> bool:
-    """Whether the output of a site reaches a top-k through elementwise operations only."""
+    """Whether the output of a site reaches a top-k or a maximum through elementwise operations only.
+
+    Of a maximum the index must be used: one that only leaves the graph is a prediction, not a choice.
+    """
     work, visited = [site.node], set[fx.Node]()
     while work:
         node = work.pop()
-        if node.target is aten.topk.default:
+        if _is_choice(node):
             return True
         shape = node.meta["val"].shape[-1:] if hasattr(node.meta.get("val"), "shape") else None
         if node in visited or shape != site.node.meta["val"].shape[-1:]:
@@ -121,3 +137,22 @@ def chooses_experts(site: Site) -> bool:
         visited.add(node)
         work += [u for u in node.users if u.target is not LINEAR]
     return False
+
+
+def _is_choice(node: fx.Node) -> bool:
+    """Whether a node picks channels, the last dimension of its operand, by their size."""
+    if node.target is aten.topk.default:
+        return True
+    if node.target not in _MAXIMA or len(node.args) < 2:
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if node.args[1] not in (-1, source.meta["val"].ndim - 1):
+        return False
+    indices = [node] if node.target is aten.argmax.default else [u for u in node.users if u.args[1:] == (1,)]
+    return any(not _leaves(user) for index in indices for user in index.users)
+
+
+def _leaves(node: fx.Node) -> bool:
+    """Whether all that is made of a value leaves the graph, moved or cast."""
+    return node.op == "output" or (node.target in MOVES | CASTS and all(_leaves(user) for user in node.users))

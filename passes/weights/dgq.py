@@ -61,9 +61,10 @@ def search_groups(weight: Tensor, hessian: Tensor, form: Format) -> tuple[Tensor
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
     width = (high - low).clamp_min(1e-20)
     zero = (-low / width * 15).round().clamp(0, 15)
-    pad = -weight.shape[1] % form.group
-    padded = torch.nn.functional.pad(hessian.float(), (0, pad, 0, pad)).unflatten(0, (-1, form.group))
-    blocks = torch.stack([part[:, i * form.group : (i + 1) * form.group] for i, part in enumerate(padded)])
+    group = form.width(weight.shape[1])
+    pad = -weight.shape[1] % group
+    padded = torch.nn.functional.pad(hessian.float(), (0, pad, 0, pad)).unflatten(0, (-1, group))
+    blocks = torch.stack([part[:, i * group : (i + 1) * group] for i, part in enumerate(padded)])
     scale, best = width / 15, torch.full_like(width, torch.inf)
     for step in range(1, GROUP_STEPS + 1):
         tried = width * (1.02 - 0.22 * step / GROUP_STEPS) / 15

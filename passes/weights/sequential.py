@@ -105,6 +105,7 @@ def quantize_sequentially(
         for planned, q in zip(members, choice.codes.split([w.site.N for w in members]), strict=True):
             put_codes(program, planned, q.stored_parts, context)
             report.done.append(planned.site.name)
+    report.notes += run.notes()
     if fallbacks:
         report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(fallbacks)}")
     return report
@@ -130,17 +131,17 @@ class FloatReference:
         self.run.advance(self.nodes[site.node.name])
         device = quantized.program.weights[site.name].device
         sums, cross = Gram(site.K, device), torch.zeros(site.K, site.K, dtype=torch.float64, device=device)
-        pairs = zip(quantized.values_of(site.input), self.run.values_of(self.nodes[site.input.name]), strict=True)
+        pairs = zip(quantized.rows_of(site.input), self.run.rows_of(self.nodes[site.input.name]), strict=True)
         for batch, (x, exact) in enumerate(pairs, 1):
-            aim = exact.flatten(0, -2).float()
+            aim = exact.float()
             size = aim.square().mean(-1, keepdim=True)
             if not bool(torch.isfinite(size).all()):
                 raise CalibrationError(
-                    f"batch {batch} brings NaN or Inf to {site.name} in the float model. "
+                    f"batch {batch} brings NaN or Inf to {site.name} (node {site.input.name}) in the float model. "
                     "Fix: drop it, or calibrate in float32"
                 )
             even = torch.where(size > 0, size.rsqrt(), 0)  # a token whose float input is 0 has no say
-            rows = (x if act is None else as_rounded(x, act)).flatten(0, -2).float() * even
+            rows = (x if act is None else as_rounded(x, act)).float() * even
             sums.add(rows)
             cross += (aim * even).t() @ rows
         refuse_infinite(quantized, site, sums.sums)
@@ -161,11 +162,12 @@ def _experts(program: Program, run: LayerwiseRun, planned: PlannedSite, choose: 
     ends = [value.tolist() for value in run.values_of(site.node.all_input_nodes[2])] if site.grouped else []
 
     def rows_of(expert: int) -> Iterator[Tensor]:
-        if site.batched:
-            yield from (x[expert] for x in run.values_of(site.input))
-            return
-        for x, last in zip(run.values_of(site.input), ends, strict=True):
-            yield x[int(last[expert - 1]) if expert else 0 : int(last[expert])]
+        for batch, (x, tokens) in enumerate(zip(run.values_of(site.input), run.tokens_along(site.input), strict=True)):
+            if site.batched:
+                own: int | slice = expert
+            else:
+                own = slice(int(ends[batch][expert - 1]) if expert else 0, int(ends[batch][expert]))
+            yield x[own] if tokens is None else x[own][tokens[own]]
 
     for expert, weight in enumerate(matrix_of(program, site).float().split(site.N)):
         sums = Gram(site.K, weight.device)

@@ -31,12 +31,12 @@ def explain(program: Program) -> RenderableType:
     site_table = Table("site", "N x K", "kind", "siblings", "smoothing scale folds into", "shared with", title="Sites")
     for site in sites:
         site_table.add_row(
-            site.name,
+            Text(site.name),
             f"{site.N} x {site.K}",
             site.kind,
             str(len(site.siblings)),
-            scales.get(site.name, "no: expert stack"),
-            ", ".join(site.shared_with),
+            Text(scales.get(site.name, "no: expert stack")),
+            Text(", ".join(site.shared_with)),
         )
     columns = ("basis", "channels", "producers", "tables", "consumers", "norms", "state")
     stream_table = Table(*columns, title="Residual streams")
@@ -47,13 +47,13 @@ def explain(program: Program) -> RenderableType:
         if gains and not others:
             state = f"closed once FoldNorm has folded {len(gains)} gains"
         stream_table.add_row(
-            stream.norms[0].input.name,
+            Text(stream.norms[0].input.name),
             str(stream.size),
             str(len(stream.producers)),
             str(len(stream.tables)),
             str(len(stream.consumers)),
             str(len(stream.norms)),
-            state,
+            Text(state),
         )
     tied = [f"{name} = {', '.join(others)}" for name, others in program.aliases.items()]
     lines = Text("Tied weights: " + ("; ".join(tied) or "none") + f"\nNorms: {len(norms)}")

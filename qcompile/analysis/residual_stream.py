@@ -48,6 +48,11 @@ class ResidualStream:
     obstacles: list[Obstacle] = field(default_factory=list)
 
     @property
+    def label(self) -> str:
+        """What a report calls the stream: its size and where its first norm reads it."""
+        return f"stream of {self.size} at {self.norms[0].input.name}"
+
+    @property
     def closed(self) -> bool:
         """Whether a rotation of this basis is sound."""
         return self.obstacle is None
@@ -55,8 +60,14 @@ class ResidualStream:
     @property
     def obstacle(self) -> Obstacle | None:
         """The first thing that prevents a rotation, or None for a closed stream."""
-        if self.obstacles:
-            return self.obstacles[0]
+        return self.obstacles[0] if self.obstacles else self.flow_obstacle
+
+    @property
+    def flow_obstacle(self) -> Obstacle | None:
+        """The first thing that prevents a rotation and that folding gains does not remove, or None."""
+        for obstacle in self.obstacles:
+            if obstacle.kind is not ObstacleKind.GAIN:
+                return obstacle
         if self.consumers and (self.producers or self.tables):
             return None
         return Obstacle(self.norms[0].input.name, "nothing gives values to this stream, or nothing reads it")
@@ -67,8 +78,8 @@ def residual_streams(program: Program) -> list[ResidualStream]:
     search = _Search(program)
     streams: list[ResidualStream] = []
     for norm in search.norms:
-        if not any(norm.input in stream.values for stream in streams):
-            streams.append(search.stream_of(norm.input))
+        if not any(norm in stream.norms for stream in streams):
+            streams.append(search.stream_of(norm))
     return streams
 
 
@@ -79,9 +90,9 @@ class _Search:
         self.by_output = {norm.output: norm for norm in self.norms}
         self.sites = {site.node: site for site in find_sites(program)}
 
-    def stream_of(self, seed: fx.Node) -> ResidualStream:
-        stream = ResidualStream(int(seed.meta["val"].shape[-1]))
-        work = [seed]
+    def stream_of(self, seed: Norm) -> ResidualStream:
+        stream = ResidualStream(int(seed.input.meta["val"].shape[-1]))
+        work = self._norm(stream, seed)
         while work:
             value = work.pop()
             if value in stream.values:
@@ -117,10 +128,9 @@ class _Search:
             return []
         if value.target is aten.embedding.default:
             table = value.args[0]
-            if self.program.weight_name(table) is None:
+            if not isinstance(table, fx.Node) or self.program.weight_name(table) is None:
                 return self._open(stream, value, "looks up a table that is not a weight")
-            stream.tables.append(table)
-            return []
+            return [table]
         sources = self._commutes(stream, value)
         if sources is None:
             return self._open(stream, value, f"{_op(value)} does not commute with a rotation")
@@ -128,14 +138,7 @@ class _Search:
 
     def _ahead(self, stream: ResidualStream, value: fx.Node) -> list[fx.Node]:
         """The values made of `value` that share its basis; consumers and obstacles are recorded."""
-        if value.op == "placeholder":
-            found: list[fx.Node] = []  # a table may have other consumers, not of this basis
-            for user in value.users:
-                if user not in self.sites and self._commutes(stream, user) is None:
-                    if user.target is not aten.embedding.default:
-                        self._open(stream, user, f"{_op(user)} reads a table of the stream")
-            return found
-        found = []
+        found: list[fx.Node] = []
         for user in value.users:
             norm = next((n for n in self.norms if n.input is value and user in n.inner), None)
             if not reads_elements(user, value):
@@ -149,11 +152,19 @@ class _Search:
                     stream.consumers.append(self.sites[user])
                 else:
                     self._open(stream, user, "feeds a stack of expert weights, which are not rotated")
+            elif value.op == "placeholder" and self._looks_up(user, value):
+                found.append(user)  # another stream that reads the same table is this stream
+            elif value.op == "placeholder" and user in self.sites and self.sites[user].weight is value:
+                pass  # a tied table: the passes that would rewrite it refuse (tied_weights.py)
             elif self._commutes(stream, user) is not None:
                 found.append(user)
             else:
                 self._open(stream, user, f"{_op(user)} does not commute with a rotation")
         return found
+
+    @staticmethod
+    def _looks_up(node: fx.Node, table: fx.Node) -> bool:
+        return node.target is aten.embedding.default and node.args[0] is table
 
     def _norm(self, stream: ResidualStream, norm: Norm) -> list[fx.Node]:
         if norm not in stream.norms:

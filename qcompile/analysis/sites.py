@@ -13,11 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from qcompile.ir.aten_ops import LINEAR, MATMULS, Ops, aten
+from qcompile.ir.aten_ops import LINEAR, MATMULS, aten
 from qcompile.ir.program import Program, hint
-
-_STACKED: Ops = MATMULS | {aten.baddbmm.default}
-"""Batched products, of which the second operand may be a stack of weights."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Site:
         grouped: (experts) rows sorted by expert, with the end of each expert's rows as third operand.
         rows_first: (experts) the weight is stored [E, N, K], else [E, K, N].
         siblings: names of the other sites on the same input.
-        shared_with: names of other nodes that read the same weight (tied embeddings).
+        shared_with: names of other nodes that read the same weight (tied embeddings) or the same bias.
     """
 
     name: str
@@ -78,7 +75,9 @@ def find_sites(program: Program) -> list[Site]:
     complete: list[Site] = []
     for site in found:
         others = tuple(n for n in by_input[site.input] if n != site.name)
-        consumers = tuple(u.name for u in site.weight.users if u is not site.node and site.node not in u.users)
+        users = dict.fromkeys([*site.weight.users, *(site.bias.users if isinstance(site.bias, fx.Node) else ())])
+        own = [site.node, *(u for u in users if site.node in u.users and _is_transpose(u))]
+        consumers = tuple(u.name for u in users if u not in own)
         complete.append(replace(site, siblings=others, shared_with=consumers))
     return complete
 
@@ -97,7 +96,7 @@ def _linear(program: Program, node: fx.Node) -> Site | None:
 
 def _experts(program: Program, node: fx.Node) -> Site | None:
     """A product with a 3-D weight: grouped or batched, straight or through a transpose."""
-    if node.target not in _STACKED and not is_grouped_matmul(node):
+    if node.target not in MATMULS and not is_grouped_matmul(node):
         return None
     for operand in node.args:
         weight, transposes = through_transposes(operand)
@@ -109,15 +108,12 @@ def _experts(program: Program, node: fx.Node) -> Site | None:
         if not isinstance(value, torch.Tensor) or not isinstance(first, fx.Node) or first is operand:
             continue
         k = first.meta["val"].shape[-1]
+        rows_first = transposes % 2 == 1  # the product reads [E, K, N]
         shape = [int(s) for s in weight.meta["val"].shape]
-        rest = [s for s in shape[1:]]
-        if not isinstance(k, int) or k not in rest:
+        n, depth = (shape[1], shape[2]) if rows_first else (shape[2], shape[1])
+        if not isinstance(k, int) or k != depth:
             continue
-        n = rest[0] if rest[1] == k else rest[1]
         grouped = grouped_operands(node) is not None
-        rows_first = transposes % 2 == 1 if grouped else rest[1] == k
-        if grouped:  # its operand is [E, K, N]
-            n = rest[0] if rows_first else rest[1]
         return Site(name, "experts", node, first, weight, None, n, k, grouped, rows_first)
     return None
 

@@ -1,4 +1,4 @@
-"""Tied weights: why a pass must not rewrite a weight that something else reads too."""
+"""Tied weights: why a pass must not rewrite a weight, or a bias, that something else reads too."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ _FIX = "Fix: Untie() before this pass"
 
 
 def tied_obstacle(sites: Iterable[Site]) -> Obstacle | None:
-    """The first site whose weight something else reads too, or None.
+    """The first site whose weight or bias something else reads too, or None.
 
     Args:
         sites: the sites whose weights a pass would rewrite.
     """
     for site in sites:
         if site.shared_with:
-            return Obstacle(site.node.name, f"the weight {site.name} is tied to {site.shared_with[0]}. {_FIX}")
+            weight = any(user.name == site.shared_with[0] for user in site.weight.users)
+            what, fix = ("weight", f". {_FIX}") if weight else ("bias", "")
+            return Obstacle(site.node.name, f"the {what} of {site.name} is tied to {site.shared_with[0]}{fix}")
     return None
 
 

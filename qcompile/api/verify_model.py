@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcompile.api.example_inputs import call_of, flat_inputs, widen_batch
-from qcompile.ir.capture import capture
+from qcompile.api.example_inputs import trace_batches
+from qcompile.api.model_wrappers import inner_model
 from qcompile.ir.program import Program
 from qcompile.pipeline.presets import find_recipe
 from qcompile.pipeline.run import run
@@ -38,10 +38,11 @@ def verify_model(model: nn.Module, batch: Any, recipe: str | Recipe = "exact") -
 
     Raises:
         RecipeError: an unknown recipe.
+        CalibrationError: a batch that is text, or lists of which no tensor can be made.
+        CaptureError: no graph can be had of the model.
     """
-    args, kwargs = call_of(batch)
-    program = capture(model, *widen_batch(args, kwargs))
-    return verify_program(program, flat_inputs(program, batch, kwargs), recipe)
+    program, (flat,) = trace_batches(inner_model(model), [batch], ("the batch",))
+    return verify_program(program, flat, recipe)
 
 
 def verify_program(program: Program, inputs: Sequence[Any], recipe: str | Recipe = "exact") -> Report:

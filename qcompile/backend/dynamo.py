@@ -23,7 +23,7 @@ from qcompile.backend.float_fallback import float_fallback_sites
 from qcompile.backend.inductor import GRAPHS, compile_graph, make_floats_constant, needs_gpu
 from qcompile.backend.options import Options
 from qcompile.codegen.cpu.cpu_lowering import lower_to_cpu
-from qcompile.ir.capture import capture_dynamo
+from qcompile.ir.capture import capture_dynamo, has_tensor_input
 from qcompile.ir.node_meta import DYNAMO_INDEX, STATIC, WEIGHT
 from qcompile.ir.op_calls import OUR_OPS
 from qcompile.ir.program import Program
@@ -62,14 +62,27 @@ def qcompile(
     problem = needs_gpu(example_inputs) if checked.inductor.get(GRAPHS) else None
     if problem is not None:
         raise RecipeError(problem)
-    if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in example_inputs):
-        _warn_gradients()
+    if not has_tensor_input(graph_module):  # a piece of a broken graph without weights: nothing to quantize
         return compile_graph(graph_module, example_inputs, checked.inductor)
+    if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in example_inputs):
+        if not _came_quantized(graph_module):
+            _warn_gradients()
+            return compile_graph(graph_module, example_inputs, checked.inductor)
+        # No gradient passes through codes: the graph runs as under no_grad, whatever its float parameters require.
+        with torch.no_grad():
+            make_floats_constant(graph_module)
+            return torch.no_grad()(_Compiled(graph_module, example_inputs, checked).__call__)
     make_floats_constant(graph_module)
     return _Compiled(graph_module, example_inputs, checked)
 
 
 _warned: list[bool] = []
+
+
+def _came_quantized(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph of Dynamo calls our operators: it is of a model that `qcompile.quantize` wrote into."""
+    graphs = [part.graph for part in graph_module.modules() if isinstance(part, fx.GraphModule)]
+    return any(str(node.target).startswith("qcompile.") for graph in graphs for node in graph.nodes)
 
 
 def _warn_gradients() -> None:

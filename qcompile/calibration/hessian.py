@@ -1,4 +1,4 @@
-"""Second moments of a site's input over all calibration batches: sum x x^T, float64."""
+"""Second moments of a site's input over all tokens of the calibration batches: sum x x^T, float64."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _add_products(total: Tensor, x: Tensor) -> None:
 def _joined_rows(run: LayerwiseRun, site: Site, least: int = 4096) -> Iterator[Tensor]:
     """A site's input as rows [T, K], batches joined: each sum x^T x costs a pass over [K, K] as well."""
     joined: list[Tensor] = []
-    for value in run.values_of(site.input):
-        joined.append(value.flatten(0, -2).float())
+    for rows in run.rows_of(site.input):
+        joined.append(rows.float())
         if sum(map(len, joined)) >= least:
             yield torch.cat(joined)
             joined = []
@@ -65,7 +65,7 @@ def _joined_rows(run: LayerwiseRun, site: Site, least: int = 4096) -> Iterator[T
 
 
 def hessian_of(run: LayerwiseRun, site: Site) -> Tensor:
-    """The Hessian of a site: sum x x^T of its input over all batches.
+    """The Hessian of a site: sum x x^T of its input over all tokens of all batches.
 
     Args:
         run: stopped at the site.
@@ -85,7 +85,7 @@ def hessian_of(run: LayerwiseRun, site: Site) -> Tensor:
 
 
 def refuse_infinite(run: LayerwiseRun, site: Site, hessian: Tensor | None = None) -> None:
-    """Refuse inputs of a site that hold NaN or Inf.
+    """Refuse inputs of a site that hold NaN or Inf at tokens.
 
     Args:
         run: stopped at the site.
@@ -97,7 +97,7 @@ def refuse_infinite(run: LayerwiseRun, site: Site, hessian: Tensor | None = None
     """
     if hessian is not None and bool(torch.isfinite(hessian.diagonal()).all()):
         return
-    bad = [i + 1 for i, value in enumerate(run.values_of(site.input)) if not bool(torch.isfinite(value).all())]
+    bad = [i for i, rows in enumerate(run.rows_of(site.input), 1) if not bool(torch.isfinite(rows).all())]
     if bad or hessian is not None:
         raise CalibrationError(
             f"batches {bad} bring NaN or Inf to {site.name} (node {site.input.name}). "

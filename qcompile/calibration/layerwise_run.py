@@ -4,7 +4,7 @@ Sequential algorithms quantize a site with the inputs that the already quantized
 gives it. A layerwise run computes every batch up to a node, lets the caller rewrite what comes next
 (insert nodes, replace weights), and goes on. Each node runs once for each batch. Between stops only
 the values that are still to be read are kept: at a site of a decoder that is the residual stream and
-the site's input, never a whole model's activations.
+the site's input, never a whole model's activations. Passes read rows of values by `rows_of`, which omits padding.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qcompile.analysis.sites import find_sites
+from qcompile.calibration.padding import BatchTokens, TokenMask
 from qcompile.ir.node_meta import WEIGHT
 from qcompile.ir.program import Program
 
@@ -27,6 +29,7 @@ class LayerwiseRun:
         done: the nodes that were computed.
         fixed: values that no input reaches, computed once for all batches.
         values: for each batch, the values that are still to be read.
+        tokens: for each batch, which rows of values are tokens.
     """
 
     def __init__(self, program: Program, batches: Iterable[Sequence[Any]]) -> None:
@@ -38,15 +41,21 @@ class LayerwiseRun:
 
         Raises:
             ValueError: a batch with the wrong number of inputs.
+            CalibrationError: a batch without a token.
         """
         self.program = program
         self.done: set[fx.Node] = set(program.placeholders)
         self.fixed: dict[fx.Node, Any] = {}
         self.values: list[dict[fx.Node, Any]] = []
+        self.tokens: list[BatchTokens] = []
+        self._mask = TokenMask(program)
         for batch in batches:
             bound = program.bind(batch)
             inputs = zip(program.placeholders, bound, strict=True)
             self.values.append({n: v for n, v in inputs if WEIGHT not in n.meta})
+            self.tokens.append(self._mask.of(batch, len(self.values)))
+        padded = any(tokens.has_padding for tokens in self.tokens)
+        self._indices = self._mask.indices(site.input for site in find_sites(program)) if padded else set()
 
     def advance(self, stop: fx.Node) -> None:
         """Compute what stands before `stop` in the graph, for every batch."""
@@ -62,9 +71,11 @@ class LayerwiseRun:
         with torch.no_grad():
             for node in fixed:
                 self.fixed[node] = self._compute(node, {})
-            for values in self.values:
+            for values, tokens in zip(self.values, self.tokens, strict=True):
                 for node in moving:
                     values[node] = self._compute(node, values)
+                    if node in self._indices:
+                        tokens.indices[node] = values[node]
                     for used in node.all_input_nodes:
                         if used in values and not self._is_read(used, node):
                             del values[used]
@@ -103,6 +114,20 @@ class LayerwiseRun:
         """The value of a computed node, batch by batch. Raises KeyError for one that is not kept any more."""
         for values in self.values:
             yield self.fixed[node] if node in self.fixed else values[node]
+
+    def rows_of(self, node: fx.Node) -> Iterator[Tensor]:
+        """The rows [R, K] of a computed node's value [.., K] that are tokens, batch by batch. Raises KeyError."""
+        for tokens, value in zip(self.tokens, self.values_of(node), strict=True):
+            yield tokens.rows(node, value)
+
+    def tokens_along(self, node: fx.Node) -> Iterator[Tensor | None]:
+        """Which rows of a computed node's value [.., K] are tokens, [..], batch by batch; None where all are."""
+        for tokens, value in zip(self.tokens, self.values_of(node), strict=True):
+            yield tokens.along(node, value)
+
+    def notes(self) -> list[str]:
+        """What the report of a pass must say of padding."""
+        return self._mask.notes()
 
     def _is_fixed(self, node: fx.Node) -> bool:
         return WEIGHT in node.meta or node in self.fixed or node.op == "get_attr"

@@ -1,7 +1,7 @@
 """Statistics streamed through a program, node by node; activations are never kept.
 
 One batch at a time runs through the graph; values are freed after their last use, and a statistic
-is updated as its node is computed. What stays is one vector for each observed value.
+is updated as its node is computed. What stays is one vector for each observed value. Padding counts in none.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from rich.progress import track
 from torch import Tensor, fx
 
 from qcompile.analysis.facts import Facts
+from qcompile.calibration.padding import BatchTokens, TokenMask
+from qcompile.calibration.padding import CalibrationError as CalibrationError
 from qcompile.ir.program import Program
 
 _SINK_TOKENS = 4  # first tokens of a sequence, which carry massive activations
-
-
-class CalibrationError(ValueError):
-    """Calibration data that cannot be used; the text names the batch or the site and the fix."""
 
 
 @dataclass
@@ -35,6 +33,7 @@ class Statistics:
         key_means: the mean key of an attention, [H, D] float32.
         cached: of keys and of values: max over all tokens for each head and channel, [H, D] float32.
         batches: how many batches were observed.
+        notes: what a report must say of padding (see padding.py).
     """
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
@@ -42,6 +41,7 @@ class Statistics:
     key_means: dict[str, Tensor] = field(default_factory=dict)
     cached: dict[str, Tensor] = field(default_factory=dict)
     batches: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 def observe(
@@ -64,7 +64,8 @@ def observe(
         progress: show a bar.
 
     Raises:
-        CalibrationError: no batch at all, or NaN or Inf in the input of a site, a key or a value.
+        CalibrationError: no batch at all, a batch without a token, or NaN or Inf in a token's input of a site, key or
+            value.
     """
     statistics = Statistics()
     facts = facts or Facts(program)
@@ -73,6 +74,13 @@ def observe(
     labels = {g.root: (g.sites[0].name if g.sites else g.root.name) for g in groups}
     transposed = {flow.keys: flow.keys_transposed for flow in flows}
     cached = {flow.values: False for flow in flows} | transposed
+    places = {flow.values: f"the values of {flow.value_product.name}" for flow in flows}
+    places |= {flow.keys: f"the keys of {flow.node.name}" for flow in flows}
+    mask = TokenMask(program)
+    # A value is recorded when it is read first: memory that was only allocated is filled by then.
+    first_reader = {flow.values: flow.value_product for flow in flows} | {flow.keys: flow.node for flow in flows}
+    first_reader |= {g.root: g.sites[0].node for g in groups if g.sites and g.root not in first_reader}
+    unread: dict[fx.Node, Tensor] = {}
 
     def check(node: fx.Node, absmax: Tensor, where: str) -> None:
         if not bool(torch.isfinite(absmax).all()):
@@ -81,27 +89,37 @@ def observe(
                 "Fix: drop that batch, or calibrate in float32"
             )
 
-    def record(node: fx.Node, value: Tensor) -> None:
+    def record(node: fx.Node, value: Tensor, tokens: BatchTokens) -> None:
         if node in cached:
-            vectors = value.detach().transpose(-1, -2) if cached[node] else value.detach()
-            absmax = _by_head(vectors).abs().amax(-2).flatten(0, -3).amax(0).float().cpu()
-            check(node, absmax, "an attention")
+            sequences = _sequences(node, value.detach(), tokens, cached[node])
+            peaks = [vectors.abs().amax(-2).flatten(0, -3).amax(0) for vectors in sequences]
+            absmax = torch.stack(peaks).amax(0).float().cpu()
+            check(node, absmax, places[node])
             _raise_to(statistics.cached, node.name, absmax)
             if node in transposed:
-                _add_to(statistics.keys, node.name, _key_absmax, vectors)
-                _add_to(statistics.key_means, node.name, _key_mean, vectors)
+                _add_to(statistics.keys, node.name, _key_absmax, sequences)
+                _add_to(statistics.key_means, node.name, _key_mean, sequences)
         if node in labels:
-            absmax = value.detach().abs().flatten(0, -2).amax(0).float().cpu()
+            rows = tokens.rows(node, value.detach())
+            absmax = (rows.abs().amax(0) if len(rows) else rows.new_zeros(rows.shape[-1])).float().cpu()
             check(node, absmax, labels[node])
             _raise_to(statistics.absmax, node.name, absmax)
 
+    def see(node: fx.Node, value: Any, tokens: BatchTokens) -> None:
+        if node in labels or node in cached:
+            unread[node] = value
+        for ready in [n for n in unread if first_reader.get(n, n) is node]:
+            record(ready, unread.pop(ready), tokens)
+
     for batch in track(batches, "calibrating", disable=not progress, transient=True):
-        program.watch({*labels, *cached}, batch, record)
+        tokens = mask.of(batch, statistics.batches + 1)
+        tokens.watch({*labels, *cached, *first_reader.values()}, batch, see)
         statistics.batches += 1
     if not statistics.batches:
         raise CalibrationError("the calibration iterator is empty: give at least one batch")
     for sums in (statistics.keys, statistics.key_means):
         sums.update({name: total / statistics.batches for name, total in sums.items()})
+    statistics.notes = mask.notes()
     return statistics
 
 
@@ -109,9 +127,21 @@ def _raise_to(found: dict[str, Tensor], name: str, value: Tensor) -> None:
     found[name] = torch.maximum(found.get(name, value), value)
 
 
-def _add_to(sums: dict[str, Tensor], name: str, of: Callable[[Tensor], Tensor], vectors: Tensor) -> None:
-    value = of(vectors).cpu()
+def _add_to(sums: dict[str, Tensor], name: str, of: Callable[[Tensor], Tensor], sequences: list[Tensor]) -> None:
+    """Add the mean over sequences to a sum over batches."""
+    value = torch.stack([of(vectors) for vectors in sequences]).mean(0).cpu()
     sums[name] = sums[name] + value if name in sums else value
+
+
+def _sequences(node: fx.Node, value: Tensor, tokens: BatchTokens, transposed: bool) -> list[Tensor]:
+    """Keys or values of an attention as [.., H, T, D]: all sequences at once, or each without its padding."""
+    kept = tokens.along(node, value, -2 if transposed else -1)
+    vectors = _by_head(value.transpose(-1, -2) if transposed else value)
+    if kept is None:
+        return [vectors]
+    kept = (kept.unsqueeze(1) if kept.ndim == 2 else kept).flatten(0, -3)[:, 0]  # [sequences, T], of the first head
+    pairs = zip(vectors.flatten(0, -4), kept, strict=True)
+    return [sequence[:, own][None] for sequence, own in pairs if bool(own.any())]
 
 
 def _by_head(vectors: Tensor) -> Tensor:
@@ -121,7 +151,6 @@ def _by_head(vectors: Tensor) -> Tensor:
 
 def _without_sinks(keys: Tensor) -> Tensor:
     """Keys [.., H, T, D] but for the first tokens, whose keys are unlike all others."""
-    keys = _by_head(keys)
     return keys[..., _SINK_TOKENS:, :] if keys.shape[-2] > 2 * _SINK_TOKENS else keys
 
 

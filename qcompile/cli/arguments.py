@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Annotated, Any, cast, get_type_hints
 
 import torch
 import typer
+from rich.text import Text
 
-from qcompile.cli.output import console
+from qcompile.cli.interruption import Commands
+from qcompile.cli.output import console, note, tell
+from qcompile.cli.path_checks import output_folder, text_file
+from qcompile.version import VERSION
 
 app = typer.Typer(
     name="qcompile",
@@ -20,16 +25,67 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    cls=Commands,
 )
 
-Model = Annotated[str, typer.Argument(help="folder, .gguf file, hub id, or 'embedded'", metavar="MODEL")]
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        tell(f"qcompile {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options in front of a command."""
+
+
+def not_empty(value: str | None) -> str | None:
+    """For typer: an option that was given says something."""
+    if value is not None and not value.strip():
+        raise typer.BadParameter("it is empty")
+    return value
+
+
+def not_empty_list(values: list[str] | None) -> list[str] | None:
+    """For typer: each of several does."""
+    for value in values or ():
+        not_empty(value)
+    return values
+
+
+def finite(value: float) -> float:
+    """For typer: NaN passes its ranges."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite value")
+    return value
+
+
+def text_option(flag: str, meaning: str) -> Any:
+    """An option that names a text."""
+    return typer.Option(flag, help=meaning, parser=text_file, metavar="FILE")
+
+
+Model = Annotated[
+    str, typer.Argument(help="folder, .gguf file, hub id, or 'embedded'", metavar="MODEL", callback=not_empty)
+]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="preset (see `qcompile recipes`) or a .json file")]
-TextFile = Annotated[Path | None, typer.Option("--text", help="text file; default: the embedded text")]
-CalibrationFile = Annotated[Path | None, typer.Option("--calibration", help="text to calibrate on; default: embedded")]
-Windows = Annotated[int, typer.Option(help="windows of the text")]
-Length = Annotated[int, typer.Option(help="tokens per window")]
+TextFile = Annotated[Path | None, text_option("--text", "text file; default: the embedded text")]
+CalibrationFile = Annotated[
+    Path | None, text_option("--calibration", "text to calibrate on, where a recipe needs it; default: embedded")
+]
+Windows = Annotated[int, typer.Option(help="windows of the text", min=1, max=1_000_000)]
+Length = Annotated[
+    int, typer.Option(help="tokens per window; at most the context of the model", min=2, max=100_000_000)
+]
 Dtype = Annotated[str, typer.Option(help="of the model: float32 or bfloat16")]
-Out = Annotated[Path, typer.Argument(help="folder to write; must not exist, or be empty", metavar="FOLDER")]
+Out = Annotated[
+    Path, typer.Argument(help="folder to write; must not exist, or be empty", metavar="FOLDER", parser=output_folder)
+]
 
 
 def flags_of(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -70,32 +126,62 @@ def _names(field: Field[Any]) -> list[str]:
     return [f"--{field.name.replace('_', '-')}"] if field.default is False else []
 
 
-def load(name: str, dtype: str = "float32") -> tuple[Any, Any]:
-    """A model and its tokenizer by name, with a spinner."""
+def load(name: str, dtype: str = "float32", *, any_class: bool = False) -> tuple[Any, Any]:
+    """A model and its tokenizer by name, with a spinner; `any_class`: also one that generates no text."""
     from qcompile.generation.pretrained import load_pretrained
 
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype {dtype!r} is unknown. Fix: use float32 or bfloat16")
-    with console.status(f"loading {name}"):
-        return load_pretrained("" if name == "embedded" else name, getattr(torch, dtype))
+    with console.status(Text(f"loading {name}")):
+        options = {"any_class": True} if any_class else {}
+        return load_pretrained("" if name == "embedded" else name, getattr(torch, dtype), **options)
 
 
 def load_encoder(name: str) -> tuple[Any, Any]:
     """A model without a head and its tokenizer by name, with a spinner."""
     from qcompile.generation.pretrained import load_encoder as read
 
-    with console.status(f"loading {name}"):
+    with console.status(Text(f"loading {name}")):
         return read("" if name == "embedded" else name)
 
 
-def calibration_batches(recipe: str, tokenizer: Any, text: Path | None) -> Any:
-    """Batches if the recipe needs any, else None."""
-    from qcompile.calibration.text import batches
+def check_recipes(*names: str) -> None:
+    """Refuse unknown and impossible recipes, before a model is loaded."""
     from qcompile.pipeline.presets import find_recipe
 
-    if recipe == "auto":  # with a text of the user's, any preset may be chosen
-        return None if text is None else batches(tokenizer, text)
-    return batches(tokenizer, text) if find_recipe(recipe).needs else None
+    for name in names:
+        if name != "auto":
+            find_recipe(name).check()
+
+
+def needs_text(flag: str, text: Path | None, *recipes: str) -> bool:
+    """Whether recipes need calibration data; says so where a text was given and none does."""
+    from qcompile.pipeline.presets import find_recipe
+
+    if any(text is not None if name == "auto" else find_recipe(name).needs for name in recipes):
+        return True
+    if text is not None:
+        note(f"{flag} {text} is ignored: {', '.join(recipes)} needs no calibration data")
+    return False
+
+
+def calibration_batches(recipe: str, model: Any, tokenizer: Any, text: Path | None) -> Any:
+    """Batches if the recipe needs any, else None."""
+    from qcompile.calibration.text import CALIBRATION_LENGTH, batches
+
+    if not needs_text("--text", text, recipe):
+        return None
+    return batches(tokenizer, text, length=cap_length(CALIBRATION_LENGTH, model, tokenizer, "calibration windows"))
+
+
+def cap_length(length: int, model: Any, tokenizer: Any, what: str = "windows") -> int:
+    """The tokens of a window, at most the context of the model; says where that is less."""
+    from qcompile.calibration.context_length import within_context
+
+    capped = within_context(length, model, tokenizer)
+    if capped < length:
+        note(f"{what} of {capped} tokens, not {length}: the context of the model ends there")
+    return capped
 
 
 def is_exported(model: str) -> bool:

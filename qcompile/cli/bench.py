@@ -5,25 +5,33 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from qcompile.cli.arguments import Dtype, Model, app, is_exported, load
-from qcompile.cli.output import print_table
+from qcompile.calibration.context_length import context_length
+from qcompile.cli.arguments import Dtype, Model, app, check_recipes, is_exported, load, not_empty_list
+from qcompile.cli.output import note, print_table
+from qcompile.cli.path_checks import output_file
+from qcompile.memory.atomic_file import write_whole
 
 
 @app.command()
 def bench(
     model: Model = "embedded",
-    recipe: Annotated[list[str] | None, typer.Option("--recipe", "-r", help="repeat for several")] = None,
-    prompt: Annotated[int, typer.Option(help="tokens of the prompt")] = 512,
-    tokens: Annotated[int, typer.Option(help="tokens to decode")] = 16,
-    rounds: Annotated[int, typer.Option(help="counted rounds; medians are shown")] = 5,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", "-r", help="repeat for several", callback=not_empty_list)
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="tokens of the prompt", min=1, max=100_000_000)] = 512,
+    tokens: Annotated[int, typer.Option(help="tokens to decode", min=1, max=1_000_000)] = 16,
+    rounds: Annotated[int, typer.Option(help="counted rounds; medians are shown", min=1, max=1_000_000)] = 5,
     dtype: Dtype = "bfloat16",
-    against: Annotated[list[str] | None, typer.Option(help="another ONNX folder; repeat for several")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON to write")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="another ONNX folder; repeat for several", callback=not_empty_list)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON to write", parser=output_file, metavar="FILE")] = None,
 ) -> None:
     """Measure prefill and decode speed against torch.compile (Inductor) of the float model, interleaved.
 
@@ -38,8 +46,11 @@ def bench(
         return
     if against:
         raise ValueError(f"--against is for ONNX folders, and {model} is none. Fix: export it (qcompile export-onnx)")
-    loaded, _ = load(model, dtype)
-    result = compare_with_inductor(loaded, recipe or ["int8", "w4a8"], prompt=prompt, new=tokens, rounds=rounds)
+    recipes = recipe or ["int8", "w4a8"]
+    check_recipes(*recipes)
+    loaded, tokenizer = load(model, dtype)
+    prompt = _cap_prompt(prompt, tokens, loaded, tokenizer)
+    result = compare_with_inductor(loaded, recipes, prompt=prompt, new=tokens, rounds=rounds)
     print_table(result.table())
     if out is not None:
         result.write(out)
@@ -50,11 +61,28 @@ def _bench_folders(folders: list[str], prompt: int, tokens: int, rounds: int, ou
     from qcompile.generation.onnx_session import Session
     from qcompile.memory.environment import versions
 
-    found = speeds({f: Session(f) for f in folders}, prompt=prompt, new=tokens, rounds=rounds)
+    for folder in folders:
+        if not is_exported(folder):
+            raise ValueError(f"--against {folder} holds no model.onnx. Fix: write it with qcompile export-onnx")
+    sessions = {f: Session(f) for f in folders}
+    for session in sessions.values():
+        prompt = _cap_prompt(prompt, tokens, session, None)
+    found = speeds(sessions, prompt=prompt, new=tokens, rounds=rounds)
     table = Table("folder", f"prefill {prompt}, tok/s", "decode, tok/s")
     for name, speed in found.items():
-        table.add_row(name, f"{speed.prefill:.0f}", f"{speed.decode:.1f}")
+        table.add_row(Text(name), f"{speed.prefill:.0f}", f"{speed.decode:.1f}")
     print_table(table)
     if out is not None:
         rows = {name: dataclasses.asdict(speed) for name, speed in found.items()}
-        out.write_text(json.dumps({"versions": versions(), "prompt": prompt, "rows": rows}, indent=1) + "\n")
+        write_whole(out, json.dumps({"versions": versions(), "prompt": prompt, "rows": rows}, indent=1) + "\n")
+
+
+def _cap_prompt(prompt: int, tokens: int, model: Any, tokenizer: Any) -> int:
+    """A prompt that leaves room for the tokens behind it in the context of the model."""
+    limit = context_length(model, tokenizer)
+    if limit is not None and tokens >= limit:
+        raise ValueError(f"--tokens {tokens}: the context of the model ends at {limit}. Fix: decode fewer")
+    if limit is None or prompt + tokens <= limit:
+        return prompt
+    note(f"a prompt of {limit - tokens} tokens, not {prompt}: the context of the model ends at {limit}")
+    return limit - tokens

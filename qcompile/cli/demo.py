@@ -19,7 +19,10 @@ import typer
 from rich.table import Table
 
 from qcompile.cli.arguments import app
+from qcompile.cli.interruption import kept
 from qcompile.cli.output import print_table, tell, write_plot
+from qcompile.cli.path_checks import work_folder
+from qcompile.memory.atomic_file import write_whole
 
 if TYPE_CHECKING:
     from qcompile.evaluation.throughput import ModelSpeed
@@ -72,11 +75,16 @@ class Budget:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="folder for the plot, the JSON and the ONNX folder")] = Path("demo-out"),
+    out: Annotated[
+        Path,
+        typer.Option(help="folder for the plot, the JSON and the ONNX folder", parser=work_folder, metavar="FOLDER"),
+    ] = Path("demo-out"),
     quick: Annotated[bool, typer.Option(help="shorter texts, half the time")] = False,
 ) -> None:
     """Rewrite, quantize, export, compile and measure the embedded LLM; ends in one screen and a plot."""
-    run(out, Budget({name: seconds / (2 if quick else 1) for name, seconds in STAGES.items()}), quick=quick)
+    budget = Budget({name: seconds / (2 if quick else 1) for name, seconds in STAGES.items()})
+    with kept(lambda: f"what was written is in {out}" if out.exists() else "nothing was written"):
+        run(out, budget, quick=quick)
 
 
 def run(out: Path, budget: Budget, *, quick: bool = False) -> dict[str, Any]:
@@ -86,12 +94,16 @@ def run(out: Path, budget: Budget, *, quick: bool = False) -> dict[str, Any]:
         out: created; an earlier demo's files in it are replaced.
         budget: of the stages `STAGES`.
         quick: shorter texts.
+
+    Raises:
+        ValueError: there is a folder `onnx` of another kind, before any work.
     """
     from qcompile.memory.environment import versions
 
     def say(text: str) -> None:
         tell(f"{budget.elapsed:5.0f} s  {text}")
 
+    _check_replaceable(out / "onnx")
     out.mkdir(parents=True, exist_ok=True)
     say(budget.begin("quality"))
     model, tokenizer, quantized, losses, reports = _quality(budget, say, 512 if quick else 1024)
@@ -110,11 +122,19 @@ def run(out: Path, budget: Budget, *, quick: bool = False) -> dict[str, Any]:
         "rounds": {name: len(s.prefill) for name, s in speeds.items()},
         "samples": samples,
     }
-    (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(out / "demo.json", json.dumps(result, indent=1) + "\n")
     tell(f"written: {out / 'demo.json'}, {out / 'onnx'}")
     write_plot(lambda path: _plot(losses, speeds, path), out / "tradeoff.png")
     say(f"done; the budget was {sum(budget.stages.values()):.0f} s")
     return result
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace a folder that no export wrote."""
+    ours = not folder.is_symlink() and (folder / "model.onnx").is_file() and (folder / "qcompile.json").is_file()
+    empty = not folder.is_symlink() and folder.is_dir() and not any(folder.iterdir())
+    if (folder.exists() or folder.is_symlink()) and not ours and not empty:
+        raise ValueError(f"{folder} is not of an earlier demo and would be replaced. Fix: choose another --out")
 
 
 def _quality(

@@ -8,44 +8,51 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from qcompile.cli.arguments import app, is_exported, load
-from qcompile.cli.output import console
+from qcompile.calibration.context_length import context_length
+from qcompile.cli.arguments import app, finite, is_exported, load, not_empty
+from qcompile.cli.output import console, note
 
-Runnable = Annotated[str, typer.Argument(help="exported ONNX folder, or any MODEL", metavar="FOLDER")]
-Temperature = Annotated[float, typer.Option(help="of the sampling; 0 is greedy")]
-Seed = Annotated[int, typer.Option(help="of the sampling")]
+Runnable = Annotated[
+    str, typer.Argument(help="exported ONNX folder, or any MODEL", metavar="FOLDER", callback=not_empty)
+]
+Temperature = Annotated[float, typer.Option(help="of the sampling; 0 is greedy", min=0, callback=finite)]
+Seed = Annotated[int, typer.Option(help="of the sampling", min=0)]
 
 
-def open_model(name: str) -> tuple[Any, Any, set[int]]:
-    """The function that computes logits from ids (qcompile.generation.sampling.Step), the tokenizer, the end tokens."""
+def open_model(name: str) -> tuple[Any, Any, set[int], int | None]:
+    """The function that computes logits from ids (qcompile.generation.sampling.Step), the tokenizer, the end tokens,
+    and the tokens that the model reads at once."""
     from qcompile.generation.sampling import end_tokens, step_function
 
     if is_exported(name):
         from qcompile.generation.onnx_session import Session, load_tokenizer
 
         session, tokenizer = Session(name), load_tokenizer(name)
-        return session.read, tokenizer, session.end_tokens | end_tokens(tokenizer)
+        return session.read, tokenizer, session.end_tokens | end_tokens(tokenizer), context_length(session, tokenizer)
     model, tokenizer = load(name)
-    return step_function(model), tokenizer, end_tokens(tokenizer, model)
+    return step_function(model), tokenizer, end_tokens(tokenizer, model), context_length(model, tokenizer)
 
 
 @app.command()
 def generate(
     folder: Runnable,
-    prompt: Annotated[str, typer.Option(help="text to continue")],
-    tokens: Annotated[int, typer.Option(help="new tokens at most")] = 64,
+    prompt: Annotated[str, typer.Option(help="text to continue", callback=not_empty)],
+    tokens: Annotated[int, typer.Option(help="new tokens at most", min=1, max=100_000_000)] = 64,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
 ) -> None:
     """Continue a prompt with an exported ONNX folder (or with a PyTorch MODEL)."""
-    from qcompile.generation.sampling import readable_text, stream
+    from qcompile.generation.sampling import new_tokens, readable_text, stream
 
-    step, tokenizer, end = open_model(folder)
+    step, tokenizer, end, limit = open_model(folder)
     ids = np.array(tokenizer(prompt)["input_ids"], np.int64)[None]
     if not ids.size:
         raise ValueError("the prompt is empty. Fix: give at least one token")
+    new = new_tokens(ids.shape[1], tokens, limit)
+    if new < tokens:
+        note(f"{new} new tokens at most, not {tokens}: the context of the model ends there")
     sys.stdout.write(prompt)
-    for piece in readable_text(tokenizer, stream(step, ids, tokens, temperature=temperature, seed=seed, stop=end)):
+    for piece in readable_text(tokenizer, stream(step, ids, new, temperature=temperature, seed=seed, stop=end)):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -55,16 +62,23 @@ def generate(
 def chat(
     folder: Runnable,
     system: Annotated[str, typer.Option(help="system message, before the first turn")] = "",
-    tokens: Annotated[int, typer.Option(help="new tokens at most, per answer")] = 512,
+    tokens: Annotated[int, typer.Option(help="new tokens at most, per answer", min=1, max=100_000_000)] = 512,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
 ) -> None:
     """Talk with an exported ONNX folder (or with a PyTorch MODEL); an empty line ends it."""
     from qcompile.generation.sampling import Conversation
 
-    step, tokenizer, end = open_model(folder)
+    step, tokenizer, end, limit = open_model(folder)
     talk = Conversation(
-        step, tokenizer, system=system, max_new_tokens=tokens, temperature=temperature, seed=seed, stop=end
+        step,
+        tokenizer,
+        system=system,
+        max_new_tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        stop=end,
+        max_length=limit,
     )
     while True:
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
+from rich.text import Text, TextType
 
 from qcompile.evaluation import plots
 
@@ -36,6 +36,11 @@ def tell_error(text: object) -> None:
     Console(file=sys.stderr).print(line, soft_wrap=True)
 
 
+def note(text: object) -> None:
+    """Print one line on stderr, "note: ..": what a command does otherwise than its arguments say."""
+    Console(file=sys.stderr).print(Text.assemble(("note: ", "bold"), _one_line(text)), soft_wrap=True)
+
+
 def format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
@@ -49,7 +54,7 @@ _format_others = warnings.formatwarning
 
 
 def print_table(what: RenderableType) -> None:
-    """Print a table, or a group of tables and lines."""
+    """Print a table, or a group of tables and lines. Cells are text, not markup: a name may have brackets."""
     if isinstance(what, Group):
         for part in what.renderables:
             print_table(part)
@@ -59,6 +64,7 @@ def print_table(what: RenderableType) -> None:
         for line in _aligned(what):
             tell(line)
     else:
+        _unmark(what)
         fits = _set_widths(what, console.width)
         console.print(what if fits and _height(what) - _FRAME <= _height(_blocks(what)) else _blocks(what))
 
@@ -77,7 +83,23 @@ def _one_line(text: object) -> str:
 
 
 def _cells(column: Iterable[object]) -> list[str]:
-    return [cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain for cell in column]
+    return [cell.plain if isinstance(cell, Text) else str(cell) for cell in column]
+
+
+def _unmark(table: Table) -> None:
+    """Make Text of what rich would read as markup."""
+    for column in table.columns:
+        column.header, column.footer = _as_text(column.header), _as_text(column.footer)
+        column._cells = [_as_text(cell) for cell in column._cells]
+    table.title, table.caption = _title(table.title, "table.title"), _title(table.caption, "table.caption")
+
+
+def _as_text(cell: RenderableType) -> RenderableType:
+    return Text(cell) if isinstance(cell, str) else cell
+
+
+def _title(text: TextType | None, style: str) -> TextType | None:
+    return Text(text, style, justify="center") if isinstance(text, str) and text else text
 
 
 def _rows(table: Table) -> tuple[list[str], list[list[str]]]:

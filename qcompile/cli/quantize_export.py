@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,12 +16,21 @@ from qcompile.cli.arguments import (
     TextFile,
     app,
     calibration_batches,
+    check_recipes,
     flags_of,
     load,
     load_encoder,
 )
+from qcompile.cli.interruption import kept
 from qcompile.cli.output import tell
+from qcompile.cli.path_checks import require_space, weight_bits, work_folder
 from qcompile.codegen.onnx.onnx_options import OnnxOptions
+from qcompile.pipeline.presets import find_recipe
+
+Dump = Annotated[
+    Path | None,
+    typer.Option(help="folder for the graph before and after every pass", parser=work_folder, metavar="FOLDER"),
+]
 
 
 @app.command()
@@ -31,17 +40,18 @@ def quantize(
     recipe: RecipeName = "int8",
     text: TextFile = None,
     dtype: Dtype = "float32",
-    dump: Annotated[Path | None, typer.Option(help="folder for the graph before and after every pass")] = None,
+    dump: Dump = None,
 ) -> None:
     """Quantize MODEL and write it to FOLDER (safetensors and JSON)."""
     from qcompile.api.quantize import quantize as run
-    from qcompile.checkpoint.atomic_folder import require_empty
     from qcompile.checkpoint.save_load import save as write
 
-    require_empty(folder)
-    loaded, tokenizer = load(model, dtype)
-    report = run(loaded, recipe, calibration_batches(recipe, tokenizer, text), dump=dump)
-    write(loaded, folder, tokenizer)
+    check_recipes(recipe)
+    with kept(lambda: f"{folder} was not written"):
+        loaded, tokenizer = load(model, dtype, any_class=True)
+        _require_space(folder, loaded, recipe, text)
+        report = run(loaded, recipe, calibration_batches(recipe, loaded, tokenizer, text), dump=dump)
+        write(loaded, folder, tokenizer)
     tell(report)
     tell(f"written: {folder}")
 
@@ -58,18 +68,25 @@ def export_onnx(
     """
     from qcompile.api.export_onnx import export_onnx as write
     from qcompile.calibration.text import sentence_batches, sentences
-    from qcompile.checkpoint.atomic_folder import require_empty
 
-    require_empty(folder)
-    if options.pooling is None:
-        loaded, tokenizer = load(model)
-        example, batches = None, calibration_batches(recipe, tokenizer, text)
-    else:
-        options.check_encoder()
-        loaded, tokenizer = load_encoder(model)
-        batches = sentence_batches(tokenizer, sentences(text))
-        example = batches[0]
-    flags = dataclasses.asdict(options)
-    report = write(loaded, folder, recipe, batches, example=example, tokenizer=tokenizer, **flags)
+    check_recipes(recipe)
+    example = None
+    with kept(lambda: f"{folder} was not written"):
+        if options.pooling is None:
+            loaded, tokenizer = load(model)
+            batches = calibration_batches(recipe, loaded, tokenizer, text)
+        else:
+            options.check_encoder()
+            chosen = sentences(text)
+            loaded, tokenizer = load_encoder(model)
+            batches = sentence_batches(tokenizer, chosen, model=loaded)
+            example = batches[0]
+        _require_space(folder, loaded, recipe, text)
+        flags = dataclasses.asdict(options)
+        report = write(loaded, folder, recipe, batches, example=example, tokenizer=tokenizer, **flags)
     tell(report)
     tell(f"written: {folder}")
+
+
+def _require_space(folder: Path, loaded: Any, recipe: str, text: Path | None) -> None:
+    require_space(folder, loaded, weight_bits(find_recipe(recipe, loaded, data=text is not None)))

@@ -13,9 +13,13 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from qcompile.cli.arguments import app, split_names
+from qcompile.cli.interruption import kept
 from qcompile.cli.output import console, print_table, tell
+from qcompile.cli.path_checks import output_file
 from qcompile.numerics.format import Format
 from qcompile.passes.qdq.site_plan import Quantize
+
+OLDEST, NEWEST = 70, 130  # compute capabilities that Triton may compile for
 
 kernels = typer.Typer(no_args_is_help=True, help="The Triton kernels: their list, source, and cost.")
 app.add_typer(kernels, name="kernels")
@@ -23,7 +27,7 @@ app.add_typer(kernels, name="kernels")
 
 @kernels.command(name="list")
 def list_kernels(
-    arch: Annotated[int, typer.Option(help="compute capability, as 90 for sm_90")] = 90,
+    arch: Annotated[int, typer.Option(help="compute capability, as 90 for sm_90", min=OLDEST, max=NEWEST)] = 90,
 ) -> None:
     """List the kernels that are compiled ahead of time, and what each costs."""
     from qcompile.codegen.triton.aot.budget import FILE
@@ -74,6 +78,8 @@ def check(
         raise ValueError("TRITON_INTERPRET=1 interprets kernels and compiles none. Fix: unset it")
     try:
         architectures = [int(a) for a in split_names(arch)]
+        if not all(OLDEST <= a <= NEWEST for a in architectures):
+            raise ValueError
     except ValueError:
         raise ValueError(f"--arch {arch!r} is no list of compute capabilities. Fix: write 90, or 80,90") from None
     total = sum(only in str(kernel) for a in architectures for kernel in shipped(a))
@@ -129,7 +135,9 @@ def tune(
 def bench(
     shapes: Shapes = "4096x4096,4096x14336,14336x4096",
     rows: Rows = "1,16,32,64,128,512,2048",
-    out: Annotated[Path | None, typer.Option(help="JSON to write, after every row")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON to write, after every row", parser=output_file, metavar="FILE")
+    ] = None,
 ) -> None:
     """Time our GEMMs on this machine's GPU against cuBLAS bf16, torch's own int4 and int8 kernels, and GemLite."""
     sizes, counts = _on_gpu(shapes, rows)
@@ -139,7 +147,9 @@ def bench(
         if out is not None:
             found.write(out)
 
-    result = compare_gemms(sizes, counts, keep=keep)
+    written = out if out is not None else "nothing was written"
+    with kept(lambda: f"the rows that were measured: {written}"):
+        result = compare_gemms(sizes, counts, keep=keep)
     print_table(result.table())
     for note in result.notes():
         tell(note)
@@ -164,6 +174,8 @@ def _on_gpu(shapes: str, rows: str) -> tuple[list[tuple[int, int]], list[int]]:
     try:
         sizes = [(int(k), int(n)) for k, _, n in (shape.partition("x") for shape in split_names(shapes))]
         counts = [int(m) for m in split_names(rows)]
+        if not all(1 <= size < 2**31 for size in (*counts, *(side for shape in sizes for side in shape))):
+            raise ValueError
     except ValueError:
         raise ValueError(
             f"--shapes {shapes!r}, --rows {rows!r} are no sizes. Fix: write 4096x4096,4096x14336 and 1,16"

@@ -1,32 +1,39 @@
 """Recipes side by side on one model and one text: quality, bytes, time and memory of each.
 
 The row of a recipe is written to disk as soon as it is measured, so an interrupted comparison continues where it
-stopped. The float model is run beside each candidate, and its logits are not kept: memory does not grow with the text.
+stopped. Models, texts and recipes are recognized by digests of their content: names may be used again. The float model
+is run beside each candidate, and its logits are not kept: memory does not grow with the text.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from qcompile.api.quantize import quantize
-from qcompile.evaluation.perplexity import agreement, perplexity
+from qcompile.evaluation.perplexity import agreement, check_windows, perplexity
 from qcompile.evaluation.plots import label_point, plot_file
+from qcompile.memory.atomic_file import write_whole
+from qcompile.memory.digest import digest, model_digest
 from qcompile.memory.environment import versions
 from qcompile.memory.process import measure_peak
 from qcompile.passes import FoldNorm, Rotate, Untie
 from qcompile.pipeline.presets import find_recipe
 from qcompile.recipe.recipe import Recipe
+from qcompile.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class RecipeResult:
         site_bytes: bytes of the weights of all sites, as they are stored.
         seconds: to quantize, calibration included.
         peak_bytes: peak memory of quantizing, above what the process used before; 0 if unknown.
+        digest: of the recipe's passes and rules, the calibration data that it needs, and this package's version.
     """
 
     recipe: str
@@ -50,6 +58,7 @@ class RecipeResult:
     site_bytes: int
     seconds: float
     peak_bytes: int = 0
+    digest: str = ""
 
 
 @dataclass
@@ -61,7 +70,10 @@ class Comparison:
         token_windows: int64 [1, T] each.
         calibration: returns the batches for recipes that need data.
         out: a JSON file to write to and to continue from.
-        label: what is measured (model, text); an `out` with another label is refused.
+        label: what is measured (model, text), for people.
+
+    Raises:
+        ValueError: `out` is of another model or text, or no file of a comparison; or a window has no next token.
     """
 
     model: nn.Module
@@ -71,20 +83,29 @@ class Comparison:
     label: str = ""
 
     def __post_init__(self) -> None:
-        self.rows = self._read()
+        check_windows(self.token_windows)
+        data = read_rows(self.out)
+        if data is not None and {k: v for k, v in data["of"].items() if k != "label"} != self._identity:
+            raise ValueError(
+                f"{self.out} is of another comparison ({data['of'].get('label')}): other weights or another text. "
+                "Fix: choose another file, or remove it"
+            )
+        self.rows = {row["digest"]: RecipeResult(**row) for row in data["rows"]} if data is not None else {}
 
     def measure(self, name: str) -> RecipeResult:
         """The row of one recipe (a preset name or a JSON path), from the file or by quantizing a copy."""
         recipe = find_recipe(name)
-        if recipe.name not in self.rows:
-            self.rows[recipe.name] = self._measure(recipe.name, recipe)
+        key = self._digest_of(recipe)
+        if key not in self.rows:
+            row = replace(self._measure(recipe.name, recipe), digest=key)
+            self.rows = {old: r for old, r in self.rows.items() if r.recipe != recipe.name} | {key: row}
             self._write()
-        return self.rows[recipe.name]
+        return replace(self.rows[key], recipe=recipe.name)
 
     def _measure(self, name: str, recipe: Recipe) -> RecipeResult:
         if not recipe.passes:
             return RecipeResult(name, perplexity(self.model, self.token_windows, progress=False), 0.0, 1.0, 0, 0.0)
-        batches = self.calibration() if recipe.needs else None
+        batches = self.batches if recipe.needs else None
         start = time.perf_counter()
         with measure_peak() as peak:
             candidate = copy.deepcopy(self.model)
@@ -93,29 +114,58 @@ class Comparison:
         found = agreement(candidate, self.model, self.token_windows)
         return RecipeResult(name, found.perplexity, found.kl, found.top1, report.bytes_after, seconds, peak.bytes)
 
-    @property
-    def _key(self) -> dict[str, Any]:
-        first = self.token_windows[0]
-        return {"label": self.label, "windows": len(self.token_windows), "length": int(first.shape[1])}
+    @functools.cached_property
+    def batches(self) -> list[Any]:
+        """The calibration data, read once."""
+        return list(self.calibration())
 
-    def _read(self) -> dict[str, RecipeResult]:
-        if self.out is None or not self.out.is_file():
-            return {}
-        data = json.loads(self.out.read_text())
-        if data.get("of") != self._key:
-            raise ValueError(
-                f"{self.out} is of another comparison ({data.get('of')}). Fix: choose another file, or remove it"
-            )
-        return {row["recipe"]: RecipeResult(**row) for row in data["rows"]}
+    @functools.cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What rows are of: the content of the model and of the text."""
+        return {
+            "model": model_digest(self.model),
+            "text": digest(list(self.token_windows)),
+            "windows": len(self.token_windows),
+            "length": int(self.token_windows[0].shape[1]),
+        }
+
+    def _digest_of(self, recipe: Recipe) -> str:
+        plain = recipe.to_json()
+        return digest([plain["passes"], plain["rules"], VERSION, self.batches if recipe.needs else None])
 
     def _write(self) -> None:
         if self.out is None:
             return
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        data = {"versions": versions(), "of": self._key, "rows": [asdict(r) for r in self.rows.values()]}
-        work = self.out.with_suffix(".partial")
-        work.write_text(json.dumps(data, indent=1) + "\n")
-        work.replace(self.out)
+        of = {"label": self.label, **self._identity}
+        data = {"versions": versions(), "of": of, "rows": [asdict(r) for r in self.rows.values()]}
+        write_whole(self.out, json.dumps(data, indent=1) + "\n")
+
+
+def read_rows(out: Path | None) -> dict[str, Any] | None:
+    """The file of a comparison as plain data; None where there is none yet.
+
+    Raises:
+        ValueError: something else is there.
+    """
+    if out is None or not out.exists():
+        return None
+    if not out.is_file():
+        raise ValueError(f"{out} is no regular file, and rows are read from it too. Fix: name a .json file")
+    try:
+        data: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        whole = isinstance(data["of"], dict) and all(map(_is_row, data["rows"]))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"{out} is no file of a comparison, or of an earlier version. Fix: choose another file, or remove it"
+        )
+    return data
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    named = {f.name: str if f.type == "str" else int | float for f in fields(RecipeResult)}
+    return row.keys() == named.keys() and all(isinstance(row[name], kind) for name, kind in named.items())
 
 
 def compare(comparison: Comparison, recipes: Sequence[str], *, progress: bool = True) -> list[RecipeResult]:
@@ -135,7 +185,7 @@ def table(rows: Sequence[RecipeResult]) -> Table:
     found = Table("recipe", "perplexity", "KL to float", "same top-1", "weights MB", "quantize s", "peak MB")
     for r in rows:
         cost = (f"{r.site_bytes / 1e6:.0f}", f"{r.seconds:.1f}", f"{r.peak_bytes / 1e6:.0f}") if r.site_bytes else ()
-        found.add_row(r.recipe, f"{r.perplexity:.2f}", f"{r.kl:.4f}", f"{r.agreement:.1%}", *cost)
+        found.add_row(Text(r.recipe), f"{r.perplexity:.2f}", f"{r.kl:.4f}", f"{r.agreement:.1%}", *cost)
     return found
 
 
@@ -146,7 +196,7 @@ def plot(rows: Sequence[RecipeResult], path: Path) -> None:
         ModuleNotFoundError: matplotlib is not installed.
     """
     with plot_file(path) as axes:
-        for r in rows:
+        for r in filter(lambda row: math.isfinite(row.perplexity), rows):
             if r.site_bytes:
                 axes.scatter(r.site_bytes / 1e6, r.perplexity, s=40, color="C0")
                 label_point(axes, r.recipe, r.site_bytes / 1e6, r.perplexity)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.progress import track
 
+from qcompile.evaluation.throughput import check_counts
 from qcompile.generation.onnx_session import Session
 
 
@@ -32,11 +33,16 @@ def speeds(
         new: tokens to decode after it.
         rounds: counted rounds; one more warms up.
         progress: show a bar.
+
+    Raises:
+        ValueError: nothing to time.
+        FolderError: more tokens than a folder's tables of positions reach.
     """
+    check_counts(prompt, new, rounds)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
     for step in track(range(rounds + 1), "timing", disable=not progress, transient=True):
         for name, session in sessions.items():
-            ids = np.arange(1, prompt + 1)[None] % 1000  # ids of any vocabulary: their values do not change the time
+            ids = np.arange(prompt)[None] % getattr(session, "vocabulary", 1000)  # their values do not change the time
             start = time.perf_counter()
             _, cache = session.read(ids, None)
             read = time.perf_counter()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
 
@@ -22,9 +23,16 @@ def perplexity(
         token_windows: int64 [1, T] each.
         progress: show a bar.
         label: the bar's name.
+
+    Returns:
+        The perplexity; infinite where the likelihood underflows.
+
+    Raises:
+        ValueError: no window, or one without a next token.
     """
+    check_windows(token_windows)
     total, count = 0.0, 0
-    for ids in track(token_windows, label, disable=not progress, transient=True):
+    for ids in track(token_windows, escape(label), disable=not progress, transient=True):
         scores = logits_of(model, ids)[0, :-1]
         # cross_entropy in float32, 512 tokens at a time: the logits of a long window are the largest tensor
         for start in range(0, scores.shape[0], 512):
@@ -32,7 +40,20 @@ def perplexity(
             target = ids[0, 1 + start : 1 + start + part.shape[0]]
             total += float(torch.nn.functional.cross_entropy(part, target, reduction="sum"))
         count += scores.shape[0]
-    return math.exp(total / count)
+    return _exp(total / count)
+
+
+def check_windows(token_windows: Sequence[Tensor]) -> None:
+    """Refuse windows that have no next token to predict. Raises ValueError."""
+    shortest = min((ids.shape[1] for ids in token_windows), default=0)
+    if shortest < 2:
+        found = f"a window of {shortest} tokens" if token_windows else "no window"
+        raise ValueError(f"{found}: nothing is predicted there. Fix: give windows of 2 tokens or more")
+
+
+def _exp(mean: float) -> float:
+    """exp that does not raise where it overflows."""
+    return math.exp(mean) if mean < 700 or math.isnan(mean) else math.inf
 
 
 def logits_of(model: Callable[..., Any], ids: Tensor) -> Tensor:
@@ -67,7 +88,11 @@ def agreement(model: Callable[..., Any], reference: Callable[..., Any], token_wi
         model: what is judged, called as `perplexity` does.
         reference: the float model.
         token_windows: int64 [1, T] each.
+
+    Raises:
+        ValueError: no window, or one without a next token.
     """
+    check_windows(token_windows)
     loss, total, agree, count, predicted = 0.0, 0.0, 0, 0, 0
     for ids in token_windows:
         ours, theirs = logits_of(model, ids)[0], logits_of(reference, ids)[0]
@@ -80,4 +105,4 @@ def agreement(model: Callable[..., Any], reference: Callable[..., Any], token_wi
             loss -= float(q[: len(target)].gather(1, target[:, None]).sum())
             predicted += len(target)
         count += ours.shape[0]
-    return Agreement(math.exp(loss / predicted), total / count, agree / count)
+    return Agreement(_exp(loss / predicted), total / count, agree / count)

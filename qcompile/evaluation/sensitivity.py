@@ -9,7 +9,7 @@ Choosing formats adds damages up, which is exact where they are small.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from qcompile.analysis.sites import Site, find_sites
@@ -74,7 +75,7 @@ class Damage:
 
 def sensitivity(
     program: Program,
-    batches: Sequence[Sequence[Any]],
+    batches: Iterable[Sequence[Any]],
     choices: Sequence[SiteFormats],
     *,
     logits: bool = True,
@@ -84,7 +85,7 @@ def sensitivity(
 
     Args:
         program: float.
-        batches: flat inputs; some 500 tokens tell the sites apart.
+        batches: flat inputs; some 500 tokens tell the sites apart. Padding does not count.
         choices: what to try.
         logits: whether the first output holds logits [.., V].
         progress: show a bar.
@@ -92,12 +93,13 @@ def sensitivity(
     Raises:
         ValueError: no batch, or no format.
     """
+    batches = list(batches)
     if not batches or not choices:
         raise ValueError("sensitivity needs at least one batch and one format")
     measure = kl_divergence if logits else relative_squared_error
     float_outputs = [program(*batch)[0] for batch in batches]
     sites = [s for s in find_sites(program) if s.kind == "linear"]
-    walk, found = LayerwiseRun(program, batches), []
+    walk, found, output = LayerwiseRun(program, batches), [], program.outputs[0]
     for site in track(sites, "sensitivity", disable=not progress, transient=True):
         walk.advance(site.node)
         inputs = list(walk.values_of(site.input))
@@ -106,7 +108,9 @@ def sensitivity(
             total = 0.0
             for index, (x, want) in enumerate(zip(inputs, float_outputs, strict=True)):
                 got = walk.finish(index, site.node, _linear(program, site, x, q.dequantize(x.dtype), formats))
-                total += max(float(measure(want, got[0] if isinstance(got, (tuple, list)) else got)), 0.0)
+                got = got[0] if isinstance(got, (tuple, list)) else got
+                own = walk.tokens[index]
+                total += max(float(measure(own.select(output, want), own.select(output, got))), 0.0)
             found.append(Damage(site.name, formats, q.nbytes, total / len(batches)))
     return found
 
@@ -178,7 +182,7 @@ def table(damages: Sequence[Damage], worst: int = 20) -> Table:
     ranked = sorted(by_site.items(), key=lambda item: -max(d.kl for d in item[1].values()))
     found = Table("site", *map(str, choices), title="KL to float with one site quantized (class)")
     for name, row in ranked[:worst]:
-        found.add_row(name, *[f"{row[k].kl:.5f} ({row[k].sensitivity})" for k in choices])
+        found.add_row(Text(name), *[f"{row[k].kl:.5f} ({row[k].sensitivity})" for k in choices])
     found.add_section()
     found.add_row(f"all {len(ranked)} sites, added up", *[f"{sum(r[k].kl for _, r in ranked):.4f}" for k in choices])
     return found

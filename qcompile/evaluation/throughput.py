@@ -15,9 +15,12 @@ import torch
 import torch._dynamo
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from qcompile.backend import dynamo as backend
+from qcompile.memory.atomic_file import write_whole
 from qcompile.memory.environment import versions
+from qcompile.pipeline.presets import find_recipe
 
 
 @dataclass
@@ -69,7 +72,11 @@ def time_models(
         another_round: whether there is time for one more round, given the seconds of the last; the first is counted
             anyway.
         progress: show a bar.
+
+    Raises:
+        ValueError: nothing to time.
     """
+    check_counts(ids.shape[1], new, rounds)
     speeds, seconds = {name: ModelSpeed(name, ids.shape[1]) for name in models}, 0.0
     for run in track(range(rounds + 1), "compiling and timing", disable=not progress, transient=True):
         if run > 1 and not another_round(seconds):
@@ -84,6 +91,12 @@ def time_models(
                 speeds[name].first = prefill + sum(decode[:2])
         seconds = time.perf_counter() - start
     return speeds
+
+
+def check_counts(prompt: int, new: int, rounds: int) -> None:
+    """Refuse a measurement of nothing. Raises ValueError."""
+    if min(prompt, new, rounds) < 1:
+        raise ValueError(f"prompt={prompt}, new={new}, rounds={rounds}: each is 1 or more, or nothing is timed")
 
 
 def time_text(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[float, list[float]]:
@@ -133,7 +146,7 @@ class SpeedComparison:
         )  # fmt: skip
         for name, s in self.speeds.items():
             table.add_row(
-                name,
+                Text(name),
                 f"{self.weight_bytes[name] / 1e6:.0f}",
                 f"{s.prefill_rate:.0f}",
                 f"{s.prefill_rate / best_prefill:.2f}",
@@ -162,8 +175,7 @@ class SpeedComparison:
 
     def write(self, path: str | Path) -> None:
         """Write `to_json()`."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        write_whole(path, json.dumps(self.to_json(), indent=1) + "\n")
 
 
 def compare_with_inductor(
@@ -186,7 +198,13 @@ def compare_with_inductor(
         new: tokens to decode after it.
         rounds: counted rounds.
         progress: show a bar.
+
+    Raises:
+        ValueError: nothing to time, or an unknown recipe, before any work.
     """
+    check_counts(prompt, new, rounds)
+    for recipe in recipes:
+        find_recipe(recipe, model).check()
     allow_recompiles()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (1, prompt), generator=generator)

@@ -7,6 +7,7 @@ Source: "Efficient LLM Inference on CPUs", arXiv:2311.00502 sec. 2.1: recipes ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +54,12 @@ def tune(
         tell: receives one line per recipe as it is measured.
 
     Raises:
-        ValueError: an impossible goal or an unknown recipe, before any work.
+        ValueError: an impossible goal or an unknown recipe, before any work; or a float model without a perplexity.
     """
-    if not 0 < max_loss < 10:
-        raise ValueError(
-            f"max_loss is a share of the float perplexity (0.01 is 1%), above 0 and below 10; got {max_loss}"
-        )
-    if not recipes:
-        raise ValueError("no recipe to try. Fix: give at least one name")
-    for name in recipes:
-        find_recipe(name).check()
+    check_goal(max_loss, recipes)
     rows = [comparison.measure("float")]
+    if not math.isfinite(rows[0].perplexity):
+        raise ValueError(f"the float model's perplexity is {rows[0].perplexity}. Fix: check the model and the text")
     goal = rows[0].perplexity * (1 + max_loss)
     tell(f"float: perplexity {rows[0].perplexity:.3f}, goal {goal:.3f}")
     for name in recipes:
@@ -73,7 +69,19 @@ def tune(
         tell(f"{name}: {row.perplexity:.3f} ({worse:+.2%}), {row.site_bytes / 1e6:.0f} MB, {row.seconds:.0f} s")
         if row.perplexity <= goal:
             return Tuned(row, row, rows)
-    return Tuned(None, min(rows[1:], key=lambda r: r.perplexity), rows)
+    return Tuned(None, min(rows[1:], key=lambda r: r.perplexity if r.perplexity == r.perplexity else math.inf), rows)
+
+
+def check_goal(max_loss: float, recipes: Sequence[str]) -> None:
+    """Refuse an impossible goal and unknown or impossible recipes. Raises ValueError."""
+    if not 0 < max_loss < 10:
+        raise ValueError(
+            f"max_loss is a share of the float perplexity (0.01 is 1%), above 0 and below 10; got {max_loss}"
+        )
+    if not recipes:
+        raise ValueError("no recipe to try. Fix: give at least one name")
+    for name in recipes:
+        find_recipe(name).check()
 
 
 def plot_frontier(rows: Sequence[RecipeResult], max_loss: float, path: Path) -> None:
@@ -87,11 +95,11 @@ def plot_frontier(rows: Sequence[RecipeResult], max_loss: float, path: Path) -> 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    base, tried = rows[0].perplexity, rows[1:]
+    base, tried = rows[0].perplexity, [r for r in rows[1:] if math.isfinite(r.perplexity)]
     points = [(r.site_bytes / 1e6, max(r.perplexity / base - 1, 1e-4), r.recipe) for r in tried]
     best = [p for p in points if not any(o[0] <= p[0] and o[1] < p[1] for o in points)]
     with plot_file(path) as axes:
-        axes.plot(*zip(*[p[:2] for p in sorted(best)], strict=True), color="C0", linewidth=1, label="frontier")
+        axes.plot([p[0] for p in sorted(best)], [p[1] for p in sorted(best)], color="C0", linewidth=1, label="frontier")
         for x, y, name in points:
             axes.scatter(x, y, s=40, color="C2" if y <= max_loss else "C3")
             label_point(axes, name, x, y)

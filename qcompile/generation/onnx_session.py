@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
@@ -37,6 +38,7 @@ class Session:
         max_length: tokens that the folder's rotary tables reach; None if it does not say.
         end_tokens: the tokens that end a text.
         prefix: ids, logits, keys and values of a float prefix; None without one.
+        vocabulary: ids that the model knows; 1 where the file does not say.
     """
 
     def __init__(self, folder: str | Path, threads: int = 0) -> None:
@@ -47,9 +49,12 @@ class Session:
             threads: of ONNX Runtime; 0 takes as many as torch.
 
         Raises:
-            FolderError: no model.onnx, or a model without a cache.
+            FolderError: no model.onnx, one that is damaged, or a model without a cache; or ONNX Runtime is missing.
         """
-        import onnxruntime
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise FolderError(f"{error}. Fix: pip install 'torch-qcompile[onnx]'") from error
 
         path = Path(folder) / "model.onnx"
         if not path.is_file():
@@ -57,13 +62,17 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has a dozen classes of its own, all below Exception
+            first = str(error).strip().splitlines()[0]
+            raise FolderError(f"{path} cannot be opened: {first}. Fix: export it again") from error
         release_freed_memory()  # opening packs int8 weights, which takes several times their size for a moment
         self.past_inputs = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         if not self.past_inputs:
             raise FolderError(f"{path} takes no cache. Fix: name the folder of a causal LM")
 
-        config = json.loads((Path(folder) / FILE).read_text())["model"] if (Path(folder) / FILE).is_file() else {}
+        config = _model_config(Path(folder) / FILE)
         self.max_length: int | None = config.get("context_length")
         self.cache_dtype = np.int8 if self.past_inputs[0].type == "tensor(int8)" else np.float32
         head_size = config.get("decoder", {}).get("head_size")  # dynamic in the graphs of other exporters
@@ -74,7 +83,12 @@ class Session:
         self.end_tokens: set[int] = set(ends) if isinstance(ends, list) else {ends}
         self.prefix: dict[str, np.ndarray] | None = None
         if (Path(folder) / PREFIX_FILE).is_file():
-            self.prefix = load_file(str(Path(folder) / PREFIX_FILE))
+            try:
+                self.prefix = load_file(str(Path(folder) / PREFIX_FILE))
+            except (SafetensorError, OSError, ValueError) as error:
+                raise FolderError(f"{Path(folder) / PREFIX_FILE} is damaged: {error}. Fix: export it again") from error
+        width = self.session.get_outputs()[0].shape[-1] if hasattr(self.session, "get_outputs") else None
+        self.vocabulary = width if isinstance(width, int) else 1
 
     def step(self, ids: np.ndarray, cache: list[np.ndarray] | None) -> tuple[np.ndarray, list[np.ndarray]]:
         """Run the model once.
@@ -164,13 +178,30 @@ class Session:
         return ids[:, len(start) :], caches, logits
 
 
+def _model_config(path: Path) -> dict[str, Any]:
+    """The part of GenAI's config that is about the model; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["model"]
+        whole = isinstance(config, dict) and isinstance(config.get("decoder", {}), dict)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        whole = False
+    if not whole:
+        raise FolderError(f"{path} is damaged. Fix: export the folder again")
+    return cast(dict[str, Any], config)
+
+
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of an exported folder, as transformers reads it.
 
     Raises:
         FolderError: the folder holds none.
     """
-    from transformers import AutoTokenizer
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise FolderError(f"{error}. Fix: pip install 'torch-qcompile[hf]'") from error
 
     if not (Path(folder) / "tokenizer_config.json").is_file():
         raise FolderError(

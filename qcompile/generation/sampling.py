@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
@@ -38,7 +39,16 @@ def stream(
 
     Returns:
         As generators do: the cache, which has every token but the last.
+
+    Raises:
+        ValueError: no prompt, or a temperature or a seed that is none.
     """
+    if not ids.size:
+        raise ValueError("the prompt is empty. Fix: give at least one token")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: it is 0 (greedy) or a finite value above")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: it is 0 or more")
     generator = np.random.default_rng(seed)
     for _ in range(max_new_tokens):
         logits, cache = step(ids, cache)
@@ -53,6 +63,13 @@ def stream(
             break
         ids = np.array([[token]], np.int64)
     return cache
+
+
+def new_tokens(prompt: int, most: int, max_length: int | None) -> int:
+    """How many tokens of `most` fit behind a prompt. Raises ValueError where the prompt fills the context."""
+    if max_length is not None and prompt >= max_length:
+        raise ValueError(f"a text of {prompt} tokens: the context of the model ends at {max_length}. Fix: shorten it")
+    return most if max_length is None else min(most, max_length - prompt)
 
 
 def readable_text(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
@@ -92,7 +109,8 @@ class Conversation:
 
     Attributes:
         turns: messages, as chat templates take them.
-        cached_tokens: the tokens in the cache.
+        cached_tokens: the tokens in the cache, always: also while an answer is read, and after one that is not read to
+            its end.
     """
 
     def __init__(
@@ -105,6 +123,7 @@ class Conversation:
         temperature: float = 0.0,
         seed: int = 0,
         stop: set[int] | None = None,
+        max_length: int | None = None,
     ) -> None:
         """Begin a conversation.
 
@@ -116,6 +135,7 @@ class Conversation:
             temperature: of the sampling; 0 is greedy.
             seed: of the sampling.
             stop: tokens that end an answer; None for the tokenizer's.
+            max_length: tokens that the model reads at once; None: it has no limit.
 
         Raises:
             ValueError: the tokenizer has no chat template.
@@ -127,42 +147,56 @@ class Conversation:
             )
         self.step, self.tokenizer = step, tokenizer
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.max_length = max_length
         self.turns = [{"role": "system", "content": system}] if system else []
         self.cached_tokens: list[int] = []
         self.cache: Any = None
+        self._answering: Generator[str, None, None] | None = None
         self.stop = end_tokens(tokenizer) if stop is None else stop
 
-    def answer(self, text: str) -> Iterator[str]:
-        """The model's answer to a turn of the user, piece by piece."""
+    def answer(self, text: str) -> Generator[str, None, None]:
+        """The model's answer to a turn of the user, piece by piece.
+
+        An answer that is not read to its end ends where reading stopped, at the latest when the next one begins. A
+        turn whose answer fails is forgotten.
+        """
+        if self._answering is not None:
+            self._answering.close()
+        self._answering = self._answer(text)
+        return self._answering
+
+    def _answer(self, text: str) -> Generator[str, None, None]:
+        before, pieces = list(self.turns), list[str]()
         self.turns.append({"role": "user", "content": text})
-        written = self.tokenizer.apply_chat_template(self.turns, add_generation_prompt=True, tokenize=False)
-        ids = list(self.tokenizer(written, add_special_tokens=False)["input_ids"])
-        if ids[: len(self.cached_tokens)] != self.cached_tokens or len(ids) == len(self.cached_tokens):
-            self.cached_tokens, self.cache = [], None
-        tokens: list[int] = []
-        pieces: list[str] = []
-        for piece in readable_text(self.tokenizer, self._generate(ids, tokens)):
-            pieces.append(piece)
-            yield piece
-        self.cached_tokens = ids + tokens[:-1]
+        try:
+            written = self.tokenizer.apply_chat_template(self.turns, add_generation_prompt=True, tokenize=False)
+            ids = list(self.tokenizer(written, add_special_tokens=False)["input_ids"])
+            new = new_tokens(len(ids), self.max_new_tokens, self.max_length)
+            if ids[: len(self.cached_tokens)] != self.cached_tokens or len(ids) == len(self.cached_tokens):
+                self.cached_tokens, self.cache = [], None
+            rest = np.array([ids[len(self.cached_tokens) :]], np.int64)
+            tokens = stream(
+                self._read,
+                rest,
+                new,
+                cache=self.cache,
+                temperature=self.temperature,
+                seed=self.seed,
+                stop=self.stop,
+            )
+            for piece in readable_text(self.tokenizer, tokens):
+                pieces.append(piece)
+                yield piece
+        except GeneratorExit:  # not read to its end
+            self.turns.append({"role": "assistant", "content": "".join(pieces)})
+            raise
+        except BaseException:  # a cache that grows in place may have some of the layers' tokens
+            self.turns, self.cached_tokens, self.cache = before, [], None
+            raise
         self.turns.append({"role": "assistant", "content": "".join(pieces)})
 
-    def _generate(self, ids: list[int], tokens: list[int]) -> Iterator[int]:
-        """New tokens after `ids`, which are also appended to `tokens`."""
-        rest = np.array([ids[len(self.cached_tokens) :]], np.int64)
-        generated = stream(
-            self.step,
-            rest,
-            self.max_new_tokens,
-            cache=self.cache,
-            temperature=self.temperature,
-            seed=self.seed,
-            stop=self.stop,
-        )
-        while True:
-            try:
-                tokens.append(next(generated))
-            except StopIteration as end:
-                self.cache = end.value
-                return
-            yield tokens[-1]
+    def _read(self, ids: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
+        """A step, after which the conversation knows what the cache has."""
+        logits, self.cache = self.step(ids, cache)
+        self.cached_tokens = [*self.cached_tokens, *ids[0].tolist()]
+        return logits, self.cache

@@ -24,6 +24,21 @@ MATMULS: Ops = frozenset({aten.matmul.default, aten.bmm.default})
 PRODUCTS: Ops = MATMULS | {LINEAR, SDPA}
 """Everything that sums over a dimension of two operands."""
 
+CONVOLUTIONS: Ops = frozenset(
+    {
+        *(getattr(aten, f"conv{n}d").default for n in (1, 2, 3)),
+        *(getattr(aten, f"conv{n}d").padding for n in (1, 2, 3)),
+        aten.conv_transpose1d.default,
+        aten.conv_transpose2d.input,
+        aten.conv_transpose3d.input,
+        aten.convolution.default,
+    }
+)
+"""Products of a weight with windows of its input."""
+
+RECURRENT: Ops = frozenset({aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input})
+"""Layers that multiply their own output by a weight, position by position."""
+
 SOFTMAX: Ops = frozenset({aten.softmax.int, aten._softmax.default})
 """Exponentials that sum to one over a dimension."""
 
@@ -48,7 +63,7 @@ ALIASES: Ops = frozenset(
         aten.contiguous.default,
     }
 )
-"""The same values in the same dtype: `normalize` drops them."""
+"""The same values in the same dtype: `normalize` drops them, but for copies in another memory format."""
 
 DROPOUTS: Ops = frozenset({aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default})
 """The input itself in evaluation; arguments: input, p, train."""

@@ -8,26 +8,29 @@ normalized (see normalize.py), so that passes see one form.
 from __future__ import annotations
 
 import contextlib
-import inspect
+import io
+import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from qcompile.ir.call_tree import CallTree, tensors_of
+from qcompile.ir.linear_modules import find_linear_modules, recorded_calls
 from qcompile.ir.node_meta import DYNAMO_INDEX, STATIC, WEIGHT
 from qcompile.ir.normalize import normalize
 from qcompile.ir.program import Program, copy_graph
+from qcompile.ir.trace_failure import CaptureError, failure
+
+__all__ = ["CaptureError", "attribute_path", "capture", "capture_dynamo", "from_exported", "has_tensor_input"]
 
 _SEGMENT = re.compile(r"\[(?:'([^']+)'|\"([^\"]+)\"|(\d+))\]|\.(\w+)")
 _CONTAINERS = {"_modules", "_parameters", "_buffers"}
-
-
-class CaptureError(ValueError):
-    """The model cannot be traced to one graph; the message names the place and the fix."""
+_LOGS = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch._export.non_strict_utils")
 
 
 def capture(
@@ -39,9 +42,10 @@ def capture(
 ) -> Program:
     """Trace a module to one Program with `torch.export`.
 
-    The weights of the Program are the module's own tensors, not copies. With `dynamic`, the first
-    two dimensions of every input tensor stay symbolic where the model allows it; a size of 1 would
-    be specialized, so give examples with at least 2 rows.
+    The weights of the Program are the module's own tensors, not copies. Its inputs are the tensors of the call, in
+    order, wherever they lie in it (call_tree.py); what is no tensor becomes a constant. With `dynamic`, the first two
+    dimensions of every input tensor stay symbolic where the model allows it; a size of 1 would be specialized, so give
+    examples with at least 2 rows.
 
     Args:
         module: the model, in evaluation mode.
@@ -53,36 +57,87 @@ def capture(
         The normalized Program.
 
     Raises:
-        CaptureError: the model breaks the graph; the text holds the frontend's own reason.
+        CaptureError: the module does not run on this example, or breaks the graph; the text holds the line and the
+            reason.
     """
-    kwargs = dict(kwargs or {})
+    call = _uncached(CallTree.of(args, kwargs or {}, module))
+    tensors = [tensor.detach() for tensor in call.tensors.values()]
     auto = torch.export.Dim.AUTO
-
-    def free(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {d: auto for d in range(min(value.ndim, 2))} if dynamic else None
-        return None
-
-    shapes = torch.utils._pytree.tree_map(free, (tuple(args), kwargs))
-    dynamic_shapes = None
-    if dynamic:
-        names = _parameter_names(module, len(args))
-        dynamic_shapes = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
-    with _quiet(), _without_cache(module), torch.no_grad():
+    shapes = tuple({d: auto for d in range(min(t.ndim, 2))} if dynamic else None for t in tensors)
+    flat = _FlatCall(module, call)
+    with (
+        _quiet(),
+        contextlib.redirect_stderr(io.StringIO()),  # torch.export prints the graph up to where it fails
+        _without_cache(module),
+        torch.compiler.set_stance("force_eager"),
+        torch.no_grad(),
+        recorded_calls(module) as odd,
+    ):
         try:
-            exported = torch.export.export(module, tuple(args), kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            exported = torch.export.export(flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
         except Exception as error:
-            raise CaptureError(
-                f"{type(module).__name__} cannot be traced to one graph: "
-                f"{str(error).strip().splitlines()[0] if str(error) else type(error).__name__}. "
-                "Fix: make the named line traceable, or use torch.compile(model, backend='qcompile'), "
-                "which compiles each sub-graph on its own."
-            ) from error
-    return from_exported(exported, module)
+            raise failure(module, call, error) from error
+    program = from_exported(exported, flat, "module.", find_linear_modules(module, odd, "module."))
+    for node, path in zip(program.inputs, call.tensors, strict=True):
+        node._rename(re.sub(r"\W+", "_", path).strip("_") or "input")
+        node.target = node.name
+    program.graph_module.recompile()
+    return program
 
 
-def from_exported(exported: torch.export.ExportedProgram, module: nn.Module) -> Program:
-    """The Program of what torch.export made of a module; its weights are the module's own tensors."""
+def run_as_captured(module: nn.Module, call: CallTree) -> tuple[list[Tensor], int | None]:
+    """What a captured module gives back when it is called.
+
+    Args:
+        module: in evaluation mode.
+        call: its arguments.
+
+    Returns:
+        The tensors in the order of the Program's outputs, and which of them the module calls logits (None: none).
+    """
+    with _quiet(), _without_cache(module), torch.compiler.set_stance("force_eager"), torch.no_grad():
+        output = module(*call.args, **_uncached(call).kwargs)
+    found = tensors_of(output)
+    logits = getattr(output, "logits", None)
+    return found, next((index for index, tensor in enumerate(found) if tensor is logits), None)
+
+
+def _uncached(call: CallTree) -> CallTree:
+    """A call that asks for no cache."""
+    kwargs = {**call.kwargs, "use_cache": False} if call.kwargs.get("use_cache") is True else call.kwargs
+    return CallTree(call.args, kwargs, call.names)
+
+
+class _FlatCall(nn.Module):
+    """A module whose call takes the tensors of its arguments and gives those of its results."""
+
+    def __init__(self, module: nn.Module, call: CallTree) -> None:
+        super().__init__()
+        self.module, self.call = module, call
+        self.training = module.training
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        call = self.call.with_tensors(tensors)
+        found = tensors_of(self.module(*call.args, **call.kwargs))
+        if not found:
+            raise ValueError("no tensor in the output")
+        return found
+
+
+def from_exported(
+    exported: torch.export.ExportedProgram,
+    module: nn.Module,
+    prefix: str = "",
+    note: Callable[[Program], None] | None = None,
+) -> Program:
+    """The Program of what torch.export made of a module; its weights are the module's own tensors.
+
+    Args:
+        exported: from `module`.
+        module: what was traced.
+        prefix: of the attribute paths, to drop: the path of the part of `module` that the Program is of.
+        note: called with the graph as captured, before it is normalized.
+    """
     spec = exported.graph_signature
     named: dict[str, str] = {**spec.inputs_to_parameters, **spec.inputs_to_buffers}
     own = dict(module.named_parameters(remove_duplicate=False))
@@ -97,9 +152,15 @@ def from_exported(exported: torch.export.ExportedProgram, module: nn.Module) -> 
         tensor = own.get(name)
         if tensor is None:
             tensor = exported.constants[name]
-        node.meta[WEIGHT] = name
-        weights[name] = tensor.detach()
-    return normalize(Program(graph_module, weights))
+        node.meta[WEIGHT] = name.removeprefix(prefix)
+        weights[node.meta[WEIGHT]] = tensor.detach()
+    return normalize(Program(graph_module, weights), note)
+
+
+def has_tensor_input(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph of Dynamo takes a tensor; one of constants and sizes only has no weight either."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    return any(isinstance(node.meta.get("example_value"), Tensor) for node in placeholders)
 
 
 def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
@@ -109,7 +170,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     The Program's placeholders keep Dynamo's order; `meta[DYNAMO_INDEX]` remembers it.
 
     Raises:
-        CaptureError: the graph has no tensor input.
+        CaptureError: the graph has no tensor input (see `has_tensor_input`).
     """
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     graph_module = copy_graph(graph_module)
@@ -117,7 +178,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     fakes = [n.meta["example_value"] for n in placeholders]
     mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
     if mode is None:
-        raise CaptureError("the graph has no tensor input: nothing to quantize")
+        raise CaptureError("the graph has no tensor input: nothing to quantize. Fix: compile it as it is")
     baked = _bake_scalars(graph_module, placeholders, example_inputs)
     with torch.fx.traceback.preserve_node_meta(), mode, _quiet():
         module = make_fx(graph_module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
@@ -173,26 +234,42 @@ def attribute_path(source: str) -> str | None:
     return ".".join(s for s in found if s not in _CONTAINERS)
 
 
-def _parameter_names(module: nn.Module, count: int) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)[:count]
-
-
 @contextlib.contextmanager
 def _without_cache(module: nn.Module) -> Iterator[None]:
     """A decoder is captured without its key/value cache: state would only be an extra output."""
-    config = getattr(module, "config", None)
-    if config is None or not getattr(config, "use_cache", False):
-        yield
-        return
-    config.use_cache = False
+    configs = [config for config in _configs(module) if getattr(config, "use_cache", False) is True]
+    for config in configs:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = True
+        for config in configs:
+            config.use_cache = True
+
+
+def _configs(module: nn.Module) -> list[Any]:
+    """The configs of all parts of a model, and those inside of them."""
+    work = [getattr(part, name, None) for part in module.modules() for name in ("config", "generation_config")]
+    found: dict[int, Any] = {}
+    while work:
+        config = work.pop()
+        if id(config) not in found and isinstance(getattr(config, "__dict__", None), dict):
+            found[id(config)] = config
+            work += [inner for inner in vars(config).values() if hasattr(inner, "use_cache")]
+    return list(found.values())
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the frontends warn about their own internals
-        yield
+    """The frontends warn about their own internals."""
+    logs = [logging.getLogger(name) for name in _LOGS]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

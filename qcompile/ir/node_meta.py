@@ -23,3 +23,12 @@ LOW_RANK = "qcompile_low_rank"
 
 REPLACES_LAYER_NORM = "qcompile_replaces_layer_norm"
 """On an RMSNorm: the gain (str, attribute path) of the LayerNorm whose place it takes."""
+
+WRITTEN = "qcompile_written"
+"""On a value: True where an operator in place writes to its memory: it must be read where the model reads it."""
+
+MODULE = "qcompile_module"
+"""On a product of a captured module: the path (str) of the module that computes it and nothing else."""
+
+NO_MODULE = "qcompile_no_module"
+"""On a product of a captured module: why (str) no module computes it and nothing else."""

@@ -1,34 +1,45 @@
 """One form for one meaning: what capture does before any pass looks.
 
-no-ops       same-dtype casts, aliases, dropout in evaluation, metadata asserts, whole slices go away
-x += y       becomes x + y where nothing else reads the memory of x
+no-ops       same-dtype casts, aliases, dropout in evaluation, metadata asserts, whole slices go away; a `contiguous`
+             that copies stays, since views behind it may be legal for its strides only
+x += y       becomes x + y where nothing else reads the memory of x, and so does every other operator in place
 baddbmm      becomes its product, its factors and its sum
-products     with a 2-D weight become aten.linear(x, W [N, K], bias)
+products     with a 2-D weight become aten.linear(x, W [N, K], bias); a computed bias is a sum behind the product
 tied weights a tensor with several attribute paths gets one placeholder; `Program.aliases` keeps the others
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
 
-from qcompile.ir.aten_ops import ALIASES, CASTS, DROPOUTS, LINEAR, SPLITS, TRANSPOSES, aten, reads_elements
-from qcompile.ir.node_meta import WEIGHT
+from qcompile.ir.aten_ops import ALIASES, CASTS, DROPOUTS, LINEAR, TRANSPOSES, aten
+from qcompile.ir.in_place import functional_writes, is_off, memory_of, written_memory
+from qcompile.ir.node_meta import WEIGHT, WRITTEN
 from qcompile.ir.program import Program
 
 _WHOLE = 2**62  # slices up to here or more reach the end of the dimension
 
 
-def normalize(program: Program) -> Program:
-    """Bring a freshly captured program to the form that passes expect; in place."""
+def normalize(program: Program, note_as_captured: Callable[[Program], None] | None = None) -> Program:
+    """Bring a freshly captured program to the form that passes expect; in place.
+
+    Args:
+        program: one graph, as captured.
+        note_as_captured: called while casts and dropouts that do nothing in this call are still there.
+    """
     _inline_grad_scopes(program)
     _merge_tied(program)
-    _functional_adds(program)  # first, while a copy that is a no-op otherwise is still there
+    if note_as_captured is not None:
+        note_as_captured(program)
+    functional_writes(program)  # first, while a copy that is a no-op otherwise is still there
     _drop_noops(program)
     _decompose_baddbmm(program)
     _products_to_linear(program)
+    _computed_biases_to_sums(program)
     program.cleanup()
     return program
 
@@ -67,75 +78,47 @@ def _merge_tied(program: Program) -> None:
         if name is None:
             continue
         tensor = program.weights[name]
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() == 0 or key not in first:
-            first.setdefault(key, node)
+        memory = tensor.untyped_storage()._cdata  # not an address: those of all fake and empty tensors are 0
+        key = (memory, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if first.setdefault(key, node) is node:
             continue
         owner = first[key]
         program.aliases.setdefault(owner.meta[WEIGHT], []).append(name)
         node.replace_all_uses_with(owner)
 
 
-def _functional_adds(program: Program) -> None:
-    """`x += y` is `x + y` if the memory of x is read by nothing else."""
-    for node in program.graph.find_nodes(op="call_function", target=aten.add_.Tensor):
-        if _owns_memory(node):
-            node.target = aten.add.Tensor
-
-
-def _owns_memory(inplace: fx.Node) -> bool:
-    """Whether the value that a node changes in place, and what it is a view of, have no other consumer."""
-    node, consumer = inplace.args[0], inplace
-    memory = _storage(node)
-    while memory is not None and node.op == "call_function":  # else it is of the caller, or a weight
-        others = [user for user in node.users if user is not consumer and reads_elements(user, node)]
-        if node.target in SPLITS:  # whose parts do not overlap
-            others = [user for user in others if user.args[1] == consumer.args[1]]
-        if others:
-            return False
-        source = next((n for n in node.all_input_nodes if _storage(n) == memory), None)
-        if source is None:
-            return True
-        node, consumer = source, node
-    return False
-
-
-def _storage(node: fx.Node) -> int | None:
-    """An identity of the memory that a value, or a list of values, lies in; None for anything but tensors."""
-    while node.target in DROPOUTS and _is_noop(node):  # gives its input in evaluation, which fake tensors do not
-        node = node.args[0]
-    value = node.meta.get("val")
-    value = value[0] if isinstance(value, (tuple, list)) and value else value
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
-
-
 def _drop_noops(program: Program) -> None:
     graph = program.graph
-    for node in reversed(list(graph.nodes)):  # what comes later first: then the users of a `contiguous` are real ones
+    written = written_memory(program)
+    for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif _is_noop(node):
-            if node.target is aten.contiguous.default:  # a view of it may need a copy again
-                for user in node.users:
-                    user.target = aten.reshape.default if user.target is aten.view.default else user.target
+        elif _is_noop(node, written):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif memory_of(node) in written:
+            node.meta[WRITTEN] = True
 
 
-def _is_noop(node: fx.Node) -> bool:
+def _is_noop(node: fx.Node, written: set[int]) -> bool:
+    """Whether a node gives its first operand: the same elements at the same addresses.
+
+    A copy in another memory format, as of a transposed tensor, is none: a later `view` may be legal for the copy only.
+    """
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
     source, value = node.args[0].meta.get("val"), node.meta.get("val")
-    if node.target in ALIASES:
-        return True
-    if node.target in DROPOUTS:  # args: input, p, train
-        return len(node.args) > 2 and node.args[2] is False
+    if node.target in DROPOUTS:
+        return is_off(node)
     if not isinstance(source, Tensor) or not isinstance(value, Tensor):
-        return False
-    if node.target in CASTS:
-        return source.dtype == value.dtype and source.device == value.device
+        return node.target in ALIASES
+    if node.target in ALIASES | CASTS:
+        if source.dtype != value.dtype or source.device != value.device:
+            return False
+        memories = {memory_of(node.args[0]), memory_of(node)}
+        return len(memories) == 1 or (_same_strides(source, value) and not memories & written)
     if node.target is aten.slice.Tensor:
         start = node.args[2] if len(node.args) > 2 else 0
         end = node.args[3] if len(node.args) > 3 else None
@@ -143,6 +126,11 @@ def _is_noop(node: fx.Node) -> bool:
         whole = end is None or (isinstance(end, int) and end >= _WHOLE)
         return start in (0, None) and whole and step == 1
     return False
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have the same strides; symbols are compared as expressions, without a guard."""
+    return [str(stride) for stride in a.stride()] == [str(stride) for stride in b.stride()]
 
 
 def _decompose_baddbmm(program: Program) -> None:
@@ -188,6 +176,17 @@ def _products_to_linear(program: Program) -> None:
         linear.meta = dict(node.meta)
         node.replace_all_uses_with(linear)
         program.graph.erase_node(node)
+
+
+def _computed_biases_to_sums(program: Program) -> None:
+    """`linear(x, W, f(b))` is `linear(x, W) + f(b)`: what changes the rows of W changes those of a stored bias only."""
+    for node in program.graph.find_nodes(op="call_function", target=LINEAR):
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        if bias is None or program.weight_name(bias) is not None:
+            continue
+        node.args, node.kwargs = node.args[:2], {}
+        total = program.insert(aten.add.Tensor, (node, bias), after=node)
+        node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
 
 
 def _stored_as(program: Program, weight: Any) -> fx.Node | None:

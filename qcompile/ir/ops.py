@@ -15,10 +15,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.numerics.bit_packing import packed_columns
+from qcompile.ir.op_checks import (
+    check_dequantize,
+    check_ends,
+    check_hadamard,
+    check_qexperts,
+    check_qlinear,
+    check_quantize,
+)
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard
-from qcompile.numerics.int8_matmul import int8_matmul
+from qcompile.numerics.int8_matmul import MAX_K, int8_matmul
 from qcompile.numerics.qtensor import dequantize_codes, dequantize_to_int8, unpack_codes
 from qcompile.numerics.rounding import quantize_tensor
 
@@ -26,14 +33,15 @@ from qcompile.numerics.rounding import quantize_tensor
 @torch.library.custom_op("qcompile::quantize", mutates_args=())
 def quantize(x: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize an activation [.., K] to codes of the same shape, scale and zero (empty if none)."""
-    result = quantize_tensor(x, Format.parse(format))
-    zero = torch.empty(0) if result.zero is None else result.zero.float()
+    # Contiguous results whatever x is, as the fake says: kernels and views rely on it.
+    result = quantize_tensor(x.contiguous(), check_quantize(x, format))
+    zero = x.new_empty(0, dtype=torch.float32) if result.zero is None else result.zero.float()
     return result.codes, result.scale, zero
 
 
 @quantize.register_fake
 def _(x: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
-    form = Format.parse(format)
+    form = check_quantize(x, format)
     shape = () if form.per == "tensor" else (*x.shape[:-1], form.groups(x.shape[-1]))
     scale = x.new_empty(shape, dtype=torch.float32)
     zero = x.new_empty(shape if form.zero != "none" else (0,), dtype=torch.float32)
@@ -51,7 +59,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """Codes -> dequantized values; `columns` > 0 says that the codes are stored packed with K = columns."""
-    form = Format.parse(format)
+    form = check_dequantize(codes, scale, zero, group_scale, format, columns, dtype)
     unpacked = unpack_codes(codes, form, columns) if columns else codes
     return dequantize_codes(unpacked, scale, zero, group_scale, form).to(dtype).clone()
 
@@ -66,6 +74,7 @@ def _(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    check_dequantize(codes, scale, zero, group_scale, format, columns, dtype)
     shape = (*codes.shape[:-1], columns) if columns else codes.shape
     return codes.new_empty(shape, dtype=dtype)
 
@@ -73,12 +82,14 @@ def _(
 @torch.library.custom_op("qcompile::hadamard", mutates_args=())
 def hadamard(x: Tensor, signs: Tensor) -> Tensor:
     """x [.., n] -> x diag(signs) H_n / sqrt(n), computed in at least float32."""
+    check_hadamard(x, signs)
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     return apply_hadamard(wide, signs.to(wide.dtype)).to(x.dtype).contiguous().clone()
 
 
 @hadamard.register_fake
 def _(x: Tensor, signs: Tensor) -> Tensor:
+    check_hadamard(x, signs)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -116,10 +127,10 @@ def qlinear(
     Returns:
         [.., N].
     """
-    form = Format.parse(format)
+    form = check_qlinear(x, x_scale, x_zero, weight, scale, zero, group_scale, bias, format, act, columns, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     codes = unpack_codes(weight, form, columns)
-    if act and Format.parse(act).is_int8_rows and _integer_rows(form):
+    if act and Format.parse(act).is_int8_rows and _integer_rows(form) and columns <= MAX_K:
         assert x_scale is not None
         if form.dual:
             codes = dequantize_to_int8(codes, zero, group_scale, form)
@@ -151,7 +162,7 @@ def _(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    torch._check(weight.shape[-1] == packed_columns(columns, Format.parse(format).bits))
+    check_qlinear(x, x_scale, x_zero, weight, scale, zero, group_scale, bias, format, act, columns, dtype)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
@@ -183,11 +194,13 @@ def qexperts(
     Returns:
         [S, N]; rows beyond the last end are zero.
     """
-    form = Format.parse(format)
+    form = check_qexperts(x, ends, weight, scale, zero, group_scale, format, columns, dtype)
+    lasts = ends.tolist()
+    check_ends(lasts, x.shape[0])
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.zeros(x.shape[0], weight.shape[1], dtype=dtype, device=x.device)
     start = 0
-    for expert, end in enumerate(ends.tolist()):
+    for expert, end in enumerate(lasts):
         if end > start:
             s, z, g = (t if t is None or not t.ndim else t[expert] for t in (scale, zero, group_scale))
             assert s is not None
@@ -209,6 +222,7 @@ def _(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    check_qexperts(x, ends, weight, scale, zero, group_scale, format, columns, dtype)
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ def release_freed_memory() -> None:
 
     Many tensors of some MB with different lifetimes leave a heap full of holes that malloc keeps.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows opens no library without a name
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -43,6 +44,16 @@ def resident_bytes(field: str = "VmRSS") -> int:
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory that this process ever had, in bytes; 0 where it cannot be measured (Windows)."""
+    try:
+        import resource  # Unix only
+    except ModuleNotFoundError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager

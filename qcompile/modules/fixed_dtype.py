@@ -29,3 +29,16 @@ class FixedDtypeModule(nn.Module):
             if new.dtype != old.dtype:  # a cast, not a move; it treats fp8 codes as floating point too
                 self._buffers[name] = old.to(new.device)
         return result
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """As of any module; but a tensor of another dtype is an error, where torch would cast codes."""
+        names = list(self._buffers) if self.FIXED_DTYPE is None else self.FIXED_DTYPE
+        for name in names:
+            own, other = self._buffers[name], state_dict.get(prefix + name)
+            if own is not None and isinstance(other, Tensor) and own.dtype != other.dtype:
+                error_msgs.append(f"{prefix}{name} is {other.dtype}, and must be {own.dtype}: it is of another format")
+        load: Callable[..., None] = super()._load_from_state_dict
+        load(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

@@ -43,7 +43,6 @@ class GenerationHooks:
         self.centers = constants if isinstance(constants, Centers) else None
         self.scales = constants if isinstance(constants, Scales) else None
         self.enabled = True
-        self._from_prefix = 0  # tokens of the call in progress that come from the prefix
 
     def before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -51,7 +50,6 @@ class GenerationHooks:
         """Give the call a cache, and start it behind the prefix."""
         from transformers.cache_utils import DynamicCache
 
-        self._from_prefix = 0
         if not self.enabled:
             return args, kwargs
         cache = kwargs.get("past_key_values")
@@ -65,8 +63,9 @@ class GenerationHooks:
     def _behind_prefix(
         self, prefix: Prefix, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        p = self._from_prefix = len(prefix.ids)
+        p = len(prefix.ids)
         cache = self._cache()
+        cache.qcompile_from_prefix = p  # state of this call alone: several threads may call the model
         for index, (keys, values) in enumerate(zip(*prefix.caches(len(ids)), strict=True)):
             if self.config is not None:
                 cache.sink_tokens = max(cache.sink_tokens, p)
@@ -96,7 +95,10 @@ class GenerationHooks:
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Put the prefix's logits before those of the rest, where all were requested."""
-        from_prefix, self._from_prefix = self._from_prefix, 0
+        cache = kwargs.get("past_key_values")  # as the model was called, so one of another call has no such attribute
+        from_prefix = getattr(cache, "qcompile_from_prefix", 0)
+        if cache is not None and from_prefix:
+            cache.qcompile_from_prefix = 0
         ids = args[0] if args else kwargs.get("input_ids")
         logits = getattr(out, "logits", None)
         if from_prefix and isinstance(logits, Tensor) and isinstance(ids, Tensor) and logits.shape[1] == ids.shape[1]:
@@ -165,8 +167,8 @@ def refuse_cache(model: nn.Module, recipe: Recipe | None, *, contrib_ops: bool, 
 def detached(model: nn.Module) -> Iterator[GenerationHooks]:
     """Calls of the model without its cache and prefix, as an exporter needs them; gives the hooks."""
     hooks = hooks_of(model)
-    hooks.enabled = False
+    before, hooks.enabled = hooks.enabled, False
     try:
         yield hooks
     finally:
-        hooks.enabled = True
+        hooks.enabled = before

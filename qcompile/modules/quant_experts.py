@@ -8,8 +8,9 @@ graph, reading and multiplying become one operation that touches only the expert
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +25,9 @@ from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import PARTS
 
 STACK_SUFFIX = "_codes"  # of the submodule that takes the place of a parameter
+_DERIVED = (
+    "_qcompile_derived"  # attribute of a class made at run time: the class it is derived from, and the properties
+)
 
 
 class QuantStack(FixedDtypeModule):
@@ -108,11 +112,42 @@ class QuantStack(FixedDtypeModule):
 
 
 def replace_parameter(model: nn.Module, name: str, stack: QuantStack) -> None:
-    """Replace the parameter `name` by a stack of codes; reading the attribute then dequantizes."""
+    """Replace the parameter `name` by a stack of codes; reading the attribute then dequantizes.
+
+    A parameter that was replaced under another path of its module is not replaced again.
+    """
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
-    cls = type(owner)
+    if leaf not in owner._parameters:
+        return
     delattr(owner, leaf)
     owner.add_module(f"{leaf}{STACK_SUFFIX}", stack)
-    dequantized = property(lambda self: getattr(self, f"{leaf}{STACK_SUFFIX}")())
-    owner.__class__ = type(cls.__name__, (cls,), {leaf: dequantized, "__module__": cls.__module__})
+    owner.__class__ = _reading_class(type(owner), leaf)
+
+
+_reading_classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+
+
+def _reading_class(cls: type[nn.Module], leaf: str) -> type[nn.Module]:
+    """The class of an owner whose attribute `leaf` dequantizes; one for each class, so that equal owners have one.
+
+    Pickling and copying name the class that it is derived from, as no module has a class that is made at run time.
+    """
+    if (cls, leaf) not in _reading_classes:
+        base, leaves = getattr(cls, _DERIVED, (cls, ()))
+        own = base, (*leaves, leaf)
+        dequantized = property(lambda self: getattr(self, f"{leaf}{STACK_SUFFIX}")())
+        content = {leaf: dequantized, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        kind = type(cls.__name__, (cls,), {**content, _DERIVED: own, "__reduce_ex__": _reduce_owner})
+        _reading_classes[cls, leaf] = kind
+    return _reading_classes[cls, leaf]
+
+
+def _reduce_owner(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
+    return _blank_owner, getattr(self, _DERIVED), self.__getstate__()
+
+
+def _blank_owner(base: type[nn.Module], leaves: Sequence[str]) -> nn.Module:
+    """An owner without state, as pickle and copy make them before they fill them."""
+    cls = functools.reduce(_reading_class, leaves, base)
+    return cls.__new__(cls)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 import qcompile.ir.ops  # noqa: F401  registers torch.ops.qcompile
+from qcompile.modules.dequantized_weight import read_only
 from qcompile.modules.fixed_dtype import FixedDtypeModule
 from qcompile.numerics.bit_packing import packed_columns
 from qcompile.numerics.format import Format
+from qcompile.numerics.hadamard import undo_hadamard
 from qcompile.numerics.qtensor import PARTS, QTensor
 
 _CORRECTION = ("low_in", "low_in_scale", "low_out", "low_out_scale")
@@ -101,13 +105,25 @@ class QuantLinear(FixedDtypeModule):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, [N, K] float32; computed at each access, without the low-rank correction."""
-        parts = self.codes, self.scale, self.zero, self.group_scale
-        return QTensor.from_stored(parts, self.format, self.in_features).dequantize()
+        """The dequantized weight of x, [N, K] float32, without the low-rank correction; computed at each access.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [.., K] -> [.., N]."""
-        dtype = x.dtype
+        It refuses to be written: nobody would see the change.
+        """
+        parts = self.codes, self.scale, self.zero, self.group_scale
+        weight = QTensor.from_stored(parts, self.format, self.in_features).dequantize()
+        return read_only(weight if self.signs is None else undo_hadamard(weight, self.signs))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise ValueError(
+                "a quantized linear has codes in place of a weight that could be set. "
+                "Fix: set the weight of the float model, and quantize it then"
+            )
+        super().__setattr__(name, value)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [.., K] -> [.., N]; the argument has the name that nn.Linear gives it."""
+        x, dtype = input, input.dtype
         if self.signs is not None:
             x = torch.ops.qcompile.hadamard(x, self.signs)
         correction, x_scale, x_zero = x, None, None
@@ -160,7 +176,20 @@ class RotatedLinear(nn.Module):
         self.inner = inner
         self.register_buffer("signs", signs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """The weight of x, [N, K], computed at each access from the rotated one; it refuses to be written."""
+        rotated: Any = self.inner.weight
+        return read_only(undo_hadamard(rotated.double(), self.signs.double()).to(rotated.dtype))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the linear."""
+        bias: Any = self.inner.bias
+        found: Tensor | None = bias
+        return found
+
+    def forward(self, input: Tensor) -> Tensor:
         """x [.., K] -> inner(x diag(signs) H / sqrt(K))."""
-        out: Tensor = self.inner(torch.ops.qcompile.hadamard(x, self.signs))
+        out: Tensor = self.inner(torch.ops.qcompile.hadamard(input, self.signs))
         return out

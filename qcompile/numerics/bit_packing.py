@@ -34,7 +34,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack`: uint8 [.., ceil(K bits / 8)] -> unsigned codes uint8 [.., K], K = columns."""
+    """The inverse of `pack`: uint8 [.., ceil(K bits / 8)] -> unsigned codes uint8 [.., K], K = columns.
+
+    Raises:
+        ValueError: rows of another number of bytes.
+    """
+    if packed.ndim < 1 or packed.shape[-1] != packed_columns(columns, bits):
+        raise ValueError(
+            f"packed codes have shape {tuple(packed.shape)}: a row of {columns} codes of {bits} bits is "
+            f"{packed_columns(columns, bits)} bytes. Fix: give the packed codes and the columns of one weight"
+        )
     if bits == 8:
         return packed
     if bits == 4:

@@ -20,7 +20,6 @@ activation) or per group of `group` columns; the last group may be ragged.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -172,4 +171,8 @@ class Format:
 
     def groups(self, columns: int) -> int:
         """Number of scales in a row of `columns`."""
-        return math.ceil(columns / self.group) if self.per == "group" else 1
+        return -(-columns // self.group) if self.per == "group" else 1
+
+    def width(self, columns: int) -> int:
+        """Columns of one group in a row of `columns`: a group beyond the row is one group of the whole row."""
+        return min(self.group, max(columns, 1)) if self.per == "group" else columns

@@ -53,17 +53,28 @@ def apply_hadamard(x: Tensor, signs: Tensor) -> Tensor:
     Raises:
         ValueError: no Hadamard matrix of size n is known.
     """
+    return _times_hadamard(x * signs.to(x.device))
+
+
+def undo_hadamard(x: Tensor, signs: Tensor) -> Tensor:
+    """x H_n^T diag(signs) / sqrt(n): the inverse of `apply_hadamard`, with the same arguments."""
+    return _times_hadamard(x, transposed=True) * signs.to(x.device)
+
+
+def _times_hadamard(x: Tensor, transposed: bool = False) -> Tensor:
+    """x H_n / sqrt(n), or x H_n^T / sqrt(n); the butterflies are symmetric, Paley's matrices need not be."""
     n = x.shape[-1]
     k, m = _factors(n)
     lead = x.shape[:-1]
-    y = (x * signs.to(x.device)).reshape(*lead, k, 1 << m)
+    y = x.reshape(*lead, k, 1 << m)
     for level in range(m):
         half = 1 << level
         pairs = y.reshape(*lead, k, (1 << m) // (2 * half), 2, half)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         y = torch.stack((a + b, a - b), dim=-2).reshape(*lead, k, 1 << m)
     if k > 1:
-        y = torch.einsum("...km,kj->...jm", y, _paley_matrix(k).to(y))
+        paley = _paley_matrix(k).to(y)
+        y = torch.einsum("...km,kj->...jm", y, paley.t() if transposed else paley)
     rotated: Tensor = (y * n**-0.5).reshape(*lead, n)
     return rotated
 

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+MAX_K = 2**17 - 1  # the most products of -128 .. 127 whose sum is an int32 whatever the codes
 BLOCK_K = 1024  # |sum of 1024 products of -128 .. 127| <= 2^24, up to which float32 represents every integer
 
 Processor = Literal["amx", "vnni", "avx2", "other"]
@@ -45,7 +46,20 @@ def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
 
     Returns:
         int32 [M, N].
+
+    Raises:
+        ValueError: the two do not fit each other, or K > MAX_K.
     """
+    if not (x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[1] <= MAX_K):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}: an int8 matmul needs [M, K] and [N, K] "
+            f"with one K up to {MAX_K}, where int32 sums are exact"
+        )
+    if not (x.dtype == weight.dtype == torch.int8 and x.device == weight.device):
+        raise ValueError(
+            f"x is {x.dtype} on {x.device} and weight {weight.dtype} on {weight.device}: an int8 matmul needs int8 "
+            "codes on one device"
+        )
     if x.shape[1] == 1:  # torch's CPU _int_mm misreads the strides of a lone column
         return x.int() * weight.t().int()
     if x.device.type != "cpu" or has_fast_int8_matmul():
@@ -71,6 +85,8 @@ def int8_matmul_as_float(x: Tensor, weight: Tensor, out: Tensor, workspace: Work
         out.
     """
     (m, k), n = x.shape, len(weight)
+    if not k:
+        return out.zero_()
     product, converted = workspace("product", m, n, torch.float32), workspace("converted", m, n, torch.int32)
     with torch.autocast("cpu", enabled=False):  # which would round the product to 16 bits
         for first in range(0, k, BLOCK_K):

@@ -115,6 +115,8 @@ def dequantize_codes(
     value = decode_e2m1(codes) if format.dtype == "fp4" else codes.to(torch.float32)
     if zero is not None:
         value = value - expand_groups(zero, format, columns).to(torch.float32)
+    if format.two_level and group_scale is None:
+        raise ValueError(f"group_scale is None: format {format} has one for each group. Fix: give it")
     if format.dual:
         assert group_scale is not None
         return value * expand_groups(group_scale, format, columns).to(torch.float32) * scale
@@ -139,7 +141,7 @@ def expand_groups(scale: Tensor, format: Format, columns: int) -> Tensor:
     """Repeat group scales [.., groups] for each column, [.., K]; other granularities broadcast and stay."""
     if format.per != "group":
         return scale
-    return scale.repeat_interleave(format.group, dim=-1)[..., :columns]
+    return scale.repeat_interleave(format.width(columns), dim=-1)[..., :columns]
 
 
 def group_columns(x: Tensor, format: Format) -> Tensor:
@@ -148,8 +150,9 @@ def group_columns(x: Tensor, format: Format) -> Tensor:
         return x.reshape(1, -1) if x.ndim else x.reshape(1, 1)
     if format.per == "row":
         return x[..., None, :]
-    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % format.group))
-    return torch.unflatten(x, -1, (-1, format.group))
+    columns, width = x.shape[-1], format.width(x.shape[-1])
+    x = torch.nn.functional.pad(x, (0, -columns % width))
+    return torch.unflatten(x, -1, (format.groups(columns), width))
 
 
 def ungroup_columns(groups: Tensor, columns: int) -> Tensor:

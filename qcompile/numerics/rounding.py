@@ -32,15 +32,17 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor
         Codes, scales and zero points on the device of x.
 
     Raises:
-        ValueError: x holds NaN or Inf.
+        ValueError: x holds NaN or Inf, or float64 values beyond float32.
     """
-    if not bool(torch.isfinite(x).all()):
-        count = int((~torch.isfinite(x)).sum())
+    if not x.numel():
+        return _quantize_empty(x, format)
+    values = x.float()
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
         raise ValueError(
-            f"the tensor holds {count} NaN or Inf of {x.numel()} values, which no scale can cover. "
+            f"the tensor holds {int((~finite).sum())} NaN or Inf of {x.numel()} values, which no scale can cover. "
             "Fix: repair or replace them"
         )
-    values = x.float()
     if format.dual:
         return quantize_two_level(values, format, clip)
     if format.smooth:
@@ -60,6 +62,16 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor
     if zero is not None:
         zero = (zero.to(torch.uint8) if format.zero == "int" else zero).reshape(shape)
     return QTensor(codes.contiguous(), scale.reshape(shape), zero, None, format)
+
+
+def _quantize_empty(x: Tensor, format: Format) -> QTensor:
+    """No values: no codes, and scales of one where a row or the tensor has one."""
+    shape = () if format.per == "tensor" else (*x.shape[:-1], format.groups(x.shape[-1]))
+    scale = x.new_ones((*shape[:-1], 1) if format.two_level else shape, dtype=torch.float32)
+    zero_dtype = torch.uint8 if format.zero == "int" else torch.float32
+    zero = x.new_zeros(shape, dtype=zero_dtype) if format.zero != "none" else None
+    group_scale = x.new_ones(shape, dtype=torch.int8) if format.two_level else None
+    return QTensor(x.new_empty(x.shape, dtype=format.code_dtype), scale, zero, group_scale, format)
 
 
 def _quantize_power_of_two(groups: Tensor, scale: Tensor, columns: int, format: Format) -> QTensor:

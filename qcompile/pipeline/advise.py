@@ -83,12 +83,20 @@ class Advice:
 
 
 def _ram() -> float:
+    if not hasattr(os, "sysconf"):  # Unix only
+        raise ValueError("the memory of this machine cannot be measured on this system. Fix: name a GPU")
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def parameters(model: nn.Module) -> int:
     """Parameters, shared ones once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def check_serving(serving: str) -> None:
+    """Refuse an unknown kind of serving. Raises ValueError."""
+    if serving not in ("sync", "async"):
+        raise ValueError(f"serving is 'sync' or 'async', got {serving!r}")
 
 
 def advise(count: int, device: Device, serving: Serving = "sync", *, data: bool = True) -> Advice:
@@ -103,8 +111,7 @@ def advise(count: int, device: Device, serving: Serving = "sync", *, data: bool 
     Raises:
         ValueError: an unknown kind of serving, or a model that fits the device in no format.
     """
-    if serving not in ("sync", "async"):
-        raise ValueError(f"serving is 'sync' or 'async', got {serving!r}")
+    check_serving(serving)
     reasons: list[str] = []
     needs4, needs8 = 0.55 * count, 1.1 * count  # with scales, and a tenth for what stays float
     if needs4 > 0.9 * device.memory:

@@ -34,7 +34,7 @@ from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError
 
 _FOLDED = (Untie(), FoldNorm(), Rotate())
-_ROTATIONS = (*_FOLDED, OnlineHadamard())
+_ROTATIONS = (*_FOLDED, OnlineHadamard(norms=True))
 _PRINCIPAL = (Untie(), FoldNorm(), RotatePrincipal())
 _FP8 = Format("fp8")
 
@@ -224,7 +224,7 @@ PRESETS: dict[str, Recipe] = {
             "Rotated Runtime Smooth (arXiv:2409.20361) made causal: per-token scales of groups of sorted channels",
             *_FOLDED,
             ReorderChannels(stream=True),
-            OnlineHadamard(),
+            OnlineHadamard(norms=True),
             GPTQ(_INT4, Format.parse("int4/group128"), clip=True),
         ),
         _recipe(
@@ -232,7 +232,7 @@ PRESETS: dict[str, Recipe] = {
             "the same with the paper's statistic, which looks at the whole sequence: for comparison, not for decoding",
             *_FOLDED,
             ReorderChannels(stream=True),
-            OnlineHadamard(),
+            OnlineHadamard(norms=True),
             GPTQ(_INT4, Format.parse("int4/group128/smooth"), clip=True),
         ),
         _recipe(
@@ -247,7 +247,7 @@ PRESETS: dict[str, Recipe] = {
             Untie(),
             FoldNorm(),
             SpinQuant(),
-            OnlineHadamard(),
+            OnlineHadamard(norms=True),
             GPTQ(_INT4, Format("int4"), clip=True),
         ),
         _recipe("kv8", "an 8-bit key/value cache, weights float", QuantizeKV(8)),

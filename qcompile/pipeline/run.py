@@ -17,7 +17,9 @@ import torch
 import qcompile.ir.ops
 import qcompile.passes  # noqa: F401  registers the passes
 from qcompile.analysis.facts import Facts
+from qcompile.analysis.other_products import other_products
 from qcompile.analysis.sites import Site
+from qcompile.calibration.padding import refuse_empty_batches
 from qcompile.calibration.statistics import Statistics, observe
 from qcompile.ir.op_calls import QLinearCall, site_name
 from qcompile.ir.program import Program
@@ -79,6 +81,8 @@ def run(
         rules = recipe.resolve(dict.fromkeys(site.name for site in facts.sites), program.aliases)
     check_data(recipe, batches is not None)
     check_weights(program, facts.sites)
+    if batches is not None and recipe.needs:
+        refuse_empty_batches(program, batches())
     graphs = GraphDump(dump, program) if dump is not None else None
     report = Report(recipe.name, breaks=list(program.breaks))
     context = PassContext(
@@ -99,6 +103,7 @@ def run(
         attempt = current.copy()
         context.facts = Facts(attempt)
         done = entry.run(attempt, config, context)
+        done.notes += [note for note in context.statistics.notes if note not in done.notes]
         attempt.cleanup()
         if graphs is not None:
             graphs.write(done.name, attempt)
@@ -161,7 +166,7 @@ def check_weights(program: Program, sites: list[Site]) -> None:
 
 
 def _site_reports(program: Program, facts: Facts) -> dict[str, SiteReport]:
-    """A report for every site, and for products that came quantized."""
+    """A report for every site, for products that came quantized, and for those that no recipe quantizes."""
     found = {}
     for site in facts.sites:
         nbytes = program.weights[site.name].nbytes
@@ -173,6 +178,13 @@ def _site_reports(program: Program, facts: Facts) -> dict[str, SiteReport]:
         found[name] = SiteReport(name, n, call.columns, bytes_before=2 * n * call.columns)
         stored = sum(program.weight_of(part).nbytes for part in call.stored if part is not None)
         found[name].set_quantized(call.weight_format, call.act_format, stored)
+    for other in other_products(program, {site.node for site in facts.sites}):
+        weight = program.weights[other.name]
+        size, n = weight.nbytes, len(weight)
+        found.setdefault(
+            other.name,
+            SiteReport(other.name, n, weight.numel() // n, reason=other.reason, bytes_before=size, bytes_after=size),
+        )
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ class PassContext:
         reference: the program before all passes.
         keep_float_weights: a later pass compares the codes with the float weights, so they must be kept (LoRC).
         progress: whether to show bars.
+        last_iterator: what `batches` gave last, if it is an iterator: it cannot be read again.
     """
 
     facts: Facts
@@ -50,6 +51,7 @@ class PassContext:
     reference: Program | None = None
     keep_float_weights: bool = False
     progress: bool = False
+    last_iterator: Iterator[Sequence[Any]] | None = field(default=None, repr=False)
 
     @staticmethod
     def of(program: Program, **rest: Any) -> PassContext:
@@ -64,7 +66,14 @@ class PassContext:
         """A fresh iterator of the calibration batches. Raises CalibrationError if there are none."""
         if self.batches is None:
             raise CalibrationError("this pass needs calibration data: give batches")
-        return self.batches()
+        data = self.batches()
+        if isinstance(data, Iterator) and data is self.last_iterator:
+            raise CalibrationError(
+                "`batches` gave one iterator twice, and a pass before has read it to its end. Fix: give a new iterator "
+                "each time, or a list"
+            )
+        self.last_iterator = data if isinstance(data, Iterator) else None
+        return data
 
     def layerwise_run(self, program: Program) -> LayerwiseRun:
         """All batches, before the first node of a program. Raises CalibrationError for an empty iterator."""

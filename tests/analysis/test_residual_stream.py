@@ -111,3 +111,35 @@ def test_heads_do_not_keep_the_last_dimension():
     program = capture(Stream(lambda x: x.unflatten(-1, (2, 4)).flatten(-2)), (torch.randint(11, (2, 4)),))
     node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.unflatten.int)
     assert not keeps_last(node, 8) and not keeps_last(next(iter(node.users)), 8)
+
+
+class TwoHalves(nn.Module):
+    """An encoder and a decoder that look up one table, and a learned table that both add."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.positions = nn.Embedding(11, 8), nn.Parameter(torch.randn(4, 8))
+        self.encoder, self.decoder = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norms = nn.ModuleList([nn.RMSNorm(8, elementwise_affine=False) for _ in range(2)])
+        self.cross, self.head = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, ids, others):
+        x, y = self.table(ids) + self.positions, self.table(others) + self.positions
+        x, y = x + self.encoder(self.norms[0](x)), y + self.decoder(self.norms[1](y))
+        return self.head(y).mean(1) + self.cross(x).mean(1)
+
+
+def test_what_reads_one_table_is_one_stream():
+    program = capture(TwoHalves().requires_grad_(False), (torch.randint(11, (2, 4)), torch.randint(11, (2, 4))))
+    (stream,) = residual_streams(program)
+    assert stream.closed and len(stream.tables) == 2 and len(stream.norms) == 2
+    assert {site.name for site in stream.consumers} == {
+        "encoder.weight", "decoder.weight", "cross.weight", "head.weight",
+    }  # fmt: skip
+
+
+def test_a_norm_of_what_comes_in_belongs_to_its_stream():
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).requires_grad_(False)
+    (stream,) = residual_streams(capture(model, (torch.randn(3, 8),)))
+    assert len(stream.norms) == 1 and "comes in from outside" in str(stream.flow_obstacle)
+    assert stream.label.startswith("stream of 8 at ")

@@ -110,3 +110,16 @@ def test_siblings_and_shared_weights():
     assert len(sites["0.self_attn.q_proj.weight"].siblings) == 2
     table = next(site for site in sites.values() if site.shared_with)
     assert "embedding" in table.shared_with[0] and not table.siblings
+
+
+def test_a_table_straight_in_front_of_its_tied_product_is_named():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(16, 8)
+
+        def forward(self, ids):
+            return nn.functional.linear(self.table(ids), self.table.weight)
+
+    (site,) = find_sites(capture(Tied(), (torch.randint(0, 16, (2, 3)),)))
+    assert site.shared_with == ("embedding",)

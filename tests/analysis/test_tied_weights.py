@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from laws import shape
+from torch import nn
 
 from qcompile.analysis.residual_stream import residual_streams
 from qcompile.analysis.sites import find_sites
@@ -27,3 +29,18 @@ def test_a_tied_weight_and_its_table_are_obstacles(tied):
     assert logits.name in obstacles[0].reason and obstacles[0].node == logits.node.name
     assert logits.name in obstacles[1].reason and obstacles[1].node == logits.weight.name
     assert all("Fix: Untie() before this pass" in obstacle.reason for obstacle in obstacles)
+
+
+def test_a_shared_bias_is_an_obstacle():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.bias = self.a.bias
+
+        def forward(self, x):
+            return self.a(x) * self.b(x)
+
+    sites = find_sites(capture(Gated(), (torch.randn(3, 8),)))
+    obstacle = tied_obstacle(sites)
+    assert obstacle is not None and obstacle.reason == f"the bias of a.weight is tied to {sites[1].node.name}"

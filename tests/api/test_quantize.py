@@ -10,7 +10,7 @@ from torch import nn
 from zoo import build, example
 
 import qcompile
-from qcompile import NothingToQuantize, QuantLinear, RecipeError
+from qcompile import NothingToQuantize, QuantLinear, RecipeError, Rule
 from qcompile.ir.program import Program
 from qcompile.recipe.certificate import relative_error
 
@@ -126,3 +126,43 @@ def test_deep_copies_are_free():
     again = copy.deepcopy(model)
     with torch.no_grad():
         assert torch.equal(again(**example("llama")).logits, model(**example("llama")).logits)
+
+
+def with_gains(model):
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = torch.rand(parameter.shape) + 0.5  # as trained norms have
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first,second", [("int8", "int8-smooth"), ("int8-rotated", "int8-rotated")])
+def test_one_part_after_another(first, second):
+    """What is quantized already has no weight to fold into: exact passes skip it, and the result stays right."""
+    model, inputs = with_gains(build("llama")), example("llama")
+    with torch.no_grad():
+        want = model(**inputs).logits
+    qcompile.quantize(
+        model, qcompile.find_recipe(first).with_rules([Rule("*mlp*", keep=True)]), [inputs], progress=False
+    )
+    linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    qcompile.quantize(model, second, [inputs], progress=False)
+    after = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert len(after) > len(linears) and all(m in after for m in linears)
+    with torch.no_grad():
+        assert relative_error([model(**inputs).logits], [want]) < 0.05
+
+
+def test_a_failing_second_call_changes_nothing(monkeypatch):
+    model, inputs = with_gains(build("llama")), example("llama")
+    qcompile.quantize(model, qcompile.find_recipe("int8").with_rules([Rule("*mlp*", keep=True)]), progress=False)
+    before, kinds = state(model), [type(m) for m in model.modules()]
+
+    def fail(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(QuantLinear, "__init__", fail)  # the last that happens before anything is written
+    with pytest.raises(KeyboardInterrupt):
+        qcompile.quantize(model, "int8-smooth", [inputs], progress=False)
+    assert unchanged(model, before) and [type(m) for m in model.modules()] == kinds

@@ -183,6 +183,26 @@ def test_graph_breaks_are_compiled_piece_by_piece():
     assert [s.quantized for r in dynamo.reports for s in r.sites] == [True, False]
 
 
+def test_pieces_without_a_tensor_run_as_they_are():
+    class Pieces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(64, 64)
+
+        def forward(self, x):
+            size = x.shape[0]
+            torch._dynamo.graph_break()
+            steps = torch.arange(size) * 2 + torch.ones(4)
+            torch._dynamo.graph_break()
+            return self.a(x) + steps[:, None]
+
+    model, x = Pieces().eval().requires_grad_(False), torch.randn(4, 64)
+    dynamo.reports.clear()
+    with torch.no_grad():
+        assert relative_error([compiled(model)(x)], [model(x)]) < 0.03
+    assert [s.name for r in dynamo.reports for s in r.sites] == ["a.weight"]
+
+
 def test_slower_sites_stay_float_and_say_so():
     model = mlp().to(torch.bfloat16)
     with torch.no_grad():
@@ -216,3 +236,16 @@ def test_found_without_importing_qcompile():
         "assert 'qcompile' in sys.modules and y.shape == (2, 64)\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
+
+
+def test_a_quantized_model_whose_parameters_require_gradients_runs():
+    """As from_pretrained gives them; no gradient passes through codes, so the result is that under no_grad."""
+    model = nn.Sequential(nn.Embedding(16, 64), nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 8)).eval()
+    ids = torch.randint(0, 16, (2, 5))
+    qcompile.quantize(model, qcompile.find_recipe("w4a16").with_rules([qcompile.Rule("3.*", keep=True)]), example=ids)
+    assert model[3].weight.requires_grad
+    run = torch.compile(model, backend="qcompile")
+    with torch.no_grad():
+        want = run(ids)
+    got = run(ids)
+    assert torch.equal(got, want) and not got.requires_grad

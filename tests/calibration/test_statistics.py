@@ -102,11 +102,38 @@ def test_known_facts_are_not_found_again(attention, monkeypatch):
 def test_infinite_values_are_named(attention, bad, sites):
     _, program, batches = attention
     batches[1][0][0, 5, 0] = bad
-    where = "query.weight" if sites else "an attention"
-    with pytest.raises(
-        CalibrationError, match=rf"batch 2 brings NaN or Inf to {where} \(node .*\). Fix: drop that batch"
-    ):
+    (flow,) = Facts(program).attentions
+    node = program.inputs[0] if sites else flow.keys
+    where = "query.weight" if sites else f"the keys of {flow.node.name}"
+    with pytest.raises(CalibrationError) as error:
         observe(program, batches, sites=sites)
+    assert str(error.value) == (
+        f"batch 2 brings NaN or Inf to {where} (node {node.name}). Fix: drop that batch, or calibrate in float32"
+    )
+
+
+class Allocated(Attention):
+    """Keys that are written in pieces into memory of their own, which holds anything before."""
+
+    def heads(self, x):
+        q, k, v = super().heads(x)
+        keys = torch.empty_like(k).fill_(torch.nan)
+        keys[..., :1] = k[..., :1]
+        keys[..., 1:] = k[..., 1:]
+        return q, keys, v
+
+
+def test_memory_is_read_when_it_is_filled(attention):
+    plain, _, batches = attention
+    model = Allocated(plain.decomposed)
+    model.load_state_dict(plain.state_dict())
+    found = []
+    for program in (capture(m, (torch.randn(2, S, 8),)) for m in (model, plain)):
+        (flow,), statistics = Facts(program).attentions, observe(program, batches)
+        name = flow.keys.name
+        found.append((statistics.keys[name], statistics.key_means[name], statistics.cached[name]))
+        found[-1] += (statistics.cached[flow.values.name],)
+    assert all(torch.equal(got, want) for got, want in zip(*found, strict=True))
 
 
 def test_an_empty_iterator_is_refused():

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qcompile.calibration.text import batches, embedded_text, windows
+from qcompile.calibration.text import batches, embedded_text, read_text, sentence_batches, sentences, windows
 from qcompile.evaluation.perplexity import agreement, perplexity
 
 
@@ -41,3 +42,56 @@ def test_calibration_reads_the_end(tmp_path):
     assert len(found) == 2 and all(set(b["input_ids"].flatten().tolist()) == {ord("b") % 50} for b in found)
     with pytest.raises(ValueError, match="110 tokens"):
         batches(Letters(), tmp_path / "t.txt", length=500)
+
+
+@pytest.mark.parametrize("bad", [dict(length=0), dict(length=-5), dict(count=0), dict(count=-1), dict(skip=-1)])
+def test_windows_of_nothing_are_refused(bad):
+    with pytest.raises(ValueError, match="1 window or more|0 or more"):
+        windows(Letters(), "abcdefgh" * 99, **{"length": 4, **bad})
+    if "skip" not in bad:
+        with pytest.raises(ValueError, match="1 window or more"):
+            batches(Letters(), text="abcdefgh" * 99, **{"length": 4, **bad})
+
+
+def test_calibration_windows_fit_into_the_context():
+    class Short(Letters):
+        model_max_length = 100
+
+    class Model(torch.nn.Module):
+        config = SimpleNamespace(n_positions=60)
+
+    text = "abcdefgh" * 999
+    lengths = [
+        batches(tokenizer, text=text, model=model, **given)[0]["input_ids"].shape[1]
+        for tokenizer, model, given in [
+            (Letters(), None, {}), (Short(), None, {}), (Short(), Model(), {}), (Short(), Model(), {"length": 80})
+        ]
+    ]  # fmt: skip
+    assert lengths == [512, 100, 60, 80], "a length that is given is the caller's"
+
+
+def test_texts_that_cannot_be_read_are_refused_with_their_name(tmp_path):
+    (tmp_path / "binary").write_bytes(b"abc\xff\xfe")
+    (tmp_path / "empty").write_text(" \n")
+    for name, words in [
+        ("binary", "no UTF-8 text .at byte 3"),
+        ("empty", "is empty"),
+        ("no", "cannot be read: No such"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} .*{words}"):
+            read_text(tmp_path / name)
+
+
+def test_sentences_are_cut_at_the_context():
+    class Pads:
+        pad_token, model_max_length = "p", 10**30
+
+        def __call__(self, group, **options):
+            return {"input_ids": torch.zeros(len(group), options["max_length"] or 50)}
+
+    model = torch.nn.Linear(2, 2)
+    assert sentence_batches(Pads(), ["a" * 50])[0]["input_ids"].shape[1] == 50
+    model.config = SimpleNamespace(max_position_embeddings=32)
+    assert sentence_batches(Pads(), ["a" * 50], model=model)[0]["input_ids"].shape[1] == 32
+    chosen = sentences(text="no. " + "a sentence of more than forty characters, it is. " * 3)
+    assert len(chosen) >= 2

@@ -10,13 +10,14 @@ import threading
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import qcompile
 import qcompile.codegen.onnx.export_module as exporting
 import qcompile.codegen.onnx.variants as variants
 from qcompile.api import export_onnx
-from qcompile.checkpoint.atomic_folder import CheckpointError, atomic_folder
+from qcompile.checkpoint.atomic_folder import CheckpointError, WriteError, atomic_folder, require_empty
 
 
 def model():
@@ -121,3 +122,36 @@ def test_the_current_folder_is_refused_and_a_link_is_followed(tmp_path, monkeypa
         (work / "file").write_text("whole")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "file").read_text() == "whole"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "link", "real"]
+
+
+def no_space(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def test_places_that_cannot_be_written_are_found_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, words in (("file/m", "file is a file|cannot be written"), ("loop", "leads to itself|cannot be written")):
+        with pytest.raises(CheckpointError, match=words):
+            require_empty(tmp_path / name)
+    with pytest.raises(WriteError, match="cannot be written .*too long"):
+        require_empty(tmp_path / ("x" * 300))
+    with pytest.raises(WriteError, match=r"needs 1000000000000 MB, and .* MB free. Fix: free some space"):
+        require_empty(tmp_path / "m", 10**18)
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(WriteError, match="cannot be written .*No space left on device.*Fix: free some space"):
+        require_empty(tmp_path / "new" / "m")
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
+def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_nothing(error, tmp_path):
+    with pytest.raises(WriteError, match="m cannot be written .*No space left") as caught:
+        with atomic_folder(tmp_path / "new" / "deep" / "m"):
+            raise error
+    assert "\n" not in str(caught.value) and isinstance(caught.value, OSError) and not os.listdir(tmp_path)
+
+
+def test_other_errors_of_the_block_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "m"):
+        (tmp_path / "text").read_text()

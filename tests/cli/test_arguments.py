@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from qcompile.cli.arguments import calibration_batches, flags_of, is_exported, load, split_names
+from qcompile.cli.arguments import calibration_batches, cap_length, flags_of, is_exported, load, needs_text, split_names
 
 
 @dataclass
@@ -57,14 +59,29 @@ def test_an_unknown_dtype_is_refused_before_loading():
         load("embedded", "half")
 
 
-def test_batches_are_read_only_where_a_recipe_needs_them(monkeypatch):
+def test_batches_are_read_only_where_a_recipe_needs_them(monkeypatch, capsys):
     from qcompile.calibration import text
 
-    monkeypatch.setattr(text, "batches", lambda tokenizer, path: ("batches", path))
-    assert calibration_batches("int8", None, None) is None
-    assert calibration_batches("w4a16-gptq", None, None) == ("batches", None)
-    assert calibration_batches("auto", None, None) is None
-    assert calibration_batches("auto", None, "t.txt") == ("batches", "t.txt")
+    monkeypatch.setattr(text, "batches", lambda tokenizer, path, length: ("batches", path, length))
+    model = SimpleNamespace(config=SimpleNamespace(n_positions=256))
+    assert calibration_batches("int8", model, None, None) is None
+    assert calibration_batches("auto", model, None, None) is None and not capsys.readouterr().err
+    assert calibration_batches("w4a16-gptq", model, None, None) == ("batches", None, 256)
+    assert "note: calibration windows of 256 tokens, not 512" in capsys.readouterr().err
+    assert calibration_batches("auto", None, None, "t.txt") == ("batches", "t.txt", 512)
+
+
+def test_a_text_that_no_recipe_needs_is_said_to_be_ignored(capsys):
+    assert calibration_batches("int8", None, None, Path("[red].txt")) is None
+    assert capsys.readouterr().err == "note: --text [red].txt is ignored: int8 needs no calibration data\n"
+    assert needs_text("--calibration", Path("t"), "int8", "w4a16-gptq") and not capsys.readouterr().err
+
+
+def test_a_window_is_capped_and_that_is_said(capsys):
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
+    assert cap_length(64, model, None) == 64 and not capsys.readouterr().err
+    assert cap_length(2048, model, None) == 256
+    assert capsys.readouterr().err == "note: windows of 256 tokens, not 2048: the context of the model ends there\n"
 
 
 def test_names_and_folders(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
 
 import pytest
 
@@ -14,13 +13,33 @@ from qcompile import cli
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        (["eval", "no/such/model"], "could not be loaded"),
+        (["eval", "no/such/model"], "no/such/model is not found: there is no such file or folder"),
+        (["eval", "/models/[/tmp]"], "/models/[/tmp] is not found"),
+        (["explain", "/models/Llama [q4_k] v2"], "/models/Llama [q4_k] v2 is not found"),
+        (["explain", ""], "'MODEL': it is empty"),
+        (["explain"], "Missing argument"),
+        (["explode"], "No such command 'explode'"),
         (["quantize", "embedded", "."], "not empty"),
+        (["quantize", "embedded", ""], "the path is empty"),
+        (["quantize", "embedded", "out", "-r", "int9"], "unknown recipe 'int9'"),
         (["recipes", "int9"], "unknown recipe 'int9'"),
+        (["recipes", "[red].json"], "[red].json"),
         (["tune", "embedded", "--max-loss", "one"], "write a share"),
+        (["tune", "embedded", "--max-loss", "nan"], "above 0 and below 10"),
+        (["tune", "embedded", "--out", "c.png"], "where the plot goes"),
         (["sensitivity", "embedded", "--formats", "int9"], "format dtype 'int9' is unknown"),
+        (["sensitivity", "embedded", "--bits", "nan"], "'--bits'"),
         (["advise", "embedded", "--device", "tpu"], "device 'tpu' is unknown"),
+        (["advise", "embedded", "--serving", "[red]"], "got '[red]'"),
         (["generate", ".", "--prompt", "x"], "could not be loaded"),
+        (["generate", ".", "--prompt", "x", "--temperature", "-1"], "'--temperature'"),
+        (["generate", ".", "--prompt", ""], "'--prompt': it is empty"),
+        (["bench", "--rounds", "0"], "'--rounds'"),
+        (["verify", ".", "--length", "0"], "'--length'"),
+        (["eval", ".", "--windows", "-1"], "'--windows'"),
+        (["eval", ".", "--windows", "many"], "'--windows'"),
+        (["eval", ".", "--text", "no.txt"], "no.txt is not found"),
+        (["eval", ".", "--nonsense"], "No such option"),
         (["quantize", "embedded", "out", "--dtype", "int8"], "use float32 or bfloat16"),
     ],
 )
@@ -29,22 +48,37 @@ def test_errors_are_one_line_and_code_two(arguments, words, fail):
 
 
 def test_an_error_is_printed_as_it_is_and_on_one_line(monkeypatch, fail):
-    def broken():
+    def broken(**_):
         raise ValueError("logits [B, 1, V] of\n  " + "a long text " * 20)
 
     monkeypatch.setattr(cli, "app", broken)
     assert fail() == "error: logits [B, 1, V] of " + ("a long text " * 20).strip()
 
 
-def test_an_interruption_has_the_code_of_a_shell(monkeypatch, capsys):
-    def interrupted():
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    "error,words",
+    [
+        (ModuleNotFoundError("No module named 'onnx'", name="onnx"), "No module named 'onnx'. Fix: pip install onnx"),
+        (MemoryError("8 GB"), "out of memory: 8 GB"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried .."), "out of memory: DefaultCPUAllocator"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(error, words, monkeypatch, fail):
+    monkeypatch.setattr(cli, "app", lambda **_: (_ for _ in ()).throw(error))
+    assert words in fail()
 
-    monkeypatch.setattr(cli, "app", interrupted)
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    with warnings.catch_warnings(), pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
+
+def test_a_fault_of_ours_is_a_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda **_: {}["key"])
+    with pytest.raises(KeyError):
+        cli._code()
+
+
+def test_the_version(call):
+    from qcompile import __version__
+
+    assert call("--version") == f"qcompile {__version__}\n"
 
 
 def test_every_command_is_in_the_help(call):

@@ -39,3 +39,17 @@ def test_agreement_is_perplexity_and_divergence():
     want = torch.nn.functional.kl_div(a, b, log_target=True, reduction="batchmean")
     assert found.kl == pytest.approx(float(want), rel=1e-4)
     assert found.top1 == pytest.approx(float((a.argmax(1) == b.argmax(1)).float().mean()))
+
+
+@pytest.mark.parametrize("windows,words", [([], "no window"), ([torch.zeros(1, 1, dtype=torch.int64)], "of 1 tokens")])
+def test_what_predicts_nothing_is_refused(windows, words):
+    for measure in (lambda: perplexity(None, windows, progress=False), lambda: agreement(None, None, windows)):
+        with pytest.raises(ValueError, match=words):
+            measure()
+
+
+def test_an_impossible_text_has_an_infinite_perplexity():
+    logits = torch.tensor([[[0.0, 1e4], [0.0, 1e4]]])
+    windows = [torch.zeros(1, 2, dtype=torch.int64)]
+    assert perplexity(lambda input_ids: logits, windows, progress=False) == math.inf
+    assert math.isnan(perplexity(lambda input_ids: logits * math.nan, windows, progress=False))

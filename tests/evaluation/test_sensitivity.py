@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from padded_batches import decoder, padded, texts
 from zoo import build, example, is_dynamic
 
 from qcompile.analysis.sites import find_sites
@@ -40,6 +41,15 @@ def test_one_site_at_a_time(name, tmp_path):
     assert table(found).row_count == len(sites) + 1
     plot(found, tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_padding_is_not_damaged():
+    _, program = decoder()
+    rows = texts([7, 7])
+    batches = (padded(rows), padded(rows, extra=4), padded(rows, extra=4, left=True))
+    want, *others = [sensitivity(program, iter([batch]), CHOICES, progress=False) for batch in batches]
+    for found in others:
+        assert [d.kl for d in found] == pytest.approx([d.kl for d in want], rel=1e-2, abs=1e-7)
 
 
 def damages(draws):

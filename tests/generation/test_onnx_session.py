@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,6 +120,28 @@ def test_other_folders_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: SimpleNamespace(get_inputs=lambda: []))
     with pytest.raises(FolderError, match="takes no cache. Fix: name the folder of a causal LM"):
         Session(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model": 1}', '{"model": {"decoder": 3}}', "[" * 9999, "\xff"])
+def test_a_damaged_config_is_refused(text, folder):
+    (folder / FILE).write_bytes(text.encode("latin1"))
+    with pytest.raises(FolderError, match="is damaged. Fix: export the folder again"):
+        Session(folder)
+
+
+def test_damaged_files_are_refused_by_name(folder, monkeypatch):
+    (folder / PREFIX_FILE).write_bytes(b"no tensors")
+    with pytest.raises(FolderError, match=f"{PREFIX_FILE} is damaged"):
+        Session(folder)
+    monkeypatch.undo()
+    with pytest.raises(FolderError, match="model.onnx cannot be opened: .*. Fix: export it again"):
+        Session(folder)
+
+
+def test_a_missing_package_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(FolderError, match=r"pip install 'torch-qcompile\[onnx\]'"):
+        Session(folder)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 from zoo import build
 
-from qcompile.generation.sampling import Conversation, end_tokens, readable_text, step_function, stream
+from qcompile.generation.sampling import Conversation, end_tokens, new_tokens, readable_text, step_function, stream
 
 
 class Letters:
@@ -107,3 +107,55 @@ def test_a_model_without_a_template(model):
 
     with pytest.raises(ValueError, match="no chat template"):
         Conversation(step_function(model), Plain())
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "only dropped"])
+def test_an_answer_that_is_not_read_to_its_end_is_what_was_read(model, kept, closed):
+    """The next answer is that of a fresh model which reads the same conversation."""
+    talk = Conversation(step_function(model), Letters(), max_new_tokens=4)
+    answer = talk.answer("hi")
+    read = "".join(next(answer) for _ in range(kept))
+    if closed:
+        answer.close()
+    assert talk.cache.get_seq_length() == len(talk.cached_tokens)
+    second = "".join(talk.answer("so"))
+    assert [t["content"] for t in talk.turns] == ["hi", read, "so", second]
+    assert list(answer) == [] and talk.cache.get_seq_length() == len(talk.cached_tokens), "it ended there"
+    whole = np.array([[ord(c) for c in f"u:hi;a:{read};u:so;a:"]])
+    assert second == "".join(readable_text(Letters(), stream(step_function(model), whole, 4)))
+
+
+def test_a_turn_whose_answer_fails_is_forgotten(model):
+    step, fails = step_function(model), []
+
+    def failing(ids, cache):
+        done = step(ids, cache)
+        if fails and fails.pop():
+            raise OSError("the network is gone")
+        return done
+
+    talk = Conversation(failing, Letters(), max_new_tokens=3)
+    first = "".join(talk.answer("hi"))
+    fails += [True, False]
+    with pytest.raises(OSError, match="network"):
+        list(talk.answer("lost"))
+    assert [t["content"] for t in talk.turns] == ["hi", first] and talk.cache is None and not talk.cached_tokens
+    whole = np.array([[ord(c) for c in f"u:hi;a:{first};u:so;a:"]])
+    assert "".join(talk.answer("so")) == "".join(readable_text(Letters(), stream(step, whole, 3)))
+
+
+def test_an_answer_ends_where_the_context_does(model):
+    talk = Conversation(step_function(model), Letters(), max_new_tokens=8, max_length=len("u:hi;a:") + 3)
+    assert len("".join(talk.answer("hi"))) == 3
+    with pytest.raises(ValueError, match="a text of 18 tokens: the context of the model ends at 10"):
+        list(talk.answer("so"))
+    assert len(talk.turns) == 2
+    assert new_tokens(5, 8, None) == 8
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=float("nan")), dict(temperature=-1.0), dict(seed=-1), dict(ids=0)])
+def test_a_stream_of_nonsense_is_refused(bad, model):
+    ids = np.zeros((1, bad.pop("ids", 2)), np.int64)
+    with pytest.raises(ValueError, match="temperature|seed|prompt is empty"):
+        list(stream(step_function(model), ids, 2, **bad))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from zoo import build, example
 
-from qcompile.ir.capture import CaptureError, attribute_path, capture, capture_dynamo
+from qcompile.ir.capture import CaptureError, attribute_path, capture, capture_dynamo, has_tensor_input
 from qcompile.ir.node_meta import DYNAMO_INDEX, STATIC, WEIGHT
 
 
@@ -107,3 +107,51 @@ def test_breaks_are_recorded_with_their_place():
     torch.compile(call, backend=backend)(torch.randn(3))
     assert len(backend.programs) == 2
     assert any("test_capture.py" in line for program in backend.programs for line in program.breaks)
+
+
+def test_caches_of_inner_configs_are_off_too():
+    class Config:
+        def __init__(self, **inner):
+            self.use_cache = True
+            vars(self).update(inner)
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = Config(text_config=Config(decoder=Config()))
+            self.generation_config = Config()
+
+        def forward(self, x, use_cache=None):
+            inner = self.config.text_config
+            off = (self.config, inner, inner.decoder, self.generation_config)
+            assert not use_cache and not any(config.use_cache for config in off)
+            return x + 1
+
+    model = Pair()
+    capture(model, (torch.randn(2, 3),), {"use_cache": True})
+    assert model.config.use_cache and model.config.text_config.decoder.use_cache and model.generation_config.use_cache
+
+
+def test_inputs_bear_the_names_of_the_call():
+    class Features(nn.Module):
+        def forward(self, features, *more, scale):
+            return features["ids"] * more[0] * scale
+
+    program = capture(Features(), ({"ids": torch.ones(2)}, torch.ones(2)), {"scale": 3})
+    assert [n.name for n in program.inputs] == ["features_ids", "argument_2"]
+    assert program(torch.ones(2), torch.full((2,), 5.0))[0].tolist() == [15, 15]
+
+
+def test_a_graph_of_constants_takes_no_tensor():
+    found = []
+
+    def backend(graph_module, inputs):
+        found.append(has_tensor_input(graph_module))
+        if not found[-1]:
+            with pytest.raises(CaptureError, match="no tensor input"):
+                capture_dynamo(graph_module, inputs)
+        return graph_module
+
+    torch.compile(lambda: torch.arange(4) * 2, backend=backend)()
+    torch.compile(lambda x: x * 2, backend=backend)(torch.ones(2))
+    assert found == [False, True]

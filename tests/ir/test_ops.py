@@ -93,3 +93,11 @@ def test_the_operator_is_the_product_of_each_experts_rows(form):
     if form.dtype != "fp8":  # torch has no arithmetic of its own on these, which the check uses
         arguments = (x, ends, *stacked, str(form), k, torch.float32)
         torch.library.opcheck(torch.ops.qcompile.qexperts, arguments)
+
+
+@pytest.mark.parametrize("form", ["int8/row", "int8/row/zero", "int4/group4/zero", "fp8/row"])
+def test_codes_and_scales_are_contiguous_whatever_the_activation_is(form):
+    x = torch.randn(6, 5, 8).transpose(0, 1)
+    found, plain = torch.ops.qcompile.quantize(x, form), torch.ops.qcompile.quantize(x.contiguous(), form)
+    for got, want in zip(found, plain, strict=True):
+        assert got.is_contiguous() and torch.equal(got.float(), want.float())

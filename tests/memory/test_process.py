@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qcompile.memory import process
-from qcompile.memory.process import measure_peak, release_freed_memory, resident_bytes
+from qcompile.memory.process import measure_peak, peak_resident_bytes, release_freed_memory, resident_bytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -27,3 +27,19 @@ def test_without_proc_the_peak_is_zero(monkeypatch, tmp_path):
     with measure_peak() as peak:
         pass
     assert peak.bytes == 0
+
+
+def test_the_peak_of_the_process_is_zero_where_nothing_measures_it(monkeypatch):
+    if sys.platform != "win32":
+        torch.ones(2**20, dtype=torch.uint8)
+        assert 50 * 2**20 < peak_resident_bytes() < 2**40
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_resident_bytes() == 0
+
+
+def test_a_system_that_opens_no_library_without_a_name_is_no_error(monkeypatch):
+    def refuse(name):
+        raise TypeError("LoadLibrary() argument 1 must be str, not None")
+
+    monkeypatch.setattr(process.ctypes, "CDLL", refuse)
+    release_freed_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from qcompile.modules.fixed_dtype import FixedDtypeModule
@@ -34,3 +35,14 @@ def test_moves_apply_to_all():
     moved = Some().to("meta")
     assert {buffer.device.type for buffer in moved.buffers()} == {"meta"}
     assert Some().to("meta", torch.float16).scale.dtype == torch.float32
+
+
+def test_a_state_dict_of_another_format_is_refused():
+    """Codes of fp8 and of int8 have the same shape: torch would cast one to the other."""
+    state = Some().state_dict()
+    assert Some().load_state_dict(state).missing_keys == []
+    state["codes"] = torch.ones(2, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="codes is torch.int8, and must be torch.float8_e4m3fn: it is of another"):
+        Some().load_state_dict(state)
+    cast = {**Some().state_dict(), "bias": torch.ones(2).half()}
+    assert Some().load_state_dict(cast).missing_keys == []

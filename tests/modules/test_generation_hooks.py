@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from zoo import build
@@ -9,7 +11,7 @@ from zoo import build
 import qcompile
 from qcompile.modules.generation_hooks import attach, detached, hooks_of, refuse_cache
 from qcompile.modules.kv_cache import KVCache
-from qcompile.modules.kv_constants import CENTERS, SCALES, Centers, Scales
+from qcompile.modules.kv_constants import CENTERS, SCALES, Centers, Prefix, Scales
 from qcompile.passes import Fuse, Quantize, QuantizeKV
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError
@@ -48,6 +50,49 @@ def test_an_exporter_sees_a_model_without_hooks():
         raise RuntimeError
     with torch.no_grad():
         assert isinstance(model(ids, use_cache=True).past_key_values, KVCache)
+
+
+def test_two_threads_call_a_model_with_a_prefix():
+    """One text begins with the prefix and one does not; both calls are in the model at once."""
+    model = build("llama")
+    start, other = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[9, 8, 7, 6, 5]])
+    with torch.no_grad():
+        done = model(start[:, :2], use_cache=True)
+        want = [model(ids).logits for ids in (start, other)]
+    layers = [(layer.keys, layer.values) for layer in done.past_key_values.layers]
+    attach(model, Recipe("prefix", ()), Prefix(start[0, :2], layers, done.logits))
+    both_inside, got = threading.Barrier(2, timeout=20), {}
+    handle = model.get_submodule("model").register_forward_hook(lambda *_: (both_inside.wait(), None)[1])
+
+    def call(index, ids):
+        for _ in range(3):
+            with torch.no_grad():
+                got.setdefault(index, []).append(model(ids).logits)
+
+    threads = [threading.Thread(target=call, args=pair) for pair in enumerate((start, other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    for index, expected in enumerate(want):
+        assert [logits.shape for logits in got[index]] == [expected.shape] * 3
+        assert all(torch.allclose(logits, expected, atol=1e-5) for logits in got[index])
+
+
+def test_a_cache_that_began_with_the_prefix_is_continued_without_it():
+    model, ids = build("llama"), torch.tensor([[5, 6, 7, 8, 9, 10]])
+    with torch.no_grad():
+        done, want = model(ids[:, :2], use_cache=True), model(ids).logits
+        layers = [(layer.keys, layer.values) for layer in done.past_key_values.layers]
+        attach(model, Recipe("prefix", ()), Prefix(ids[0, :2], layers, done.logits))
+        first = model(ids[:, :4], use_cache=True)
+        rest = model(ids[:, 4:], past_key_values=first.past_key_values)
+        hooks = model.qcompile_calls
+        with detached(model), detached(model):
+            assert not hooks.enabled
+        assert hooks.enabled
+    assert torch.allclose(torch.cat([first.logits, rest.logits], 1), want, atol=1e-5)
 
 
 def test_a_model_without_hooks_has_hooks_that_give_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ import qcompile
 from qcompile.analysis.sites import find_sites
 from qcompile.calibration.hessian import Gram
 from qcompile.ir.capture import capture
-from qcompile.modules.quant_experts import QuantStack
+from qcompile.modules.quant_experts import QuantStack, replace_parameter
 from qcompile.numerics.format import Format
+from qcompile.numerics.qtensor import PARTS
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import GPTQ, HQQ, FineQuant, Fuse, Quantize, Untie
 from qcompile.passes.qdq.insert_qdq import matrix_of
@@ -196,3 +198,35 @@ def test_gptq_sees_the_rows_of_each_expert():
         assert any(n.target is torch.ops.qcompile.qexperts.default for n in quantized.graph.nodes)
         errors[type(config)] = (quantized(x)[0] - program(x)[0]).norm()
     assert errors[GPTQ] < 0.8 * errors[Quantize], errors
+
+
+class Owner(torch.nn.Module):
+    """A module that multiplies its two stacks itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (torch.nn.Parameter(torch.randn(2, 6, 32)) for _ in range(2))
+
+
+def with_stacks():
+    model = torch.nn.ModuleList([Owner(), Owner()])
+    for index in range(2):
+        for leaf in ("up", "down"):
+            matrix = getattr(model[index], leaf).detach().flatten(0, 1)
+            parts = [None if t is None else t.unflatten(0, (2, 6)) for t in quantize_tensor(matrix, INT4).stored_parts]
+            stack = QuantStack(dict(zip(PARTS, parts, strict=True)), INT4, 32, True, torch.float32)
+            replace_parameter(model, f"{index}.{leaf}", stack)
+    return model
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_owners_of_stacks_are_copied_and_pickled(again):
+    model = with_stacks()
+    assert type(model[0]) is type(model[1]) and isinstance(model[0], Owner)
+    copied = again(again(model))
+    for index in range(2):
+        assert type(copied[index]) is type(model[index])
+        for leaf in ("up", "down"):
+            assert torch.equal(getattr(copied[index], leaf), getattr(model[index], leaf))
+    copied[0].up_codes.scale.zero_()
+    assert not torch.equal(copied[0].up, model[0].up)

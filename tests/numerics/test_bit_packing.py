@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,3 +24,13 @@ def test_unpack_is_the_inverse(k, bits, seed):
 @given(st.integers(1, 40), st.sampled_from([2, 3, 4, 8]))
 def test_packed_columns_are_the_bytes_of_a_row(k, bits):
     assert pack(torch.zeros(2, k, dtype=torch.uint8), bits).shape == (2, packed_columns(k, bits))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rows_of_other_lengths_are_refused(bits):
+    packed = pack(torch.zeros(2, 40, dtype=torch.uint8), bits)
+    for columns in (31, 49):
+        with pytest.raises(ValueError, match=f"a row of {columns} codes of {bits} bits is"):
+            unpack(packed, bits, columns)
+    with pytest.raises(ValueError, match=r"shape \(\)"):
+        unpack(packed.new_zeros(()), bits, 1)

@@ -33,3 +33,10 @@ def test_text_round_trip(text):
 def test_impossible_formats_are_refused(text):
     with pytest.raises(ValueError):
         Format.parse(text)
+
+
+def test_a_group_beyond_the_row_is_one_group_of_the_row():
+    form = Format("int4", "group", 10**400)
+    assert (form.groups(64), form.width(64), form.groups(0), form.width(0)) == (1, 64, 0, 1)
+    form = Format("int4", "group", 48)
+    assert (form.groups(100), form.width(100), form.groups(48), form.width(48)) == (3, 48, 1, 48)

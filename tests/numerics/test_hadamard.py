@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qcompile.numerics.hadamard import apply_hadamard, hadamard_factors, hadamard_matrix, random_rotation, random_signs
+from qcompile.numerics.hadamard import (
+    apply_hadamard,
+    hadamard_factors,
+    hadamard_matrix,
+    random_rotation,
+    random_signs,
+    undo_hadamard,
+)
 
 SIZES = [1, 2, 4, 12, 20, 24, 28, 36, 44, 60, 64, 576, 1536]
 
@@ -40,3 +47,10 @@ def test_known_factors():
         and hadamard_factors(14336) == (28, 9)
     )
     assert hadamard_factors(22) is None
+
+
+@pytest.mark.parametrize("n", [1, 8, 12, 20, 28, 40])
+def test_undoing_is_the_inverse(n):
+    """Paley's matrices are not symmetric: transposing them matters."""
+    x, signs = torch.randn(3, n).double(), random_signs(n, 1)
+    assert torch.allclose(undo_hadamard(apply_hadamard(x, signs), signs), x, atol=1e-12)

@@ -53,3 +53,26 @@ def test_the_processor_follows_from_its_instructions(monkeypatch):
         int8_matmul.processor.cache_clear()
         assert (int8_matmul.processor(), int8_matmul.has_fast_int8_matmul()) == (kind, fast)
     int8_matmul.processor.cache_clear()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_sums_of_nothing_are_zero(monkeypatch, fast):
+    monkeypatch.setattr(int8_matmul, "has_fast_int8_matmul", lambda: fast)
+    x, w = torch.zeros(3, 0, dtype=torch.int8), torch.zeros(5, 0, dtype=torch.int8)
+    assert torch.equal(int8_matmul.int8_matmul(x, w), torch.zeros(3, 5, dtype=torch.int32))
+    out = torch.full((3, 5), 7, dtype=torch.int32)
+    assert not int8_matmul.int8_matmul_as_float(x.float(), w, out).any()
+
+
+@pytest.mark.parametrize(
+    "x,w,says",
+    [
+        (torch.zeros(3, 8, dtype=torch.int8), torch.zeros(5, 9, dtype=torch.int8), r"\(3, 8\) and weight \(5, 9\)"),
+        (torch.zeros(8, dtype=torch.int8), torch.zeros(5, 8, dtype=torch.int8), r"needs \[M, K\]"),
+        (torch.zeros(3, 8), torch.zeros(5, 8, dtype=torch.int8), "x is torch.float32"),
+        (torch.zeros(1, 2**17, dtype=torch.int8), torch.zeros(1, 2**17, dtype=torch.int8), "up to 131071"),
+    ],
+)
+def test_what_does_not_fit_is_refused(x, w, says):
+    with pytest.raises(ValueError, match=says):
+        int8_matmul.int8_matmul(x, w)

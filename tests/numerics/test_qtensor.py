@@ -55,3 +55,23 @@ def test_split_matrices_are_the_rows_of_the_whole(text):
     blocks = whole.split([4, 1, 2])
     assert [len(block.codes) for block in blocks] == [4, 1, 2]
     assert torch.equal(torch.cat([block.dequantize() for block in blocks]), whole.dequantize())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["int4/group{}", "int4/group{}/zero", "int4/group{}/floatzero", "int4/group{}/dual", "int4/group{}/zero/dual",
+     "fp4/group{}/m2", "int3/group{}/zero", "int8/group{}/smooth"],
+)  # fmt: skip
+def test_a_group_beyond_the_row_is_not_padded(text):
+    """2^50 columns would not fit into any memory."""
+    w = torch.randn(4, 40)
+    narrow, wide = (quantize_tensor(w, Format.parse(text.format(group))) for group in (40, 2**50))
+    assert torch.equal(wide.dequantize(), narrow.dequantize()) and torch.equal(wide.stored(), narrow.stored())
+    back = QTensor.from_stored(wide.stored_parts, wide.format, 40)
+    assert torch.equal(back.dequantize(), narrow.dequantize())
+
+
+def test_missing_group_scales_are_refused():
+    q = quantize_tensor(torch.randn(4, 64), Format.parse("int4/group32/dual"))
+    with pytest.raises(ValueError, match="group_scale is None"):
+        QTensor(q.codes, q.scale, None, None, q.format).dequantize()

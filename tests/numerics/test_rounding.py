@@ -75,3 +75,18 @@ def test_smooth_scales_have_rank_one_and_massive_activations_do_not_matter(seed)
     after = quantize_tensor(spiked, form)
     assert torch.equal(after.codes[0, others], calm.codes[0, others])
     assert torch.equal(after.scale[0, others], calm.scale[0, others])
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (5, 0), (2, 0, 32), (0,)])
+@pytest.mark.parametrize("text", FORMATS)
+def test_no_values_are_no_codes(text, shape):
+    form = Format.parse(text)
+    q, one = quantize_tensor(torch.zeros(shape), form), quantize_tensor(torch.ones(1, 1), form)
+    assert q.codes.shape == shape and q.dequantize().shape == shape
+    for empty, full in zip(q.parts, one.parts, strict=True):
+        assert (empty is None) == (full is None) and (empty is None or empty.dtype == full.dtype)
+
+
+def test_float64_beyond_float32_is_refused():
+    with pytest.raises(ValueError, match="1 NaN or Inf of 2"):
+        quantize_tensor(torch.tensor([[1.0, 1e300]], dtype=torch.float64), Format("int8"))

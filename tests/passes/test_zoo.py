@@ -69,7 +69,7 @@ def test_w8a8_is_close_to_float(name):
     program, inputs = program_of(name)
     quantized, report = run(program, find_recipe("int8"), example=inputs)
     assert relative_error(quantized(*inputs)[:1], program(*inputs)[:1]) < 0.03
-    assert all("expert" in s.reason for s in report.skipped), report
+    assert all("expert" in s.reason or "convolution" in s.reason for s in report.skipped), report
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -83,7 +83,7 @@ def test_everything_composes(name):
         quantized, report = run(program, Recipe(label, chosen), batches=lambda: [inputs], example=inputs)
         errors[label] = relative_error(quantized(*inputs)[:1], program(*inputs)[:1])
         assert all(c.holds for c in report.certificates), report
-        assert all("expert" in s.reason for s in report.skipped), report
+        assert all("expert" in s.reason or "convolution" in s.reason for s in report.skipped), report
     assert errors["all"] < 1.1 * errors["nearest"], errors
 
 

@@ -25,6 +25,14 @@ def test_batches_are_read_anew_every_time(program):
     assert len(run.values) == 2 and run.program is program
 
 
+def test_an_iterator_that_was_read_is_not_called_empty(program):
+    data = iter([[torch.randn(3, 8)]])
+    context = PassContext.of(program, batches=lambda: data)
+    assert len(context.layerwise_run(program).values) == 1
+    with pytest.raises(CalibrationError, match="one iterator twice, and a pass before has read it to its end. Fix:"):
+        context.layerwise_run(program)
+
+
 def test_missing_and_empty_data_are_refused(program):
     with pytest.raises(CalibrationError, match="this pass needs calibration data: give batches"):
         PassContext.of(program).data()

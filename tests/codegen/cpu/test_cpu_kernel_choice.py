@@ -50,3 +50,9 @@ def test_the_nearest_measured_shape_counts(monkeypatch):
 
     assert [ratio(2, 64, 64), ratio(20, 64, 64), ratio(20, 1024, 512)] == [1.0, 2.0, 3.0]
     assert ratio(1, 64, 64, "dual_mm") == 0.0  # never measured
+
+
+def test_no_integer_kernel_where_sums_could_leave_int32():
+    for form, act in ((Format("int8"), "int8/row"), (Format.parse("int4/group128/zero/dual"), "int8/row")):
+        kernels = [choose_cpu_kernel(form, act, torch.float32, 1, k, 64).kernel for k in (2**17 - 1, 2**17)]
+        assert kernels[0] in ("int8_mm", "dual_mm") and kernels[1] == "dequant_mm"

@@ -147,3 +147,65 @@ def test_sums_are_exact_on_every_processor(monkeypatch, columns, fast):
     assert torch.equal(int8_matmul.int8_matmul(x, w), want)
     found = torch.ops.qcompile_cpu.int8_mm(x, torch.ones(20, 1), w, torch.ones(33, 1), None, torch.float32)
     assert torch.equal(found, want.float())
+
+
+def product_operands(rows):
+    q = quantize_tensor(torch.randn(40, 64), Format.parse("int4/group32/zero/dual"))
+    nibbles, (a, c) = kernels.prepare_nibbles(q.stored(), q.format, 64), kernels.group_offsets(q.group_scale, q.zero)
+    codes, w = (torch.randint(-127, 128, (n, 64), dtype=torch.int8) for n in (rows, 40))
+    x, x_scale, bias = torch.randn(rows, 64), torch.rand(rows, 1), torch.randn(40)
+    ops = torch.ops.qcompile_cpu
+    return [
+        (ops.int8_mm, (codes, x_scale, w, q.scale, bias, torch.float32)),
+        (ops.dual_mm, (codes, x_scale, nibbles, q.group_scale, q.zero, q.scale, bias, torch.float32)),
+        (ops.int8_float, (x, w)),
+        (ops.nibble_float, (x, nibbles, a, c)),
+    ]
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_torch_does_not_matter(rows, default):
+    """Buffers are written as float32 by native_kernels.cpp, whatever `torch.empty` would make."""
+    for op, args in product_operands(rows):
+        want = op(*args)
+        torch.set_default_dtype(default)
+        try:
+            got = op(*args)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
+def test_buffers_made_in_inference_mode_serve_outside(monkeypatch):
+    for op, args in product_operands(20):
+        want = op(*args)
+        monkeypatch.setattr(native, "_scratch", native._Scratch())
+        with torch.inference_mode():
+            assert torch.equal(op(*args), want)
+        assert torch.equal(op(*args), want)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_rows_that_require_gradients_are_multiplied(rows):
+    for op, (x, *rest) in product_operands(rows)[2:]:
+        assert torch.equal(op(x.requires_grad_(), *rest).detach(), op(x.detach(), *rest))
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_float64_is_computed_in_float64(rows):
+    (int8_mm, (*scaled, _)), (dual_mm, (*dual, _)), (int8_float, (x, w)), _ = product_operands(rows)
+    codes, x_scale, w8, scale, bias = (t.double() for t in scaled)
+    want = codes @ w8.t() * x_scale * scale.t() + bias
+    assert torch.allclose(int8_mm(*scaled, torch.float64), want, rtol=1e-14, atol=1e-12)
+    single = dual_mm(*dual, torch.float32).double()
+    assert torch.allclose(dual_mm(*dual, torch.float64), single, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(int8_float(x.double(), w), x.double() @ w.double().t(), rtol=1e-14, atol=1e-12)
+
+
+def test_not_a_number_stays_one_in_bfloat16():
+    codes = torch.ones(1, 64, dtype=torch.int8)
+    payload = torch.tensor([[0x7FFFFFFF]], dtype=torch.int32).view(torch.float32)
+    for bad in (payload, -payload, torch.full((1, 1), torch.nan)):
+        out = torch.ops.qcompile_cpu.int8_mm(codes, bad, codes, torch.ones(1, 1), None, torch.bfloat16)
+        assert bool(out.isnan().all())

@@ -42,3 +42,31 @@ def test_nibbles_times_floats(text, columns, dtype):
         got = kernels.nibble_float(x, nibbles, a, c).double() * scale
         bound = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
         assert (got - want).norm() / want.norm() < bound, rows
+
+
+@pytest.mark.parametrize("text", ["int4/group{}/zero", "int4/group{}", "int4/group{}/zero/dual", "int4/group{}/dual"])
+def test_a_group_beyond_the_row_takes_no_more_than_the_row(text):
+    """Bytes of the row's columns, and the very values of a group that is just as wide."""
+    w, x = torch.randn(5, 40), torch.randn(3, 40)
+    found = []
+    for group in (128, 2**40):
+        form = Format.parse(text.format(group))
+        q = quantize_tensor(w, form)
+        nibbles = kernels.prepare_nibbles(q.stored(), form, 40)
+        assert nibbles.shape == (5, 1, 48)
+        found.append(
+            kernels.nibble_float(x, nibbles, *kernels.group_offsets(q.group_scale if form.dual else q.scale, q.zero))
+        )
+        want = x @ (q.dequantize() / q.scale if form.dual else q.dequantize()).t()
+        assert torch.allclose(found[-1], want, rtol=1e-4, atol=1e-3)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (2, 0, 64), (1, 1, 64), (2, 3, 64), (20, 0)])
+def test_rows_of_any_leading_shape(shape):
+    k = shape[-1]
+    w, x = torch.randint(-127, 127, (5, k), dtype=torch.int8), torch.randn(shape)
+    assert torch.allclose(kernels.int8_float(x, w), x @ w.float().t(), rtol=1e-4, atol=1e-3)
+    codes, scale = torch.randint(-127, 127, shape, dtype=torch.int8), torch.ones(5, 1)
+    got = kernels.int8_mm(codes, torch.ones(*shape[:-1], 1), w, scale, None, torch.float32)
+    assert torch.equal(got, codes.float() @ w.float().t())

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from laws import rewrite
+from padded_batches import decoder, padded, texts
 from torch import nn
 from zoo import build, example
 
@@ -24,6 +26,15 @@ from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError, Rule
 
 TENSOR = Format("int8", "tensor")
+
+
+def test_padding_has_no_part_in_the_errors():
+    _, program = decoder()
+    notes = []
+    for batch in (padded(texts([9, 9])), padded(texts([9, 9]), extra=4), padded(texts([9, 9]), extra=4, left=True)):
+        (report,) = rewrite(program.copy(), PerTensorActivations(lm_head=True), batches=[batch])
+        notes.append((report.done, report.notes, report.skipped))
+    assert notes[0] == notes[1] == notes[2]
 
 
 @given(

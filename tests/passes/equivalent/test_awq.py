@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import rewrite
+from padded_batches import decoder, padded, texts, unpadded
 from torch import nn
 from zoo import build, example
 
@@ -49,6 +50,19 @@ def test_outliers_are_protected():
     hessian, mean = (x.t() @ x).double(), x.abs().mean(0)
     errors = [scaled_error(w, hessian, awq_scale(mean, r / 20), FORM) for r in range(20)]
     assert min(errors) < 0.5 * errors[0]
+
+
+def test_padding_has_no_part_in_the_search():
+    _, program = decoder()
+    rows, scaled = texts([3, 11, 6]), []
+    for batches in (unpadded(rows), [padded(rows)], [padded(rows, left=True, extra=2)]):
+        after = program.copy()
+        (report,) = rewrite(after, AWQ(FORM), batches=batches)
+        scaled.append((report.notes, after.weights["up.weight"], after.weights["query.weight"]))
+    assert all(notes == scaled[0][0] for notes, *_ in scaled)
+    assert all(
+        torch.allclose(a, b, rtol=1e-4) for found in scaled for a, b in zip(found[1:], scaled[0][1:], strict=True)
+    )
 
 
 def test_the_search_protects_outliers():

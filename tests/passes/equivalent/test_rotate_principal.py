@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import rewrite
+from padded_batches import decoder, padded, texts, unpadded
 from zoo import build
 
 import qcompile
@@ -39,6 +40,17 @@ def test_noise_is_a_share_of_the_signal(n, tokens, seed):
     assert torch.allclose(noise, signal, rtol=1e-8, atol=1e-8 * float(x.square().sum()))
     energy = on_axes.square().sum(0)
     assert bool((energy[:-1] >= energy[1:] - 1e-8 * energy[0]).all())
+
+
+def test_padding_has_no_part_in_the_axes():
+    _, program = decoder()
+    rows, found = texts([3, 11, 6]), []
+    for batches in (unpadded(rows), [padded(rows)], [padded(rows, left=True, extra=2)]):
+        after = program.copy()
+        *_, report = rewrite(after, Untie(), FoldNorm(), RotatePrincipal(), batches=batches)
+        found.append((report.notes, after.weights["up.weight"].abs()))  # axes have no sign
+    assert all(notes == found[0][0] for notes, _ in found)
+    assert all(torch.allclose(weight, found[0][1], atol=1e-2) for _, weight in found)
 
 
 def rotated(model, batches):
@@ -96,6 +108,7 @@ def common():
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight,most", [("fp8", 0.5), ("fp4/group32", 0.8)])
 def test_float_formats_gain(weight, most):
     torch.manual_seed(0)

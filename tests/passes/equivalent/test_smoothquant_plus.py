@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+from padded_batches import decoder, padded, texts
 from zoo import build, example
 
 import qcompile
 from qcompile.api.example_inputs import flat_inputs
+from qcompile.calibration.padding import TokenMask
 from qcompile.calibration.statistics import observe
 from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
@@ -61,7 +63,8 @@ def test_the_winner_is_the_least_loss_and_outliers_make_it_smooth():
     report = smoothquant_plus(after, CONFIG, context.on(after))
     assert report.done and "alpha" in report.notes[-1]
     want = [first_output(program, batch)]
-    losses = {c: loss_of(program, CONFIG, context, c, [batch], want) for c in [None, *candidates(CONFIG)]}
+    own = [TokenMask(program).of(batch)]
+    losses = {c: loss_of(program, CONFIG, context, c, [batch], want, own) for c in [None, *candidates(CONFIG)]}
     best = min(losses, key=losses.get)
     assert report.notes[-1].startswith(f"{describe(best)}:") and losses[best] < losses[None]
 
@@ -95,10 +98,10 @@ def test_the_loss_is_the_divergence_of_the_rounded_models_logits():
     program = capture(model, (), batch)
     untie(program, Untie(), PassContext.of(program))
     data = [flat_inputs(program, batch, batch)]
-    context = of_batch(program, data[0])
+    context, own = of_batch(program, data[0]), [TokenMask(program).of(data[0])]
     for clip in (False, True):
         config = dataclasses.replace(CONFIG, clip=clip)
-        got = loss_of(program, config, context, SmoothQuant(0.5), data, [first_output(program, data[0])])
+        got = loss_of(program, config, context, SmoothQuant(0.5), data, [first_output(program, data[0])], own)
         rounded = outliers(build("llama"))
         passes = (Untie(), SmoothQuant(0.5), Quantize(CONFIG.weight, None, clip=clip), Fuse())
         qcompile.quantize(rounded, Recipe("same", passes), [batch], progress=False)
@@ -115,9 +118,18 @@ def test_the_finalists_are_rounded_with_the_clips_of_the_pass_behind():
     context, config = of_batch(program, batch), dataclasses.replace(CONFIG, clip=True)
     attempt = program.copy()
     note = smoothquant_plus(attempt, config, context.on(attempt)).notes[-1]
-    want = [first_output(program, batch)]
-    clipped, plain = (loss_of(program, c, context, None, [batch], want) for c in (config, CONFIG))
+    want, own = [first_output(program, batch)], [TokenMask(program).of(batch)]
+    clipped, plain = (loss_of(program, c, context, None, [batch], want, own) for c in (config, CONFIG))
     assert f"without smoothing {clipped:.4g}" in note and f"{clipped:.4g}" != f"{plain:.4g}"
+
+
+def test_padding_has_no_part_in_the_loss():
+    _, program = decoder()
+    notes = []
+    for batch in (padded(texts([7, 7])), padded(texts([7, 7]), extra=6), padded(texts([7, 7]), extra=6, left=True)):
+        attempt = program.copy()
+        notes += smoothquant_plus(attempt, CONFIG, of_batch(program, batch).on(attempt)).notes
+    assert notes[0] == notes[1] == notes[2]
 
 
 def test_bad_recipes():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import rewrite
+from padded_batches import decoder, padded, texts
 from zoo import build
 
 import qcompile
@@ -51,6 +52,18 @@ def test_the_output_stays(model):
     assert_equivalent(before, after, [ids])
     assert any("stream" in d for d in report.done) == (not model.shape.post_norm)
     assert sum("heads" in d for d in report.done) == model.shape.layers
+
+
+def test_padding_has_no_part_in_what_is_learned():
+    """In front of the texts it is cut off first, so that the tokens that a step reads are tokens."""
+    _, program = decoder()
+    config, learned = SpinQuant(steps=3, tokens=7), []
+    for batch in (padded(texts([7, 4])), padded(texts([7, 4]), extra=6), padded(texts([7, 4]), extra=6, left=True)):
+        after = program.copy()
+        *_, report = rewrite(after, Untie(), FoldNorm(), config, batches=[batch])
+        learned.append((report.notes, after.weights["up.weight"]))
+    assert learned[0][0] == learned[1][0] == learned[2][0]
+    assert all(torch.allclose(weight, learned[0][1], atol=1e-3) for _, weight in learned)
 
 
 def uneven():

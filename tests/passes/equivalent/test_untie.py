@@ -45,3 +45,18 @@ def test_a_layer_that_is_used_twice_stays_one_matrix():
     assert {place.reason for place in report.skipped} == {
         "several sites share this weight: one matrix must serve them all"
     }
+
+
+def test_a_weight_that_no_module_could_hold_is_not_copied():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(16, 8)
+
+        def forward(self, ids):
+            return nn.functional.linear(self.table(ids), self.table.weight)
+
+    ids = torch.randint(0, 16, (2, 3))
+    program = capture(Reads().requires_grad_(False), (ids,))
+    (report,) = rewrite(program, Untie(), batches=[[ids]])
+    assert not report.done and "no module could hold a copy" in report.skipped[0].reason

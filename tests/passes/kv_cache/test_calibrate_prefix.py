@@ -30,6 +30,7 @@ def texts(count=8):
     return [torch.randint(3, 128, (4, 24), generator=torch.manual_seed(seed)) for seed in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "bloom"])  # bloom folds heads into rows
 def test_a_trained_prefix_is_better_on_texts_it_was_not_trained_on(name):
     """Grouped queries: the heads that share a key still do. The cache and the weights are quantized."""
@@ -58,6 +59,7 @@ def test_training_keeps_the_lossless_prefix_where_nothing_is_lost():
     assert torch.equal(model.qcompile_prefix.keys1, kept.qcompile_prefix.keys1)
 
 
+@pytest.mark.slow
 def test_the_texts_that_judge_are_not_trained_on():
     """One step: the last batch only judges, so that what is learned comes from the first."""
 

@@ -27,6 +27,7 @@ def logits(model, ids=IDS, **more):
         return model(input_ids=ids, **more).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 def test_without_quantization_nothing_changes(name):
     """Also after rewritings that change the bases of keys and values."""
@@ -46,6 +47,7 @@ def test_a_text_that_differs_from_the_prefix_in_its_last_token_is_another_text()
     assert relative_error([logits(model, ids)], [logits(build("llama"), ids)]) < 2e-5
 
 
+@pytest.mark.slow
 def test_the_prefix_is_the_float_models_and_the_rest_gets_better():
     total = [0.0, 0.0]
     for seed in range(6):
@@ -60,6 +62,7 @@ def test_the_prefix_is_the_float_models_and_the_rest_gets_better():
     assert total[1] < 0.9 * total[0], total
 
 
+@pytest.mark.slow
 def test_generate_starts_behind_the_prefix_and_a_checkpoint_keeps_it(tmp_path):
     model = build("llama")
     recipe = Recipe("q", (IntactKV(PREFIX), QuantizeKV(4), Quantize(), Fuse()))
@@ -75,6 +78,7 @@ def test_generate_starts_behind_the_prefix_and_a_checkpoint_keeps_it(tmp_path):
     assert torch.equal(loaded.generate(IDS, max_new_tokens=4, do_sample=False), done.sequences)
 
 
+@pytest.mark.slow
 def test_an_exported_folder_starts_behind_the_prefix(tmp_path):
     from qcompile.generation.onnx_session import Session
 
@@ -99,6 +103,7 @@ def test_a_quantized_cache_has_no_onnx_form(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_other_texts_are_computed_as_without_it():
     ids = torch.randint(3, 128, (2, 8))
     plain, intact = build("llama"), build("llama")

@@ -63,6 +63,7 @@ CACHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", CACHES.values(), ids=list(CACHES))
 @pytest.mark.parametrize("name", DECODERS)
 def test_the_module_and_the_graph_agree(name, cache):

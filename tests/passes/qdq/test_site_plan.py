@@ -98,6 +98,33 @@ def test_what_chooses_experts_is_skipped_unless_a_rule_says_otherwise():
     assert routers <= {entry.site.name for entry in planned}
 
 
+class Choice(nn.Module):
+    """Scores, and what a function makes of them beside a sum."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.scores, self.function = nn.Linear(8, 4), function
+
+    def forward(self, x):
+        return x.sum(-1), self.function(self.scores(x).softmax(-1))
+
+
+CHOICES = {
+    "the index of a maximum": (lambda y: nn.functional.one_hot(y.argmax(-1), 4), True),
+    "a maximum with its index": (lambda y: y * nn.functional.one_hot(y.max(-1).indices, 4), True),
+    "a threshold under a maximum": (lambda y: y.max(-1).values, False),
+    "a prediction": (lambda y: y.argmax(-1).to(torch.int32).view(-1), False),
+    "a maximum over tokens": (lambda y: nn.functional.one_hot(y.argmax(1), 5), False),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_by_a_maximum(name):
+    function, expected = CHOICES[name]
+    (site,) = find_sites(capture(Choice(function).requires_grad_(False), (torch.randn(3, 5, 8),), dynamic=False))
+    assert chooses_experts(site) is expected
+
+
 def test_formats_that_no_site_can_have_are_refused():
     for act in ({"act": "int4/group32/dual"}, {"lm_head_act": "int4/group32/dual"}):
         with pytest.raises(RecipeError, match="activations have no second level of scales"):

@@ -161,7 +161,7 @@ def test_a_token_whose_float_input_is_nothing_decides_nothing():
 def test_bad_input():
     broken = torch.randn(1, 8, 32)
     broken[0, 3, 5] = torch.nan
-    with pytest.raises(CalibrationError, match=r"batch 2 brings NaN or Inf to a\.weight in the float model"):
+    with pytest.raises(CalibrationError, match=r"batch 2 brings NaN or Inf to a\.weight \(node x\) in the float model"):
         qcompile.quantize(Dead(), Recipe("r", (GPTAQ(), Fuse())), [torch.randn(1, 8, 32), broken], progress=False)
     with pytest.raises(ValueError, match=r"strength must be between 0 and 1, got 1\.5"):
         GPTAQ(strength=1.5)

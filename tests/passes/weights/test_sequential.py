@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from laws import rewrite
+from padded_batches import LAYOUTS, decoder, padded, texts, unpadded
 from torch import nn
 from zoo import build, example
 
@@ -15,6 +16,8 @@ from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import Quantize
+from qcompile.passes.weights.dgq import DGQ
+from qcompile.passes.weights.gptaq import GPTAQ
 from qcompile.passes.weights.gptq import GPTQ, gptq, inverse_factor
 from qcompile.passes.weights.sequential import Choice, quantize_sequentially
 from qcompile.recipe.pass_context import PassContext
@@ -53,6 +56,46 @@ def test_logits_in_eight_bits_are_rounded_to_nearest_and_the_report_says_so():
     assert [note.partition(": ")[2] for note in report.passes[0].notes] == [
         "the logits in int8/row are rounded to nearest, unclipped"
     ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [GPTQ, GPTAQ, DGQ])
+def test_padding_changes_no_code(kind, layout):
+    """Behind the texts or in front of them: neither is seen by their tokens, and neither counts."""
+    _, program = decoder(layout)
+    config = kind(Format.parse("int4/group8/zero/dual" if kind is DGQ else "int4/group8/zero"), None, lm_head=None)
+    rows, found = texts([9, 3, 13]), []
+    for batches in (unpadded(rows), [padded(rows)], [padded(rows, left=True, extra=2)]):
+        after = program.copy()
+        (report,) = rewrite(after, config, batches=batches)
+        codes = [after.weights[name] for name in after.weights if name.endswith(".codes")]
+        found.append(torch.cat([part.flatten() for part in codes]))
+        assert not report.notes
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_padding_counts_for_no_expert():
+    """Rows sorted by expert are followed to the index that chose them."""
+    program = capture(build("mixtral"), (), {**example("mixtral"), "attention_mask": torch.ones(2, 8).long()})
+    program.weights["model.embed_tokens.weight"] = program.weights["model.embed_tokens.weight"].clone()
+    program.weights["model.embed_tokens.weight"][0] *= 50  # of the padding token
+    found = []
+    rows = texts([5, 11])
+    for batches in (unpadded(rows), [padded(rows)]):
+        hessians = []
+
+        def choose(weight, hessian, form, hessians=hessians):
+            hessians.append(hessian.clone())
+            return Choice(quantize_tensor(weight, form))
+
+        after, config = program.copy(), Quantize(Format("int8"), None)
+        context = PassContext.of(after, batches=lambda batches=batches: batches)
+        report = quantize_sequentially(after, config, context, PassReport(""), choose)
+        assert not [note for note in report.notes if "padding" in note]
+        found.append(hessians)
+    assert len(found[0]) == len(found[1]) == 2 * (2 + 4 + 4)
+    for want, hessian in zip(*found, strict=True):
+        assert torch.allclose(want, hessian, rtol=1e-3, atol=1e-4 * float(want.diagonal().max()) + 1e-9)
 
 
 class Experts(nn.Module):
