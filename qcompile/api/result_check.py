@@ -31,6 +31,7 @@ _TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 5e-2, tor
 
 _POOR_AGREEMENT = 0.8
 _POOR_ERROR = 0.3
+_MUCH_NEARER = 0.5  # a difference that is none of the few tokens compared
 
 
 @dataclass
@@ -104,7 +105,7 @@ class ResultCheck:
         if not poor and distance.error < _POOR_ERROR:
             return
         plain = self._plain_distance(report)
-        if plain is not None and plain.size < 0.8 * distance.size:
+        if plain is not None and plain.size < _MUCH_NEARER * distance.size:
             warnings.warn(
                 f"recipe {report.recipe!r} is further from the float model ({distance}) than the same formats without "
                 f"its rewritings and searches ({plain}). Fix: use a plain recipe",

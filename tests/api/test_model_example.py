@@ -78,7 +78,8 @@ def test_models_of_several_parts_are_quantized_as_they_come(name, use_cache):
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     want = tensors_of(model(**inputs))[:1]
     report = qcompile.quantize(model, "int8", progress=False)
-    assert sum(isinstance(m, QuantLinear) for m in model.modules()) == linears == len(report.sites)
+    products = [site for site in report.sites if "convolution" not in site.reason]
+    assert sum(isinstance(m, QuantLinear) for m in model.modules()) == linears == len(products)
     assert 0 < relative_error(tensors_of(model(**inputs))[:1], want) < 0.05
     assert model.config.use_cache is use_cache
 

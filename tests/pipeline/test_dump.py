@@ -89,7 +89,7 @@ def test_an_undone_pass_is_in_the_dump(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "certify", lambda name, *a, **k: (Certificate(name, 1.0, 1e-3, "float32", "add"), ()))
     inputs = list(example("llama").values())
     with pytest.warns(UserWarning, match="pass undone"):
-        _, report = run(captured(), Recipe("x", (Untie(), FoldNorm())), example=inputs, dump=tmp_path)
+        _, report = run(captured(), Recipe("x", (Untie(), FoldNorm(open_streams=True))), example=inputs, dump=tmp_path)
     assert not report.passes and (tmp_path / "02-foldnorm.diff").read_text()
 
 

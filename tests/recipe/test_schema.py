@@ -50,7 +50,10 @@ OLD_PRESETS = json.loads((DATA / "presets.json").read_text())
 def test_a_preset_of_schema_1_is_todays(data):
     with pytest.warns(SchemaUpgraded, match=f"recipe '{data['name']}' was upgraded from schema 1 to {SCHEMA}") as lines:
         recipe = Recipe.from_json(data)
-    assert recipe == PRESETS[data["name"]] and recipe.source == data["source"] and len(lines) == 1
+    today = PRESETS[data["name"]]  # which also transforms what norms give; a file means what it meant
+    passes = [dataclasses.replace(c, norms=False) if isinstance(c, OnlineHadamard) else c for c in today.passes]
+    assert recipe == dataclasses.replace(today, passes=tuple(passes)) and len(lines) == 1
+    assert recipe.source == data["source"]
 
 
 def test_every_renamed_field_of_a_file_is_read():
