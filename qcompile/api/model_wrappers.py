@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from qcompile.modules.wrappers import unwrapped
 from qcompile.recipe.rule import RecipeError
 
 
@@ -16,19 +17,9 @@ def inner_model(model: nn.Module) -> nn.Module:
     Raises:
         RecipeError: the parameters are shards of which other processes have the rest.
     """
-    from torch._dynamo.eval_frame import OptimizedModule
-    from torch.nn.parallel import DataParallel, DistributedDataParallel
-
-    while True:
-        if isinstance(model, OptimizedModule):
-            inner = model._orig_mod
-        elif isinstance(model, (DataParallel, DistributedDataParallel)):
-            inner = model.module
-        else:
-            inner = _without_adapters(model)
-        if inner is model:
-            break
-        model = inner
+    outer = None
+    while outer is not model:
+        outer, model = model, _without_adapters(unwrapped(model))
     _check_whole(model)
     return model
 

@@ -73,21 +73,19 @@ class ResultCheck:
             writes.apply()
             outputs, _ = run_as_captured(self.model, self.traced.call)
             wrong = self._difference(rewritten, outputs)
-        except BaseException:
-            snapshot.restore()
-            raise
-        if wrong is not None:
-            snapshot.restore()
-            if self._difference(self.traced.program, self.outputs) is None:
+            # Where two calls of the float model differ as well, nothing can be compared.
+            if wrong is not None and self._difference(self.traced.program, self.outputs) is None:
                 raise RecipeError(
                     f"the quantized model gives another output than its rewritten graph ({wrong}): its code "
                     "depends on its modules in another way than by calling them. It is as it was. Fix: "
                     "torch.compile(model, backend='qcompile'), which replaces no module"
                 )
-            writes.apply()  # two calls of the float model differ as well: nothing can be compared
-        distance = OutputDistance.between(self.outputs, outputs, self.logits)
+            distance = OutputDistance.between(self.outputs, outputs, self.logits)
+            self._warn(distance, report)
+        except BaseException:
+            snapshot.restore()
+            raise
         report.metrics |= distance.metrics()
-        self._warn(distance, report)
 
     def _difference(self, program: Program, outputs: list[Tensor]) -> str | None:
         """How outputs differ from those of a graph, as text; None if they do not, or where the graph is another one."""

@@ -14,6 +14,7 @@ from qcompile.checkpoint.module_entries import describe
 from qcompile.checkpoint.tensor_file import digests
 from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
+from qcompile.modules.wrappers import unwrapped
 
 Kind = Literal["parameter", "buffer", "computed", "attribute"]
 """A computed tensor is a buffer that is not persistent, an attribute no buffer at all: both are saved as well."""
@@ -108,20 +109,6 @@ class ModelState:
             if owner != name and torch.equal(self.tensors[owner], self.tensors[name]):
                 self.shared[name] = owner
                 del self.tensors[name]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module behind torch.compile and data parallelism, whose names its checkpoint has."""
-    from torch._dynamo.eval_frame import OptimizedModule
-    from torch.nn.parallel import DataParallel, DistributedDataParallel
-
-    while True:
-        if isinstance(model, OptimizedModule):
-            model = model._orig_mod
-        elif isinstance(model, (DataParallel, DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:

@@ -16,10 +16,11 @@ from torch import nn
 from qcompile.checkpoint.atomic_folder import CheckpointError, atomic_folder
 from qcompile.checkpoint.fill_plan import FillPlan
 from qcompile.checkpoint.folder_meta import META, FolderMeta, read_meta
-from qcompile.checkpoint.model_state import ModelState, unwrapped
+from qcompile.checkpoint.model_state import ModelState
 from qcompile.checkpoint.tensor_file import digests, read_tensors
 from qcompile.checkpoint.transformers_folder import build_model, describe_folder, implementations, write_files
 from qcompile.modules.generation_hooks import attach_loaded
+from qcompile.modules.wrappers import unwrapped
 
 _TENSORS = "model.safetensors"
 

@@ -9,6 +9,9 @@ from zoo import build, example
 
 from qcompile.analysis.sites import find_sites, grouped_operands, is_grouped_matmul, through_transposes
 from qcompile.ir.capture import capture
+from qcompile.passes import Fuse, Quantize
+from qcompile.pipeline.run import run
+from qcompile.recipe.recipe import Recipe
 
 E, K, N = 4, 8, 6
 
@@ -123,3 +126,24 @@ def test_a_table_straight_in_front_of_its_tied_product_is_named():
 
     (site,) = find_sites(capture(Tied(), (torch.randint(0, 16, (2, 3)),)))
     assert site.shared_with == ("embedding",)
+
+
+class SquareStack(nn.Module):
+    """A stack of square matrices, read as it is stored, [E, K, N], or transposed."""
+
+    def __init__(self, transposed):
+        super().__init__()
+        self.stack, self.transposed = nn.Parameter(torch.randn(E, K, K)), transposed
+
+    def forward(self, x):
+        return x @ (self.stack.transpose(1, 2) if self.transposed else self.stack)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_layout_of_a_square_stack_is_that_of_its_product(transposed):
+    model, x = SquareStack(transposed).requires_grad_(False), torch.randn(E, 5, K)
+    program = capture(model, (x,), dynamic=False)
+    (site,) = find_sites(program)
+    assert site.rows_first is transposed
+    quantized, _ = run(program, Recipe("w8", (Quantize("int8", None, None), Fuse())))
+    assert (quantized(x)[0] - model(x)).norm() < 0.02 * model(x).norm()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -82,3 +84,31 @@ def test_rewritings_that_do_harm_are_warned_of():
     folded = _recipe("folded", qcompile.passes.Untie(), qcompile.passes.FoldNorm(open_streams=True))
     with pytest.warns(UserWarning, match="further from the float model .* than the same formats without"):
         qcompile.quantize(model, folded, [example("gemma3")], progress=False)
+
+
+@pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt])
+def test_a_model_that_does_not_run_any_more_is_restored(fault):
+    class Refuses(LooksAtItsModules):
+        def forward(self, x):
+            if type(self.down) is not nn.Linear:
+                raise fault("another module")
+            return super().forward(x)
+
+    model, x = Refuses().eval().requires_grad_(False), torch.randn(4, 32)
+    before = model(x)
+    with pytest.raises(fault, match="another module"):
+        qcompile.quantize(model, "int8", example=x, progress=False)
+    assert torch.equal(model(x), before) and type(model.up) is nn.Linear
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was():
+    model = build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, 0] = 20.0
+    inputs = {"input_ids": torch.randint(3, 128, (4, 40))}
+    before = model(**inputs).logits
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="agree on"):
+        warnings.simplefilter("error")
+        qcompile.quantize(model, _recipe("coarse"), [inputs], progress=False)
+    assert torch.equal(model(**inputs).logits, before)

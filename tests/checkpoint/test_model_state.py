@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from qcompile.checkpoint.atomic_folder import CheckpointError
-from qcompile.checkpoint.model_state import ModelState, apply_scalars, slots, unwrapped
+from qcompile.checkpoint.model_state import ModelState, apply_scalars, slots
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
+from qcompile.modules.wrappers import unwrapped
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import PARTS
 from qcompile.numerics.rounding import quantize_tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class Signature:
         return [tensor.name for tensor in self.outputs]
 
 
-class TracedModule(nn.Module):
+class TracedModule(nn.Module, ABC):
     """A model wrapped so that it takes and returns what the file does.
 
     Attributes:
@@ -58,25 +59,25 @@ class TracedModule(nn.Module):
     signature: Signature
     rounds_cache = False
 
+    @abstractmethod
     def sample_inputs(self) -> tuple[Any, ...]:
         """Arguments to trace with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dynamic_shapes(self) -> tuple[Any, ...]:
         """The sizes that torch.export keeps dynamic, in the structure of `sample_inputs`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flatten(self, arguments: tuple[Any, ...]) -> list[Tensor]:
         """Arguments in the order of the file's inputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flat_dynamic_shapes(self) -> list[Any]:
         """Dynamic shapes in the order of the file's inputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reference_calls(self) -> list[ReferenceCall]:
         """Calls that the file is verified with."""
-        raise NotImplementedError
 
     def call(self, arguments: tuple[Any, ...]) -> ReferenceCall:
         """Arguments and what the module returns for them."""

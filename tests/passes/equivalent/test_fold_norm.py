@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,3 +96,31 @@ def test_all_norms_of_a_stream_are_folded_or_none():
     (folded,) = rewrite(after, FoldNorm(open_streams=True), batches=[[ids]])
     assert_equivalent(before, after, [ids])
     assert len(folded.done) == 2 and len(folded.skipped) == 1
+
+
+class Mixed(Sandwich):
+    """A LayerNorm and an RMSNorm on one stream: its mean may not be folded away."""
+
+    def __init__(self):
+        super().__init__(False)
+        self.last = nn.LayerNorm(8).double().requires_grad_(False)
+        self.last.weight.copy_(torch.rand(8) + 0.5)
+
+
+STREAMS_THAT_STAY = {
+    "a tied table": (lambda: Decoder(shape(tied=True)), FoldNorm(), "tied to|linear's weight too"),
+    "means that are not folded": (lambda: Decoder(shape(norm="layer")), FoldNorm(center=False), "subtracts a mean"),
+    "two kinds of norms": (Mixed, FoldNorm(), "holds RMSNorms too"),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS_THAT_STAY)
+def test_a_stream_that_could_not_be_rotated_keeps_its_gains(name):
+    make, config, words = STREAMS_THAT_STAY[name]
+    model = make()
+    ids = model.example() if isinstance(model, Decoder) else torch.randint(11, (2, 4))
+    program = capture(model, (ids,)).widened()
+    before = dict(program.weights)
+    (report,) = rewrite(program, config, batches=[[ids]])
+    assert not report.done and all(program.weights[name] is tensor for name, tensor in before.items())
+    assert any(re.search(words, place.reason) for place in report.skipped), report.skipped

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import before_and_after, rewrite, shape
+from torch import nn
 
 from qcompile.calibration.statistics import observe
 from qcompile.ir.capture import capture
@@ -63,3 +64,35 @@ def test_a_stream_whose_norms_are_not_folded_is_skipped(norm):
     before, after, ids, (report,) = before_and_after(model, Rotate(heads=False))
     assert not report.done and report.skipped[0].node
     assert all(torch.equal(after.weights[name], weight) for name, weight in before.weights.items())
+
+
+class TwoHalves(nn.Module):
+    """Two streams that look up one table and add one vector: they are one basis."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.shift = nn.Embedding(11, 8), nn.Parameter(torch.randn(8))
+        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.norms = nn.ModuleList([nn.RMSNorm(8, elementwise_affine=False) for _ in range(2)])
+        self.double().requires_grad_(False)
+
+    def forward(self, ids):
+        x, y = self.table(ids) + self.shift, self.table(10 - ids) + self.shift
+        x, y = x + self.first(self.norms[0](x)), y + self.second(self.norms[1](y))
+        return self.head(x) * self.head(y)
+
+
+def test_a_table_of_two_streams_is_rotated_once():
+    ids = torch.randint(11, (2, 4))
+    before = capture(TwoHalves(), (ids,))
+    after = before.copy()
+    (report,) = rewrite(after, Rotate(heads=False), batches=[[ids]])
+    assert_equivalent(before, after, [ids])
+    assert len(report.done) + len(report.skipped) == 1
+
+
+def test_a_long_vector_is_rotated_whole():
+    matrix = random_orthogonal(64, 0)
+    vector = torch.randn(8192, dtype=torch.float64)
+    want = (vector.view(-1, 64) @ matrix).flatten()
+    assert torch.allclose(rotate_columns(vector, matrix), want)
