@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import create_autospec
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -14,12 +16,13 @@ from zoo import build, example
 import qcompile
 from qcompile.codegen.onnx import variants
 from qcompile.codegen.onnx.lowering import matmul_integer
-from qcompile.codegen.onnx.tracing.signature import TracedModule
+from qcompile.codegen.onnx.tracing.cached_decoder import CachedDecoder
 from qcompile.codegen.onnx.tracing.stateless_module import StatelessModule
 from qcompile.codegen.onnx.verify_outputs import ExportMismatch
 from qcompile.numerics.int8_matmul import processor
 
 DUAL = "int4-cpu"
+DECODER = create_autospec(CachedDecoder, instance=True)
 
 
 def test_a_wrong_zero_point_is_found(tmp_path, monkeypatch):
@@ -62,10 +65,10 @@ def test_the_file_has_the_accuracy_level_that_was_requested(recipe, accuracy_lev
 @pytest.mark.parametrize(
     "operator,low_memory,module,names",
     [
-        ("DualLinear", False, TracedModule(), ["decode", "prefill"]),
-        ("DualLinear", True, TracedModule(), ["decode"]),
+        ("DualLinear", False, DECODER, ["decode", "prefill"]),
+        ("DualLinear", True, DECODER, ["decode"]),
         ("DualLinear", False, StatelessModule(nn.Identity(), torch.ones(1)), ["prefill"]),
-        ("Int8Linear", False, TracedModule(), ["decode"]),
+        ("Int8Linear", False, DECODER, ["decode"]),
     ],
 )
 def test_variants_of_decoders_and_encoders(operator, low_memory, module, names, tmp_path, monkeypatch):
