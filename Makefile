@@ -10,7 +10,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check sanitize bench clean
+.PHONY: demo test check sanitize bench architectures mutate clean
 
 $(READY): Makefile requirements-ci.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -46,6 +46,10 @@ bench: $(READY) ## measure kernels and whole models; writes benches/results
 
 architectures: $(READY) ## every architecture of tests/zoo through every step: an hour on two cores; writes docs/architectures.md
 	OMP_NUM_THREADS=1 $(BIN)/python benches/architectures.py --jobs 2
+	$(BIN)/python benches/update_docs.py
+
+mutate: $(READY) ## every deliberate mistake of tests/mutations in a copy, with its tests: hours on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations/run.py --jobs 2
 	$(BIN)/python benches/update_docs.py
 
 clean:

@@ -25,6 +25,7 @@ from typing import Any
 
 import architecture_tables
 import compile_tables
+import mutation_tables
 from compile_tables import RESULTS, read
 
 ROOT = Path(__file__).parents[1]
@@ -202,6 +203,7 @@ TABLES = {
     "w4a8": w4a8,
     **compile_tables.TABLES,
     **architecture_tables.TABLES,
+    **mutation_tables.TABLES,
 }
 
 

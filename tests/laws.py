@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from qcompile.calibration.statistics import Statistics, observe
 from qcompile.ir.capture import capture
+from qcompile.recipe.certificate import first_difference
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import registered
-from qcompile.testing import Shape
+from qcompile.testing import Shape, assert_equivalent
 
 
 def shape(**changes):
@@ -37,3 +40,34 @@ def before_and_after(model, *configs):
     before = capture(model, (ids,)).widened()
     after = before.copy()
     return before, after, ids, rewrite(after, *configs, batches=[[ids]])
+
+
+def rewritten(model, *configs, x):
+    """Passes on any model, checked: the output stays, and nothing changes but what the reports name.
+
+    Returns:
+        The program before, the program after and the reports.
+    """
+    before = capture(model.double().requires_grad_(False), (x,), dynamic=False)
+    after = before.copy()
+    reports = rewrite(after, *configs, batches=[[x]])
+    assert_equivalent(before, after, [x])
+    changed = set[str]().union(*(report.changed for report in reports))
+    assert first_difference(before, after, [x], changed) == "the output"
+    return before, after, reports
+
+
+def assert_rounded_once(model, config, dtype=torch.bfloat16):
+    """Assert that a pass computes weights in float64 and rounds them to the model's dtype once, at the end."""
+    ids = model.example()
+    narrow = capture(model.to(dtype), (ids,))
+    entry = registered()[type(config)]
+    statistics = observe(narrow, [[ids]]) if {"absmax", "keys"} & set(entry.needs(config)) else Statistics()
+    wide = narrow.widened()
+    before = dict(narrow.weights)
+    for program in (narrow, wide):
+        assert entry.run(program, config, PassContext.of(program, statistics=statistics)).done
+    assert any(before.get(name) is not tensor for name, tensor in narrow.weights.items())
+    for name, tensor in narrow.weights.items():
+        assert name not in before or tensor.dtype == before[name].dtype == dtype, name
+        assert torch.equal(tensor, wide.weights[name].to(tensor.dtype)), name

@@ -81,7 +81,7 @@ def verify(path: Path, module: TracedModule, expected: Reference, *, exact: bool
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # a failing operator is told by the exception
     if exact:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     release_freed_memory()
@@ -89,7 +89,16 @@ def verify(path: Path, module: TracedModule, expected: Reference, *, exact: bool
     largest, names = 0.0, module.signature.output_names
     for arguments, outputs in expected.calls:
         inputs = zip(module.signature.input_names, module.flatten(arguments), strict=True)
-        found = session.run(None, {name: tensor.numpy() for name, tensor in inputs})
+        feeds = {name: tensor.numpy() for name, tensor in inputs}
+        try:
+            found = session.run(None, feeds)
+        except Exception as failure:  # ONNX Runtime has a class of its own for every status code
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+            raise ExportMismatch(
+                f"the ONNX file does not run for inputs of other sizes than the example's ({shapes}), as happens where "
+                f"the model's own Python code computes with them: {str(failure).splitlines()[0]}. Fix: use "
+                "torch.compile(model, backend='qcompile'), which traces such sizes anew"
+            ) from failure
         for name, got, want, most in zip(names, found, outputs, expected.tolerances, strict=True):
             error = relative_error(torch.from_numpy(got), want)
             if not error <= most:

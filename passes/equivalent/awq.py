@@ -110,7 +110,7 @@ def awq(program: Program, config: AWQ, context: PassContext) -> PassReport:
     found: list[tuple[Consumers, Source, Tensor]] = []
     exponents: list[float] = []
     for consumers in context.track(context.facts.consumers, "AWQ"):
-        label = consumers.sites[0].name if consumers.sites else consumers.root.name
+        label = consumers.sites[0].name
         source = tied_obstacle(consumers.sites) or scale_source(program, consumers, norms, sites)
         if isinstance(source, Obstacle):
             report.skip(label, source.reason, source.node)

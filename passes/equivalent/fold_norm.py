@@ -126,8 +126,6 @@ def _norm_obstacle(norm: Norm, sites: list[Site]) -> Obstacle | None:
     if consumers.other_consumers:
         name = consumers.other_consumers[0].name
         return Obstacle(name, "its output is read by something that is not a linear")
-    if not consumers.sites:
-        return Obstacle(norm.output.name, "nothing reads its output")
     for weight in (norm.gain, norm.bias):
         if weight is not None and sum(u in norm.inner for u in weight.users) < len(weight.users):
             return Obstacle(weight.name, "its gain is used elsewhere too")

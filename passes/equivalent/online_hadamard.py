@@ -117,12 +117,11 @@ def _transform(
         for value in dict.fromkeys(site.input for site in sites):
             rotated = HadamardCall(value, program.node_of(name)).insert(program, after=value)
             for site in sites:
-                if site.input is value:
-                    site.node.replace_input_with(value, rotated)
+                site.node.replace_input_with(value, rotated)
     else:  # one transform behind the root; what lies between it and the sites carries the rotated value
         rotated = HadamardCall(consumers.root, program.node_of(name)).insert(program, after=consumers.root)
         program.replace(consumers.root, rotated)
-        report.changed |= {site.input.name for site in sites} - {consumers.root.name}
+        report.changed |= {value.name for value in consumers.values} - {consumers.root.name}
     for weight in dict.fromkeys(site.name for site in sites):
         old = program.weights[weight]
         program.weights[weight] = apply_hadamard(old.double(), signs).to(old.dtype)

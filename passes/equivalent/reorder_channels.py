@@ -22,7 +22,6 @@ from qcompile.analysis.channel_origin import ChannelOrigins, FlowStops, one_posi
 from qcompile.analysis.scale_folding import Consumers
 from qcompile.analysis.sites import Site
 from qcompile.analysis.tied_weights import tied_obstacle
-from qcompile.ir.aten_ops import MATMULS, SDPA
 from qcompile.ir.program import Program
 from qcompile.passes.equivalent.fold_norm import FoldNorm
 from qcompile.passes.equivalent.rotate import rotate_stream, streams_to_rotate
@@ -56,7 +55,7 @@ def reorder_channels(program: Program, config: ReorderChannels, context: PassCon
     if config.stream:
         _streams(program, groups, context, report)
     for consumers in groups if config.rows else []:
-        if consumers.root not in context.facts.norm_outputs and consumers.sites:
+        if consumers.root not in context.facts.norm_outputs:
             _rows(program, consumers, context, report)
     return report
 
@@ -78,8 +77,9 @@ def _rows(program: Program, consumers: Consumers, context: PassContext, report: 
     origins = ChannelOrigins(program, context.facts.sites, elementwise=True)
     try:
         terms = one_position(origins.terms(consumers.root))
-        order = common_order(terms, absmax, _head(origins))
-        origins.check_consumers(terms, _ends(consumers, origins))
+        heads = origins.attention_heads()
+        order = common_order(terms, absmax, heads[0].shape[-1] if heads else 0)
+        origins.check_consumers(terms, {site.node for site in consumers.sites} | set(consumers.values))
     except FlowStops as stop:
         report.skip(label, str(stop.args[1]), str(stop.args[0]))
         return
@@ -90,31 +90,15 @@ def _rows(program: Program, consumers: Consumers, context: PassContext, report: 
     source = torch.arange(origins.rows)  # for each row, the row that takes its place
     for term in terms:
         source[term] = term[order]
+    if any(bool((source[rows].sort(-1).values != rows.sort(-1).values).any()) for rows in heads):
+        report.skip(label, "the order would take rows from one head of an attention to another", consumers.root.name)
+        return
     for producer, start in origins.producers:
         _permute(program, producer, source[start : start + producer.N] - start)
     for site in consumers.sites:
         program.weights[site.name] = program.weights[site.name][:, order].contiguous()
     report.done.append(label)
-    report.changed |= {n.name for n, found in origins.memo.items() if found} | {consumers.root.name}
-
-
-def _head(origins: ChannelOrigins) -> int:
-    """Channels of a head where the values of an attention were passed, else 0."""
-    for node, terms in origins.memo.items():
-        if terms and (node.target is SDPA or node.target in MATMULS):
-            return int(node.meta["val"].shape[-1])
-    return 0
-
-
-def _ends(consumers: Consumers, origins: ChannelOrigins) -> set[torch.fx.Node]:
-    """What may read a value on the way: the sites, and what carries the root to them."""
-    ends = {site.node for site in consumers.sites}
-    for site in consumers.sites:
-        node = site.input
-        while node is not consumers.root:
-            ends.add(node)
-            node = node.all_input_nodes[0]
-    return ends
+    report.changed |= {n.name for n, found in origins.memo.items() if found} | {n.name for n in consumers.values}
 
 
 def common_order(terms: list[Tensor], absmax: Tensor, head: int) -> Tensor:

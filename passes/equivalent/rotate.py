@@ -160,7 +160,7 @@ def head_bases(program: Program, context: PassContext, report: PassReport) -> li
         source = scale_source(program, consumers, norms, sites)
         if isinstance(source, Obstacle) or not source.attention or source.site is None:
             continue
-        if source.pure and _whole_heads(source):
+        if source.pure and source.head:
             found.append((consumers, source))
         else:
             report.skip(
@@ -183,18 +183,7 @@ def rotate_heads(program: Program, consumers: Consumers, source: Source, matrix:
     assert source.site is not None
     _change_rows(program, source.site, rotate_some)
     report.done.append(f"heads of {source.head} in {consumer.name}")
-    report.changed |= {source.site.node.name} | {node.name for node in source.path}
-
-
-def _whole_heads(source: Source) -> bool:
-    """Whether every head of the consumer is one aligned run of the producer's rows, all runs of the same grid."""
-    if not source.head or source.channels.numel() % source.head:
-        return False
-    heads = source.channels.reshape(-1, source.head)
-    runs = bool((heads == heads[:, :1] + torch.arange(source.head)).all())
-    rows = source.channels.unique()
-    starts = rows.reshape(-1, source.head)[:, 0] if rows.numel() % source.head == 0 else None
-    return runs and starts is not None and set(heads[:, 0].tolist()) == set(starts.tolist())
+    report.changed |= {source.site.node.name} | {node.name for node in (*source.path, *consumers.values)}
 
 
 def _change_rows(program: Program, site: Site, change: Callable[[Tensor], Tensor]) -> None:

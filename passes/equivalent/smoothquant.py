@@ -89,7 +89,7 @@ def smoothquant(program: Program, config: SmoothQuant, context: PassContext) -> 
     report = PassReport("SmoothQuant")
     norms, sites = context.facts.norms, context.facts.sites
     for consumers in context.facts.consumers:
-        label = consumers.sites[0].name if consumers.sites else consumers.root.name
+        label = consumers.sites[0].name
         source = tied_obstacle(consumers.sites) or scale_source(program, consumers, norms, sites)
         if isinstance(source, Obstacle):
             report.skip(label, source.reason, source.node)
@@ -115,7 +115,7 @@ def excluded(source: Source) -> str:
 
 def changed_by(source: Source, consumers: Consumers) -> set[str]:
     """Names of the nodes whose values a fold changes on purpose: from the source to the consumers."""
-    nodes = {n.name for n in source.path} | {consumers.root.name}
+    nodes = {n.name for n in (*source.path, *consumers.values)}
     if source.norm is not None:
         return nodes | {n.name for n in source.norm.inner}
     assert source.site is not None

@@ -118,7 +118,7 @@ def spinquant(program: Program, config: SpinQuant, context: PassContext) -> Pass
         heads.append((group, source, basis))
         rounders[group.root] = partial(basis.round, form=config.act)
     for group in groups:  # what OnlineHadamard will rotate
-        k = group.sites[0].K if group.sites else 0
+        k = group.sites[0].K
         free = group.root not in norm_outputs and group.root not in rounders and not group.other_consumers
         if free and group.root.target in GATED and hadamard_factors(k) is not None:
             signs = random_signs(k, config.seed)

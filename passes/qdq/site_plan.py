@@ -18,10 +18,6 @@ _MAXIMA = frozenset({aten.max.dim, aten.argmax.default})
 """What gives the index of the largest channel."""
 
 
-_MAXIMA = frozenset({aten.max.dim, aten.argmax.default})
-"""What gives the index of the largest channel."""
-
-
 @dataclass(frozen=True)
 class Quantize(PassConfig):
     """Formats of weights and activations; None keeps the activation float.

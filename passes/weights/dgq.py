@@ -88,13 +88,12 @@ def search_rows(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, fo
     """
     wide, h = weight.float(), hessian.float()
     peak = wide.abs().amax(-1, keepdim=True)
-    peak = torch.where(peak > 1e-30, peak, torch.ones_like(peak))
     best, plain = quantize_tensor(wide, form, clip=True), quantize_tensor(wide, form)
     lost, of_plain = (loss(wide, q.dequantize(), hessian).float() for q in (best, plain))
     for old, new in zip(_parts(best), _parts(plain), strict=True):
         old[of_plain < lost] = new[of_plain < lost]
     lost = torch.minimum(lost, of_plain)
-    for step in range(1, ROW_STEPS + 1):
+    for step in range(1, ROW_STEPS + 1):  # of a row of zeros all are NaN, and none is better
         row = peak * (1.02 - 0.82 * step / ROW_STEPS) / 127
         group_scale = (scale / row).round().clamp(1, 127)
         max_value = (127 / group_scale).floor()

@@ -115,7 +115,7 @@ def gptq(
     def at(t: Tensor | None, where: int | slice) -> Tensor | None:
         return None if t is None else t[where]
 
-    wide = weight if weight.dtype == torch.float64 else weight.float()
+    wide = weight.float()
     w, u = wide.t()[order].contiguous(), upper.to(wide.dtype)
     found = torch.empty(w.shape, dtype=grid.codes.dtype, device=w.device)
     columns = len(w)

@@ -24,6 +24,7 @@ from qcompile.ir.program import Program, hint
 # No transposes: scores of keys and queries instead of queries and keys would pass for others.
 _BETWEEN: Ops = SOFTMAX | CASTS | ALIASES | DROPOUTS | RESHAPES | EXPANDS | {
     aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.tanh.default, aten.masked_fill.Scalar, aten.where.self,
+    aten.where.ScalarOther,
 }  # fmt: skip
 """What stands between scores and the product with the values: scales, soft caps, masks, the softmax."""
 
@@ -95,10 +96,10 @@ def _beyond_softmax(node: fx.Node) -> fx.Node | None:
     """The product with the values, if `node` gives scores."""
     passed = False
     while len(node.users) == 1:
-        node = next(iter(node.users))
+        source, node = node, next(iter(node.users))
         passed |= node.target in SOFTMAX
         if passed and node.target in MATMULS:
-            return node
+            return node if node.args[0] is source else None
         if node.target not in _BETWEEN:
             return None
     return None

@@ -14,12 +14,25 @@ Whatever else is met stops the flow and is named.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from qcompile.analysis.sites import Site
-from qcompile.ir.aten_ops import ACTIVATIONS, CASTS, JOINS, MATMULS, MOVES, SDPA, SPLITS, Ops, aten, reads_elements
+from qcompile.ir.aten_ops import (
+    ACTIVATIONS,
+    CASTS,
+    JOINS,
+    MATMULS,
+    MOVES,
+    SDPA,
+    SPLITS,
+    Ops,
+    aten,
+    is_cast,
+    reads_elements,
+)
 from qcompile.ir.program import Program, hint
 
 _FUNCTIONS: Ops = ACTIVATIONS | {aten.pow.Tensor_Scalar, aten.square.default}
@@ -75,37 +88,45 @@ class ChannelOrigins:
         if not derived:
             return None
         first = upstream[derived[0]]
-        if node.target in CASTS or node.target is aten.neg.default:
+        if is_cast(node) or node.target is aten.neg.default:
             return first
-        if node.target in MOVES or (node.target is aten.index.Tensor and len(derived) == 1):
+        if node.target in MOVES or node.target is aten.index.Tensor:
             return [self._move(node, term) for term in first]
         if node.target in SPLITS:
             parts = [self._move(node, term) for term in first]
             return [list(part) for part in zip(*parts, strict=True)]
         if node.target is operator.getitem:
             return first[node.args[1]]
-        is_divisor = node.target is aten.div.Tensor and derived[0] is not node.args[0]
-        if (
-            node.target in (aten.mul.Tensor, aten.div.Tensor)
-            and len(derived) == 1
-            and (self.elementwise or not is_divisor)
-        ):
+
+        def spread() -> Terms:
+            return [term.expand(_hints(node)) for a in derived for term in upstream[a]]
+
+        if node.target in (aten.mul.Tensor, aten.div.Tensor) and len(derived) == 1:
             if self.elementwise:
-                self._refuse_factors(node, derived[0])
-            shape = _hints(node)
-            return [term.expand(shape) for term in first]
+                self._refuse_factors(node, derived[0], spread())
+                return spread()
+            is_divisor = node.target is aten.div.Tensor and derived[0] is not node.args[0]
+            if not is_divisor and node.args.count(derived[0]) == 1:  # else a square
+                return spread()
         if self.elementwise:
-            if node.target in _FUNCTIONS:
+            if node.target in _FUNCTIONS | CASTS:
                 return first
             if node.target is aten.mul.Tensor:
-                shape = _hints(node)
-                return [term.expand(shape) for a in derived for term in upstream[a]]
-        if node.target in (aten.add.Tensor, aten.sub.Tensor) and len(derived) == len(node.all_input_nodes) == 2:
-            return [*upstream[derived[0]], *upstream[derived[1]]]
+                return spread()
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and len(derived) == 2:
+            return spread()
         if node.target in JOINS and all(upstream[a] for a in node.args[0]):
             return self._join(node, [upstream[a] for a in node.args[0]])
         what = "elementwise" if self.elementwise else "linear in each channel"
         raise FlowStops(node.name, f"{node.target} is not {what}")
+
+    def attention_heads(self) -> list[Tensor]:
+        """The rows [heads, D] of each attention passed, one tensor for each summand."""
+        found = []
+        for node, terms in self.memo.items():
+            if node.target is SDPA or node.target in MATMULS:
+                found += [t[..., 0, :].reshape(-1, t.shape[-1]) for t in terms or () if isinstance(t, Tensor)]
+        return found
 
     def _attend(self, node: fx.Node) -> Terms:
         """An attention passes on the channels of its values, to every position."""
@@ -120,11 +141,15 @@ class ChannelOrigins:
             found.append(first.expand(shape))
         return found
 
-    def _refuse_factors(self, node: fx.Node, derived: fx.Node) -> None:
+    def _refuse_factors(self, node: fx.Node, derived: fx.Node, terms: Terms) -> None:
+        """Refuse a factor that is another for other rows."""
         for other in node.all_input_nodes:
-            value = other.meta.get("val")
-            if other is not derived and isinstance(value, Tensor) and value.ndim and value.shape[-1] != 1:
-                raise FlowStops(node.name, f"{other.name} holds a factor for each channel")
+            if other is derived or not isinstance(other.meta.get("val"), Tensor):
+                continue
+            sizes = [1] * terms[0].ndim + _hints(other)
+            for axis in range(-terms[0].ndim, 0):
+                if sizes[axis] != 1 and any(bool((t != t.narrow(axis, 0, 1)).any()) for t in terms):
+                    raise FlowStops(node.name, f"{other.name} holds a factor for each channel")
 
     def _constant(self, node: fx.Node) -> Tensor:
         name = self.program.weight_name(node)
@@ -136,18 +161,15 @@ class ChannelOrigins:
         return found
 
     def _rows_of(self, site: Site) -> Tensor:
-        start = next((start for producer, start in self.producers if producer is site), None)
-        if start is None:
-            start, self.rows = self.rows, self.rows + site.N
-            self.producers.append((site, start))
+        start, self.rows = self.rows, self.rows + site.N
+        self.producers.append((site, start))
         return torch.arange(start, start + site.N).expand(_hints(site.node))
 
-    def _move(self, node: fx.Node, term: Tensor) -> object:
+    def _move(self, node: fx.Node, term: Tensor) -> Any:
         if node.target is aten.index.Tensor:
             return node.target(term.contiguous(), [None if i is None else self._constant(i) for i in node.args[1]])
         args = fx.node.map_arg(node.args[1:], lambda n: hint(n.meta["val"]))
-        kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
-        return node.target(term.contiguous(), *args, **kwargs)
+        return node.target(term.contiguous(), *args, **node.kwargs)
 
     def _join(self, node: fx.Node, parts: list[Terms]) -> Terms:
         longest = max(len(p) for p in parts)
@@ -159,14 +181,19 @@ class ChannelOrigins:
         """Refuse rows `of` some values that are read on the way by something else than `ends`."""
         used = {int(row) for term in of for row in term.unique() if row >= 0}
         for node, terms in list(self.memo.items()):
-            if not terms or isinstance(terms[0], list):
-                continue
-            for user in node.users:
-                if user in ends or user in self.memo or user.target in SPLITS or not reads_elements(user, node):
+            for user in node.users if terms else ():
+                if user in ends or user in self.memo or not reads_elements(user, node):
                     continue
-                moved = [self._move(user, t) for t in terms] if user.target in MOVES | {aten.index.Tensor} else terms
-                if used & {int(row) for term in moved for row in term.unique()}:
-                    raise FlowStops(user.name, f"{node.name} is read on another path too")
+                for term in terms[user.args[1]] if isinstance(terms[0], list) else terms:
+                    if used & {int(row) for part in self._read_of(user, term) for row in part.unique()}:
+                        raise FlowStops(user.name, f"{node.name} is read on another path too")
+
+    def _read_of(self, node: fx.Node, term: Tensor) -> list[Tensor]:
+        """What a node reads of a term: all of it but where the node only moves elements."""
+        if node.target in SPLITS:
+            parts = self._move(node, term)
+            return [parts[part.args[1]] for part in node.users]
+        return [self._move(node, term) if node.target in MOVES | {aten.index.Tensor} else term]
 
 
 def _hints(node: fx.Node) -> list[int]:

@@ -19,7 +19,7 @@ def where(source: Source | Obstacle) -> str:
     if source.norm is not None:
         return f"gain of {source.norm.output.name}"
     assert source.site is not None
-    heads = f", heads of {source.head}" if source.attention else ""
+    heads = f", heads of {source.head}" if source.head else ""
     return f"rows of {source.site.name}{heads}"
 
 

@@ -15,13 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from qcompile.ir.aten_ops import CASTS, aten
+from qcompile.ir.aten_ops import aten, is_cast
 from qcompile.ir.program import Program, hint
-
-
-def is_cast(node: fx.Node) -> bool:
-    """Whether a node only changes the dtype or the device."""
-    return node.op == "call_function" and node.target in CASTS
 
 
 def through_casts(node: fx.Node) -> fx.Node:
@@ -129,6 +124,8 @@ def _decomposed_rms(program: Program, rsqrt: fx.Node) -> Norm | None:
     square = mean.args[0]
     if not isinstance(square, fx.Node) or dims not in ([-1], [square.meta["val"].ndim - 1]):
         return None
+    if mean.meta["val"].ndim != square.meta["val"].ndim:  # without the dimension it meets other channels
+        return None
     if square.target is aten.pow.Tensor_Scalar and square.args[1] == 2:
         wide = square.args[0]
     elif square.target is aten.mul.Tensor and square.args[0] is square.args[1]:
@@ -171,7 +168,7 @@ def _with_gain(program: Program, source: fx.Node, product: fx.Node, eps: float, 
         if user.target is not aten.mul.Tensor:
             break
         other = user.args[1] if user.args[0] is node else user.args[0]
-        gain, one_plus, nodes = _gain_expression(program, other)
+        gain, one_plus, nodes = _gain_expression(program, other, hint(source.meta["val"].shape[-1]))
         if gain is None:
             break
         inner |= nodes | {user}
@@ -183,20 +180,22 @@ def _with_gain(program: Program, source: fx.Node, product: fx.Node, eps: float, 
     return Norm("rms", source, output, None, None, False, eps, frozenset(inner))
 
 
-def _gain_expression(program: Program, value: object) -> tuple[fx.Node | None, bool, set[fx.Node]]:
-    """A weight, or 1 + weight, through casts."""
+def _gain_expression(program: Program, value: object, n: int) -> tuple[fx.Node | None, bool, set[fx.Node]]:
+    """A weight [n], or 1 + weight, through casts that nothing else reads."""
     nodes: set[fx.Node] = set()
     one_plus = False
     while isinstance(value, fx.Node) and program.weight_name(value) is None:
+        if len(value.users) > 1:
+            return None, False, set()
         if is_cast(value):
             nodes.add(value)
             value = value.args[0]
-        elif value.target is aten.add.Tensor and not one_plus and 1 in value.args[:2]:
+        elif value.target is aten.add.Tensor and not one_plus and 1 in value.args and not value.kwargs:
             nodes.add(value)
             one_plus = True
             value = value.args[0] if isinstance(value.args[0], fx.Node) else value.args[1]
         else:
             return None, False, set()
-    if not isinstance(value, fx.Node) or value.meta["val"].ndim != 1:
+    if not isinstance(value, fx.Node) or tuple(value.meta["val"].shape) != (n,):
         return None, False, set()
     return value, one_plus, nodes

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from qcompile.analysis.norms import Norm, find_norms
 from qcompile.analysis.obstacle import Obstacle, ObstacleKind
 from qcompile.analysis.sites import Site, find_sites
-from qcompile.ir.aten_ops import CASTS, JOINS, MOVES, Ops, aten, reads_elements
+from qcompile.ir.aten_ops import JOINS, MOVES, Ops, aten, is_cast, reads_elements
 from qcompile.ir.program import Program
 
 # Rows may also be picked, repeated and summed: each commutes with a rotation of the last dimension.
@@ -68,9 +68,9 @@ class ResidualStream:
         for obstacle in self.obstacles:
             if obstacle.kind is not ObstacleKind.GAIN:
                 return obstacle
-        if self.consumers and (self.producers or self.tables):
+        if self.consumers:
             return None
-        return Obstacle(self.norms[0].input.name, "nothing gives values to this stream, or nothing reads it")
+        return Obstacle(self.norms[0].input.name, "no linear reads this stream")
 
 
 def residual_streams(program: Program) -> list[ResidualStream]:
@@ -127,10 +127,7 @@ class _Search:
             stream.producers.append(self.sites[value])
             return []
         if value.target is aten.embedding.default:
-            table = value.args[0]
-            if not isinstance(table, fx.Node) or self.program.weight_name(table) is None:
-                return self._open(stream, value, "looks up a table that is not a weight")
-            return [table]
+            return value.all_input_nodes[:1]
         sources = self._commutes(stream, value)
         if sources is None:
             return self._open(stream, value, f"{_op(value)} does not commute with a rotation")
@@ -179,30 +176,19 @@ class _Search:
         if node.op != "call_function" or not isinstance(value, Tensor) or not value.ndim:
             return None
         tensors = [a for a in node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
-        if value.shape[-1] != stream.size:
-            return None
-        if node.target in CASTS:
+        if is_cast(node):
             return tensors[:1]
         if node.target in LAYOUT:
             return tensors[:1] if keeps_last(node, stream.size) else None
         if node.target in JOINS:
             dim = node.args[1] if len(node.args) > 1 else 0
             return list(node.args[0]) if dim % value.ndim != value.ndim - 1 else None
-        if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
-            whole = [t for t in tensors if _last(t) == stream.size]
+        whole = [t for t in tensors if _last(t) == stream.size]
+        if node.target in (aten.add.Tensor, aten.sub.Tensor):
             return whole if len(whole) == 2 else None
         if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor):
-            whole = [t for t in tensors if _last(t) == stream.size]
-            other = [t for t in tensors if t not in whole]
-            per_token = all(_last(t) == 1 for t in other)
-            return (
-                whole
-                if len(whole) == 1
-                and per_token
-                and whole[0] is node.args[0]
-                or (len(whole) == 1 and per_token and node.target is aten.mul.Tensor)
-                else None
-            )
+            is_dividend = node.target is not aten.div.Tensor or whole[:1] == [node.args[0]]
+            return whole if len(whole) == 1 and is_dividend else None
         return None
 
 
@@ -221,25 +207,21 @@ def keeps_last(node: fx.Node, size: int) -> bool:
     def touches(dim: object) -> bool:
         return isinstance(dim, int) and dim % source.ndim == last
 
-    if node.target in (aten.slice.Tensor, aten.select.int, aten.index_select.default):
-        return not touches(node.args[1] if len(node.args) > 1 else 0)
+    if node.target in (aten.select.int, aten.index_select.default):
+        return not touches(node.args[1])
     if node.target is aten.transpose.int:
         return not (touches(node.args[1]) or touches(node.args[2]))
     if node.target in (aten.t.default, aten.mT.default, aten.numpy_T.default):
-        return source.ndim == 1
+        return False
     if node.target is aten.permute.default:
         return touches(node.args[1][-1])
     if node.target is aten.sum.dim_IntList:
         return not any(touches(d) for d in node.args[1])
     if node.target is aten.index.Tensor:
         return len(node.args[1]) < source.ndim
-    if node.target is aten.unsqueeze.default:
-        return not (node.args[1] == source.ndim or node.args[1] == -1)
-    if node.target is aten.repeat.default:
-        return node.args[1][-1] == 1
-    if node.target is aten.repeat_interleave.self_int:  # without a dimension it flattens
-        return len(node.args) > 2 and node.args[2] is not None and not touches(node.args[2])
-    return True  # the other operators keep the order of elements: a last dimension of equal size is the same one
+    return (
+        True  # the others keep the order of elements, drop or repeat some: a last dimension of equal size is the same
+    )
 
 
 def _op(node: fx.Node) -> str:

@@ -42,7 +42,8 @@ def export_onnx(
         folder: must not exist, or be empty.
         recipe: quantize a copy first; None exports the model as it is.
         batches: calibration data for the recipe.
-        example: inputs to trace an encoder with; None: the model is a decoder (a causal LM).
+        example: inputs to trace an encoder with, or a decoder without its cache; None: the model is a causal LM whose
+            cache of keys and values the file takes and returns.
         tokenizer: saved beside the model, so that `qcompile generate FOLDER` can run.
         progress: show progress bars and a spinner.
         options: what kind of file: accuracy_level, low_memory, last_logits, chunk, contrib_ops, float_cache,
@@ -60,6 +61,7 @@ def export_onnx(
     try:
         from qcompile.codegen.onnx.export_module import export_module
         from qcompile.codegen.onnx.fusions.attention.int8_kv_cache import Int8KVCache
+        from qcompile.codegen.onnx.tracing.decoder_cache import cache_layers
         from qcompile.generation.onnx_session import PREFIX_FILE
     except ModuleNotFoundError as error:
         raise RecipeError(f"{error}. Fix: pip install 'torch-qcompile[onnx]'") from error
@@ -68,6 +70,8 @@ def export_onnx(
         check_example(model, example)
     chosen = None if recipe is None else find_recipe(recipe, model, data=batches is not None)
     is_encoder = example is not None
+    if not is_encoder:
+        cache_layers(model)  # refuses what has no such cache before it is quantized
     if not file.float_cache:
         refuse_cache(model, chosen, contrib_ops=file.contrib_ops, encoder=is_encoder)
 

@@ -22,6 +22,7 @@ from qcompile.api.model_wrappers import inner_model
 from qcompile.api.result_check import ResultCheck
 from qcompile.api.traced_model import TracedModel
 from qcompile.api.write_back import WriteBack
+from qcompile.checkpoint.foreign_save import forbid_save_pretrained
 from qcompile.memory.process import peak_resident_bytes
 from qcompile.modules.generation_plan import GenerationPlan, with_own_prefix
 from qcompile.pipeline.presets import find_recipe
@@ -98,6 +99,7 @@ def quantize(
     report.passes += [calls.skipped] if calls.skipped is not None else []
     report.peak_bytes = peak_resident_bytes()
     object.__setattr__(model, "qcompile_recipe", calls.recipe.to_json())  # an attribute of ours, for `save`
+    forbid_save_pretrained(model)
     return report
 
 

@@ -66,8 +66,11 @@ class LayerwiseRun:
             if node not in self.done and node.op != "placeholder":
                 ahead.append(node)
         self.done.update(ahead)
-        fixed = [n for n in ahead if all(self._is_fixed(a) for a in n.all_input_nodes)]
-        moving = [n for n in ahead if n not in set(fixed)]
+        fixed: dict[fx.Node, None] = {}
+        for node in ahead:
+            if all(self._is_fixed(a) or a in fixed for a in node.all_input_nodes):
+                fixed[node] = None
+        moving = [n for n in ahead if n not in fixed]
         with torch.no_grad():
             for node in fixed:
                 self.fixed[node] = self._compute(node, {})

@@ -16,6 +16,7 @@ from torch import nn
 from qcompile.checkpoint.atomic_folder import CheckpointError, atomic_folder
 from qcompile.checkpoint.fill_plan import FillPlan
 from qcompile.checkpoint.folder_meta import META, FolderMeta, read_meta
+from qcompile.checkpoint.foreign_save import forbid_save_pretrained
 from qcompile.checkpoint.model_state import ModelState
 from qcompile.checkpoint.tensor_file import digests, read_tensors
 from qcompile.checkpoint.transformers_folder import build_model, describe_folder, implementations, write_files
@@ -91,6 +92,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     target = unwrapped(result)
     FillPlan.of(target, meta, tensors, root).apply()
     setattr(target, "qcompile_recipe", meta.recipe)  # noqa: B010  not an attribute that nn.Module declares
+    forbid_save_pretrained(target)
     if recipe is not None:
         attach_loaded(target, recipe)
     return result.requires_grad_(False).eval()

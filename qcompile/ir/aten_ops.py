@@ -125,6 +125,12 @@ ACTIVATIONS: Ops = frozenset(
 """The same function of every element."""
 
 
+def is_cast(node: fx.Node) -> bool:
+    """Whether a node gives the same floats in another dtype or on another device. To integers it would round them."""
+    values = (node.meta["val"], node.args[0].meta["val"]) if node.target in CASTS else ()  # type: ignore[union-attr]
+    return bool(values) and all(value.is_floating_point() for value in values)
+
+
 def reads_elements(node: fx.Node, operand: fx.Node) -> bool:
     """Whether a node reads the elements of an operand, and not only its shape, dtype or device."""
     if node.target in SIZES or node.target in FILLS:

@@ -196,7 +196,7 @@ def _stored_as(program: Program, weight: Any) -> fx.Node | None:
     if not isinstance(weight, fx.Node) or weight.target not in TRANSPOSES:
         return None
     source = weight.args[0]
-    if program.weight_name(source) is None or len(source.meta["val"].shape) != 2:
+    if program.weight_name(source) is None:
         return None
     order = weight.args[1:]
     if weight.target is aten.permute.default:

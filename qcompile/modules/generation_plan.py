@@ -152,9 +152,10 @@ def _heads_of_cache(
             with torch.no_grad():
                 out = model(*args, **with_cache)
         except Exception as error:  # the model's own, of whatever kind
-            reason = (
-                f"{type(model).__name__} does not run with a cache of keys and values only, as for instance hybrids "
-                f"with other layers do not ({type(error).__name__}: {error})"
+            own = with_cache | {"past_key_values": None}
+            reason = _recurrent_states(model, args, own) or (
+                f"{type(model).__name__} does not run with a cache of keys and values only "
+                f"({type(error).__name__}: {error})"
             )
             raise DoesNotFit(reason, f"drop {who}", who) from error
         if cache.get_seq_length() and (alone or getattr(out, "past_key_values", None) is not None):
@@ -163,6 +164,23 @@ def _heads_of_cache(
         f"{type(model).__name__} puts nothing into past_key_values, where keys and values are cached",
         f"drop {who}; torch.compile(model, backend='qcompile') can round them in the graph",
         who,
+    )
+
+
+def _recurrent_states(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What a hybrid model caches beside keys and values, as a reason; "" if it caches nothing else."""
+    try:
+        with torch.no_grad():
+            layers = model(*args, **kwargs).past_key_values.layers
+    except Exception:  # it does not run with a cache of its own either
+        return ""
+    found = [index for index, layer in enumerate(layers) if hasattr(layer, "conv_states")]
+    if not found:
+        return ""
+    kinds = " and ".join(sorted({type(layers[index]).__name__ for index in found}))
+    return (
+        f"{type(model).__name__} is a hybrid: {len(found)} of its {len(layers)} layers cache the state of a "
+        f"convolution or of a recurrence ({kinds}), which no format of a KV cache describes"
     )
 
 

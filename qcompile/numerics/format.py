@@ -68,20 +68,20 @@ class Format:
                 f"format {self.dtype} has granularity {self.per!r} and group size {self.group}. "
                 "Fix: give a positive group size with per='group', and only there"
             )
-        if self.is_float and (self.zero != "none" or self.dual):
+        if self.is_float and self.zero != "none":
             raise ValueError(
-                f"format {self.dtype} has zero={self.zero!r}, dual={self.dual}: float codes have neither zero points "
-                "nor integer group scales. Fix: drop them, or use an integer dtype"
+                f"format {self.dtype} has zero={self.zero!r}: float codes have no zero points. "
+                "Fix: drop it, or use an integer dtype"
             )
         if self.powers and (self.dtype != "fp4" or self.per != "group" or self.powers not in _POWERS):
             raise ValueError(
                 f"format {self.dtype}/{self.per} with powers={self.powers!r}: power-of-two group scales are for fp4. "
                 f"Fix: use fp4/group128/ with one of {', '.join(_POWERS)}"
             )
-        if self.smooth and (self.is_float or self.per != "group" or self.zero != "none"):
+        if self.smooth and (self.is_float or self.per != "group" or self.zero != "none" or self.dual):
             raise ValueError(
                 f"format {self.dtype}/{self.per} with smooth=True: runtime smoothing is for symmetric integers with "
-                "groups. Fix: use for example int4/group128/smooth"
+                "groups and float scales. Fix: use for example int4/group128/smooth"
             )
         if self.dual and (self.dtype != "int4" or self.per != "group" or self.zero == "float"):
             raise ValueError(

@@ -49,7 +49,7 @@ def power_of_two_scales(scale: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     """Round free group scales to a float scale per row times a power of two per group.
 
     Args:
-        scale: float32 [.., groups], positive.
+        scale: float32 [.., groups], positive and normal.
         scheme: "m1" makes every scale a power of two, "m2" only the ratios of a row's scales to its largest.
             The paper rounds the exponents up ("m1ceil", "m2ceil"). Rounding to nearest loses less: with m2, up means
             a scale that is down to half of what the group needs, and its largest weights saturate.
@@ -62,7 +62,7 @@ def power_of_two_scales(scale: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
         absolute = round_exponent(scale.double().log2())
         largest = absolute.amax(-1, keepdim=True)
         exponent = absolute - largest
-        row_scale = power_of_two(largest.clamp(-126, 127))
+        row_scale = power_of_two(largest)
     else:
         row_scale = scale.amax(-1, keepdim=True)
         exponent = -round_exponent((row_scale.double() / scale.double()).log2())

@@ -115,16 +115,17 @@ def _factors(n: int) -> tuple[int, int]:
 
 
 def _paley_construction(k: int) -> Literal[1, 2] | None:
-    """Which of Paley's constructions gives H_k over a prime."""
+    """Which of Paley's constructions gives H_k over a prime; k >= 3."""
     if k % 4 == 0 and (k - 1) % 4 == 3 and _is_prime(k - 1):
         return 1
-    if k % 4 == 0 and k // 2 - 1 > 0 and (k // 2 - 1) % 4 == 1 and _is_prime(k // 2 - 1):
+    if k % 4 == 0 and (k // 2 - 1) % 4 == 1 and _is_prime(k // 2 - 1):
         return 2
     return None
 
 
 def _is_prime(number: int) -> bool:
-    return number > 1 and all(number % d for d in range(2, int(number**0.5) + 1))
+    """Of a number above 1."""
+    return all(number % d for d in range(2, int(number**0.5) + 1))
 
 
 @functools.lru_cache(maxsize=32)

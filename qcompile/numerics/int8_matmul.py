@@ -88,13 +88,12 @@ def int8_matmul_as_float(x: Tensor, weight: Tensor, out: Tensor, workspace: Work
     if not k:
         return out.zero_()
     product, converted = workspace("product", m, n, torch.float32), workspace("converted", m, n, torch.int32)
-    with torch.autocast("cpu", enabled=False):  # which would round the product to 16 bits
-        for first in range(0, k, BLOCK_K):
-            block = slice(first, min(first + BLOCK_K, k))
-            wide = workspace("weight", n, block.stop - first, torch.float32).copy_(weight[:, block])
-            torch.mm(x[:, block], wide.t(), out=product)
-            if first:
-                out += converted.copy_(product)
-            else:
-                out.copy_(product)
+    for first in range(0, k, BLOCK_K):
+        block = slice(first, min(first + BLOCK_K, k))
+        wide = workspace("weight", n, block.stop - first, torch.float32).copy_(weight[:, block])
+        torch.mm(x[:, block], wide.t(), out=product)  # float32 under autocast too, which leaves given outputs alone
+        if first:
+            out += converted.copy_(product)
+        else:
+            out.copy_(product)
     return out

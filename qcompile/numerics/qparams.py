@@ -26,13 +26,13 @@ def min_max(groups: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 
 def choose_qparams(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point (None if symmetric) that map low..high onto the codes, float32."""
+    """Scale and zero point (None if symmetric) that map low..high onto the codes, float32; 0 is in the range."""
     scale = high / format.max_value if format.zero == "none" else (high - low) / format.qmax
     scale = torch.where(scale.abs() > MIN_SCALE, scale, torch.ones_like(scale))
     if format.zero == "none":
         return scale, None
     zero = -low / scale
-    return scale, zero.round().clamp(0, format.qmax) if format.zero == "int" else zero
+    return scale, zero.round() if format.zero == "int" else zero
 
 
 def quantize_with_qparams(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:

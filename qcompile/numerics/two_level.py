@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcompile.numerics.clip_search import SHRINKS, clip_error, search_clip
 from qcompile.numerics.format import Format
-from qcompile.numerics.qparams import MAX_INT8, MIN_SCALE, choose_qparams, min_max, quantize_with_qparams
+from qcompile.numerics.qparams import MIN_SCALE, choose_qparams, min_max, quantize_with_qparams
 from qcompile.numerics.qtensor import QTensor, group_columns, ungroup_columns
 
 PROTECTIVE_RANGE = 119.0  # of level 1, so that level 2 fits int8
@@ -57,11 +57,8 @@ def _quantize_level_2(groups: Tensor, bottom: Tensor, top: Tensor) -> tuple[Tens
     """Integer scale, zero point [.., groups] and codes [.., groups, width] of a range, as floats, in level-1 units."""
     group_scale = ((top - bottom) / _MAX_CODE).round_().clamp_min_(1)
     zero = (-bottom / group_scale).round_().clamp_(0, _MAX_CODE)
-    # s1 (q - z) must fit int8; inside the protective range this binds only at the very edge.
-    reach = (MAX_INT8 / group_scale).floor_()
-    # Rounded once, from the float values, not from level-1 codes.
-    codes = (groups / group_scale[..., None]).round_().add_(zero[..., None])
-    codes.clamp_((zero - reach).clamp_min_(0)[..., None], (zero + reach).clamp_max_(_MAX_CODE)[..., None])
+    # Rounded once, from the float values, not from level-1 codes. |s1 (q - z)| <= 119 + s1 / 2 <= 127, as s1 <= 16.
+    codes = (groups / group_scale[..., None]).round_().add_(zero[..., None]).clamp_(0, _MAX_CODE)
     return group_scale, zero, codes
 
 
@@ -88,7 +85,7 @@ def _quantize_symmetric(x: Tensor, format: Format, clip: bool) -> QTensor:
     best = torch.full_like(magnitude, torch.inf)
     for offset in (0, -1, 1) if clip else (0,):
         # The largest stay: s0 can be recovered from them (see the exporter to ONNX).
-        moved = (magnitude + offset).clamp(1, MAX_GROUP_SCALE)
+        moved = (magnitude + offset).clamp_min(1)
         candidate = sign * torch.where(magnitude == MAX_GROUP_SCALE, magnitude, moved)
         candidate_codes = quantize_with_qparams(groups, (candidate * scale)[..., None], None, format)
         error = clip_error((candidate_codes * (candidate * scale)[..., None]).sub_(groups))

@@ -120,7 +120,7 @@ def advise(count: int, device: Device, serving: Serving = "sync", *, data: bool 
             f"{device.memory / 1e9:.0f} GB. Fix: take a larger device, or several"
         )
     tight = needs8 > 0.8 * device.memory
-    four = "w4a16-gptq" if data else "w4a16"
+    four = "w4a16-gptq" if data else "w4a16-g32"
     eight = "int8-gptq" if data else "int8"
     if tight:
         reasons.append(f"in eight bits ({needs8 / 1e9:.0f} GB) the weights would fill the device: four bits")

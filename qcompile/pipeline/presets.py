@@ -107,6 +107,11 @@ PRESETS: dict[str, Recipe] = {
             Quantize(_INT4, None, clip=True),
         ),
         _recipe(
+            "w4a16-g32",
+            "w4a16 in groups of 32: the nearest to float of the 4-bit recipes that need no data; a seventh larger",
+            Quantize(Format.parse("int4/group32/zero"), None, clip=True),
+        ),
+        _recipe(
             "int4-cpu",
             "for an ONNX folder on a CPU: SmoothQuant, W4A8 with two-level group scales, the logits too; int8 KV cache",
             SmoothQuant(alpha=0.6),  # no Untie: a tied table stays one table in the file

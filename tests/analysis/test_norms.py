@@ -54,15 +54,101 @@ def test_the_square_as_a_product():
     assert norm.kind == "rms"
 
 
-@pytest.mark.parametrize("change", [dict(square=lambda x: x.pow(3)), dict(dim=0), dict(square=torch.abs)])
+@pytest.mark.parametrize(
+    "change", [dict(square=lambda x: x.pow(3)), dict(dim=0), dict(square=torch.abs), dict(square=lambda x: x * x.abs())]
+)
 def test_other_arithmetic_is_no_norm(change):
     assert not find_norms(capture(Decomposed(**change), (torch.randn(8, 8),), dynamic=False))
 
 
+def test_the_last_dimension_by_its_number():
+    _, norm = norm_of(Decomposed(dim=1), torch.randn(3, 8))
+    assert norm.kind == "rms"
+
+
+NO_NORMS = {
+    "another value is divided": lambda x, eps: (x + 1) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5),
+    "the root is added": lambda x, eps: x + torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5),
+    "the mean has no dimension": lambda x, eps: x * torch.rsqrt(x.pow(2).mean(-1) + 1e-5),
+    "a maximum": lambda x, eps: x * torch.rsqrt(x.pow(2).amax(-1, keepdim=True) + 1e-5),
+    "a computed epsilon": lambda x, eps: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps),
+    "no epsilon": lambda x, eps: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)),
+    "a product": lambda x, eps: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) * 2.0),
+    "of an input": lambda x, eps: torch.rsqrt(eps.abs()) * x,
+    "integers": lambda x, eps: x.long() * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5),
+    "a computed gain": lambda x, eps: nn.functional.layer_norm(x, (8,), x[0] * 2),
+    "a computed shift": lambda x, eps: nn.functional.layer_norm(x, (8,), None, x[0] * 2),
+}
+
+
+@pytest.mark.parametrize("name", NO_NORMS)
+def test_what_is_no_norm(name):
+    class Model(nn.Module):
+        def forward(self, x, eps):
+            return NO_NORMS[name](x, eps)
+
+    assert not find_norms(capture(Model(), (torch.randn(8, 8), torch.rand(8, 1)), dynamic=False))
+
+
+GAINS_THAT_ARE_NONE = {
+    "two more": lambda m, y: y * (2 + m.weight),
+    "one more, twice": lambda m, y: y * (1 + (1 + m.weight)),
+    "one more than twice the weight": lambda m, y: y * torch.add(torch.ones(()), m.weight, alpha=2),
+    "the weight and two ones": lambda m, y: y * torch.add(m.weight, 1, alpha=2),
+    "a computed one": lambda m, y: y * m.weight.exp(),
+    "itself": lambda m, y: y * y,
+    "a sum": lambda m, y: y + m.weight,
+    "one for all channels": lambda m, y: y * m.one,
+    "one that broadcasts": lambda m, y: y * m.single,
+    "one for each row": lambda m, y: y * m.matrix,
+    "with another reader of the normalized value": lambda m, y: (y * m.weight, y.sin()),
+    "as floats that another norm reads": lambda m, y: (lambda w: (y * w, w.sin()))(m.weight.double()),
+}
+
+
+@pytest.mark.parametrize("name", GAINS_THAT_ARE_NONE)
+def test_factors_that_are_no_gain(name):
+    class Model(Decomposed):
+        def __init__(self):
+            super().__init__()
+            self.one, self.single = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor([2.0]))
+            self.matrix = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+            return GAINS_THAT_ARE_NONE[name](self, y)
+
+    _, norm = norm_of(Model(), torch.randn(8, 8))
+    assert norm.gain is None and norm.output.target is torch.ops.aten.mul.Tensor
+    assert norm.output.args[0] is norm.input
+
+
+def test_a_gain_is_found_on_either_side_and_behind_casts():
+    for gain in (lambda y, w: w * y, lambda y, w: y.double() * w.double(), lambda y, w: y * torch.add(1, w)):
+
+        class Model(Decomposed):
+            def forward(self, x, gain=gain):
+                return gain(torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * x, self.weight).double().float()
+
+        program, norm = norm_of(Model(), torch.randn(3, 8))
+        assert norm.output is program.outputs[0] and program.weight_name(norm.gain) == "weight"
+
+
+def test_a_cast_that_the_residual_reads_is_the_input():
+    class Model(Decomposed):
+        def forward(self, x):
+            wide = x.float()
+            return wide + super().forward(wide)
+
+    program, norm = norm_of(Model(), torch.randn(3, 8).bfloat16())
+    assert norm.input is not program.inputs[0] and norm.input.args[0] is program.inputs[0]
+    assert norm.input not in norm.inner
+
+
 @pytest.mark.parametrize(
     "module,kind,eps",
-    [(nn.LayerNorm(8), "layer", 1e-5), (nn.RMSNorm(8, eps=1e-6), "rms", 1e-6),
-     (nn.RMSNorm(8), "rms", torch.finfo(torch.float32).eps),
+    [(nn.LayerNorm(8), "layer", 1e-5), (nn.LayerNorm(8, eps=1e-3), "layer", 1e-3),
+     (nn.RMSNorm(8, eps=1e-6), "rms", 1e-6), (nn.RMSNorm(8), "rms", torch.finfo(torch.float32).eps),
      (nn.LayerNorm(8, elementwise_affine=False), "layer", 1e-5)],
 )  # fmt: skip
 def test_norms_in_one_operator(module, kind, eps):

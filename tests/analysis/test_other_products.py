@@ -10,6 +10,8 @@ import qcompile
 from qcompile.analysis.other_products import other_products
 from qcompile.analysis.sites import find_sites
 from qcompile.ir.capture import capture
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
 
 
 class Left(nn.Module):
@@ -90,3 +92,43 @@ def test_the_report_counts_them():
     assert "1 of 2 sites quantized" in str(report) and "a convolution, which no recipe quantizes (0.weight)" in str(
         report
     )
+
+
+def named(function):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix, self.vector = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+
+        def forward(self, x):
+            return function(self, x)
+
+    program = capture(Model().requires_grad_(False), (torch.randn(2, 3, 8),), dynamic=False)
+    return [found.name for found in other_products(program, {site.node for site in find_sites(program)})]
+
+
+def test_a_product_with_a_vector_is_not_named():
+    assert named(lambda m, x: x @ m.vector) == []
+    assert named(lambda m, x: x @ (m.matrix * m.vector)) == ["matrix"]
+
+
+def test_an_activation_that_met_a_weight_is_an_activation():
+    assert named(lambda m, x: (x * m.matrix[0]) @ x.mT) == []
+
+
+def test_a_product_of_computed_weights_alone_is_not_named():
+    assert named(lambda m, x: x * ((m.matrix * 2) @ (m.matrix * 3)).sum()) == []
+
+
+def test_a_quantized_weight_is_no_other_product():
+    class Dequantized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            parts = quantize_tensor(torch.randn(8, 32), Format.parse("int8/row")).stored_parts
+            self.codes, self.scale = (nn.Buffer(part) for part in parts[:2])
+
+        def forward(self, x):
+            weight = torch.ops.qcompile.dequantize(self.codes, self.scale, None, None, "int8/row", 32, torch.float32)
+            return nn.functional.linear(x, weight)
+
+    assert not other_products(capture(Dequantized(), (torch.randn(2, 32),)), set())

@@ -64,6 +64,7 @@ def test_stored_as_rows_and_transposed():
     program = captured(lambda x, w, e: torch.ops.qcompile_test.routed_rows(x, w.transpose(1, 2), e), shape=(E, N, K))
     (site,) = find_sites(program)
     assert site.grouped and site.rows_first and (site.N, site.K) == (N, K) and site.name == "stack"
+    assert not site.shared_with
 
 
 def test_a_name_makes_no_grouped_product():
@@ -81,7 +82,7 @@ def test_operands_that_do_not_fit(change):
     unfit.register_fake(lambda x, stack, third: x.new_empty(x.shape[0], stack.shape[2]))
     shape = {"entries": (E + 1, K, N), "K": (E, K + 1, N), "dtype": (E, K, N)}[change]
     program = captured(unfit, shape=shape, third=torch.float32 if change == "dtype" else torch.int32)
-    assert not find_sites(program)
+    assert not find_sites(program) and not any(is_grouped_matmul(node) for node in program.graph.nodes)
 
 
 def test_a_batched_product():
@@ -92,6 +93,7 @@ def test_a_batched_product():
 
 def test_a_stack_on_the_left_is_no_site():
     assert not find_sites(captured(lambda x, w, e: torch.bmm(w, x), torch.randn(E, N, 3)))
+    assert not find_sites(captured(lambda x, w, e: torch.bmm(w, x), torch.randn(E, K, 3), shape=(E, K, K)))
 
 
 @pytest.mark.parametrize(
@@ -147,3 +149,89 @@ def test_the_layout_of_a_square_stack_is_that_of_its_product(transposed):
     assert site.rows_first is transposed
     quantized, _ = run(program, Recipe("w8", (Quantize("int8", None, None), Fuse())))
     assert (quantized(x)[0] - model(x)).norm() < 0.02 * model(x).norm()
+
+
+def test_one_row_of_values_for_all_experts_is_not_batched():
+    for x, batched in ((torch.randn(E, 3, K), True), (torch.randn(1, 3, K), False), (torch.randn(E, E, 3, K), False)):
+        (site,) = find_sites(captured(lambda x, w, e: x @ w, x))
+        assert site.batched == batched and not site.grouped
+
+
+def test_siblings_share_an_input():
+    class Siblings(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(K, N), nn.Linear(K, N), nn.Linear(N, K)
+
+        def forward(self, x):
+            return self.c(self.a(x)), self.b(x)
+
+    sites = {site.name[0]: site for site in find_sites(capture(Siblings(), (torch.randn(3, K),)))}
+    assert {name: site.siblings for name, site in sites.items()} == {
+        "a": ("b.weight",), "b": ("a.weight",), "c": (),
+    }  # fmt: skip
+    assert (sites["a"].N, sites["a"].K, sites["c"].N, sites["c"].K) == (N, K, K, N)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, e: nn.functional.linear(x, w[0] * 2),
+        lambda x, w, e: nn.functional.linear(x, x),
+        lambda x, w, e: x @ x.t(),
+        lambda x, w, e: (w[0] @ x[0]).sin(),
+        lambda x, w, e: nn.functional.layer_norm(x, (K,), w[0, 0]),
+        lambda x, w, e: x.expand(2, 5, K) @ e[: 2 * K].view(K, 2),
+    ],
+)
+def test_what_has_no_weight_of_its_own_is_no_site(function):
+    model = Experts(function, shape=(E, N, K))
+    model.third = torch.randn(2 * K)
+    assert not find_sites(capture(model, (torch.randn(5, K),), dynamic=False))
+
+
+def test_a_matrix_on_the_right_of_a_batch_is_no_stack():
+    class Matrix(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix, self.other = nn.Parameter(torch.randn(K, N)), nn.Parameter(torch.randn(N, K))
+
+        def forward(self, x):
+            return torch.matmul(x, self.matrix), self.matrix * 2
+
+    assert not find_sites(capture(Matrix(), (torch.randn(2, 3, K),), dynamic=False))
+
+
+def test_a_stack_that_is_transposed_twice():
+    (site,) = find_sites(captured(lambda x, w, e: x @ w.mT.transpose(2, 1), torch.randn(E, 3, K)))
+    assert not site.rows_first and (site.N, site.K) == (N, K)
+
+
+def test_a_product_of_rows_that_reads_something_else_too():
+    @torch.library.custom_op("qcompile_test::shifted", mutates_args=())
+    def shifted(x: Tensor, stack: Tensor, ends: Tensor, shift: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[0], stack.shape[2])
+
+    shifted.register_fake(lambda x, stack, ends, shift: x.new_empty(x.shape[0], stack.shape[2]))
+    assert not find_sites(captured(lambda x, w, e: shifted(x, w, e, x[0])))
+
+
+OPERANDS = {  # x, the shape that comes out
+    "rows of rows": (torch.randn(5, 2, K), lambda x, w: (5, N)),
+    "a result of rows of rows": (torch.randn(5, K), lambda x, w: (5, N, 1)),
+    "other rows": (torch.randn(5, K), lambda x, w: (6, N)),
+    "other columns": (torch.randn(5, K), lambda x, w: (5, N + 1)),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_operands_and_results_of_other_shapes(name):
+    x, shape = OPERANDS[name]
+
+    @torch.library.custom_op(f"qcompile_test::shapes_{name.replace(' ', '_')}", mutates_args=())
+    def other(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+        return x.new_zeros(shape(x, stack))
+
+    other.register_fake(lambda x, stack, ends: x.new_empty(shape(x, stack)))
+    program = captured(other, x)
+    assert not find_sites(program) and not any(is_grouped_matmul(node) for node in program.graph.nodes)

@@ -22,6 +22,7 @@ def test_a_tied_weight_and_its_table_are_obstacles(tied):
     *others, logits = sites
     assert tied_obstacle(others) is None and tied_obstacle([]) is None
     (stream,) = residual_streams(program)
+    assert stream.flow_obstacle is None and len({site.name for site in stream.consumers}) == len(stream.consumers)
     obstacles = tied_obstacle(sites), tied_table_obstacle(program, stream.tables, sites)
     if not tied:
         assert obstacles == (None, None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import sympy
 import torch
 from padded_batches import LAYOUTS, decoder
 from torch import nn
@@ -10,7 +13,7 @@ from zoo import build
 
 from qcompile.analysis.facts import Facts
 from qcompile.analysis.sites import find_sites
-from qcompile.analysis.token_layout import TokenLayout, TokenLayouts
+from qcompile.analysis.token_layout import TokenLayout, TokenLayouts, _quotient, _side
 from qcompile.ir.capture import capture
 
 IDS = torch.randint(3, 60, (2, 8))
@@ -127,3 +130,132 @@ def test_each_side_of_an_encoder_decoder_has_its_own_mask(both, dynamic):
         "decode.weight": own,
         "out.weight": own,
     }
+
+
+class Rows(nn.Module):
+    """What `function` makes of rows, beside a mask that is read."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, x, attention_mask):
+        return self.function(self, x, attention_mask), x * attention_mask[..., None]
+
+
+def layout_of(function, *, dynamic=True, shape=(2, 3, 4)):
+    mask = torch.ones(shape[:2], dtype=torch.long)
+    program = capture(Rows(function), (torch.randn(shape), mask), dynamic=dynamic)
+    _, layouts = layouts_of(program)
+    return program.outputs[0], layouts
+
+
+ORDER = torch.tensor([3, 0, 5])
+ON_ONE_AXIS = {
+    "flat": (lambda m, x, a: x.reshape(-1, 4), {}),
+    "tokens first": (lambda m, x, a: x.transpose(0, 1).reshape(-1, 4), {"tokens_first": True}),
+    "halves of tokens": (lambda m, x, a: x.reshape(-1, 2), {"folded": 2}),
+    "halves of rows": (lambda m, x, a: x.reshape(-1, 4).reshape(-1, 2), {"folded": 2}),
+    "quarters by halves": (lambda m, x, a: x.reshape(-1, 2).reshape(-1, 1), {"folded": 4}),
+    "rows again": (lambda m, x, a: x.reshape(-1, 4).reshape(-1, 2, 2), {}),
+    "chosen": (lambda m, x, a: x.reshape(-1, 4)[ORDER], {"indices": 1}),
+    "chosen twice": (lambda m, x, a: x.reshape(-1, 4)[ORDER][ORDER.flip(0) * 0], {"indices": 2}),
+    "selected": (lambda m, x, a: x.reshape(-1, 4).index_select(0, ORDER), {"indices": 1}),
+    "chosen and halved": (lambda m, x, a: x.reshape(-1, 4)[ORDER].reshape(-1, 2), None),
+    "channels chosen": (lambda m, x, a: x.reshape(-1, 4)[:, ORDER % 4], None),
+    "channels selected": (lambda m, x, a: x.reshape(-1, 4).index_select(1, ORDER % 4), None),
+    "heads between batch and tokens": (lambda m, x, a: x.unsqueeze(1).expand(-1, 2, -1, -1).reshape(-1, 4), None),
+    "fewer": (lambda m, x, a: x.reshape(-1, 4)[1:] * 2, None),
+    "for each expert": (lambda m, x, a: x.reshape(-1, 4).expand(5, -1, 4) * 2, {"tokens": (1,)}),
+    "summed for each expert": (lambda m, x, a: (x.reshape(-1, 4).expand(5, -1, 4) * 2).sum(1), None),
+    "of every expert": (lambda m, x, a: (x.reshape(-1, 4).expand(5, -1, 4) * 2).reshape(-1, 4), None),
+}
+
+
+@pytest.mark.parametrize("name", ON_ONE_AXIS)
+def test_rows_on_one_axis(name):
+    function, expected = ON_ONE_AXIS[name]
+    node, layouts = layout_of(function)
+    layout = layouts.of(node)
+    if expected is None:
+        assert layout is None
+        return
+    assert layout is not None and layout.batch is None
+    assert layout.tokens == expected.get("tokens", (0,)) and layout.folded == expected.get("folded", 1)
+    assert layout.tokens_first == expected.get("tokens_first", False)
+    assert len(layout.indices) == len(set(layout.indices)) == expected.get("indices", 0)
+
+
+def test_folded_heads_are_no_rows():
+    """[B H, T, D] -> [B H T, D]: between two tokens of a sequence lie those of its other heads."""
+    node, layouts = layout_of(lambda m, x, a: x.unsqueeze(1).expand(-1, 2, -1, -1).reshape(-1, x.shape[1], 4) * 2)
+    assert layouts.of(node).folded == 2
+    node, layouts = layout_of(
+        lambda m, x, a: (x.unsqueeze(1).expand(-1, 2, -1, -1).reshape(-1, x.shape[1], 4) * 2).reshape(-1, 4)
+    )
+    assert layouts.of(node) is None
+
+
+def test_a_weight_holds_no_tokens():
+    node, layouts = layout_of(lambda m, x, a: x + m.weight, dynamic=False)
+    program = next(iter(layouts._sizes))  # the mask
+    weight = next(n for n in program.graph.nodes if n.op == "placeholder" and "weight" in n.name)
+    assert layouts.of(weight) is None and layouts.of(node) == TokenLayout(program, 0, (1,))
+    assert layouts.of(next(n for n in program.graph.nodes if n.name == "x")) == TokenLayout(program, 0, (1,))
+
+
+def test_rows_that_may_hold_padding():
+    for function, may in (
+        (lambda m, x, a: x.flatten(0, 1).sort(0).values, True),
+        (lambda m, x, a: x.transpose(0, 1)[..., 0].t().t().contiguous().sort(0).values, True),
+        (lambda m, x, a: x[a.bool()], True),
+        (lambda m, x, a: x.sum(1), False),
+        (lambda m, x, a: (x.sum((0, 2)) * 2)[None], False),
+        (lambda m, x, a: torch.ones(7, 4), False),
+    ):
+        node, layouts = layout_of(function)
+        assert layouts.may_hold_padding(node) == may, function
+    for axis, may in ((0, True), (1, False)):  # of fixed sizes: rows of the length, or of the batch
+        node, layouts = layout_of(lambda m, x, a, axis=axis: x.sum(axis).sort(0).values, dynamic=False)
+        assert layouts.may_hold_padding(node) == may
+
+
+FIXED = {  # x [2, 3, 4] and the mask [2, 3], unless another shape is given
+    "as many channels as tokens": (lambda m, x, a: x @ x.mT @ x[..., :3].mT, (2, 3, 4), TokenLayout(None, 0, (1,))),
+    "as many channels as tokens, of all": (lambda m, x, a: x * 2, (2, 3, 3), TokenLayout(None, 0, (1,))),
+    "as many heads as sequences": (
+        lambda m, x, a: x.view(2, 3, 2, 2).transpose(1, 2) * 2, (2, 3, 4), TokenLayout(None, 0, (2,))
+    ),
+    "as many heads as tokens": (lambda m, x, a: x.view(2, 3, 3, 2).transpose(1, 2) * 2, (2, 3, 6), None),
+    "as many sequences as tokens": (lambda m, x, a: x * 2, (3, 3, 4), TokenLayout(None, 0, (1,))),
+    "as many channels as all tokens": (lambda m, x, a: x * 2, (2, 6, 4), TokenLayout(None, 0, (1,))),
+    "sequences first, six rows": (lambda m, x, a: torch.ones(5, 6, 4) * x.sum(), (2, 3, 4), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_fixed_sizes(name):
+    function, shape, expected = FIXED[name]
+    node, layouts = layout_of(function, dynamic=False, shape=shape)
+    found = layouts.of(node)
+    assert (None if found is None else replace(found, mask=None)) == expected
+
+
+def test_sides_of_inputs():
+    class Node:
+        def __init__(self, name):
+            self.name = name
+
+    names = {"labels": 2, "decoder_input_ids": 2, "encoder_attention_mask": 0, "input_ids": 1}
+    assert {name: _side(Node(name)) for name in names} == names
+
+
+def test_quotients():
+    b, t = sympy.symbols("b t", positive=True, integer=True)
+    assert (_quotient(4 * b * t, b * t), _quotient(b * t, t), _quotient(b + 1, b), _quotient(0, b)) == (
+        4,
+        None,
+        None,
+        None,
+    )
+    assert (_quotient(2 * b, 4 * b), _quotient(6, 2), _quotient(None, b), _quotient(b, None)) == (None, 3, None, None)

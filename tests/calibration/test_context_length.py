@@ -26,12 +26,20 @@ def tokenizer(limit):
     return SimpleNamespace(model_max_length=limit)
 
 
-@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"])
+@pytest.mark.parametrize(
+    "name",
+    ["max_position_embeddings", "n_positions", "max_target_positions", "max_sequence_length", "max_seq_len", "n_ctx",
+     "seq_length"],
+)  # fmt: skip
 def test_configs_name_it_differently(name):
     model = SimpleNamespace(config=SimpleNamespace(**{name: 256}))
     assert context_length(model) == 256 and context_length(model, tokenizer(100)) == 256
-    inside = SimpleNamespace(config=SimpleNamespace(text_config=SimpleNamespace(**{name: 256})))
-    assert context_length(inside) == 256 and within_context(2048, inside) == 256 and within_context(64, inside) == 64
+    for part in ("text_config", "decoder", "llm_config"):
+        inside = SimpleNamespace(config=SimpleNamespace(**{part: SimpleNamespace(**{name: 256})}))
+        assert context_length(inside) == 256
+        assert within_context(2048, inside) == 256 and within_context(64, inside) == 64
+        inside.config.n_positions = 300
+        assert context_length(inside) == 300 or name == "n_positions", "the whole counts before its parts"
 
 
 @pytest.mark.parametrize("unknown", [None, -1, 0, "many", True, 10**30])
@@ -50,4 +58,7 @@ def test_rows_up_to_the_padding_row_are_no_positions():
     """As RoBERTa counts: 514 rows, positions begin behind row 1."""
     assert context_length(Reader(514, padding=1)) == 512
     assert context_length(Reader(512)) == 512
+    types = Reader(512)
+    types.words = nn.Sequential(nn.Embedding(2, 4, padding_idx=0), types.words)
+    assert context_length(types) == 512, "a table of other rows is none of positions"
     assert context_length(Reader(50, words=50)) == 50, "the table of words is none of positions"

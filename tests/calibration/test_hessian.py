@@ -44,6 +44,21 @@ def test_the_hessian_of_a_site(least, monkeypatch):
     assert found.dtype == torch.float64 and torch.allclose(found, x.t().double() @ x.double(), rtol=1e-5)
 
 
+def test_a_model_in_bfloat16_has_a_hessian_in_float64():
+    x, model = torch.randn(40, 8).bfloat16(), nn.Sequential(nn.Linear(8, 6)).bfloat16()
+    program = capture(model, (x,))
+    (site,) = find_sites(program)
+    run = LayerwiseRun(program, [[x]])
+    run.advance(site.node)
+    assert torch.allclose(hessian_of(run, site), x.double().t() @ x.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_finite_inputs_whose_squares_are_not_are_refused():
+    _, run, site = run_to_the_second_site(torch.full((2, 3, 8), 1e30))
+    with pytest.raises(CalibrationError, match=r"batches \[\] bring NaN or Inf to 2.weight"):
+        hessian_of(run, site)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_infinite_inputs_are_named_with_their_batch(bad):
     batches = [torch.randn(2, 3, 8) for _ in range(3)]

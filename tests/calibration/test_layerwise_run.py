@@ -56,7 +56,9 @@ def test_each_node_runs_once_for_each_batch_and_what_no_input_reaches_once():
             self.a, self.scale = nn.Linear(8, 8), nn.Parameter(torch.randn(8))
 
         def forward(self, x):
-            return self.a(x) * torch.exp(self.scale)
+            factor = torch.neg(torch.exp(self.scale))
+            y = self.a(x) * factor
+            return y + torch.sin(factor)
 
     program = capture(Counted(), (torch.randn(3, 8),))
     counts = {}
@@ -72,9 +74,11 @@ def test_each_node_runs_once_for_each_batch_and_what_no_input_reaches_once():
         if node.op == "call_function":
             node.target = counted(node.target, node.name)
     run = LayerwiseRun(program, [[torch.randn(2, 8)] for _ in range(3)])
+    run.advance(next(n for n in program.graph.nodes if n.name == "sin"))  # of a fixed value of an earlier stretch
     run.advance(program.outputs[0])
     run.advance(program.output_node)
-    assert counts == {"linear": 3, "exp": 1, "mul": 3}
+    assert counts == {"linear": 3, "exp": 1, "neg": 1, "mul": 3, "sin": 1, "add": 3}
+    assert not run.fixed, "nothing is kept for nobody"
 
 
 def test_finish_computes_the_rest_with_another_value():
@@ -90,6 +94,29 @@ def test_finish_computes_the_rest_with_another_value():
     assert [list(values) for values in run.values] == [list(values) for values in before]
     run.advance(program.output_node)
     assert len(list(run.values_of(program.outputs[0]))) == 2
+
+
+def test_finish_reads_what_the_batch_has_beside_the_value():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            y = self.first(x)
+            z = torch.tanh(self.second(y) + y)
+            return self.third(z) * z + y
+
+    model, batches = Beside(), [torch.randn(2, 8), torch.randn(2, 8)]
+    program = capture(model, (torch.randn(3, 8),))
+    run = LayerwiseRun(program, [[x] for x in batches])
+    site = find_sites(program)[1]
+    run.advance(site.node)
+    other = torch.randn(2, 8)
+    with torch.no_grad():
+        y = model.first(batches[1])
+        z = torch.tanh(other + y)
+        assert torch.allclose(run.finish(1, site.node, other)[0], model.third(z) * z + y, atol=1e-6)
 
 
 def test_batches_of_another_shape_are_refused():

@@ -13,7 +13,8 @@ from qcompile.evaluation.perplexity import agreement, perplexity
 class Letters:
     """A tokenizer of characters."""
 
-    def __call__(self, text, **_):
+    def __call__(self, text, *, add_special_tokens, **_):
+        assert not add_special_tokens
         return {"input_ids": [ord(c) % 50 for c in text]}
 
 
@@ -34,12 +35,17 @@ def test_windows_do_not_overlap_and_short_text_is_refused():
     assert second[0].tolist() == [ord(c) % 50 for c in "efgh"] and first[0, 0] == ord("a") % 50
     with pytest.raises(ValueError, match="gives 2 windows.*3 are needed"):
         windows(Letters(), "abcdefgh", length=4, count=3)
+    (skipped,) = windows(Letters(), "abcdefgh", length=4, count=1, skip=1)
+    assert torch.equal(skipped, second)
+    with pytest.raises(ValueError, match="gives 2 windows.*3 are needed"):
+        windows(Letters(), "abcdefgh", length=4, count=1, skip=2)
 
 
 def test_calibration_reads_the_end(tmp_path):
     (tmp_path / "t.txt").write_text("a" * 90 + "b" * 20)
     found = batches(Letters(), tmp_path / "t.txt", length=10, count=2)
     assert len(found) == 2 and all(set(b["input_ids"].flatten().tolist()) == {ord("b") % 50} for b in found)
+    assert len(batches(Letters(), tmp_path / "t.txt", length=10)) == 11, "as many as there are"
     with pytest.raises(ValueError, match="110 tokens"):
         batches(Letters(), tmp_path / "t.txt", length=500)
 
@@ -87,11 +93,38 @@ def test_sentences_are_cut_at_the_context():
         pad_token, model_max_length = "p", 10**30
 
         def __call__(self, group, **options):
+            assert options["padding"] and options["truncation"] and options["padding_side"] == "right"
             return {"input_ids": torch.zeros(len(group), options["max_length"] or 50)}
 
     model = torch.nn.Linear(2, 2)
     assert sentence_batches(Pads(), ["a" * 50])[0]["input_ids"].shape[1] == 50
     model.config = SimpleNamespace(max_position_embeddings=32)
     assert sentence_batches(Pads(), ["a" * 50], model=model)[0]["input_ids"].shape[1] == 32
-    chosen = sentences(text="no. " + "a sentence of more than forty characters, it is. " * 3)
-    assert len(chosen) >= 2
+
+
+def test_sentences_are_from_all_over_the_text():
+    every = [f"sentence number {n} of more than forty characters" for n in range(9)]
+    text = ". ".join(["short", "x" * 300, *every, "short"])
+    assert sentences(text=text) == every
+    assert sentences(text=text, count=4) == [every[i] for i in (0, 2, 4, 6)]
+    for bad in (dict(text="short. " * 9), dict(text=text, count=0)):
+        with pytest.raises(ValueError, match="no sentence of 40 to 200 characters"):
+            sentences(**bad)
+
+
+def test_batches_hold_every_sentence():
+    groups = []
+
+    class Pads:
+        pad_token = model_max_length = None
+
+        def __call__(self, group, **options):
+            groups.append(group)
+            return {}
+
+    tokenizer = Pads()
+    with pytest.raises(ValueError, match="no padding token"):
+        sentence_batches(tokenizer, ["a"])
+    tokenizer.pad_token = "p"
+    sentence_batches(tokenizer, list("abcdefg"), size=3)
+    assert groups == [["a", "b", "c"], ["d", "e", "f"], ["g"]]

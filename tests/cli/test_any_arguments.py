@@ -125,6 +125,7 @@ def test_every_bad_number_and_path_is_refused_before_the_model_is_loaded(nothing
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_brackets_in_names_come_out_whole(name, nothing_is_loaded, tmp_path):
     """As a model, a recipe, a text, a file and a folder, in what every command refuses."""

@@ -29,6 +29,7 @@ def test_folders_side_by_side(exported, folder, tmp_path, call):
         call("eval", tmp_path / "l", "--windows", 1, "--length", 32)
 
 
+@pytest.mark.slow
 def test_refusals(exported, folder, call):
     with pytest.raises(ValueError, match="--recipe is for a PyTorch model"):
         call("bench", exported[0], "--recipe", "int8")

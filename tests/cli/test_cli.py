@@ -97,6 +97,7 @@ def test_help_imports_no_slow_package():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_results_only(folder):
     """Progress bars and spinners are no part of what a command prints."""
     command = [sys.executable, "-m", "qcompile.cli", "eval", folder, "--windows", "1", "--length", "32"]

@@ -30,6 +30,7 @@ def test_compare_on_a_rotated_copy(folder, call, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_tune(folder, tmp_path, call):
     loose = call("tune", folder, "--max-loss", "500%", *FEW, "--out", tmp_path / "t.json")
     assert "w4a8 stays within 500.0%" in loose and (tmp_path / "t.png").is_file()

@@ -11,12 +11,14 @@ from qcompile.codegen.onnx.onnx_options import OnnxOptions
 from qcompile.recipe.recipe import RecipeError
 
 
+@pytest.mark.slow
 def test_quantize_writes_a_model_that_the_others_read(folder, tmp_path, call):
     assert "15 of 15 sites" in call("quantize", folder, tmp_path / "q", "--recipe", "w4a8")
     assert "perplexity" in call("eval", tmp_path / "q", "--windows", 1, "--length", 64)
     assert "the" in call("generate", tmp_path / "q", "--prompt", "the", "--tokens", 3)
 
 
+@pytest.mark.slow
 def test_auto_takes_a_preset(folder, tmp_path, call):
     assert "15 of 15 sites" in call("quantize", folder, tmp_path / "auto", "--recipe", "auto")
 

@@ -28,6 +28,7 @@ from qcompile.ir.aten_ops import (
     TRANSPOSES,
     VIEWS,
     aten,
+    is_cast,
     reads_elements,
 )
 from qcompile.ir.capture import capture
@@ -209,3 +210,19 @@ def test_sizes_read_no_element():
     program = capture(Sizes(), (torch.randn(3, 4),))
     (size,) = program.inputs[0].users
     assert size.target in SIZES and not reads_elements(size, program.inputs[0])
+
+
+def test_casts_of_floats_to_floats_are_casts():
+    class Casts(nn.Module):
+        def forward(self, x):
+            return x.double(), x.long(), (x > 0).float(), x.sin(), x.double().to(x)
+
+    program = capture(Casts(), (torch.randn(3, 4),))
+    assert [is_cast(node) for node in program.outputs] == [True, False, False, False, True]
+    assert not is_cast(program.inputs[0])
+
+
+@pytest.mark.parametrize("op", sorted(MATMULS, key=str), ids=str)
+def test_products_are_bilinear(op):
+    x, y = X, X.mT.contiguous()
+    assert torch.equal(op(2 * x, y), op(x, 2 * y)) and torch.equal(op(2 * x, y), 2 * op(x, y))

@@ -8,6 +8,7 @@ from torch import nn
 import qcompile
 from qcompile.ir.aten_ops import aten
 from qcompile.ir.capture import capture
+from qcompile.ir.in_place import is_off, memory_of, written_memory
 from qcompile.ir.node_meta import WRITTEN
 
 
@@ -171,3 +172,60 @@ def test_an_activation_is_quantized_as_it_is_when_its_linear_reads_it():
     compiled = torch.compile(model, backend="qcompile", options={"on_slow_kernel": "quantize"})
     for got, expected in zip(compiled(x), want, strict=True):
         assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+def test_values_that_are_written_to_are_marked():
+    program = capture(WrittenLater(), (torch.randn(3, 4, 8),))
+    marked = {node.name for node in program.graph.nodes if node.meta.get(WRITTEN)}
+    (product, *_), linears = (
+        [n for n in program.graph.nodes if n.target is target] for target in (aten.mul.Tensor, aten.linear.default)
+    )
+    assert product.name in marked and len(linears) == 2 and not {n.name for n in linears} & marked
+
+
+def test_only_what_is_written_counts_as_written():
+    class Reads(nn.Module):
+        def forward(self, x):
+            y, z = x * 2, x + 3
+            y[:, 0] += z[:, 0]
+            return y, z * 2
+
+    program = capture(Reads(), (torch.randn(3, 4),))
+    (z,) = [node for node in program.graph.nodes if node.target is aten.add.Tensor and node.args[1] == 3]
+    assert memory_of(z) not in written_memory(program) and written_memory(program)
+
+
+def test_the_memory_of_a_list_is_that_of_its_parts():
+    program = capture(InPlace(lambda y, z, t: y.split(4, -1)[1] * 2), (torch.randn(2, 4, 8),))
+    split = next(node for node in program.graph.nodes if node.target is aten.split.Tensor)
+    assert memory_of(split) == memory_of(split.args[0]) is not None
+
+
+def test_a_dropout_in_training_is_not_off():
+    program = capture(InPlace(lambda y, z, t: torch.dropout(y, 0.5, True)), (torch.randn(2, 4, 8),))
+    (dropout,) = [node for node in program.graph.nodes if node.target is aten.dropout.default]
+    assert not is_off(dropout)
+
+
+def test_the_same_part_of_a_split_twice():
+    def function(y, z, table):
+        parts = y.split(4, -1)
+        first, again = parts[0], parts[0][:, :]
+        before = again * 1.0
+        first.view(-1, 4)[0] = 7.0
+        return before, y[..., 0] * 2
+
+    model, x = InPlace(function), torch.randn(2, 4, 8)
+    program = capture(model, (x,), dynamic=False)
+    with torch.no_grad():
+        want = model(x)
+    for got, expected in zip(program(x), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_result_of_another_shape_stays_in_place():
+    model, x = InPlace(lambda y, z, t: (y.unsqueeze_(0), y * 2)[1]), torch.randn(2, 4, 8)
+    program = capture(model, (x,), dynamic=False)
+    with torch.no_grad():
+        want = model(x)
+    assert program(x)[0].shape == want.shape and torch.equal(program(x)[0], want)

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from qcompile.analysis.sites import find_sites
-from qcompile.ir.capture import capture
-from qcompile.ir.linear_modules import recorded_calls
+from qcompile.ir.capture import capture, from_exported
+from qcompile.ir.linear_modules import find_linear_modules, recorded_calls
 from qcompile.ir.node_meta import MODULE, NO_MODULE
 
 K = 8
@@ -42,6 +42,7 @@ def notes(model, x=None):
         (lambda m, x, f: functional.dropout(f(x), 0.1, m.training), "computes aten.dropout too"),
         (lambda m, x, f: f(x).relu_(), "computes aten.relu_ too"),
         (lambda m, x, f: f(f(x)), "computes aten.linear too"),
+        (lambda m, x, f: (f(x), x.zero_())[0], "computes aten.zero_ too"),
         (lambda m, x, f: functional.linear(x, m.weight, x.mean(0)), "adds something else than a bias of its own"),
         (lambda m, x, f: f(x).flatten(), "gives its rows another shape"),
         (lambda m, x, f: f(x.t()).t(), "computes aten.t too"),
@@ -188,3 +189,144 @@ def test_calls_of_other_models_are_not_recorded():
         other(torch.ones(1, K))
         mine(torch.ones(1, K))
     assert not odd and not nn.modules.module._global_forward_hooks
+
+
+class Calls(nn.Module):
+    """A module and how it is called."""
+
+    def __init__(self, inner, call):
+        super().__init__()
+        self.inner, self.call = inner, call
+
+    def forward(self, x):
+        return self.call(self.inner, x)
+
+
+class Stored(nn.Module):
+    """A product with a weight that is stored [N, K], or [K, N], and what `function` makes of it."""
+
+    def __init__(self, function, shape=(K, K)):
+        super().__init__()
+        self.weight, self.bias, self.function = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(K)), function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize("function", [lambda m, x: torch.mm(x, m.weight), lambda m, x: x @ m.weight])
+def test_products_without_a_bias_are_linears(function):
+    model = nn.Sequential(Stored(function))
+    model[0].bias = None
+    assert notes(model)["0.weight"] == "0"
+
+
+@pytest.mark.parametrize(
+    "parameter,call,expected",
+    [
+        ("x", lambda m, x: m(x=x), "is called with the keyword x"),
+        ("input", lambda m, x: m(input=x), "inner"),
+        ("x", lambda m, x: m([x]), "is called with more than a tensor"),
+        ("x", lambda m, x: m(x), "inner"),
+    ],
+)
+def test_calls_that_a_replacement_does_not_know(parameter, call, expected):
+    class Named(nn.Linear):
+        def forward(self, x):
+            return super().forward(x[0] if isinstance(x, list) else x)
+
+    inner = nn.Linear(K, K) if parameter == "input" else Named(K, K)
+    found = notes(Calls(inner, call))["inner.weight"]
+    assert found == expected if expected == "inner" else expected in found
+
+
+def test_no_hook_stays_on_the_model():
+    model = nn.Sequential(nn.Linear(K, K))
+    notes(model)
+    assert not model._forward_hooks and not model[0]._forward_hooks
+
+
+def test_products_that_share_a_weight_are_modules_together_or_not_at_all():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(K, K), Changed(lambda m, x, f: f(x) * 2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    program = capture(Half().eval(), (torch.randn(3, K),))
+    reasons = {site.node.meta.get(NO_MODULE) for site in find_sites(program)}
+    assert len(reasons) == 1 and "computes aten.mul.Tensor too" in reasons.pop()
+
+
+@pytest.mark.parametrize("call", [lambda m, x: m(x.view(-1, K)), lambda m, x: m(x).view(-1, K), lambda m, x: m(x)])
+def test_views_outside_of_the_call_do_not_count(call):
+    assert notes(Calls(nn.Linear(K, K), call), torch.randn(2, 3, K))["inner.weight"] == "inner"
+
+
+def test_what_a_module_hands_on_besides_is_named():
+    class Keeps(nn.Linear):
+        def forward(self, x):
+            self.kept = x.view(-1, K)
+            return super().forward(self.kept).view(x.shape)
+
+    def call(m, x):
+        return m(x).sum() + m.kept.sum()
+
+    assert (
+        notes(Calls(Keeps(K, K), call), torch.randn(2, 3, K))["inner.weight"] == "inner hands on more than the product"
+    )
+
+
+@pytest.mark.parametrize(
+    "shape,out", [((2, 3, 2 * K), (2, 3, 2, K)), ((2, 3, 2 * K), (2, 3, 2 * K)), ((2, 3, K), (6, K))]
+)
+def test_channels_in_another_shape(shape, out):
+    model = nn.Sequential(Stored(lambda m, x: nn.functional.linear(x.view(-1, K), m.weight, m.bias).view(out)))
+    assert notes(model, torch.randn(shape))["0.weight"] == "0 gives its rows another shape"
+
+
+def test_hooks_that_look_at_weights_do_not_count():
+    model, looked = nn.Sequential(nn.Linear(K, K)), []
+    model[0].register_forward_hook(lambda m, args, result: looked.append(m.weight.abs().max()))
+    assert notes(model)["0.weight"] == "0"
+
+
+def test_a_transposed_weight_is_the_modules_own():
+    model = nn.Sequential(Stored(lambda m, x: torch.addmm(m.bias, x, m.weight.t())))
+    assert notes(model)["0.weight"] == "0"
+    model = nn.Sequential(Stored(lambda m, x: torch.addmm(m.bias, x.t(), m.weight.t())))
+    assert "computes aten.t too" in notes(model, torch.randn(K, K))["0.weight"]
+
+
+def test_a_bias_that_broadcasts_is_no_bias():
+    model = nn.Sequential(Stored(lambda m, x: torch.addmm(m.bias, x, m.weight.t())))
+    model[0].bias = nn.Parameter(torch.randn(3, K))
+    assert notes(model)["0.weight"] == "0 adds something else than a bias of its own"
+
+
+def test_what_writes_to_memory_counts():
+    class Counts(nn.Linear):
+        def __init__(self):
+            super().__init__(K, K)
+            self.seen = torch.zeros(K)
+
+        def forward(self, x):
+            return super().forward(x)
+
+    def call(m, x):
+        x[:, 0] = 0.0
+        return m(x)
+
+    assert notes(Calls(Counts(), call))["inner.weight"] == "inner"
+
+
+def test_paths_do_not_hold_the_prefix_of_a_wrapper():
+    model = nn.Sequential(nn.Linear(K, K))
+    wrapper = nn.Sequential(model).eval()
+    with recorded_calls(model) as odd:
+        exported = torch.export.export(wrapper, (torch.randn(3, K),))
+    assert not odd
+    program = from_exported(exported, wrapper, "0.", find_linear_modules(model, odd, "0."))
+    assert [site.node.meta[MODULE] for site in find_sites(program)] == ["0"]

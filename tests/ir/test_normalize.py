@@ -218,3 +218,115 @@ def test_a_computed_bias_is_a_sum_behind_the_product():
     (linear,) = program.graph.find_nodes(op="call_function", target=aten.linear.default)
     assert len(linear.args) == 2
     assert torch.allclose(program(x)[0], model(x), atol=1e-6)
+
+
+def same(model, x, **options):
+    program = capture(model.eval(), (x,), **options)
+    with torch.no_grad():
+        want = model(x)
+    for got, expected in zip(program(x), want if isinstance(want, tuple) else (want,), strict=True):
+        assert torch.allclose(got, expected, atol=1e-5)
+    return program
+
+
+class Parts(nn.Module):
+    """Parameters that are parts of one memory: neither offset, nor shape, nor strides alone tell them apart."""
+
+    def __init__(self):
+        super().__init__()
+        memory = torch.randn(100)
+        self.all, self.next = nn.Parameter(memory[:64].view(8, 8)), nn.Parameter(memory[32:96].view(8, 8))
+        self.transposed, self.rows = nn.Parameter(memory[:64].view(8, 8).t()), nn.Parameter(memory[:48].view(6, 8))
+
+    def forward(self, x):
+        linear = nn.functional.linear
+        return linear(x, self.all), linear(x, self.next), linear(x, self.transposed), linear(x, self.rows)
+
+
+def test_parts_of_one_memory_are_not_tied():
+    assert not same(Parts(), torch.randn(3, 8)).aliases
+
+
+class Function(nn.Module):
+    def __init__(self, function, shape=(8, 6)):
+        super().__init__()
+        self.weight, self.bias, self.function = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(6)), function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def test_a_dropout_in_training_stays():
+    program = capture(Function(lambda m, x: torch.dropout(x, 0.5, True)), (torch.randn(3, 8),))
+    assert targets(program) == [aten.dropout.default]
+
+
+def test_a_copy_that_nothing_writes_to_goes():
+    program = same(Function(lambda m, x: torch.relu(x.to(torch.float32, copy=True))), torch.randn(3, 8))
+    assert targets(program) == [aten.relu.default]
+
+
+def test_slices_that_drop_something_stay():
+    program = same(Function(lambda m, x: (x[:-1] * 1.5, x[:3] * 2.5, x[:4] * 3.5)), torch.randn(5, 8), dynamic=False)
+    assert targets(program).count(aten.slice.Tensor) == 3
+
+
+@pytest.mark.parametrize("beta,alpha", [(0.5, 1), (1, 2.0)])
+def test_factors_of_a_product_with_a_weight_stay(beta, alpha):
+    same(Function(lambda m, x: torch.addmm(m.bias, x, m.weight, beta=beta, alpha=alpha)), torch.randn(3, 8))
+
+
+STAY = {
+    "a stack": (lambda m, x: x @ m.weight, (2, 8, 6)),
+    "a transposed stack": (lambda m, x: x @ m.weight.mT, (2, 6, 8)),
+    "a stack whose first axes are transposed": (lambda m, x: x @ m.weight.transpose(0, 1), (8, 2, 6)),
+    "a vector": (lambda m, x: x @ m.weight, (8,)),
+    "a computed weight": (lambda m, x: x @ m.weight.exp(), (8, 6)),
+    "what reads it as it is": (lambda m, x: (x @ m.weight) @ m.weight.t(), (8, 6)),
+}
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_products_with_stacks_and_vectors_stay(name):
+    function, shape = STAY[name]
+    x = torch.randn(2, 3, 8)
+    program = same(Function(function, shape), x, dynamic=False)
+    assert not program.transposed and (aten.linear.default in targets(program)) == (name == "what reads it as it is")
+
+
+def test_a_weight_under_two_names_stays_as_it_is_stored():
+    """The other name is not read, but is a parameter all the same."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.randn(8, 6)), nn.Linear(6, 8, bias=False)
+            self.second.weight = self.first
+
+        def forward(self, x):
+            return x @ self.first
+
+    program = same(Two(), torch.randn(3, 8), dynamic=False)
+    assert not program.transposed
+
+
+def test_a_transpose_by_axes_from_both_ends():
+    same(Function(lambda m, x: x @ m.weight.transpose(-1, 1), (8, 8)), torch.randn(3, 8))
+
+
+def test_a_stored_bias_stays_with_its_product():
+    program = same(nn.Linear(8, 6), torch.randn(3, 8))
+    assert targets(program) == [aten.linear.default] and len(program.outputs[0].args) == 3
+
+
+def test_both_results_of_a_scope_without_gradients():
+    class Scoped(nn.Module):
+        def forward(self, x):
+            with torch.set_grad_enabled(not torch.is_grad_enabled()):
+                y, z = x * 2, x + 3
+            return y - z * x
+
+    x = torch.randn(3, 8)
+    program = capture(Scoped(), (x,))
+    assert targets(program) == [aten.mul.Tensor, aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor]
+    assert torch.allclose(program(x)[0], Scoped()(x))

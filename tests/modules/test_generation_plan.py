@@ -53,7 +53,7 @@ def _sharing():
 @pytest.mark.parametrize(
     "config, why",
     [
-        (_hybrid, "keys and values only"),
+        (_hybrid, "is a hybrid: 1 of its 2 layers cache the state of a convolution"),
         pytest.param(_sharing, "4 attentions, the cache 2 layers", marks=pytest.mark.slow),
     ],
 )

@@ -13,6 +13,7 @@ from qcompile.numerics.bit_packing import pack, packed_columns, unpack
 def test_nibble_layout():
     assert pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x03]]
     assert pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 3).tolist() == [[0b11010001, 0b0]]
+    assert pack(torch.tensor([[1, 255]], dtype=torch.int16), 8).dtype == torch.uint8
 
 
 @given(st.integers(1, 40), st.sampled_from([2, 3, 4, 8]), st.integers(0, 999))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics_formats import FORMATS
 
+from qcompile.numerics import clip_search
 from qcompile.numerics.format import Format
 from qcompile.numerics.qparams import fake_quantize
 from qcompile.numerics.rounding import quantize_tensor
@@ -46,6 +47,15 @@ def test_clip_tries_the_extreme_on_the_code_that_only_one_side_has(w, text):
         scale = extreme * (1 - shrink / 100) / form.qmin
         one = (fake_quantize(w, torch.where(scale == 0, 1, scale), None, form) - w).abs().pow(2.4).sum(1)
         assert bool((found <= one * (1 + 1e-3) + 1e-12).all()), shrink
+
+
+def test_the_chunks_of_a_search_change_nothing(monkeypatch):
+    w = torch.randn(40, 64) * torch.logspace(-3, 3, 40)[:, None]
+    whole = quantize_tensor(w, Format.parse("int4/group16/zero"), clip=True)
+    monkeypatch.setattr(clip_search, "_CHUNK", 7 * 64)
+    chunked = quantize_tensor(w, Format.parse("int4/group16/zero"), clip=True)
+    for one, other in zip(whole.parts[:3], chunked.parts[:3], strict=True):
+        assert torch.equal(one, other)
 
 
 @given(st.integers(0, 999), st.sampled_from(["int4/group32", "int3/group32", "int8/group32"]))

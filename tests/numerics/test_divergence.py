@@ -29,3 +29,11 @@ def test_relative_squared_error():
     reference = torch.tensor([3.0, 4.0])
     assert relative_squared_error(reference, torch.tensor([3.0, 5.0])) == 1 / 25
     assert relative_squared_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_squared_error(reference, torch.tensor([3.0, 6.0])) == 4 / 25
+    large = torch.tensor([300.0, 400.0], dtype=torch.float16)
+    assert relative_squared_error(large, 2 * large) == 1, "squares are beyond float16"
+
+
+def test_logits_of_few_bits_are_compared_in_float32():
+    p, q = torch.randn(3, 7, 11).bfloat16(), torch.randn(3, 7, 11).bfloat16()
+    assert torch.equal(kl_divergence(p, q), kl_divergence(p.float(), q.float()))

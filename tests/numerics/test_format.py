@@ -1,14 +1,15 @@
-"""Formats as text, and the combinations that do not exist."""
+"""Formats as text, what follows from one, and the combinations that do not exist."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from numerics_formats import FORMATS
 
 from qcompile.numerics.format import Format
 
 
-@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize("text", [*FORMATS, "int4/group32/smooth"])
 def test_text_round_trip(text):
     assert str(Format.parse(text)) == text
     assert Format.parse(str(Format.parse(text))) == Format.parse(text)
@@ -28,11 +29,52 @@ def test_text_round_trip(text):
         "fp8/group16/smooth",
         "int4/group16/zero/smooth",
         "int4/row/smooth",
+        "int8/group16/dual",
+        "int4/group16/floatzero/dual",
+        "int4/group16/dual/smooth",
+        "fp4/group16/dual",
     ],
 )
 def test_impossible_formats_are_refused(text):
     with pytest.raises(ValueError):
         Format.parse(text)
+
+
+@pytest.mark.parametrize(
+    "parts, words",
+    [
+        (("int8", "column"), "granularity 'column' is unknown"),
+        (("int4", "group", 0), "granularity 'group' and group size 0"),
+        (("int4", "row", 16), "granularity 'row' and group size 16"),
+        (("fp4", "group", 16, "none", False, "m3"), "powers='m3'"),
+    ],
+)
+def test_parts_that_no_text_says_are_refused(parts, words):
+    with pytest.raises(ValueError, match=words):
+        Format(*parts)
+
+
+@pytest.mark.parametrize(
+    "text, dtype, codes, largest, is_float, two_level, rows",
+    [
+        ("int8/row", torch.int8, (-128, 127), 127.0, False, False, True),
+        ("int8/tensor", torch.int8, (-128, 127), 127.0, False, False, True),
+        ("int8/row/zero", torch.uint8, (0, 255), 255.0, False, False, False),
+        ("int8/group16", torch.int8, (-128, 127), 127.0, False, False, False),
+        ("int4/row", torch.int8, (-8, 7), 7.0, False, False, False),
+        ("int4/group16/floatzero", torch.uint8, (0, 15), 15.0, False, False, False),
+        ("int4/group16/dual", torch.int8, (-8, 7), 7.0, False, True, False),
+        ("int3/group16/zero", torch.uint8, (0, 7), 7.0, False, False, False),
+        ("fp4/row", torch.uint8, (0, 15), 6.0, True, False, False),
+        ("fp4/group16/m1", torch.uint8, (0, 15), 6.0, True, True, False),
+        ("fp8/row", torch.float8_e4m3fn, None, 448.0, True, False, False),
+    ],
+)
+def test_what_follows_from_a_format(text, dtype, codes, largest, is_float, two_level, rows):
+    form = Format.parse(text)
+    assert (form.code_dtype, form.max_value) == (dtype, largest)
+    assert (form.is_float, form.two_level, form.is_int8_rows) == (is_float, two_level, rows)
+    assert codes in (None, (form.qmin, form.qmax))
 
 
 def test_a_group_beyond_the_row_is_one_group_of_the_row():

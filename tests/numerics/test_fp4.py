@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +21,13 @@ def test_e2m1_is_the_standard_format():
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 99.0])
     assert decode_e2m1(encode_e2m1(ties)).tolist() == [0, 1, 1, 2, 2, 4, 4, 6]
     assert decode_e2m1(encode_e2m1(-ties.double())).tolist() == [-0.0, -1, -1, -2, -2, -4, -4, -6]
+
+
+def test_the_middle_between_two_values_parts_them():
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    for low, high in itertools.pairwise(values):
+        sides = torch.tensor([(low + high) / 2 - 1e-3, (low + high) / 2 + 1e-3])
+        assert decode_e2m1(encode_e2m1(sides)).tolist() == [low, high]
 
 
 @given(st.floats(-8, 8))

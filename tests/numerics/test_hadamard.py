@@ -9,6 +9,7 @@ from qcompile.numerics.hadamard import (
     apply_hadamard,
     hadamard_factors,
     hadamard_matrix,
+    random_orthogonal,
     random_rotation,
     random_signs,
     undo_hadamard,
@@ -46,7 +47,20 @@ def test_known_factors():
         and hadamard_factors(2048) == (1, 11)
         and hadamard_factors(14336) == (28, 9)
     )
-    assert hadamard_factors(22) is None
+    assert hadamard_factors(22) is None and hadamard_factors(0) is None
+
+
+def test_a_rotation_is_that_of_the_transform():
+    matrix, kind = random_rotation(576, 7)
+    assert kind == "randomized Hadamard 36*16"
+    assert torch.allclose(matrix, apply_hadamard(torch.eye(576).double(), random_signs(576, 7)), atol=1e-12)
+
+
+def test_random_orthogonal_matrices_have_the_haar_measure():
+    """Q of a Gaussian Q R whose R has a positive diagonal: there is one such Q."""
+    gaussian = torch.randn(9, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    r = random_orthogonal(9, 3).t() @ gaussian
+    assert torch.allclose(r, r.triu(), atol=1e-12) and bool((r.diagonal() > 0).all())
 
 
 @pytest.mark.parametrize("n", [1, 8, 12, 20, 28, 40])

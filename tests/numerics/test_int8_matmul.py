@@ -18,9 +18,13 @@ def test_sums_are_exact_on_every_kind_of_processor(monkeypatch, columns, fast):
     x[0], w[0] = -128, -128  # the largest sum of all
     x[1], w[1] = 127, 127  # and an odd one, which float32 does not have beyond 2^24
     x[1, 0] = 127 if columns % 2 else 126
+    x[2], w[2] = -128, -128
+    x[2, 0], w[2, 0] = 1, 1  # odd, and in one block beyond 2^24 if that had one column more
     want = (x.double() @ w.double().t()).int()
     assert torch.equal(int8_matmul.int8_matmul(x, w), want)
     assert torch.equal(int8_matmul.int8_matmul(x.t().contiguous().t()[:1], w), want[:1])
+    lone = torch.empty_strided((1, columns), (7, 1), dtype=torch.int8).copy_(x[:1])
+    assert torch.equal(int8_matmul.int8_matmul(lone, w), want[:1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(int8_matmul.int8_matmul(x, w), want)
     assert int8_matmul.int8_matmul(x[:0], w).shape == (0, 33)
@@ -69,6 +73,7 @@ def test_sums_of_nothing_are_zero(monkeypatch, fast):
     [
         (torch.zeros(3, 8, dtype=torch.int8), torch.zeros(5, 9, dtype=torch.int8), r"\(3, 8\) and weight \(5, 9\)"),
         (torch.zeros(8, dtype=torch.int8), torch.zeros(5, 8, dtype=torch.int8), r"needs \[M, K\]"),
+        (torch.zeros(3, 8, dtype=torch.int8), torch.zeros(8, dtype=torch.int8), r"weight \(8,\)"),
         (torch.zeros(3, 8), torch.zeros(5, 8, dtype=torch.int8), "x is torch.float32"),
         (torch.zeros(1, 2**17, dtype=torch.int8), torch.zeros(1, 2**17, dtype=torch.int8), "up to 131071"),
     ],

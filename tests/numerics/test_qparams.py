@@ -16,6 +16,7 @@ from qcompile.numerics.qparams import (
     fake_quantize,
     quantize_with_qparams,
 )
+from qcompile.numerics.qtensor import QTensor
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.testing import weights
 
@@ -48,6 +49,23 @@ def test_a_range_of_zeros_has_scale_one():
     assert choose_qparams(zeros, zeros, Format("int8"))[0].tolist() == [1, 1]
     scale, zero = choose_qparams(zeros, zeros, Format("int8", zero="int"))
     assert scale.tolist() == [1, 1] and zero.tolist() == [0, 0]
+
+
+def test_two_level_codes_are_bounded_where_int8_ends():
+    """Of every group scale and zero point: the codes whose s (q - z) fits int8, and not one less."""
+    form = Format.parse("int4/group2/zero/dual")
+    group_scale = torch.arange(1, 128, dtype=torch.int8).repeat_interleave(16)[:, None]
+    zero = torch.arange(16, dtype=torch.uint8).repeat(127)[:, None]
+    rows = len(zero)
+    q = QTensor(torch.zeros(rows, 2, dtype=torch.uint8), torch.full((rows, 1), 0.5), zero, group_scale, form)
+    scale, zeros, low, high = expand_qparams(q)
+    codes = torch.arange(16)
+    fits = ((codes - zero.int()) * group_scale.int()).abs() <= 127
+    assert torch.equal(low[:, 0].int(), torch.where(fits, codes, 99).amin(1))
+    assert torch.equal(high[:, 0].int(), torch.where(fits, codes, -1).amax(1))
+    far = torch.tensor([[-1e4, 1e4]]).expand(rows, 2).contiguous()
+    inner = fake_quantize(far, scale, zeros, form, low, high) / 0.5
+    assert int(inner.abs().max()) <= 127
 
 
 @pytest.mark.parametrize("form", [f for f in FORMATS if Format.parse(f).per != "tensor"])

@@ -47,6 +47,31 @@ def test_stored_parts_are_read_back(w, text):
     assert q.nbytes == sum(part.nbytes for part in q.stored_parts if part is not None)
 
 
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_dequantized_values_are_scale_times_code_less_zero(text):
+    """Value by value, of a matrix with a ragged last group."""
+    form = Format.parse(text)
+    q = quantize_tensor(torch.randn(3, 40) + 0.5, form)
+
+    def value(row, column):
+        group = column // form.group if form.per == "group" else 0
+        code = float(q.codes[row, column])
+        if form.dtype == "fp4":
+            code = (-1 if code > 7 else 1) * E2M1[int(code) % 8]
+        code -= 0 if q.zero is None else float(q.zero[row, group])
+        scale = float(q.scale if form.per == "tensor" else q.scale[row, 0 if form.two_level else group])
+        if form.dual:
+            scale *= int(q.group_scale[row, group])
+        return code * scale * (2.0 ** int(q.group_scale[row, group]) if form.powers else 1)
+
+    want = torch.tensor([[value(row, column) for column in range(40)] for row in range(3)])
+    assert torch.allclose(q.dequantize(), want, rtol=1e-6, atol=1e-7)
+    assert q.dequantize(torch.bfloat16).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     "text", ["int4/group16/zero", "int8/row", "int8/tensor", "int4/group16/zero/dual", "fp4/group16/m2"]
 )
@@ -55,6 +80,7 @@ def test_split_matrices_are_the_rows_of_the_whole(text):
     blocks = whole.split([4, 1, 2])
     assert [len(block.codes) for block in blocks] == [4, 1, 2]
     assert torch.equal(torch.cat([block.dequantize() for block in blocks]), whole.dequantize())
+    assert all(block.codes.is_contiguous() for block in blocks)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +97,8 @@ def test_a_group_beyond_the_row_is_not_padded(text):
     assert torch.equal(back.dequantize(), narrow.dequantize())
 
 
-def test_missing_group_scales_are_refused():
-    q = quantize_tensor(torch.randn(4, 64), Format.parse("int4/group32/dual"))
+@pytest.mark.parametrize("text", ["int4/group32/dual", "fp4/group32/m2"])
+def test_missing_group_scales_are_refused(text):
+    q = quantize_tensor(torch.randn(4, 64), Format.parse(text))
     with pytest.raises(ValueError, match="group_scale is None"):
         QTensor(q.codes, q.scale, None, None, q.format).dequantize()

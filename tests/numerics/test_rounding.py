@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -48,8 +49,62 @@ def test_rounding_twice_is_rounding_once(w, text):
     assert torch.allclose(once, twice, rtol=1e-5, atol=1e-9)
 
 
+E2M1 = np.float32([s * v for s in (-1, 1) for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)])
+ONE_LEVEL = [f for f in FORMATS if "dual" not in f and "/m" not in f]
+
+
+def by_hand(values, form):
+    """Scale, zero point, codes and dequantized values of one group, as format.py writes them, in float32."""
+    low, high = min(0, values.min()), max(0, values.max())
+    peak = np.abs(values).max()
+    scale = peak / np.float32(form.max_value) if form.zero == "none" else (high - low) / np.float32(form.qmax)
+    scale = scale if scale > 0 else np.float32(1)
+    if form.dtype == "fp8":
+        return scale, 0, None, torch.from_numpy(values / scale).to(torch.float8_e4m3fn).float().numpy() * scale
+    if form.dtype == "fp4":
+        return scale, 0, None, E2M1[np.abs(values[:, None] / scale - E2M1).argmin(-1)] * scale
+    zero = -low / scale if form.zero == "float" else np.rint(-low / scale) if form.zero == "int" else np.float32(0)
+    codes = np.rint(values / scale + zero) if form.zero == "float" else np.rint(values / scale) + zero
+    codes = codes.clip(form.qmin, form.qmax)
+    return scale, zero, codes, (codes - zero) * scale
+
+
+@pytest.mark.parametrize("text", ONE_LEVEL)
+def test_codes_scales_and_zero_points_are_those_of_the_header(text):
+    """Of rows of either sign, of both, of none, of halves of a scale; the last group is ragged."""
+    form = Format.parse(text)
+    w = torch.randn(6, 40)
+    w[1], w[2], w[3] = w[1].abs() + 1, -w[2].abs() - 1, 0
+    w[4] = torch.arange(40) - 20 + 0.5
+    w[4, ::8] = form.max_value  # the other values are halves, at a scale of one where there is no zero point
+    middle = form.qmax // 2  # odd: halves beside it are rounded before a zero point is added
+    w[5] = torch.arange(40) % 3 - 1.5
+    w[5, ::8], w[5, 1::8] = -middle, form.qmax - middle
+    q = quantize_tensor(w, form)
+    width = {"tensor": 240, "row": 40}.get(form.per, form.group)
+    groups = [part for row in (w.reshape(1, -1) if form.per == "tensor" else w) for part in row.split(width)]
+    scales, zeros, codes, values = zip(*(by_hand(group.numpy(), form) for group in groups), strict=True)
+    assert q.scale.flatten().tolist() == list(scales)
+    assert q.scale.shape == (() if form.per == "tensor" else (6, form.groups(40)))
+    assert torch.equal(q.dequantize().flatten(), torch.from_numpy(np.concatenate(values)))
+    assert (q.zero is None) == (form.zero == "none") and (q.zero is None or q.zero.flatten().tolist() == list(zeros))
+    if not form.is_float:
+        assert q.codes.flatten().tolist() == np.concatenate(codes).tolist()
+
+
+@pytest.mark.parametrize("text", [*FORMATS, "int4/group16/smooth"])
+def test_parts_are_dense_and_bfloat16_values_are_rounded_as_float32(text):
+    """Halves of a bfloat16 quotient are none of the float32 one."""
+    w, form = torch.randn(8, 40).bfloat16(), Format.parse(text)
+    q, wide = quantize_tensor(w, form), quantize_tensor(w.float(), form)
+    for part, want in zip(q.parts, wide.parts, strict=True):
+        assert (part is None) == (want is None)
+        assert part is None or (part.is_contiguous() and part.dtype == want.dtype)
+        assert part is None or torch.equal(part.float(), want.float())
+
+
 def test_zero_rows_stay_zero():
-    for text in FORMATS:
+    for text in [*FORMATS, "int4/group16/smooth"]:
         assert not quantize_tensor(torch.zeros(2, 20), Format.parse(text)).dequantize().any()
 
 
@@ -77,6 +132,25 @@ def test_smooth_scales_have_rank_one_and_massive_activations_do_not_matter(seed)
     assert torch.equal(after.scale[0, others], calm.scale[0, others])
 
 
+def test_smoothing_by_hand():
+    """Of channels whose values are all zeros, of a token of zeros, and of one token alone, which is not smoothed."""
+    x, form = torch.randn(6, 40), Format.parse("int4/group16/smooth")
+    x[:, 16:32] = 0
+    x[2] = 0
+    q = quantize_tensor(x, form)
+    peaks = torch.stack([group.abs().amax(1) for group in x.split(16, 1)], 1)  # [T, groups]
+    channels = peaks.amax(0)
+    channels[1] = 1
+    scale = (peaks / channels).amax(1, keepdim=True) / 7 * channels
+    scale[2] = 1
+    assert torch.equal(q.scale, scale)
+    assert torch.equal(q.codes.float(), (x / expand_groups(scale, form, 40)).round())
+    alone = quantize_tensor(x[0], form)
+    assert torch.equal(alone.scale, (x[0].abs().max() / 7).expand(3))
+    token = quantize_tensor(x[:1], form)  # one token: its own peaks are the channels'
+    assert torch.allclose(token.scale, torch.where(peaks[:1] > 0, peaks[:1], 1) / 7)
+
+
 @pytest.mark.parametrize("shape", [(0, 64), (5, 0), (2, 0, 32), (0,)])
 @pytest.mark.parametrize("text", FORMATS)
 def test_no_values_are_no_codes(text, shape):
@@ -85,6 +159,10 @@ def test_no_values_are_no_codes(text, shape):
     assert q.codes.shape == shape and q.dequantize().shape == shape
     for empty, full in zip(q.parts, one.parts, strict=True):
         assert (empty is None) == (full is None) and (empty is None or empty.dtype == full.dtype)
+    groups = form.groups(shape[-1])
+    assert q.scale.shape == (() if form.per == "tensor" else (*shape[:-1], 1 if form.two_level else groups))
+    for part in (q.zero, q.group_scale):
+        assert part is None or part.shape == (*shape[:-1], groups)
 
 
 def test_float64_beyond_float32_is_refused():

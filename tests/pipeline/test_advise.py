@@ -20,7 +20,7 @@ BIG = 8_000_000_000
         ("a100", "async", BIG, True, "int8-gptq"),
         ("a100", "async", BIG, False, "int8"),
         ("a6000", "async", BIG, True, "w4a16-gptq"),
-        ("a6000", "sync", BIG, False, "w4a16"),
+        ("a6000", "sync", BIG, False, "w4a16-g32"),
         ("h100", "sync", 135_000_000, True, "fp8"),
         ("t4", "async", 135_000_000, True, "int8"),
         ("h100", "async", 100_000_000_000, True, "w4a16-gptq"),  # does not fit in eight bits
@@ -59,6 +59,7 @@ def test_nonsense_is_refused(call):
         call()
 
 
+@pytest.mark.slow
 def test_auto_quantizes_with_the_advised_preset():
     report = qcompile.quantize(build("llama"), "auto", progress=False)
     assert report.recipe in PRESETS and not report.skipped

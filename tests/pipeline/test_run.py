@@ -19,6 +19,7 @@ from qcompile.recipe.recipe import Recipe
 INT8 = Recipe("int8", (Quantize(), Fuse()))
 
 
+@pytest.mark.slow
 def test_rules():
     recipe = qcompile.find_recipe("int8").with_rules(
         [Rule("*.0.*", keep=True), Rule("*up_proj*", weight=qcompile.Format.parse("int4/group32"))]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.codegen.onnx.lowering.int8_kv_attention import CHUNKED_PREFILL, DECODE_TOKENS
+from qcompile.codegen.onnx.tracing.decoder_cache import cache_layers
 from qcompile.codegen.onnx.tracing.int8_cache import ChannelScales, close_cache, open_cache
 from qcompile.codegen.onnx.tracing.signature import (
     BATCH,
@@ -41,8 +42,7 @@ class CachedDecoder(TracedModule):
         self.int8_scales: ChannelScales | None = None
         self.rounds_cache = True
         self.last_logits_only = False
-        with torch.no_grad():
-            layers = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values.layers
+        layers = cache_layers(model)
         self.cache_shapes = [
             (tuple(p.shape[1:2]) + tuple(p.shape[3:])) for layer in layers for p in (layer.keys, layer.values)
         ]

@@ -38,7 +38,7 @@ def onnx_linears(model: nn.Module, contrib_ops: bool) -> Iterator[None]:
             if isinstance(module, QuantLinear):
                 model.set_submodule(path, OnnxLinear(module, contrib_ops))
             else:
-                model.set_submodule(path, nn.Sequential(HadamardTransform(module.signs), module.inner))
+                model.set_submodule(path, RotatedOnnxLinear(module))
         yield
     finally:
         for path, module in originals:
@@ -53,8 +53,11 @@ class OnnxLinear(nn.Module):
         contrib_ops: whether the file may use operators of ONNX Runtime beside those of the ONNX standard.
     """
 
+    _source: QuantLinear
+
     def __init__(self, source: QuantLinear, contrib_ops: bool = True) -> None:
         super().__init__()
+        object.__setattr__(self, "_source", source)  # no submodule, whose tensors would be the file's too
         self.contrib_ops = contrib_ops
         self.n, self.k = source.out_features, source.in_features
         two_kernels = has_int4_and_int8_kernels(source)
@@ -65,8 +68,8 @@ class OnnxLinear(nn.Module):
         self.is_int8 = source.format == Format("int8") and self.act is not None and self.act.dtype == "int8"
         self.is_dual = two_kernels and contrib_ops
         if self.is_int8:
-            weight = source.codes.t().contiguous()
-            self.register_buffer("weight", weight if contrib_ops else (weight.short() + 128).to(torch.uint8))
+            codes = source.codes.t().contiguous()
+            self.register_buffer("codes", codes if contrib_ops else (codes.short() + 128).to(torch.uint8))
             self.register_buffer("scale", source.scale.reshape(-1).float())
             sums = None if self.act.zero == "none" else self.scale * source.codes.sum(1)
             self.register_buffer("sums", sums)
@@ -78,12 +81,18 @@ class OnnxLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.register_buffer("row_scale", source.scale.reshape(-1).float() if self.is_dual else None)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight [N, K] float32, for owners that read it themselves: a constant of the file."""
+        found: Tensor = self._source.weight
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] float32 -> [.., N]."""
         if self.hadamard is not None:
             x = self.hadamard(x)
         if self.is_int8:
-            out = ops.int8_linear(x, self.weight, self.scale, self.sums, self.bias, self.act.per == "row")
+            out = ops.int8_linear(x, self.codes, self.scale, self.sums, self.bias, self.act.per == "row")
         elif self.is_dual:
             weight = (self.codes, self.scales, self.zeros, self.bias, self.k, self.bits, self.block)
             out = ops.dual_linear(x, *weight, self.row_scale, self.act.per == "row")
@@ -111,6 +120,22 @@ class OnnxLinear(nn.Module):
             return codes.clamp(qmin, qmax) * scale
         zero = (-low / scale).round()
         return ((codes + zero).clamp(qmin, qmax) - zero) * scale
+
+
+class RotatedOnnxLinear(nn.Sequential):
+    """What a RotatedLinear computes."""
+
+    _source: RotatedLinear
+
+    def __init__(self, source: RotatedLinear) -> None:
+        super().__init__(HadamardTransform(source.signs), source.inner)
+        object.__setattr__(self, "_source", source)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [N, K] of x, for owners that read it themselves."""
+        found: Tensor = self._source.weight
+        return found
 
 
 class HadamardTransform(nn.Module):

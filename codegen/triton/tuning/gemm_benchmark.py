@@ -8,7 +8,6 @@ given: then the GPU was not quiet.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from qcompile.codegen.triton.tuning.baselines import CUBLAS, WeightCopies, timed_linears
 from qcompile.codegen.triton.tuning.gpu_timer import TimedGpu
+from qcompile.memory.atomic_file import write_whole
 
 MAX_SPREAD = 0.05
 ROUNDS = 20
@@ -139,10 +139,7 @@ class GemmComparison:
 
     def write(self, path: Path) -> None:
         """As JSON, atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".part")
-        beside.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(beside, path)
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def copy_rate(timed_gpu: TimedGpu, rounds: int = ROUNDS) -> Timed:

@@ -92,9 +92,12 @@ def test_int8_times_floats(rows):
 
 def test_large_weights_go_by_chunks(monkeypatch):
     w, x = torch.randint(-127, 128, (300, 100), dtype=torch.int8), torch.randn(9, 100)
-    whole = kernels.int8_float(x, w)
+    q = quantize_tensor(torch.randn(300, 100), Format.parse("int4/group32/zero"))
+    nibbles, (a, c) = kernels.prepare_nibbles(q.stored(), q.format, 100), kernels.group_offsets(q.scale, q.zero)
+    whole, of_nibbles = kernels.int8_float(x, w), kernels.nibble_float(x, nibbles, a, c)
     monkeypatch.setattr(native, "_CHUNK_BYTES", 64 * 100 * 4)
     assert torch.allclose(kernels.int8_float(x, w), whole, rtol=1e-5, atol=1e-3)
+    assert torch.allclose(kernels.nibble_float(x, nibbles, a, c), of_nibbles, rtol=1e-5, atol=1e-3)
 
 
 def test_bfloat16_is_rounded_to_nearest_even():

@@ -20,8 +20,9 @@ from qcompile.ir.capture import capture
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, PerTensorActivations, Quantize
-from qcompile.passes.activations.per_tensor_activations import error_ratio
+from qcompile.passes.activations.per_tensor_activations import error_ratio, per_tensor_activations
 from qcompile.pipeline.run import run
+from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError, Rule
 
@@ -72,6 +73,8 @@ def test_the_error_ratio(seed, zero, larger, outputs):
 
 def test_nothing_is_as_good_as_nothing():
     assert error_ratio([torch.zeros(1, 4, 8)], torch.ones(3, 8), TENSOR) == 1.0
+    rows = torch.tensor([[127.0, 3.0], [127000.0, 5000.0]])  # whole numbers of scales of their own
+    assert error_ratio([rows], torch.eye(2), TENSOR) == float("inf")
 
 
 class Chain(nn.Module):
@@ -118,6 +121,72 @@ def test_rules_come_first():
     assert model.gate.format == Format("int4", "row")
     model, _ = quantized(1e6, [Rule("first*", keep=True)])
     assert set(acts(model)) == {"gate", "second"}
+
+
+class Parts(nn.Module):
+    """One site of each kind: judged, kept float, choosing experts, a stack of experts, and the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.kept, self.router = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.stack, self.head = nn.Parameter(torch.randn(3, 16, 16)), nn.Linear(16, 4)
+
+    def forward(self, x):
+        share, _ = self.router(x).softmax(-1).topk(1)
+        return self.head(torch.bmm(self.first(x) * self.kept(x), self.stack).relu() * share)
+
+
+def test_sites_on_one_value_are_judged_together():
+    """Their products are one: where the second cannot have a per-tensor scale, the first has none either."""
+
+    class Siblings(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+            self.first.weight.data[:, 1:] = 0
+
+        def forward(self, x):
+            return torch.tanh(self.first(x)) * torch.tanh(self.second(x))
+
+    model, x = Siblings().requires_grad_(False), 0.3 * torch.randn(1, 8, 16)
+    x[..., 0] = 300 / 127  # one step of the massive token's scale, and 127 of any other token's
+    x[0, 3, 0] = 300.0
+    assert error_ratio([x], model.first.weight, TENSOR) <= 1
+    (report,) = rewrite(capture(model, (x,)), PerTensorActivations(lm_head=True), batches=[[x]])
+    assert not report.done and [place.site for place in report.skipped] == ["first.weight", "second.weight"]
+
+
+def test_padding_that_counts_is_told():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, attention_mask):
+            return torch.tanh(self.inner(x)) + attention_mask.sum()
+
+    inputs = [torch.randn(2, 3, 4), torch.full((2, 3), 2)]
+    program = capture(Masked().requires_grad_(False), tuple(inputs))
+    (report,) = rewrite(program, PerTensorActivations(lm_head=True), batches=[inputs])
+    assert report.notes[0].startswith("attention_mask is not 2-D of 0 and 1")
+
+
+@pytest.mark.parametrize(
+    "lm_head, rules, done",
+    [
+        (False, {}, ["first.weight"]),
+        (True, {}, ["first.weight", "head.weight"]),
+        (False, {"router.weight": Rule("router*", weight=Format("int8"))}, ["router.weight", "first.weight"]),
+    ],
+)
+def test_what_is_left_out(lm_head, rules, done):
+    x = torch.randn(3, 5, 16)
+    program = capture(Parts().requires_grad_(False), (x,))
+    context = PassContext.of(program, batches=lambda: [[x]], rules=dict(rules), keep_float={"kept.weight": "slow"})
+    report = per_tensor_activations(program, PerTensorActivations(lm_head=lm_head, most=1e6), context)
+    assert report.done == done and {name for name, rule in context.rules.items() if rule.act} == set(done)
+    assert [place.site for place in report.skipped] == ([] if rules else ["router.weight"])
+    assert all(context.rules[name].weight == rule.weight for name, rule in rules.items())
 
 
 @pytest.mark.slow
@@ -190,6 +259,9 @@ def test_bad_input():
         PerTensorActivations(most=0.5)
     with pytest.raises(RecipeError, match="an integer format per tensor, got int8/row"):
         PerTensorActivations(act=Format("int8"))
+    with pytest.raises(RecipeError, match="an integer format per tensor, got fp8/tensor"):
+        PerTensorActivations(act=Format("fp8", "tensor"))
+    Recipe("logits in their own format", (PerTensorActivations(), Quantize(), Fuse())).check()
     with pytest.raises(RecipeError, match="quantizing pass behind it"):
         Recipe("none", (Quantize(), PerTensorActivations(), Fuse())).check()
     for quantizer, words in (

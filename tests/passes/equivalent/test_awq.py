@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import rewrite
+from laws import rewrite, rewritten
 from padded_batches import decoder, padded, texts, unpadded
 from torch import nn
 from zoo import build, example
@@ -16,7 +18,7 @@ from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import AWQ, GPTQ, Fuse, Quantize, Rotate, SmoothQuantPlus
-from qcompile.passes.equivalent.awq import awq_scale, scaled_error
+from qcompile.passes.equivalent.awq import _search, awq_scale, scaled_error
 from qcompile.pipeline.run import run
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import Rule
@@ -124,3 +126,93 @@ def test_bad_recipes():
                 Recipe("other", (search, behind, Fuse())).check()
     with pytest.raises(ValueError, match="needs calibration data for AWQ"):
         qcompile.quantize(build("llama"), "w4a16-awq")
+
+
+def test_a_dead_channel_has_a_finite_scale():
+    scale = awq_scale(torch.tensor([0.0, 1.0, 4.0]), 0.5)
+    assert bool(scale.isfinite().all()) and float(scale[0]) > 0
+
+
+def test_a_weight_that_is_used_twice_takes_no_scale():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.linear(self.norm(x)), self.linear(x)
+
+    *_, (report,) = rewritten(Tied(), AWQ(SMALL), x=torch.randn(3, 8, dtype=torch.float64))
+    assert not report.done and any("is tied to" in place.reason for place in report.skipped)
+
+
+SMALL = Format.parse("int4/group8/zero")
+
+
+class Outliers(nn.Module):
+    """Siblings behind a norm of uneven gains, and a linear behind one of them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.a, self.b = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 80)
+        self.down = nn.Linear(16, 8)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.arange(1.0, 17.0).square())
+            self.norm.bias.copy_(torch.randn(16) * 3)
+            self.a.weight[:5] *= 30
+
+    def forward(self, x):
+        y = self.norm(x)
+        return self.b(y), self.down(torch.relu(self.a(y)))
+
+
+ROWS = torch.randn(3, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kinds,done", [((True, False), ["a.weight"]), ((False, True), ["down.weight"])])
+def test_either_kind_of_place_can_be_excluded(kinds, done):
+    norms, rows = kinds
+    *_, (report,) = rewritten(Outliers(), AWQ(SMALL, norms=norms, rows=rows, steps=4), x=ROWS)
+    assert [name.replace("b.", "a.") for name in report.done] == done
+    assert any("norms=False" in place.reason or "rows=False" in place.reason for place in report.skipped)
+
+
+def searched(weights, x, steps):
+    """The paper's search, written again: all rows, all siblings."""
+    mean, hessian = x.abs().mean(0), x.t() @ x
+    scales = [awq_scale(mean, step / steps) for step in range(steps)]
+    errors = [sum(scaled_error(w.float(), hessian, scale, SMALL) for w in weights) for scale in scales]
+    return scales[errors.index(min(errors))]
+
+
+def test_the_search_is_that_of_the_paper():
+    model = Outliers().double().requires_grad_(False)
+    program = capture(model, (ROWS,), dynamic=True)
+    before = dict(program.weights)
+    batches = [[ROWS], [ROWS[:, :2] * 3 - 1]]
+    rewrite(program, AWQ(SMALL, steps=7), batches=batches)
+    rows = model.norm(torch.cat([batch[0].flatten(0, 1) for batch in batches]))
+    want = searched([model.a.weight, model.b.weight], rows, 7)
+    assert torch.allclose(before["norm.weight"] / program.weights["norm.weight"], want, rtol=1e-5)
+    assert not torch.allclose(want, torch.ones_like(want))
+    want = searched([model.down.weight], torch.relu(model.a(rows)), 7)
+    assert torch.allclose((program.weights["down.weight"] / before["down.weight"])[0], want, rtol=1e-5)
+
+
+def test_the_search_rounds_as_the_pass_behind_it():
+    generator = torch.Generator().manual_seed(0)
+    w, scale = torch.randn(6, 32, generator=generator), torch.ones(32, dtype=torch.float64)
+    w[:, 0] *= 4
+    for clip in (False, True):
+        error = (quantize_tensor(w, FORM, clip=clip).dequantize() - w).double().square().sum()
+        assert scaled_error(w, torch.eye(32), scale, FORM, clip) == pytest.approx(float(error), rel=1e-5)
+
+
+def test_shared_rows_are_searched_with_one_scale():
+    program = SimpleNamespace(weights={"w": torch.randn(4, 8, generator=torch.Generator().manual_seed(0))})
+    channels = torch.arange(4).repeat(2)
+    source = SimpleNamespace(site=SimpleNamespace(N=4), channels=channels)
+    mean = torch.arange(1.0, 9.0) ** 2
+    _, scale = _search(program, (SimpleNamespace(name="w"),), source, mean.diag(), mean, AWQ(SMALL, steps=4))
+    assert torch.equal(scale, scale[4:].repeat(2))

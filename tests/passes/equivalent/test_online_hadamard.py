@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from laws import before_and_after, rewrite, shape
+from laws import assert_rounded_once, before_and_after, rewrite, rewritten, shape
 from torch import nn
 
 from qcompile.ir.capture import capture
@@ -95,3 +96,127 @@ def test_sites_that_stay_float_are_not_transformed():
     context = PassContext.of(program, keep_float={"blocks.0.down.weight": "no module"})
     report = online_hadamard(program, OnlineHadamard(), context)
     assert report.done == ["blocks.1.down.weight"] and "stays float" in report.skipped[0].reason
+
+
+class Gated(nn.Module):
+    """Linears that read what `function` makes of an activation."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.up, self.a, self.b, self.function = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), function
+        self.stack = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+X = torch.randn(2, 3, 8, dtype=torch.float64)
+
+
+def test_one_transform_serves_all_that_read_a_value_through_casts_and_layouts():
+    def function(m, x):
+        y = torch.relu(m.up(x))
+        return m.a(y.float().double()), m.b(y.flatten(0, 1))
+
+    _, after, (report,) = rewritten(Gated(function), OnlineHadamard(), x=X)
+    assert len(report.done) == 1 and len(list(HadamardCall.find(after))) == 1
+
+
+KEPT = {
+    "a weight that is used twice": (lambda m, x: m.a(torch.relu(m.a(x))), "is tied to"),
+    "a value that experts read": (lambda m, x: (m.a(y := torch.relu(m.up(x))), y @ m.stack), "is not a site"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_transform_would_change_is_named(name):
+    function, reason = KEPT[name]
+    *_, (report,) = rewritten(Gated(function), OnlineHadamard(), x=X)
+    assert not report.done and any(reason in place.reason for place in report.skipped), report.skipped
+
+
+@pytest.mark.parametrize("function", [lambda m, x: m.a(m.up(x)), lambda m, x: m.a(x + m.up(x)), lambda m, x: m.a(x)])
+def test_what_is_no_product_and_no_activation_is_left_alone(function):
+    *_, (report,) = rewritten(Gated(function), OnlineHadamard(), x=X)
+    assert not report.done and not report.skipped
+
+
+def test_a_value_that_is_written_to_is_not_transformed():
+    """A transform behind the norm would miss what is written later."""
+
+    class Written(Gated):
+        def __init__(self):
+            super().__init__(None)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x):
+            y = self.norm(x)
+            y[:, 0] = 5.0
+            return self.a(y), y * 2
+
+    before = capture(Written().double().requires_grad_(False), (X,), dynamic=False)
+    after = before.copy()
+    (report,) = rewrite(after, OnlineHadamard(norms=True), batches=[[X]])
+    assert_equivalent(before, after, [X])
+    assert not report.done and "an operator in place writes to the value" in report.skipped[0].reason
+
+
+def test_values_of_one_size_share_their_signs_and_seeds_differ():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    _, after, (report,) = rewritten(model, OnlineHadamard(), x=X)
+    assert report.done == ["2.weight", "4.weight"] and len(report.notes) == 1
+    assert len({call.signs for _, call in HadamardCall.find(after)}) == 1
+    _, other, _ = rewritten(model, OnlineHadamard(seed=1), x=X)
+    assert not torch.equal(other.weights["hadamard8.signs"], after.weights["hadamard8.signs"])
+
+
+def test_weights_are_rounded_once():
+    assert_rounded_once(Decoder(shape(layers=1)), OnlineHadamard())
+
+
+def test_the_product_with_a_gain_is_no_gate():
+    model = Decoder(shape(layers=1))
+    *_, (report,) = rewritten(model, OnlineHadamard(), x=model.example())
+    assert report.done == ["blocks.0.down.weight"]
+
+
+class Routed(Gated):
+    """A linear that chooses experts, beside others that read the same activation."""
+
+    def __init__(self, function):
+        super().__init__(function)
+        self.router = nn.Linear(8, 2)
+
+    def route(self, y):
+        weight, chosen = self.router(y).topk(1)
+        return torch.where(chosen == 0, self.up(y), self.b(y)) * weight
+
+
+def test_a_router_reads_the_value_as_it_is():
+    def function(m, x):
+        y = torch.relu(m.a(x))
+        return m.router(y).topk(1).indices, m.up(y)
+
+    before, after, (report,) = rewritten(Routed(function), OnlineHadamard(), x=X)
+    assert report.done == ["up.weight"] and after.weights["router.weight"] is before.weights["router.weight"]
+    assert not {n.name for n in after.graph.nodes if n.name in report.changed}
+
+    def alone(m, x):
+        return m.router(torch.relu(m.a(x))).topk(1).indices
+
+    *_, (report,) = rewritten(Routed(alone), OnlineHadamard(), x=X)
+    assert not report.done and not report.skipped
+
+
+def test_every_way_from_a_norm_to_a_site_is_transformed():
+    class Several(Gated):
+        def __init__(self):
+            super().__init__(None)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x):
+            y = self.norm(x)
+            return self.a(y.flatten(0, 1)), self.b(y), self.up(y), y.sin()
+
+    _, after, (report,) = rewritten(Several(), OnlineHadamard(norms=True), x=X)
+    assert len(report.done) == 1 and len(list(HadamardCall.find(after))) == 2

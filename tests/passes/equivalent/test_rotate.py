@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import before_and_after, rewrite, shape
+from laws import assert_rounded_once, before_and_after, rewrite, rewritten, shape
 from torch import nn
 
 from qcompile.calibration.statistics import observe
@@ -14,6 +14,7 @@ from qcompile.ir.capture import capture
 from qcompile.numerics.hadamard import random_orthogonal
 from qcompile.passes import AWQ, FoldNorm, OnlineHadamard, Rotate, SmoothQuant, SmoothQuantPlus, Untie
 from qcompile.passes.equivalent.rotate import conflicts, rotate_columns, rotate_rows
+from qcompile.recipe.recipe import Recipe
 from qcompile.testing import Decoder, assert_equivalent, decoders
 
 
@@ -72,14 +73,14 @@ class TwoHalves(nn.Module):
     def __init__(self):
         super().__init__()
         self.table, self.shift = nn.Embedding(11, 8), nn.Parameter(torch.randn(8))
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.first, self.second, self.head, self.other = (nn.Linear(8, n) for n in (8, 8, 3, 3))
         self.norms = nn.ModuleList([nn.RMSNorm(8, elementwise_affine=False) for _ in range(2)])
         self.double().requires_grad_(False)
 
     def forward(self, ids):
         x, y = self.table(ids) + self.shift, self.table(10 - ids) + self.shift
         x, y = x + self.first(self.norms[0](x)), y + self.second(self.norms[1](y))
-        return self.head(x) * self.head(y)
+        return self.head(x) * self.other(y)
 
 
 def test_a_table_of_two_streams_is_rotated_once():
@@ -88,11 +89,131 @@ def test_a_table_of_two_streams_is_rotated_once():
     after = before.copy()
     (report,) = rewrite(after, Rotate(heads=False), batches=[[ids]])
     assert_equivalent(before, after, [ids])
-    assert len(report.done) + len(report.skipped) == 1
+    assert len(report.done) == 1 and not report.skipped
 
 
 def test_a_long_vector_is_rotated_whole():
-    matrix = random_orthogonal(64, 0)
-    vector = torch.randn(8192, dtype=torch.float64)
-    want = (vector.view(-1, 64) @ matrix).flatten()
+    matrix = random_orthogonal(96, 0)
+    vector = torch.randn(96 * 86, dtype=torch.float64)
+    want = (vector.view(-1, 96) @ matrix).flatten()
     assert torch.allclose(rotate_columns(vector, matrix), want)
+
+
+class Reuses(nn.Module):
+    """A stream of two layers that are one, or whose table is the weight of a linear outside of the stream."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.table, self.head, self.function = nn.Embedding(11, 8), nn.Linear(8, 11), function
+        self.first, self.second, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.RMSNorm(8, elementwise_affine=False)
+        self.outside = nn.Parameter(torch.randn(2, 4, 8))
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x = x + self.first(self.norm(x))
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    "function,reason",
+    [
+        (lambda m, x: m.head(x + m.first(m.norm(x))), "is tied to"),
+        (lambda m, x: m.head(x) + nn.functional.linear(m.outside.sin(), m.table.weight), "is a linear's weight too"),
+        (
+            lambda m, x: m.head(x) + nn.functional.linear(m.outside.sin(), m.second.weight, m.first.bias).sum(),
+            "is tied",
+        ),
+        (lambda m, x: (m.head(x), x), "leaves the graph"),
+        (lambda m, x: (m.head(x), m.head(m.outside.sin())), "is tied to"),
+        (lambda m, x: (m.head(x + m.second(m.outside.sin())), m.second(m.outside.cos())), "is tied to"),
+    ],
+)
+def test_a_stream_that_something_else_depends_on_keeps_its_basis(function, reason):
+    *_, (report,) = rewritten(Reuses(function), Rotate(heads=False), x=torch.randint(11, (2, 4)))
+    assert not report.done and any(reason in place.reason for place in report.skipped), report.skipped
+
+
+def test_a_mean_that_is_not_folded_keeps_its_basis():
+    model = Decoder(shape(norm="layer"))
+    *_, (_, report) = rewritten(
+        model, FoldNorm(center=False, open_streams=True), Rotate(heads=False), x=model.example()
+    )
+    assert not report.done and "subtracts a mean" in report.skipped[0].reason
+
+
+class Heads(nn.Module):
+    """Four heads of four channels and what reads their values; `split` gives [B, T, H, D] of a projection."""
+
+    def __init__(self, function, split=lambda y: y.unflatten(-1, (4, 4))):
+        super().__init__()
+        self.qkv, self.out, self.other = (nn.Linear(16, n) for n in (48, 16, 16))
+        self.narrow = nn.Linear(8, 16)
+        self.function, self.split = function, split
+
+    def forward(self, x):
+        q, k, v = (self.split(y).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.function(self, y, x)
+
+
+HEADS = {
+    "joined": (lambda m, y, x: m.out(y.flatten(2)), True),
+    "some of them": (lambda m, y, x: m.narrow(y[:, :, 1:3].flatten(2)), True),
+    "read by two linears": (lambda m, y, x: m.out(z := y.flatten(2)) + m.other(z).sin(), False),
+    "read by one that is used twice": (lambda m, y, x: m.out(y.flatten(2)) + m.out(x), False),
+    "behind a ReLU": (lambda m, y, x: m.out(torch.relu(y.flatten(2))), False),
+    "channels first": (lambda m, y, x: m.out(y.transpose(2, 3).flatten(2)), False),
+    "halves of two heads": (lambda m, y, x: m.narrow(y.flatten(2)[..., 2:10]), False),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_are_rotated_where_they_are_whole(name):
+    function, whole = HEADS[name]
+    before, after, (report,) = rewritten(
+        Heads(function), Rotate(stream=False), x=torch.randn(2, 3, 16, dtype=torch.float64)
+    )
+    assert bool(report.done) == whole
+    rows, old = after.weights["qkv.weight"], before.weights["qkv.weight"]
+    assert torch.equal(rows[:32], old[:32]) and torch.equal(rows[32:], old[32:]) != whole
+    assert torch.equal(after.weights["qkv.bias"], before.weights["qkv.bias"]) != whole
+    if name == "some of them":
+        assert torch.equal(rows[:36], old[:36]) and torch.equal(rows[44:], old[44:])
+
+
+def test_heads_that_were_split_into_strided_rows_are_joined_so():
+    model = Heads(
+        lambda m, y, x: m.out(y.transpose(2, 3).flatten(2)), lambda y: y.unflatten(-1, (4, 4)).transpose(2, 3)
+    )
+    *_, (report,) = rewritten(model, Rotate(stream=False), x=torch.randn(2, 3, 16, dtype=torch.float64))
+    assert not report.done and "not whole blocks" in report.skipped[0].reason
+
+
+def test_what_is_no_attention_has_no_heads():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Flatten(1), nn.Linear(8, 4))
+    *_, (report,) = rewritten(model, Rotate(stream=False), x=torch.randn(3, 8, dtype=torch.float64))
+    assert not report.done and not report.skipped
+
+
+@pytest.mark.parametrize("config", [Rotate(heads=False), Rotate(stream=False)])
+def test_weights_are_rounded_once(config):
+    model = Decoder(shape())
+    for name, gain in model.named_parameters():
+        if "norm" in name:
+            gain.fill_(1)
+    assert_rounded_once(model, config)
+
+
+def test_the_report_names_every_value_that_changes():
+    model = Decoder(shape(norm="one_plus", layers=1))
+    for name, gain in model.named_parameters():
+        if "norm" in name:
+            gain.zero_()
+    *_, (report,) = rewritten(model, Rotate(), x=model.example())
+    assert len(report.done) == 2
+
+
+def test_a_rotation_of_streams_needs_folded_norms():
+    with pytest.raises(ValueError, match="FoldNorm"):
+        Recipe("alone", (Rotate(),)).check()
+    Recipe("heads", (Rotate(stream=False),)).check()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from laws import before_and_after, rewrite, shape
+from laws import assert_rounded_once, before_and_after, rewrite, rewritten, shape
+from torch import nn
 
 from qcompile.calibration.statistics import observe
 from qcompile.ir.capture import capture
@@ -70,3 +71,86 @@ def test_percentile_smoothing_touches_only_outliers():
     assert float((scale == 1).double().mean()) >= 0.99 and float(scale[7]) > 50
     assert float((act / scale).max()) == pytest.approx(float(act.sort(descending=True).values[6]))
     assert bool((clip_scale(torch.zeros(10), 0.1) == 1).all())
+
+
+def test_a_percentile_of_all_channels_stays_within_them():
+    assert bool((clip_scale(torch.tensor([1.0, 2.0, 4.0]), 0.99) == torch.tensor([1.0, 2.0, 4.0])).all())
+    assert clip_scale(torch.arange(1.0, 11.0), 0.25).tolist() == [1.0] * 6 + [7 / 6, 8 / 6, 9 / 6, 10 / 6]
+
+
+def test_a_weight_is_as_large_as_its_least_and_greatest_entries_of_all_sites():
+    """Columns whose sign is negative, and siblings: max|W| is that of both; the scale follows from it."""
+    model = nn.Sequential(nn.LayerNorm(4), Siblings())
+    x = torch.randn(3, 4, dtype=torch.float64)
+    before, after, (report,) = rewritten(model, SmoothQuant(alpha=0.0), x=x)
+    scale = before.weights["0.weight"] / after.weights["0.weight"]
+    assert report.done == ["1.a.weight"] and torch.allclose(scale, torch.tensor([1 / 4, 1 / 7, 1 / 2, 1.0]).double())
+    assert torch.allclose(after.weights["1.b.weight"], before.weights["1.b.weight"] * scale)
+
+
+class Siblings(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 2), nn.Linear(4, 2)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.tensor([[-4.0, 1, 2, 0], [3.0, -5, 1, 0]]))
+            self.b.weight.copy_(torch.tensor([[1.0, 1, 1, 0], [1.0, 7, -2, 0]]))
+
+    def forward(self, y):
+        return self.a(y), self.b(y)
+
+
+class Tied(nn.Module):
+    """A linear that a norm feeds and that something else is multiplied by, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(self.norm(x)), self.linear(x)
+
+
+@pytest.mark.parametrize("percentile", [None, 0.2])
+def test_a_weight_that_is_used_twice_takes_no_scale(percentile):
+    x = torch.randn(3, 8, dtype=torch.float64)
+    *_, (report,) = rewritten(Tied(), SmoothQuant(percentile=percentile), x=x)
+    assert not report.done and any("is tied to" in place.reason for place in report.skipped)
+
+
+@pytest.mark.parametrize("norm", ["one_plus", "layer"])
+def test_weights_are_rounded_once(norm):
+    """Of siblings behind one norm, and of rows behind a gate."""
+    assert_rounded_once(Decoder(shape(norm=norm, layers=1)), SmoothQuant(rows=False))
+    assert_rounded_once(Decoder(shape(norm=norm, layers=1)), SmoothQuant(norms=False))
+
+
+def test_the_report_names_every_value_that_changes():
+    model = Decoder(shape(layers=1, norm="one_plus"))
+    *_, (report,) = rewritten(model, SmoothQuant(), x=model.example())
+    assert report.done
+    model = nn.Sequential(nn.LayerNorm(8), nn.Flatten(0, 1), nn.Linear(8, 4))
+    *_, (report,) = rewritten(model, SmoothQuant(), x=torch.randn(2, 3, 8, dtype=torch.float64))
+    assert report.done == ["2.weight"]
+
+
+@pytest.mark.parametrize("config", [dict(alpha=-0.1), dict(alpha=1.1), dict(percentile=0.0), dict(percentile=1.0)])
+def test_bad_configs(config):
+    with pytest.raises(ValueError, match="SmoothQuant: "):
+        SmoothQuant(**config)
+
+
+def test_a_percentile_is_used_instead_of_alpha():
+    model, x = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)), torch.randn(5, 8, dtype=torch.float64)
+    before, after, _ = rewritten(model, SmoothQuant(percentile=0.2), x=x)
+    act = observe(before, [[x]]).absmax["layer_norm"]
+    scale = before.weights["0.weight"] / after.weights["0.weight"]
+    assert torch.allclose(scale, clip_scale(act, 0.2)) and 1 in scale.tolist()
+
+
+def test_a_shift_is_divided_as_its_gain_is():
+    model, x = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)), torch.randn(5, 8, dtype=torch.float64)
+    nn.init.normal_(model[0].bias)
+    before, after, _ = rewritten(model, SmoothQuant(), x=x)
+    scale = before.weights["0.weight"] / after.weights["0.weight"]
+    assert torch.allclose(after.weights["0.bias"], before.weights["0.bias"] / scale)

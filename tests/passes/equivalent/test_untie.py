@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from laws import before_and_after, rewrite, shape
+from laws import before_and_after, rewrite, rewritten, shape
 from torch import nn
 
 from qcompile.analysis.sites import find_sites
@@ -60,3 +60,75 @@ def test_a_weight_that_no_module_could_hold_is_not_copied():
     program = capture(Reads().requires_grad_(False), (ids,))
     (report,) = rewrite(program, Untie(), batches=[[ids]])
     assert not report.done and "no module could hold a copy" in report.skipped[0].reason
+
+
+def test_experts_keep_their_stack():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(2, 8, 8))
+
+        def forward(self, x):
+            return (x @ self.stack) * self.stack.sum()
+
+    before, after, (report,) = rewritten(Experts(), Untie(), x=torch.randn(2, 3, 8, dtype=torch.float64))
+    assert not report.done and not report.skipped and set(after.weights) == set(before.weights)
+
+
+class TableLast(nn.Module):
+    """A linear whose weight's name is its own, and a table that shares it under another name."""
+
+    def __init__(self, scale=False):
+        super().__init__()
+        self.head, self.table, self.scale = nn.Linear(8, 16, bias=False), nn.Embedding(16, 8), scale
+        self.table.weight = self.head.weight
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return self.head(x) * (self.head.weight.norm() if self.scale else 1)
+
+
+def test_the_table_gets_the_copy_where_the_name_is_the_linears():
+    before, after, (report,) = rewritten(TableLast(), Untie(), x=torch.randint(16, (2, 3)))
+    assert report.done == ["table.weight from head.weight"] and not report.renamed
+    (site,) = find_sites(after)
+    assert site.name == "head.weight" and not site.shared_with
+    assert after.aliases.get("head.weight") == [] and after.aliases["table.weight"] == []
+
+
+def test_a_copy_is_named_by_its_own_module():
+    """Three paths of one tensor: the linear's copy takes the linear's, the tables keep the others."""
+
+    class Three(TableLast):
+        def __init__(self):
+            super().__init__()
+            self.another = nn.Embedding(16, 8)
+            self.front, self.table, self.head = self.table, None, self.head
+            self.another.weight = self.head.weight
+
+        def forward(self, ids):
+            return self.head(self.front(ids) + self.another(ids))
+
+    model = Three()
+    order = {name: getattr(model, name) for name in ("another", "front", "head")}
+    for name in order:
+        delattr(model, name)
+    for name, module in order.items():
+        setattr(model, name, module)
+    _, after, (report,) = rewritten(model, Untie(), x=torch.randint(16, (2, 3)))
+    assert report.renamed == {"head.weight": "another.weight"}
+    assert after.aliases["another.weight"] == ["front.weight"]
+
+
+def test_a_reader_without_a_path_of_its_own_is_named():
+    class Norm(TableLast):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(16, 8)
+
+        def forward(self, ids):
+            return self.head(self.table(ids)) * self.head.weight.norm()
+
+    before, after, (report,) = rewritten(Norm(), Untie(), x=torch.randint(16, (2, 3)))
+    assert not report.done and set(after.weights) == set(before.weights)
+    assert "no attribute path of its own" in report.skipped[0].reason or "no module" in report.skipped[0].reason

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from zoo import build, example
 
 import qcompile
 from qcompile.calibration.statistics import CalibrationError
+from qcompile.ir.capture import capture
 from qcompile.modules.kv_cache import KVCache
 from qcompile.numerics.format import Format
 from qcompile.passes import FoldNorm, Fuse, IntactKV, Quantize, QuantizeKV, Rotate, SmoothAttention, Untie
+from qcompile.passes.kv_cache.intact_kv import intact_kv
 from qcompile.recipe.certificate import relative_error
+from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError
 
@@ -25,6 +29,60 @@ INT3 = Quantize(Format.parse("int3/group32/zero"), None, lm_head=None)
 def logits(model, ids=IDS, **more):
     with torch.no_grad():
         return model(input_ids=ids, **more).logits
+
+
+class Reader(nn.Module):
+    """Tokens, one attention, logits; heads as [B, H, T, D], with keys transposed, or folded into rows."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.layout, self.table, self.parts = layout, nn.Embedding(20, 12), nn.Linear(12, 36)
+        self.head = nn.Linear(12, 20)
+
+    def heads(self, ids):
+        return [p.unflatten(-1, (3, 4)).transpose(1, 2) for p in self.parts(self.table(ids)).split(12, -1)]
+
+    def forward(self, ids):
+        q, k, v = self.heads(ids)
+        if self.layout == "folded":
+            q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+        hidden = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+        if self.layout == "fused":
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = torch.softmax((q @ k.transpose(-1, -2)).masked_fill(hidden, -1e9), -1) @ v
+        y = y.unflatten(0, (-1, 3)) if self.layout == "folded" else y
+        return self.head(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("layout", ["fused", "decomposed", "folded"])
+def test_the_prefix_is_what_the_program_computes(layout):
+    torch.manual_seed(0)
+    model = Reader(layout).requires_grad_(False)
+    program = capture(model, (torch.randint(0, 20, (2, 6)),))
+    prefix = intact_kv(program, IntactKV(PREFIX), PassContext.of(program)).constants.prefix
+    ids = torch.tensor([PREFIX])
+    _, k, v = model.heads(ids)
+    assert prefix.ids.tolist() == list(PREFIX)
+    for found, want in ((*prefix.keys, k), (*prefix.values, v), (prefix.logits, model(ids))):
+        assert found.shape == want.shape and torch.allclose(found, want, atol=1e-6)
+
+
+def test_programs_of_other_inputs_are_refused():
+    for model, inputs in ((nn.Linear(4, 4), (torch.randn(2, 4),)), (Beside(), (torch.ones(2, 4).long(),) * 2)):
+        program = capture(model, inputs)
+        with pytest.raises(RecipeError, match="the model must take token ids alone"):
+            intact_kv(program, IntactKV(PREFIX), PassContext.of(program))
+    program = capture(Reader("fused"), (torch.randint(0, 20, (2, 6)),))
+    with pytest.raises(RecipeError, match="names no beginning-of-sequence token"):
+        intact_kv(program, IntactKV(), PassContext.of(program))
+
+
+class Beside(nn.Module):
+    """Two inputs of ids."""
+
+    def forward(self, ids, more):
+        return ids + more
 
 
 @pytest.mark.slow
@@ -131,5 +189,9 @@ def test_bad_recipes_are_refused(name, passes, words):
     model = build(name)
     with pytest.raises((RecipeError, CalibrationError), match=words):
         qcompile.quantize(model, Recipe("q", passes), [example(name)], progress=False)
-    with pytest.raises(RecipeError, match="token ids"):
-        IntactKV((-1,))
+
+
+def test_what_is_no_token_is_refused():
+    for token in (-1, "a", 1.5):
+        with pytest.raises(RecipeError, match="token ids"):
+            IntactKV((token,))

@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given, settings
+from laws import shape as shape_of
+from torch import nn
 from zoo import build, example
 
 import qcompile
@@ -14,12 +16,15 @@ from qcompile.analysis.attention_scores import attention_matmuls
 from qcompile.calibration.statistics import observe
 from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
+from qcompile.numerics.hadamard import random_rotation
+from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import Fuse, Quantize, QuantizeKV
 from qcompile.passes.kv_cache.quantize_kv import quantize_kv, static_scale
 from qcompile.pipeline.run import run
 from qcompile.recipe.certificate import relative_error
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.registry import registered
 from qcompile.recipe.rule import RecipeError
 from qcompile.testing import Decoder, Shape, decoders, rotary
 
@@ -54,6 +59,69 @@ def test_a_static_scale_is_the_norm_of_what_mixes_in_a_head():
     want = torch.tensor([[5.0, 1.0, 5.0, 1.0], [10.0, 2.0, 10.0, 1.0]]) / 127
     assert torch.allclose(static_scale(absmax, mixed), want)
     assert torch.allclose(static_scale(absmax)[:, :3], absmax[:, :3] / 127)
+
+
+class Attentions(nn.Module):
+    """Two attentions whose heads differ in number and size; `change` may replace keys and values of each."""
+
+    def __init__(self, decomposed=False):
+        super().__init__()
+        self.decomposed, self.heads = decomposed, (2, 1)
+        self.parts = nn.ModuleList(nn.Linear(8, 24) for _ in self.heads)
+
+    def forward(self, x, change=lambda layer, k, v: (k, v)):
+        for layer, heads in enumerate(self.heads):
+            split = self.parts[layer](x).split(8, -1)
+            q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in split)
+            k, v = change(layer, k, v)
+            if self.decomposed:
+                y = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+            else:
+                y = nn.functional.scaled_dot_product_attention(q, k, v)
+            x = torch.tanh(y.transpose(1, 2).flatten(2))
+        return x
+
+
+@pytest.mark.parametrize(
+    "config, decomposed, dtype",
+    [
+        (QuantizeKV(4), True, torch.float32),
+        (QuantizeKV(8, sink_tokens=2), False, torch.bfloat16),
+        (QuantizeKV(4, hadamard=True, center=True, sink_tokens=1), True, torch.float32),
+        (QuantizeKV(8, static=True), False, torch.bfloat16),
+        (QuantizeKV(8, static=True), True, torch.float32),
+    ],
+)
+def test_keys_and_values_are_rounded_by_hand(config, decomposed, dtype):
+    torch.manual_seed(0)
+    model = Attentions(decomposed).to(dtype).requires_grad_(False)
+    x = (torch.randn(2, 7, 8) + 0.5).to(dtype)
+    program = capture(model, (x,))
+    statistics = observe(program, [[x / 2]])  # half of what is read then
+    attentions = [(a.node.name, a.keys.name, a.values.name) for a in attention_matmuls(program)]
+    report = quantize_kv(program, config, PassContext.of(program, statistics=statistics))
+
+    def change(layer, k, v):
+        _, keys, values = attentions[layer]
+        if config.static:
+            scales = [static_scale(statistics.cached[name])[:, None] for name in (keys, values)]
+            return [
+                ((z.float() / s).round().clamp(-128, 127) * s).to(dtype) for z, s in zip((k, v), scales, strict=True)
+            ]
+        mean = statistics.key_means[keys][:, None] if config.center else 0
+        turn = random_rotation(k.shape[-1], 0)[0].float() if config.hadamard else torch.eye(k.shape[-1])
+        rounded = quantize_tensor((k.float() - mean) @ turn, config.format).dequantize() @ turn.t() + mean
+        values = quantize_tensor(v, config.format).dequantize()
+        first = torch.arange(k.shape[-2])[:, None] < config.sink_tokens
+        return torch.where(first, k, rounded.to(dtype)), torch.where(first, v, values.to(dtype))
+
+    (found,), want = program(x), model(x, change)
+    assert found.dtype == dtype and torch.allclose(found, want, atol=1e-5 if dtype == torch.float32 else 0.02)
+    assert float((want - model(x)).norm()) > 1e-4, "the rounding is seen"
+    assert report.done == [name for name, _, _ in attentions]
+    sizes = [(2, 4), (1, 8)]
+    assert [c.shape for c in report.constants.centers] == (sizes if config.center else [])
+    assert [s.shape for s in report.constants.value_scales] == (sizes if config.static else [])
 
 
 CACHES = {
@@ -121,3 +189,24 @@ def test_impossible_cache_formats_are_refused(bad):
 def test_static_scales_stand_alone(bad):
     with pytest.raises(RecipeError, match="static scales are of 8 bits"):
         QuantizeKV(**{"bits": 8, **bad}, static=True)
+
+
+def test_channels_that_a_rotary_embedding_mixes_share_a_scale_and_values_have_their_own():
+    decoder = Decoder(shape_of(layers=1, rotary="half"))
+    ids = decoder.example()
+    program = capture(decoder, (ids,))
+    statistics, (product,) = observe(program, [[ids]]), attention_matmuls(program)
+    keys, values = (statistics.cached[node.name] for node in (product.keys, product.values))
+    found = quantize_kv(program, QuantizeKV(8, static=True), PassContext.of(program, statistics=statistics)).constants
+    pairs = torch.arange(8).remainder(4).expand(len(keys), -1)  # channels i and i + 4 of a head
+    assert torch.equal(found.key_scales[0], static_scale(keys, pairs))
+    assert torch.equal(found.value_scales[0], static_scale(values))
+
+
+def test_the_format_has_the_bits_that_were_asked_for():
+    assert [str(QuantizeKV(bits).format) for bits in (4, 8)] == ["int4/row/zero", "int8/row/zero"]
+
+
+def test_statistics_are_requested_where_they_are_read():
+    needs = registered()[QuantizeKV].needs
+    assert [needs(QuantizeKV(8, **more)) for more in ({}, {"center": True}, {"static": True})] == [(), *[("keys",)] * 2]

@@ -9,7 +9,7 @@ from zoo import build, example
 
 from qcompile.api.example_inputs import flat_inputs
 from qcompile.ir.capture import capture
-from qcompile.ir.node_meta import LOW_RANK, SITE
+from qcompile.ir.node_meta import LOW_RANK, MODULE, SITE
 from qcompile.ir.op_calls import DequantizeCall, QExpertsCall, QLinearCall
 from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, LoRC, Quantize
@@ -46,6 +46,17 @@ def test_linears_keep_their_value(weight, act):
     assert (first.x_zero is None) == (act != "int8/row/zero")
 
 
+def test_dtypes_and_modules_stay():
+    model, x = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16)).bfloat16().requires_grad_(False), torch.randn(7, 32)
+    program = capture(model, (x.bfloat16(),))
+    modules = [node.meta[MODULE] for node in program.graph.nodes if MODULE in node.meta]
+    unfused, fused, _ = both(program, Quantize("int8", "int8", lm_head=None))
+    found = list(QLinearCall.find(fused))
+    assert [call.dtype for _, call in found] == [torch.bfloat16] * 2 and fused(x.bfloat16())[0].dtype == torch.bfloat16
+    assert modules and [node.meta[MODULE] for node, _ in found] == modules
+    assert relative_error(fused(x.bfloat16()), unfused(x.bfloat16())) < 0.02
+
+
 def test_a_correction_stays_beside_the_product():
     model, x = nn.Sequential(nn.Linear(32, 48)).requires_grad_(False), torch.randn(7, 32)
     unfused, fused, _ = both(capture(model, (x,)), Quantize("int4/group16", None, lm_head=None), LoRC(4))
@@ -75,12 +86,16 @@ def test_batched_experts_become_grouped_rows():
             return torch.bmm(x, self.stack)
 
     torch.manual_seed(0)
-    x = torch.randn(3, 5, 16)
-    unfused, fused, _ = both(capture(Batched().requires_grad_(False), (x,)), Quantize("int8", None, lm_head=None))
-    assert len(list(QExpertsCall.find(fused))) == 1
-    for length in (5, 2):  # rows of an expert, a free size
-        rows = x[:, :length].contiguous()
-        assert relative_error(fused(rows), unfused(rows)) < 1e-5
+    x, model = torch.randn(3, 5, 16), Batched().requires_grad_(False)
+    for form in ("int8", "int4/group8/zero", "int4/group8/zero/dual"):
+        unfused, fused, report = both(capture(model, (x,)), Quantize(form, None, lm_head=None))
+        ((node, _),) = QExpertsCall.find(fused)
+        assert report.passes[-1].done == [node.meta[SITE]] == ["stack"]
+        for length in (5, 2):  # rows of an expert, a free size
+            rows = x[:, :length].contiguous()
+            assert relative_error(fused(rows), unfused(rows)) < 1e-5
+    _, fused, _ = both(capture(model.bfloat16(), (x.bfloat16(),)), Quantize("int8", None, lm_head=None))
+    assert fused(x.bfloat16())[0].dtype == torch.bfloat16
 
 
 def test_fuse_needs_a_quantizing_pass():

@@ -106,6 +106,34 @@ def test_the_float_weight_is_kept_for_a_correction_only():
     assert float_input(found[0][0]) is float_input(found[1][0]) is program.inputs[0]
 
 
+def test_a_model_in_bfloat16_stays_in_bfloat16():
+    model, x = Siblings().bfloat16().requires_grad_(False), torch.randn(5, 24).bfloat16()
+    program = capture(model, (x,))
+    insert(program, Format("int8"), Format("int8"))
+    assert {call.dtype for _, call in DequantizeCall.find(program)} == {torch.bfloat16}
+    assert program(x)[0].dtype == torch.bfloat16
+
+
+def test_an_input_that_is_written_in_place_is_quantized_when_it_is_whole():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(24, 16)
+
+        def forward(self, x):
+            y = torch.zeros_like(x)
+            y[:, :12] = x[:, 12:]
+            y[:, 12:] = torch.tanh(x[:, :12])
+            return self.layer(y)
+
+    model, x = Written().requires_grad_(False), torch.randn(5, 24)
+    program = capture(model, (x,))
+    insert(program, Format("int8"), Format("int8"))
+    y = quantize_tensor(torch.cat([x[:, 12:], torch.tanh(x[:, :12])], 1), Format("int8")).dequantize()
+    weight = quantize_tensor(model.layer.weight, Format("int8")).dequantize()
+    assert torch.allclose(program(x)[0], nn.functional.linear(y, weight, model.layer.bias), atol=1e-5)
+
+
 @pytest.mark.parametrize("rows_first", [False, True])
 def test_a_stack_of_experts_is_rounded_row_by_row(rows_first):
     class Batched(nn.Module):
@@ -121,7 +149,9 @@ def test_a_stack_of_experts_is_rounded_row_by_row(rows_first):
     (site,) = find_sites(program)
     rows = model.stack if rows_first else model.stack.transpose(1, 2)  # [E, N, K]
     assert torch.equal(matrix_of(program, site), rows.flatten(0, 1))
-    insert(program, Format("int4"))
-    rounded = torch.stack([quantize_tensor(expert, Format("int4")).dequantize() for expert in rows])
-    assert torch.allclose(program(x)[0], x @ rounded.transpose(1, 2), rtol=1e-4, atol=1e-5)
-    assert program.weights["stack.codes"].shape == (3, 8, 8), "E, N and K in bytes"
+    for form in (Format("int4"), Format("int4", "tensor")):  # of all experts
+        whole = quantize_tensor(rows.flatten(0, 1), form).dequantize().unflatten(0, (3, 8))
+        quantized = program.copy()
+        insert(quantized, form)
+        assert torch.allclose(quantized(x)[0], x @ whole.transpose(1, 2), rtol=1e-4, atol=1e-5)
+        assert quantized.weights["stack.codes"].shape == (3, 8, 8), "E, N and K in bytes"

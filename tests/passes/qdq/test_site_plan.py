@@ -114,6 +114,14 @@ CHOICES = {
     "a maximum with its index": (lambda y: y * nn.functional.one_hot(y.max(-1).indices, 4), True),
     "a threshold under a maximum": (lambda y: y.max(-1).values, False),
     "a prediction": (lambda y: y.argmax(-1).to(torch.int32).view(-1), False),
+    "a maximum over the last dimension by its number": (lambda y: nn.functional.one_hot(y.argmax(2), 4), True),
+    "the largest channels": (lambda y: nn.functional.one_hot(y.topk(2).indices, 4), True),
+    "the largest of all values": (lambda y: nn.functional.one_hot(y.argmax(), 60), False),
+    "the largest tokens": (lambda y: nn.functional.one_hot(y.sum(-1).topk(2).indices, 5), False),
+    "the largest channels behind a product": (
+        lambda y: nn.functional.linear(y, torch.eye(4)).topk(2).indices * 2,
+        False,
+    ),
     "a maximum over tokens": (lambda y: nn.functional.one_hot(y.argmax(1), 5), False),
 }
 
@@ -123,6 +131,42 @@ def test_choices_by_a_maximum(name):
     function, expected = CHOICES[name]
     (site,) = find_sites(capture(Choice(function).requires_grad_(False), (torch.randn(3, 5, 8),), dynamic=False))
     assert chooses_experts(site) is expected
+
+
+class Twice(nn.Module):
+    """One weight that is read at two places: it gives the output, or chooses, at the second one only."""
+
+    def __init__(self, chooses):
+        super().__init__()
+        self.layer, self.chooses = nn.Linear(8, 8, bias=False), chooses
+
+    def forward(self, x):
+        y = self.layer(torch.tanh(self.layer(x)))
+        return x * nn.functional.one_hot(y.topk(1).indices[..., 0], 8) if self.chooses else y
+
+
+def test_a_weight_has_one_format_wherever_it_is_read():
+    programs = [capture(Twice(chooses).requires_grad_(False), (torch.randn(3, 8),)) for chooses in (False, True)]
+    config, report = Quantize(INT4, INT8, lm_head=INT8), PassReport("Quantize")
+    planned = planned_sites(config, PassContext.of(programs[0]), report)
+    assert [(p.weight, p.act, p.is_lm_head) for p in planned] == [(INT8, None, True)] * 2 and not report.skipped
+    assert not planned_sites(config, PassContext.of(programs[1]), report)
+    assert [place.site for place in report.skipped] == ["layer.weight"] * 2
+
+
+def test_stacks_of_other_products_stay_float():
+    class Stacks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(3, 8, 4))
+
+        def forward(self, x):
+            return torch.matmul(x, self.stack)
+
+    program, report = capture(Stacks().requires_grad_(False), (torch.randn(2, 3, 5, 8),)), PassReport("Quantize")
+    assert [site.kind for site in find_sites(program)] == ["experts"]
+    assert not planned_sites(Quantize(), PassContext.of(program), report)
+    assert report.skipped[0].reason.startswith("neither rows sorted by expert")
 
 
 def test_formats_that_no_site_can_have_are_refused():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from zoo import build, example
 
 import qcompile
@@ -16,7 +17,7 @@ from qcompile.passes import DGQ, GPTQ, Fuse, Quantize
 from qcompile.passes.weights.dgq import search_groups, search_rows
 from qcompile.passes.weights.gptq import loss
 from qcompile.recipe.recipe import Recipe
-from qcompile.recipe.rule import RecipeError
+from qcompile.recipe.rule import RecipeError, Rule
 
 DUAL = Format.parse("int4/group16/zero/dual")
 
@@ -35,18 +36,6 @@ def test_the_protective_range_is_119(most, safe):
     high = torch.arange(0.0, most + 1)[None].expand(most + 1, -1)
     ends = torch.stack([second_level(low, high, v) for v in (low, high)])
     assert (int(ends.max()) <= 127 and int(ends.min()) >= -128) == safe
-
-
-def test_codes_of_every_range_stay_int8():
-    """Nearest, over rows whose groups cover all ranges up to the row's peak on either side."""
-    low = -torch.arange(128.0)[:, None].expand(-1, 128) / 127
-    high = torch.arange(128.0)[None].expand(128, -1) / 127
-    for sign in (1.0, -1.0):  # the first group sets the row's scale
-        rows = torch.zeros(128 * 128, 32)
-        rows[:, 0], rows[:, 16], rows[:, 17] = sign, low.flatten(), high.flatten()
-        q = quantize_tensor(rows, DUAL)
-        inner = (q.codes.int() - expand_groups(q.zero, DUAL, 32).int()) * expand_groups(q.group_scale, DUAL, 32).int()
-        assert int(inner.max()) <= 127 and int(inner.min()) >= -128
 
 
 def problem(seed, rows=6, columns=40):
@@ -85,6 +74,50 @@ def test_phase_one_takes_the_range_that_costs_least():
     assert float(tight) < float(wide)
 
 
+def test_searched_scales_are_those_of_the_law():
+    """Group by group and row by row: of either sign, of zeros, and ragged."""
+    w, hessian = problem(0, rows=6)
+    w[1], w[2], w[3], w[4, 16:32] = w[1].abs() + 1, -w[2].abs() - 1, 0, 0
+    w[5, :16], hessian[0], hessian[:, 0] = 0, 0, 0
+    w[5, 0] = 50.0  # which no scale needs to cover
+    scale, zero = search_groups(w, hessian, DUAL)
+
+    def rounded(values, s, z, low=0, high=15):
+        return ((values / s).round() + z).clamp(low, high) - z
+
+    for n in range(6):
+        for g, columns in enumerate(range(40)[first : first + 16] for first in (0, 16, 32)):
+            values, h = w[n, columns], hessian[columns][:, columns]
+            low, high = min(values.min(), torch.tensor(0.0)), max(values.max(), torch.tensor(0.0))
+            width = max(high - low, torch.tensor(1e-20))
+            assert float(zero[n, g]) == float((-low / width * 15).round())
+            scales = [*(width * (1.02 - 0.011 * step) / 15 for step in range(1, 21)), scale[n, g]]
+            errors = [rounded(values, s, zero[n, g]) * s - values for s in scales]
+            *tried, found = (float(e @ h @ e) for e in errors)
+            assert found <= min(tried) * (1 + 1e-4)
+    q = search_rows(w, hessian, scale, zero, DUAL)
+    found = loss(w, q.dequantize(), hessian)
+    assert float(q.scale[5]) < 0.5 * 50 / 127
+    z = expand_groups(zero, DUAL, 40)
+    for step in range(1, 81):
+        row = w.abs().amax(1, keepdim=True).clamp_min(1e-30) * (1.02 - 0.82 * step / 80) / 127
+        s1 = expand_groups((scale / row).round().clamp(1, 127), DUAL, 40)
+        reach = (127 / s1).floor()
+        values = rounded(w / row, s1, z, (z - reach).clamp_min(0), (z + reach).clamp_max(15)) * s1 * row
+        assert bool((found <= loss(w, values, hessian) * (1 + 1e-3) + 1e-9).all()), step
+
+
+def test_formats_of_rules_are_rounded_to_nearest():
+    """Of one level, or without zero points: nothing to search, but their clip."""
+    model, forms = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8)), ("int4/group16/dual", "int3/group16/zero")
+    weights = [layer.weight.detach().clone() for layer in model]
+    rules = tuple(Rule(f"{i}.*", weight=Format.parse(form)) for i, form in enumerate(forms))
+    recipe = Recipe("r", (DGQ(DUAL, None, lm_head=None), Fuse()), rules)
+    qcompile.quantize(model, recipe, [torch.randn(5, 32)], progress=False)
+    for layer, weight, form in zip(model, weights, forms, strict=True):
+        assert torch.equal(layer.codes, quantize_tensor(weight, Format.parse(form), clip=True).stored())
+
+
 def test_integer_scales_cost_little():
     w = torch.randn(64, 1024)
     form = Format.parse("int4/group128/zero/dual")
@@ -115,6 +148,8 @@ def test_on_a_model():
 def test_bad_recipes_are_refused():
     with pytest.raises(RecipeError, match="must be dual"):
         DGQ(Format.parse("int4/group128/zero"))
+    with pytest.raises(RecipeError, match="must be dual"):
+        DGQ(Format.parse("int4/group128/dual"))
     with pytest.raises(RecipeError, match="codes must be"):
         DGQ(codes="best")
     with pytest.raises(RecipeError, match="GPTQ stands twice"):

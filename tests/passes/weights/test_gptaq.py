@@ -113,6 +113,7 @@ def test_a_site_aims_at_what_the_float_model_gives_it():
     assert torch.allclose(after.weights[f"{last.name}.scale"].float(), grid.scale.float(), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3", "mixtral", "bert"])
 def test_nearer_to_the_float_model_than_gptq(name):
     """On the calibration text itself, where the law speaks; both activations and weights are rounded."""

@@ -14,6 +14,7 @@ from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import random_orthogonal
 from qcompile.numerics.qparams import expand_qparams
 from qcompile.numerics.rounding import quantize_tensor
+from qcompile.passes.weights import gptq as gptq_module
 from qcompile.passes.weights.gptq import GPTQ, compensate, gptq, inverse_factor, loss
 from qcompile.recipe.recipe import Recipe
 
@@ -105,7 +106,33 @@ def test_damping_rises_until_it_helps(lowest, fell_back):
     grid = quantize_tensor(weight, Format.parse("int3/row"))
     choice = compensate(weight, hessian, grid, GPTQ())
     assert choice.fell_back == fell_back
+    if not fell_back:
+        harder = {0.5: 1, -0.05: 10, -0.5: 100}[lowest]
+        upper = inverse_factor(hessian, 0.01 * harder)
+        want = gptq(weight, hessian, grid, upper, torch.arange(16))
+        assert torch.equal(compensate(weight, hessian, grid, GPTQ(act_order=False)).codes.codes, want.codes)
     assert torch.equal(choice.codes.codes, grid.codes) or not fell_back
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_columns_of_large_inputs_are_rounded_first_if_asked_for(act_order):
+    weight, hessian = torch.randn(8, 96), correlated(0, 96)
+    mixed = torch.randperm(96)
+    hessian = hessian[mixed][:, mixed]
+    found = [
+        solve(weight, hessian, "int3/group32/zero", act_order=order)[0].codes for order in (act_order, not act_order)
+    ]
+    grid = quantize_tensor(weight, Format.parse("int3/group32/zero"))
+    codes = compensate(weight, hessian, grid, GPTQ(act_order=act_order)).codes.codes
+    assert torch.equal(codes, found[0]) and not torch.equal(codes, found[1])
+
+
+def test_rows_beyond_a_block_of_rows_have_their_own_scales(monkeypatch):
+    weight, hessian = torch.randn(9, 32) * torch.logspace(-2, 2, 9)[:, None], correlated(0, 32)
+    grid = quantize_tensor(weight, Format.parse("int3/group32/zero"))
+    whole = compensate(weight, hessian, grid, GPTQ()).codes
+    monkeypatch.setattr(gptq_module, "_ROWS", 4)
+    assert torch.equal(compensate(weight, hessian, grid, GPTQ()).codes.codes, whole.codes)
 
 
 def test_inputs_that_are_always_zero_are_rounded_to_nearest():
@@ -151,8 +178,9 @@ def test_bad_input():
         qcompile.quantize(model, "w4a16-gptq")
     with pytest.raises(CalibrationError, match="empty"):
         qcompile.quantize(model, "w4a16-gptq", [], progress=False)
-    with pytest.raises(ValueError, match="damp_percent and block_size must be positive"):
-        GPTQ(damp_percent=0)
+    for bad in (dict(damp_percent=0), dict(block_size=0)):
+        with pytest.raises(ValueError, match="damp_percent and block_size must be positive"):
+            GPTQ(**bad)
     with pytest.raises(ValueError, match="stands twice"):
         Recipe("two", (GPTQ(), qcompile.passes.Quantize())).check()
     again = Recipe.from_json(qcompile.find_recipe("w4a16-gptq").to_json())

@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from laws import rewrite
+from torch import nn
 from zoo import build, example
 
 import qcompile
+from qcompile.ir.capture import capture
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
@@ -37,7 +40,7 @@ def test_no_group_is_worse_than_nearest(seed, bits):
 
     assert bool((by_group(found) <= by_group(nearest) * (1 + 1e-5)).all())
     assert by_group(found).sum() < 0.99 * by_group(nearest).sum()
-    assert torch.equal(found.scale, nearest.scale)
+    assert torch.equal(found.scale, nearest.scale) and int(found.codes.max()) < 2**bits
 
 
 @given(st.integers(0, 2**20))
@@ -72,7 +75,50 @@ def test_sites_in_another_format_are_rounded_to_nearest_and_the_report_says_so()
 
 
 def test_bad_configurations():
-    with pytest.raises(ValueError, match="float zero points"):
-        HQQ(Format.parse("int4/group64/zero"))
-    with pytest.raises(ValueError, match="0 < norm < 1"):
-        HQQ(norm=1.5)
+    for form in ("int4/group64/zero", "int4/row/floatzero"):
+        with pytest.raises(ValueError, match="float zero points"):
+            HQQ(Format.parse(form))
+    for bad in (dict(norm=1.5), dict(norm=0.0), dict(beta=0.0), dict(steps=0)):
+        with pytest.raises(ValueError, match="0 < norm < 1"):
+            HQQ(**bad)
+
+
+def test_the_steps_are_those_of_the_law():
+    """Group by group: shrink, the best zero point of what remains, codes; of all steps the best, each group its own."""
+    weight, form = heavy(0, rows=6, columns=40), Format("int3", "group", 16, "float")
+    nearest = quantize_tensor(weight, form)
+    found = hqq(weight, nearest, norm=0.6, beta=5.0, steps=6)
+    for n in range(6):
+        for g, columns in enumerate((slice(0, 16), slice(16, 32), slice(32, 40))):
+            w, s, z = weight[n, columns], nearest.scale[n, g], nearest.zero[n, g]
+            tried = []
+            for _ in range(7):
+                q = (w / s + z).round().clamp(0, 7)
+                error = w - (q - z) * s
+                tried.append((float(error.abs().sum()), float(z), q))
+                size = error.abs()
+                rest = error.sign() * (size - size.clamp_min(1e-8) ** -0.4 / 5).clamp_min(0)
+                z = (q - (w - rest) / s).mean()
+            _, zero, codes = min(tried, key=lambda one: one[0])
+            assert float(found.zero[n, g]) == pytest.approx(zero, abs=1e-4)
+            assert torch.equal(found.codes[n, columns].float(), codes)
+
+
+@pytest.mark.parametrize("config", [HQQ(lm_head=None), HQQ(norm=0.5, beta=3.0, steps=2, lm_head=None, clip=True)])
+def test_the_config_reaches_the_search(config):
+    layer, x = nn.Linear(160, 12), torch.randn(3, 160)
+    layer.weight.data = heavy(0)
+    program = capture(layer.requires_grad_(False), (x,))
+    rewrite(program, config, batches=[[x]])
+    grid = quantize_tensor(layer.weight, config.weight, clip=config.clip)
+    want = hqq(layer.weight, grid, norm=config.norm, beta=config.beta, steps=config.steps)
+    assert torch.equal(program.weights["weight.zero"], want.zero)
+    assert torch.equal(program.weights["weight.codes"], want.stored())
+
+
+def test_a_whole_row_with_a_float_zero_point_is_rounded_to_nearest():
+    layer, x, row = nn.Linear(160, 12), torch.randn(3, 160), Format.parse("int4/row/floatzero")
+    program = capture(layer.requires_grad_(False), (x,))
+    (report,) = rewrite(program, HQQ(lm_head=row), batches=[[x]])
+    assert torch.equal(program.weights["weight.zero"], quantize_tensor(layer.weight, row).zero)
+    assert report.notes == ["rounded to nearest, their format has no float zero points in groups: weight"]

@@ -45,6 +45,21 @@ def test_codes_are_those_of_the_weight_alone(clip):
     assert torch.equal(program.weights["0.weight.scale"], found[clip].scale)
 
 
+def test_codes_are_made_once_for_one_weight_format_and_clip():
+    """While a program lives that has them, and never for another format."""
+    layer, x = nn.Linear(32, 16).requires_grad_(False), torch.randn(3, 32)
+    layer.weight[0, 0] = 20.0
+    program, kept = capture(layer, (x,)), []
+    for form, clip in (("int4/group16", False), ("int4/group16", True), ("int8", True), ("int4/group16", False)):
+        after = program.copy()
+        rewrite(after, Quantize(form, None, lm_head=None, clip=clip), batches=[[x]])
+        want = quantize_tensor(layer.weight, Format.parse(form), clip=clip)
+        assert torch.equal(after.weights["weight.codes"], want.stored())
+        assert torch.equal(after.weights["weight.scale"], want.scale)
+        kept.append(after)
+    assert len({after.weights["weight.codes"].data_ptr() for after in kept}) == 3
+
+
 def test_an_embedding_keeps_its_float_table():
     model = Decoder(shape(tied=True))
     program = capture(model, (model.example(),))

@@ -22,7 +22,9 @@ from qcompile.passes.weights.gptq import GPTQ, gptq, inverse_factor
 from qcompile.passes.weights.sequential import Choice, quantize_sequentially
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.registry import registered
 from qcompile.recipe.report import PassReport
+from qcompile.recipe.rule import Rule
 
 
 @pytest.mark.parametrize("lm_head", [None, "int3/group32/zero", "int4/group64/zero"])
@@ -58,6 +60,24 @@ def test_logits_in_eight_bits_are_rounded_to_nearest_and_the_report_says_so():
     ]
 
 
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("kind", [GPTQ, GPTAQ])
+def test_grids_are_those_of_the_config(kind, clip):
+    """Of sites on one input, the second in a format of its own; the first in eight bits, which are no logits."""
+    model, x = Siblings().requires_grad_(False), torch.randn(40, 32)
+    forms = {"first": Format("int8"), "second": Format.parse("int3/group16/zero")}
+    more = {"strength": 0.0} if kind is GPTAQ else {}
+    program = capture(model, (x,))
+    rules = {"second.weight": Rule("second*", weight=forms["second"])}
+    context = PassContext.of(program, batches=lambda: [[x]], rules=rules)
+    run_pass = registered()[kind].run
+    run_pass(program, kind(forms["first"], None, lm_head=Format("int8"), clip=clip, **more), context)
+    for name, form in forms.items():
+        grid = quantize_tensor(getattr(model, name).weight, form, clip=clip)
+        assert torch.equal(program.weights[f"{name}.weight.scale"], grid.scale)
+        assert not torch.equal(program.weights[f"{name}.weight.codes"], grid.stored()), "chosen by the Hessian"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", [GPTQ, GPTAQ, DGQ])
 def test_padding_changes_no_code(kind, layout):
@@ -74,6 +94,7 @@ def test_padding_changes_no_code(kind, layout):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.slow
 def test_padding_counts_for_no_expert():
     """Rows sorted by expert are followed to the index that chose them."""
     program = capture(build("mixtral"), (), {**example("mixtral"), "attention_mask": torch.ones(2, 8).long()})
@@ -96,6 +117,18 @@ def test_padding_counts_for_no_expert():
     assert len(found[0]) == len(found[1]) == 2 * (2 + 4 + 4)
     for want, hessian in zip(*found, strict=True):
         assert torch.allclose(want, hessian, rtol=1e-3, atol=1e-4 * float(want.diagonal().max()) + 1e-9)
+
+
+class Siblings(nn.Module):
+    """Two linears on one correlated input, and the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(32, 24), nn.Linear(32, 24), nn.Linear(24, 4)
+
+    def forward(self, x):
+        x = x.cumsum(-1)
+        return self.head(torch.tanh(self.first(x)) * self.second(x))
 
 
 class Experts(nn.Module):

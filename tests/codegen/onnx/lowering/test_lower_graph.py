@@ -184,6 +184,32 @@ def test_per_tensor_activations_in_both_variants(tmp_path):
     assert report.metrics["onnx relative error"] < 0.2
 
 
+def test_the_number_of_tokens_chooses():
+    """Up to a limit decode, which does not round activations; then prefill. One weight, by rows or for all."""
+    rng, (n, k) = np.random.default_rng(0), (24, 64)
+    s1, row = rng.integers(1, 8, (n, 2)), rng.uniform(0.5, 2, n)
+    scales, b = (s1 * row[:, None]).astype(np.float32), rng.normal(size=n).astype(np.float32)
+    x = rng.normal(size=(4, k)).astype(np.float32) * np.float32([[1], [5], [1], [1]])
+    codes = rng.integers(0, 256, (n, 2, 16), np.uint8)
+    q = np.stack([codes & 15, codes >> 4], -1).reshape(n, k).astype(int) - 8
+    weight = q * np.repeat(scales, 32, 1)
+    for per_row in (1, 0):
+        text = f"""
+            model (float[m, {k}] x) => (float[m, {n}] y) {{
+                y = qcompile.DualLinear <K = {k}, N = {n}, bits = 4, block_size = 32, per_row = {per_row}> (
+                    x, codes, scales, , row, b)
+            }}"""
+        model = graph_of(text, codes=codes, scales=scales, row=row.astype(np.float32), b=b)
+        lowered = lower_by_tokens(model, decode_tokens=2 * k)
+        for rows in (1, 2, 3):
+            given = x[:rows]
+            if rows > 2:
+                step = np.abs(given).max(1 if per_row else None, keepdims=True) / np.float32(127)
+                given = np.rint(given / step) * step
+            want = given @ weight.T + b
+            assert np.allclose(run(lowered, x[:rows])[0], want, rtol=1e-4, atol=1e-3 * np.abs(want).max()), rows
+
+
 def test_nested_graphs_read_values_of_the_branch_around_them():
     """An If of the model's own inside the If on the number of tokens."""
     text = """

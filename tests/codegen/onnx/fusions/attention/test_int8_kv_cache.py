@@ -106,6 +106,7 @@ def test_products_with_two_kernels(options, tmp_path):
             assert relative(read_in_pieces(session, text, pieces)[0], want) < 1.5 * effect + ROUNDED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [WEIGHTS, BOTH], ids=["weights", "both"])
 @pytest.mark.parametrize("new", [1, DECODE_TOKENS, DECODE_TOKENS + 1, 9])
 def test_a_cache_is_extended_in_the_buffer_that_it_came_in(passes, new, tmp_path):
