@@ -70,10 +70,11 @@ def export_onnx(
         check_example(model, example)
     chosen = None if recipe is None else find_recipe(recipe, model, data=batches is not None)
     is_encoder = example is not None
-    if not is_encoder:
-        cache_layers(model)  # refuses what has no such cache before it is quantized
     if not file.float_cache:
         refuse_cache(model, chosen, contrib_ops=file.contrib_ops, encoder=is_encoder)
+    if not is_encoder:
+        with detached(model):
+            cache_layers(model)  # refuses what has no such cache before it is quantized
 
     with atomic_folder(folder) as work:
         report = Report("as it is")

@@ -14,6 +14,12 @@ from qcompile.recipe.strict_json import DamagedJson, read_json
 _LOOSE = 4  # parameters of a configuration for each value in the files: tied ones are stored once
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of GGUF's types of values
 _STRING, _ARRAY = 8, 9
+# What transformers reads, each an object; people keep other files of any form beside them.
+_OBJECTS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
+    "adapter_config.json", "*.index.json",
+)  # fmt: skip
 _MANY = 2**31
 
 
@@ -33,7 +39,7 @@ def check_files(folder: Path) -> None:
         raise DamagedFile("it is an exported ONNX folder, which `qcompile generate` runs")
     if not (folder / "config.json").is_file():
         raise DamagedFile("it holds no config.json" if any(folder.iterdir()) else "the folder is empty")
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(path for name in _OBJECTS for path in folder.glob(name)):
         _require_object(path)
     config = read_json(folder / "config.json")
     if (config.get("quantization_config") or {}).get("quant_method") == "qcompile":
@@ -146,7 +152,7 @@ class _Gguf:
 
 def _require_object(path: Path) -> None:
     try:
-        if not isinstance(read_json(path), dict) and path.name != "modules.json":
+        if not isinstance(read_json(path), dict):
             raise DamagedFile(f"{path} holds no JSON object")
     except DamagedJson as error:
         raise DamagedFile(f"{error}. Fix: copy or download it again") from error

@@ -46,6 +46,7 @@ def _recipe(name: str, source: str, *passes: PassConfig) -> Recipe:
 
 
 _INT4 = Format.parse("int4/group128/zero")
+_INT4_32 = Format.parse("int4/group32/zero")
 _TWO_LEVEL = Format.parse("int4/group128/zero/dual")
 _TWO_LEVEL_32 = Format.parse("int4/group32/zero/dual")
 _TWO_LEVEL_64 = Format.parse("int4/group64/zero/dual")  # of logits: 64 divides more hidden sizes than 128
@@ -101,15 +102,9 @@ PRESETS: dict[str, Recipe] = {
         _recipe(
             "fp8-principal-gptq", "fp8-principal with codes by GPTQ; needs calibration", *_PRINCIPAL, GPTQ(_FP8, _FP8)
         ),
+        _recipe("w4a16", "weight-only int4, groups of 128, zero points, MSE clip", Quantize(_INT4, None, clip=True)),
         _recipe(
-            "w4a16",
-            "weight-only int4, groups of 128, zero points, MSE clip; round to nearest",
-            Quantize(_INT4, None, clip=True),
-        ),
-        _recipe(
-            "w4a16-g32",
-            "w4a16 in groups of 32: the nearest to float of the 4-bit recipes that need no data; a seventh larger",
-            Quantize(Format.parse("int4/group32/zero"), None, clip=True),
+            "w4a16-g32", "w4a16 in groups of 32: nearest to float without data", Quantize(_INT4_32, None, clip=True)
         ),
         _recipe(
             "int4-cpu",

@@ -69,6 +69,14 @@ def test_a_folder_of_transformers_passes(tmp_path):
     check_files(folder(tmp_path / "m"))
 
 
+def test_files_that_transformers_does_not_read_may_hold_anything(tmp_path):
+    """Sentence encoders come with lists of data sets and modules."""
+    root = folder(tmp_path / "m")
+    (root / "data_config.json").write_text("[1]")
+    (root / "notes.json").write_text("none")
+    check_files(root)
+
+
 def test_other_folders_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()

@@ -24,7 +24,7 @@ class Report:
 
     Attributes:
         versions: of the packages of the last run.
-        rows: key -> file, breaks, equivalent, outcome ("killed", "timeout" or "survived") and seconds.
+        rows: key -> file, breaks, equivalent, outcome ("killed", "timeout" or "survived").
     """
 
     versions: dict[str, str] = field(default_factory=dict)
@@ -35,14 +35,13 @@ class Report:
         """The committed report; an empty one if there is none."""
         return Report(**json.loads(PATH.read_text())) if PATH.is_file() else Report()
 
-    def add(self, edit: Edit, outcome: str, seconds: float) -> None:
+    def add(self, edit: Edit, outcome: str) -> None:
         """Record one outcome."""
         self.rows[key_of(edit)] = {
             "file": edit.file,
             "breaks": edit.breaks,
             "equivalent": edit.equivalent,
             "outcome": outcome,
-            "seconds": round(seconds, 1),
         }
 
     def write(self, listed: Iterable[Edit], path: Path = PATH) -> None:

@@ -52,6 +52,7 @@ class Architecture:
         generates: whether `generate` writes tokens.
         dynamic: whether it takes any length.
         options: keyword arguments of `generate` beside the inputs.
+        bounds: of the relative error in a format, where the cause of a larger one is known.
     """
 
     make: Callable[[], nn.Module]
@@ -59,6 +60,7 @@ class Architecture:
     generates: bool = False
     dynamic: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    bounds: dict[str, float] = field(default_factory=dict)
 
 
 def decoder(make: Callable[[], nn.Module]) -> Architecture:

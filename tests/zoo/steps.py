@@ -63,6 +63,12 @@ class Case:
                 each.append([tensor.clone() for tensor in tensors(model(**batch))])
         return [torch.cat([found[0] for found in each]), *(tensor for found in each for tensor in found[1:])]
 
+    def check_error(self, error: float, form: str) -> None:
+        """Raises Fault where a format loses more than it may."""
+        allowed = self.architecture.bounds.get(form, BOUNDS[form])
+        if not error < allowed:
+            raise Fault(f"error {error:.3f} > {allowed}")
+
     def fresh(self) -> nn.Module:
         """A copy of the float model."""
         return copy.deepcopy(self.model)
@@ -117,8 +123,7 @@ def in_place(recipe: str, case: Case) -> float:
     broken = [c for c in report.certificates if not c.holds]
     if broken:
         raise Fault(f"undone: {'; '.join(f'{c.name} {c.error:.1e} at {c.blame}' for c in broken)} (error {error:.3f})")
-    if not error < BOUNDS[form]:
-        raise Fault(f"error {error:.3f} > {BOUNDS[form]}")
+    case.check_error(error, form)
     if not any(site.quantized for site in report.sites):
         raise Fault("no site is quantized, and nothing is said")
     if recipe == form:
@@ -137,8 +142,7 @@ def compiles(case: Case) -> float:
         found = case.outputs(compiled)
     breaks = sum(counters["graph_break"].values())
     error = distance(found, case.want)
-    if not error < BOUNDS["int8"]:
-        raise Fault(f"error {error:.3f} > {BOUNDS['int8']}")
+    case.check_error(error, "int8")
     with contextlib.suppress(ValueError):
         apart = distance(found, case.outputs(case.int8))
         if apart > AGREE:

@@ -21,6 +21,10 @@ def test_choices(dtype):
     assert kernel_of(DUAL, "int8/row") == "dual_mm"
     assert kernel_of(Format.parse("int4/group100"), "") == "dequant_mm"  # halves are not whole vectors
     assert kernel_of(Format.parse("int4/group128/zero"), "int8/row") == "dequant_mm"  # float group scales
+    assert kernel_of(Format.parse("int4/group100/dual"), "int8/row") == "dequant_mm"
+    assert {kernel_of(INT8, act) for act in ("int8/row/zero", "int8/group64", "fp8/row")} == {"dequant_mm"}
+    assert {kernel_of(Format.parse("int8/group64"), act) for act in ("", "int8/row")} == {"dequant_mm"}
+    assert [kernel_of(INT8, act) for act in ("", "int8/tensor")] == ["int8_float", "int8_mm"]
 
 
 @pytest.mark.parametrize("measured_on", ["vnni", "avx2"])

@@ -171,6 +171,21 @@ def test_a_call_is_right_or_refused(op, shape, dtype, bias, fast, layouts, damag
             assert shaped.shape == got.shape and shaped.dtype == got.dtype
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("op", OPS)
+def test_operands_of_any_strides_are_read_right(op, rows):
+    """One by one, for small M and large M; the bias in another dtype too."""
+    a = operands(op, rows, 100, 33, 32, torch.float32, True)
+    check_value(op, a, call(op, a))
+    for name in [name for name, value in a.items() if isinstance(value, torch.Tensor)]:
+        for kind in ("columns first", "every other", "unaligned"):
+            b = a | {name: restrided(a[name], kind)}
+            check_value(op, b, call(op, b))
+    if "bias" in a:
+        b = a | {"bias": a["bias"].bfloat16()}
+        check_value(op, b, call(op, b))
+
+
 @pytest.mark.parametrize(
     "op,name,value,says",
     [

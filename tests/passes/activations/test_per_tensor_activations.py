@@ -73,7 +73,7 @@ def test_the_error_ratio(seed, zero, larger, outputs):
 
 def test_nothing_is_as_good_as_nothing():
     assert error_ratio([torch.zeros(1, 4, 8)], torch.ones(3, 8), TENSOR) == 1.0
-    rows = torch.tensor([[127.0, 3.0], [127000.0, 5000.0]])  # whole numbers of scales of their own
+    rows = torch.tensor([[127.0, 3.0], [127000.0, 5000.0]])  # integers times scales of their own
     assert error_ratio([rows], torch.eye(2), TENSOR) == float("inf")
 
 

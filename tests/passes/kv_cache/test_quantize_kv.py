@@ -109,8 +109,8 @@ def test_keys_and_values_are_rounded_by_hand(config, decomposed, dtype):
                 ((z.float() / s).round().clamp(-128, 127) * s).to(dtype) for z, s in zip((k, v), scales, strict=True)
             ]
         mean = statistics.key_means[keys][:, None] if config.center else 0
-        turn = random_rotation(k.shape[-1], 0)[0].float() if config.hadamard else torch.eye(k.shape[-1])
-        rounded = quantize_tensor((k.float() - mean) @ turn, config.format).dequantize() @ turn.t() + mean
+        matrix = random_rotation(k.shape[-1], 0)[0].float() if config.hadamard else torch.eye(k.shape[-1])
+        rounded = quantize_tensor((k.float() - mean) @ matrix, config.format).dequantize() @ matrix.t() + mean
         values = quantize_tensor(v, config.format).dequantize()
         first = torch.arange(k.shape[-2])[:, None] < config.sink_tokens
         return torch.where(first, k, rounded.to(dtype)), torch.where(first, v, values.to(dtype))
