@@ -62,6 +62,7 @@ def export_onnx(
         from qcompile.codegen.onnx.export_module import export_module
         from qcompile.codegen.onnx.fusions.attention.int8_kv_cache import Int8KVCache
         from qcompile.codegen.onnx.tracing.decoder_cache import cache_layers
+        from qcompile.codegen.onnx.tracing.onnx_support import check_supported
         from qcompile.generation.onnx_session import PREFIX_FILE
     except ModuleNotFoundError as error:
         raise RecipeError(f"{error}. Fix: pip install 'torch-qcompile[onnx]'") from error
@@ -72,9 +73,10 @@ def export_onnx(
     is_encoder = example is not None
     if not file.float_cache:
         refuse_cache(model, chosen, contrib_ops=file.contrib_ops, encoder=is_encoder)
-    if not is_encoder:
+    if not is_encoder:  # what has no cache of keys and values is refused before it is quantized
+        check_supported(model, file.contrib_ops)
         with detached(model):
-            cache_layers(model)  # refuses what has no such cache before it is quantized
+            cache_layers(model)
 
     with atomic_folder(folder) as work:
         report = Report("as it is")

@@ -144,6 +144,7 @@ def test_brackets_in_names_come_out_whole(name, nothing_is_loaded, tmp_path):
     assert code == 2 and name.replace("/", "") in lines[-1], lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_brackets_in_results_come_out_whole(name, terminal, screen, monkeypatch, tmp_path):
