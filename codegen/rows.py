@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from qcompile.ir.program import hint
+
 
 def rows_of(node: fx.Node) -> tuple[int, bool]:
     """M of a value [.., K], and whether it is symbolic (then M is the hint, the size that was traced first)."""
     rows, symbolic = 1, False
     for size in node.meta["val"].shape[:-1]:
         symbolic |= isinstance(size, torch.SymInt)
-        rows *= int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+        rows *= int(hint(size))
     return max(rows, 1), symbolic
 
 

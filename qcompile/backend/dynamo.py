@@ -182,7 +182,8 @@ def compile_program(program: Program, inputs: Sequence[Any], options: Options) -
     keep_float: dict[str, str] = {}
     if options.on_slow_kernel == "keep_float":
         keep_float = float_fallback_sites(facts, recipe, rules, _gpu(program), options.rows)
-    concrete = all(not isinstance(i, Tensor) or type(i) in (Tensor, torch.nn.Parameter) for i in example)
+    # Neither a size that depends on data nor a subclass of Tensor can be computed with.
+    concrete = all(type(i) in (int, float, bool, Tensor, torch.nn.Parameter) for i in example)
     try:
         rewritten, report = run(
             program, recipe, facts=facts, rules=rules, example=example if concrete else None, verify=options.verify,

@@ -30,3 +30,12 @@ def test_a_vector_is_one_row():
 
     node = output_of(capture(Sum(), (torch.randn(20, 8),)))
     assert rows_of(node) == (1, False) and rows_label(node) == "rows 1"
+
+
+def test_rows_that_depend_on_data_are_many():
+    class Chosen(torch.nn.Module):
+        def forward(self, x):
+            return x[x[:, 0] > 0] * 2
+
+    rows, symbolic = rows_of(output_of(capture(Chosen(), (torch.randn(20, 8),))))
+    assert rows > 1000 and symbolic

@@ -61,7 +61,7 @@ def build(name: str) -> nn.Module:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-            elif name not in ZOO and 0 < (spread := float(parameter.std())) < LOUD:
+            elif name not in ZOO and parameter.numel() > 1 and 0 < (spread := float(parameter.std())) < LOUD:
                 parameter.mul_(LOUD / spread)
     return model.requires_grad_(False)
 
