@@ -64,7 +64,7 @@ def online_hadamard(program: Program, config: OnlineHadamard, context: PassConte
         if obstacle is not None:
             report.skip(sites[0].name, obstacle.reason, obstacle.node)
             continue
-        _transform(program, consumers, sites, n, config.seed, report)
+        _transform(program, sites, n, config.seed)
         k, m = hadamard_factors(n) or (0, 0)
         report.done.append(sites[0].name)
         note = f"online Hadamard {k}*{2**m} for {n} channels"
@@ -106,22 +106,16 @@ def _obstacle(
     return None
 
 
-def _transform(
-    program: Program, consumers: Consumers, sites: tuple[Site, ...], n: int, seed: int, report: PassReport
-) -> None:
+def _transform(program: Program, sites: tuple[Site, ...], n: int, seed: int) -> None:
     """Give sites R x instead of x; whatever else reads x goes on reading it."""
     name, signs = f"hadamard{n}.signs", random_signs(n, seed)
     if name not in program.weights:
         program.add_weight(name, signs.float().to(program.weights[sites[0].name].device))
-    if consumers.other_consumers or len(sites) < len(consumers.sites):
-        for value in dict.fromkeys(site.input for site in sites):
-            rotated = HadamardCall(value, program.node_of(name)).insert(program, after=value)
-            for site in sites:
-                site.node.replace_input_with(value, rotated)
-    else:  # one transform behind the root; what lies between it and the sites carries the rotated value
-        rotated = HadamardCall(consumers.root, program.node_of(name)).insert(program, after=consumers.root)
-        program.replace(consumers.root, rotated)
-        report.changed |= {value.name for value in consumers.values} - {consumers.root.name}
+    # Right before the sites, whatever lies between them and the root: there a module of the model can hold it.
+    for value in dict.fromkeys(site.input for site in sites):
+        rotated = HadamardCall(value, program.node_of(name)).insert(program, after=value)
+        for site in sites:
+            site.node.replace_input_with(value, rotated)
     for weight in dict.fromkeys(site.name for site in sites):
         old = program.weights[weight]
         program.weights[weight] = apply_hadamard(old.double(), signs).to(old.dtype)

@@ -51,15 +51,19 @@ def without_whole_graph(recipe: Recipe, failure: CaptureError) -> tuple[Recipe, 
     return dataclasses.replace(recipe, passes=kept), reports
 
 
-def capture_leaves(model: nn.Module, call: CallTree) -> tuple[Program, list[SiteReport]]:
+def capture_leaves(model: nn.Module, call: CallTree, failure: CaptureError) -> tuple[Program, list[SiteReport]]:
     """The Program of a model's linear modules.
 
     Args:
         model: in evaluation mode.
         call: an example.
+        failure: why there is no whole graph.
 
     Returns:
         The Program, and a report on each linear module that is not in it.
+
+    Raises:
+        CaptureError: the example calls no linear module; it is `failure`.
     """
     flow = _Flow(model)
     with torch.no_grad(), flow:
@@ -79,6 +83,8 @@ def capture_leaves(model: nn.Module, call: CallTree) -> tuple[Program, list[Site
                 reason = "the example does not call it. Fix: give one that does"
                 size = weight.nbytes
                 skipped.append(SiteReport(f"{path}.weight", n, k, reason=reason, bytes_before=size, bytes_after=size))
+    if not leaves:
+        raise failure
     together = _SideBySide(model, leaves)
     return capture(together, [leaf.x for leaf in leaves], dynamic=False), skipped
 

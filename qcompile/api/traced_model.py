@@ -68,7 +68,7 @@ class TracedModel:
                 first, failure = first or call, failure or error
         assert first is not None and failure is not None  # `own_examples` raises where it gives none
         part, dropped = without_whole_graph(recipe, failure)
-        program, unreached = capture_leaves(model, first)
+        program, unreached = capture_leaves(model, first, failure)
         return TracedModel(program, first, [], part, dropped, unreached)
 
 

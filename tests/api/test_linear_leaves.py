@@ -37,13 +37,14 @@ class Experts(nn.Module):
         return self.head(h + out).float()
 
 
+FAILURE = CaptureError("no whole graph, at line 1")
 X = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("choose", ["topk", "argmax"])
 def test_routers_and_heads_are_known(choose):
     model = Experts(choose).eval().requires_grad_(False)
-    program, skipped = capture_leaves(model, CallTree.of((X,), {}))
+    program, skipped = capture_leaves(model, CallTree.of((X,), {}), FAILURE)
     sites = {site.name: site for site in find_sites(program)}
     assert not skipped and len(sites) == 11  # experts that the example does not choose too
     assert [name for name, site in sites.items() if chooses_experts(site)] == ["router.weight"]
@@ -71,7 +72,7 @@ class Reads(nn.Module):
 
 
 def test_a_child_that_is_not_called_by_its_parent_stays():
-    program, skipped = capture_leaves(nn.Sequential(Reads(), nn.Linear(32, 8)), CallTree.of((X,), {}))
+    program, skipped = capture_leaves(nn.Sequential(Reads(), nn.Linear(32, 8)), CallTree.of((X,), {}), FAILURE)
     assert [site.name for site in find_sites(program)] == ["1.weight"]
     assert [site.name for site in skipped] == ["0.inner.weight"]
 
@@ -86,3 +87,16 @@ def test_passes_of_single_sites_remain():
         without_whole_graph(find_recipe("int8-smooth"), failure)
     with pytest.raises(CaptureError, match="a line"):
         without_whole_graph(find_recipe("exact"), failure)
+
+
+def test_a_model_without_linear_modules_is_refused_for_its_control_flow():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() > 0 else x
+
+    with pytest.raises(CaptureError, match="cannot be traced to one graph.*x.sum"):
+        qcompile.quantize(Branches(), "int8", example=torch.ones(1, 4, 4), progress=False)

@@ -35,8 +35,8 @@ SIMILAR = {
 COMPILED = ["torch_multihead_attention", "torch_unet", "torch_lstm", "torch_resnet"]
 
 
-# What cannot be one graph, by the reason that the refusal gives; docs/architectures.md has all of them.
-REFUSES: dict[str, str] = {}
+# What has no linear site, by the reason that the refusal gives; docs/architectures.md has all of them.
+REFUSES = {"encodec": "cannot be traced to one graph", "poolformer": "a convolution, which no recipe quantizes"}
 
 
 def check(name: str, *steps: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers as tf
 
-from zoo.architecture import TOKENS, Architecture, pair_of_ids
+from zoo.architecture import ROUTED, TOKENS, Architecture, pair_of_ids
 
 BART = dict(
     d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
@@ -89,9 +89,7 @@ ENCODER_DECODERS = {
         ),
         pair_of_ids,
         generates=True,
-        # Each token goes to one expert: one token in sixteen that goes to another makes 0.14 to 0.24 of 0.04, which is
-        # the error with the float model's choices.
-        bounds={"int8": 0.3},
+        bounds=ROUTED,  # 0.24 with one token in sixteen that another expert gets, 0.04 with the float model's choices
     ),
     "t5_gated": translator(
         lambda: tf.T5ForConditionalGeneration(

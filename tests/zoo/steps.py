@@ -128,7 +128,12 @@ def in_place(recipe: str, case: Case) -> float:
         raise Fault("no site is quantized, and nothing is said")
     if recipe == form:
         case.plain[form] = error
-    elif "rotated" in recipe and form in case.plain and error > ROTATED * case.plain[form] + NOISE[form]:
+    elif (
+        "rotated" in recipe
+        and form in case.plain
+        and form not in case.architecture.bounds
+        and error > ROTATED * case.plain[form] + NOISE[form]
+    ):
         raise Fault(f"error {error:.3f}, without rewriting {case.plain[form]:.3f}")
     return error
 

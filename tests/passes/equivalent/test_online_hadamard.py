@@ -7,11 +7,13 @@ import torch
 from laws import assert_rounded_once, before_and_after, rewrite, rewritten, shape
 from torch import nn
 
+import qcompile
 from qcompile.ir.capture import capture
 from qcompile.ir.op_calls import HadamardCall
 from qcompile.passes import FoldNorm, OnlineHadamard, Rotate
 from qcompile.passes.equivalent.online_hadamard import online_hadamard
 from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.recipe import Recipe
 from qcompile.testing import Decoder, assert_equivalent
 
 
@@ -113,13 +115,19 @@ class Gated(nn.Module):
 X = torch.randn(2, 3, 8, dtype=torch.float64)
 
 
-def test_one_transform_serves_all_that_read_a_value_through_casts_and_layouts():
+def test_a_transform_stands_right_before_its_site():
+    """Behind casts, layouts and pieces of the value: a module that takes the site's place can hold it."""
+
     def function(m, x):
         y = torch.relu(m.up(x))
-        return m.a(y.float().double()), m.b(y.flatten(0, 1))
+        return m.a(y.float().double()), m.b(y[:, :2].flatten(0, 1))
 
-    _, after, (report,) = rewritten(Gated(function), OnlineHadamard(), x=X)
-    assert len(report.done) == 1 and len(list(HadamardCall.find(after))) == 1
+    model = Gated(function)
+    _, after, (report,) = rewritten(model, OnlineHadamard(), x=X)
+    assert len(report.done) == 1 and len(list(HadamardCall.find(after))) == 2
+    want = model(X)
+    qcompile.quantize(model, Recipe("online", (OnlineHadamard(),)), [X], progress=False)
+    assert all(torch.allclose(found, exact) for found, exact in zip(model(X), want, strict=True))
 
 
 KEPT = {
