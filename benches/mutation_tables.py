@@ -7,8 +7,12 @@
 from __future__ import annotations
 
 import collections
+import tomllib
+from pathlib import Path
 
 from compile_tables import RESULTS, read
+
+LISTS = Path(__file__).parents[1] / "tests" / "mutations"
 
 
 def rows() -> list[dict[str, object]]:
@@ -16,19 +20,29 @@ def rows() -> list[dict[str, object]]:
     return list(read("mutations")["rows"].values()) if (RESULTS / "mutations.json").is_file() else []
 
 
+def listed() -> collections.Counter[str]:
+    """How many edits each source file has in the lists."""
+    tables = [tomllib.loads(path.read_text())["edit"] for path in sorted(LISTS.glob("*.toml"))]
+    return collections.Counter(edit["file"] for edits in tables for edit in edits)
+
+
 def by_file(_: str) -> str:
-    """Edits, and how many of those that a test could notice were noticed."""
+    """Edits, and how many of those that were tried and that a test could notice were noticed."""
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for row in rows():
         kind = "equivalent" if row["equivalent"] else "unnoticed" if row["outcome"] == "survived" else "noticed"
         counts[str(row["file"])][kind] += 1
-    lines = ["| file | noticed | unnoticed | change nothing |", "|---|---|---|---|"]
+    lines = ["| file | noticed | unnoticed | change nothing | not tried yet |", "|---|---|---|---|---|"]
     total: collections.Counter[str] = collections.Counter()
-    for file, count in sorted(counts.items()):
-        lines.append(f"| {file} | {count['noticed']} | {count['unnoticed'] or ''} | {count['equivalent'] or ''} |")
+    for file, edits in sorted(listed().items()):
+        count = counts[file]
+        count["untried"] = edits - count.total()
+        cells = [str(count[kind] or "") for kind in ("noticed", "unnoticed", "equivalent", "untried")]
+        lines.append(f"| {file} | {' | '.join(cells)} |")
         total += count
     share = total["noticed"] / max(1, total["noticed"] + total["unnoticed"])
-    lines.append(f"| all | {total['noticed']} ({share:.1%}) | {total['unnoticed']} | {total['equivalent']} |")
+    last = f"{total['unnoticed']} | {total['equivalent']} | {total['untried']}"
+    lines.append(f"| all | {total['noticed']} ({share:.1%} of those tried) | {last} |")
     return "\n".join(lines)
 
 
