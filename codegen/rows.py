@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from qcompile.ir.program import hint
+from qcompile.ir.size_hint import hint
 
 
 def rows_of(node: fx.Node) -> tuple[int, bool]:

@@ -19,7 +19,8 @@ from qcompile.analysis.channel_origin import ChannelOrigins, FlowStops, Terms
 from qcompile.analysis.obstacle import Obstacle
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.ir.aten_ops import ALIASES, CASTS, DROPOUTS, EXPANDS, MATMULS, RESHAPES, SDPA, SOFTMAX, Ops, aten
-from qcompile.ir.program import Program, hint
+from qcompile.ir.program import Program
+from qcompile.ir.size_hint import hint
 
 # No transposes: scores of keys and queries instead of queries and keys would pass for others.
 _BETWEEN: Ops = SOFTMAX | CASTS | ALIASES | DROPOUTS | RESHAPES | EXPANDS | {

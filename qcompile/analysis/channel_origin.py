@@ -33,7 +33,8 @@ from qcompile.ir.aten_ops import (
     is_cast,
     reads_elements,
 )
-from qcompile.ir.program import Program, hint
+from qcompile.ir.program import Program
+from qcompile.ir.size_hint import hint
 
 _FUNCTIONS: Ops = ACTIVATIONS | {aten.pow.Tensor_Scalar, aten.square.default}
 """The same function of every element; a power is no activation by itself, but part of one (squared ReLU)."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.ir.aten_ops import aten, is_cast
-from qcompile.ir.program import Program, hint
+from qcompile.ir.program import Program
+from qcompile.ir.size_hint import hint
 
 
 def through_casts(node: fx.Node) -> fx.Node:

@@ -22,7 +22,8 @@ from qcompile.analysis.obstacle import Obstacle
 from qcompile.analysis.residual_stream import LAYOUT, keeps_last
 from qcompile.analysis.sites import Site
 from qcompile.ir.aten_ops import MATMULS, MOVES, SDPA, SPLITS, Ops, aten, is_cast, reads_elements
-from qcompile.ir.program import Program, hint
+from qcompile.ir.program import Program
+from qcompile.ir.size_hint import hint
 
 _FUNCTIONS: Ops = frozenset({aten.mul.Tensor, aten.relu.default})
 """What a positive factor passes though it computes something: a gate, and ReLU, which is positive homogeneous."""

@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from qcompile.ir.aten_ops import LINEAR, MATMULS, aten
-from qcompile.ir.program import Program, hint
+from qcompile.ir.program import Program
+from qcompile.ir.size_hint import hint
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from qcompile.ir.aten_ops import (
     aten,
 )
 from qcompile.ir.node_meta import WEIGHT
-from qcompile.ir.program import Program, hint
+from qcompile.ir.program import Program
+from qcompile.ir.size_hint import hint
 
 _FLATTENINGS: Ops = VIEWS | {aten.flatten.using_ints, aten.clone.default, aten.contiguous.default}
 _ROW_BY_ROW: Ops = (

@@ -34,16 +34,6 @@ class _AllObserved(BaseException):
     """Ends a run whose rest nobody observes; no Exception, which the interpreter would comment on."""
 
 
-_OF_DATA = 7919  # a prime that is the size of nothing else: what is assumed of it fits no other value
-
-
-def hint(size: Any) -> Any:
-    """The integer that a symbolic size had in the example, a prime if it depends on data; anything else unchanged."""
-    if not isinstance(size, torch.SymInt):
-        return size
-    return _OF_DATA if size.node.hint is None else int(size.node.hint)
-
-
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A graph module whose nodes can be rewritten; tensors and fake values are shared, not copied."""
     graph = fx.Graph()

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from zoo import build, example
 
-import qcompile
 from qcompile.ir.capture import capture
 from qcompile.ir.node_meta import WEIGHT
 
@@ -137,25 +136,3 @@ def test_constants_are_evaluated():
     program = capture(Constant(), (torch.randn(3, 2),))
     constants = [n for n in program.graph.nodes if n.op == "get_attr" or n.meta.get(WEIGHT)]
     assert [program.evaluate(n, {}.get).tolist() for n in constants] == [[1.0, 2.0]]
-
-
-class Chosen(nn.Module):
-    """Multiplies the rows that a mask chooses: how many depends on data."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
-
-    def forward(self, x, mask):
-        hidden = self.up(x)
-        return hidden.masked_scatter(mask[:, None], self.down(hidden[mask]))
-
-
-@pytest.mark.parametrize("recipe", ["int8", "int8-rotated"])
-def test_a_size_that_depends_on_data_has_no_hint(recipe):
-    model, x, mask = Chosen().eval(), torch.randn(6, 64), torch.tensor([True, False, True, True, False, False])
-    with torch.no_grad():
-        want = model(x, mask)
-        report = qcompile.quantize(model, recipe, [(x, mask)], progress=False)
-        assert [site.quantized for site in report.sites] == [True, True]
-        assert float((model(x, mask) - want).norm() / want.norm()) < 0.03

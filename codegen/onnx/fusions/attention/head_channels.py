@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate
 from qcompile.ir.aten_ops import CASTS, EXPANDS, JOINS, RESHAPES, SLICES, SPLITS, TRANSPOSES, Ops, reads_elements
-from qcompile.ir.program import Program, hint
+from qcompile.ir.program import Program
+from qcompile.ir.size_hint import hint
 
 aten = torch.ops.aten
 

@@ -11,7 +11,8 @@ from qcompile.codegen.onnx.fusions.attention.head_channels import HeadChannels, 
 from qcompile.codegen.onnx.fusions.packed_matmul import OutputChannels, linear_call, pack
 from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate
 from qcompile.ir.aten_ops import RESHAPES, TRANSPOSES, Ops
-from qcompile.ir.program import Program, hint
+from qcompile.ir.program import Program
+from qcompile.ir.size_hint import hint
 
 aten = torch.ops.aten
 

@@ -32,7 +32,8 @@ from qcompile.codegen.onnx.fusions.attention.mismatch import Mismatch, match_or_
 from qcompile.codegen.onnx.fusions.attention.rotary_embedding import RotaryProbe, RotaryTables
 from qcompile.codegen.onnx.fusions.attention.sample_inputs import SampleInputs
 from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate, token_dependent_nodes
-from qcompile.ir.program import Program, hint
+from qcompile.ir.program import Program
+from qcompile.ir.size_hint import hint
 
 aten = torch.ops.aten
 

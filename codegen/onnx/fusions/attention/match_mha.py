@@ -23,7 +23,8 @@ from qcompile.codegen.onnx.fusions.attention.mismatch import Mismatch, match_or_
 from qcompile.codegen.onnx.fusions.attention.sdpa_call import SDPACall
 from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate, inputs_behind, token_dependent_nodes
 from qcompile.codegen.onnx.ops.attention_ops import causal_mask
-from qcompile.ir.program import Program, hint
+from qcompile.ir.program import Program
+from qcompile.ir.size_hint import hint
 
 aten = torch.ops.aten
 

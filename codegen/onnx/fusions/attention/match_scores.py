@@ -22,7 +22,8 @@ from qcompile.codegen.onnx.fusions.attention.mismatch import Mismatch
 from qcompile.codegen.onnx.fusions.attention.sdpa_call import SDPACall
 from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate
 from qcompile.ir.aten_ops import SDPA, SOFTMAX
-from qcompile.ir.program import Program, hint
+from qcompile.ir.program import Program
+from qcompile.ir.size_hint import hint
 
 _HIDDEN = -1e30  # masks add the lowest float or -inf, biases never so little
 _LARGE = 1e6  # a score far beyond any soft cap

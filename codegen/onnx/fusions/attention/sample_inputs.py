@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.ir.program import Program, hint
+from qcompile.ir.program import Program
+from qcompile.ir.size_hint import hint
 
 
 class SampleInputs:
