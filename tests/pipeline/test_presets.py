@@ -54,7 +54,8 @@ def test_presets(name):
         assert all(c.holds for c in report.certificates), (recipe.name, report)
         assert all(place.reason for p in report.passes for place in p.skipped), recipe.name
         if any(isinstance(c, Quantize) for c in recipe.passes):
-            assert all("expert" in s.reason for s in report.sites if not s.quantized), (recipe.name, report)
+            others = [s.reason for s in report.sites if not s.quantized]
+            assert all("expert" in reason or "convolution" in reason for reason in others), (recipe.name, others)
         bound = next((b for start_, b in BOUNDS.items() if recipe.name.startswith(start_)), 1e-3)
         error = relative_error(quantized(*inputs)[:1], want)
         assert error < bound, (recipe.name, error)
