@@ -40,9 +40,9 @@ def by_file(_: str) -> str:
         cells = [str(count[kind] or "") for kind in ("noticed", "unnoticed", "equivalent", "untried")]
         lines.append(f"| {file} | {' | '.join(cells)} |")
         total += count
-    share = total["noticed"] / max(1, total["noticed"] + total["unnoticed"])
+    share = total["noticed"] / max(1, total.total() - total["equivalent"])
     last = f"{total['unnoticed']} | {total['equivalent']} | {total['untried']}"
-    lines.append(f"| all | {total['noticed']} ({share:.1%} of those tried) | {last} |")
+    lines.append(f"| all | {total['noticed']} ({share:.1%}) | {last} |")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from qcompile.calibration.statistics import Statistics, observe
 from qcompile.ir.capture import capture
@@ -71,3 +72,14 @@ def assert_rounded_once(model, config, dtype=torch.bfloat16):
     for name, tensor in narrow.weights.items():
         assert name not in before or tensor.dtype == before[name].dtype == dtype, name
         assert torch.equal(tensor, wide.weights[name].to(tensor.dtype)), name
+
+
+class UsedTwice(nn.Module):
+    """A linear that a norm feeds and that something else is multiplied by, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(self.norm(x)), self.linear(x)

@@ -219,9 +219,8 @@ def keeps_last(node: fx.Node, size: int) -> bool:
         return not any(touches(d) for d in node.args[1])
     if node.target is aten.index.Tensor:
         return len(node.args[1]) < source.ndim
-    return (
-        True  # the others keep the order of elements, drop or repeat some: a last dimension of equal size is the same
-    )
+    # The others keep the order of elements, drop or repeat some: a last dimension of equal size is the same one.
+    return True
 
 
 def _op(node: fx.Node) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qcompile.modules.generation_hooks import attach
 from qcompile.modules.kv_constants import Centers, Prefix, Scales
+from qcompile.modules.recurrent_layers import recurrent_layers
 from qcompile.passes.kv_cache.intact_kv import IntactKV
 from qcompile.passes.kv_cache.quantize_kv import QuantizeKV
 from qcompile.recipe.pass_config import PassConfig
@@ -174,10 +175,10 @@ def _recurrent_states(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             layers = model(*args, **kwargs).past_key_values.layers
     except Exception:  # it does not run with a cache of its own either
         return ""
-    found = [index for index, layer in enumerate(layers) if hasattr(layer, "conv_states")]
+    found = recurrent_layers(layers)
     if not found:
         return ""
-    kinds = " and ".join(sorted({type(layers[index]).__name__ for index in found}))
+    kinds = " and ".join(sorted(set(found.values())))
     return (
         f"{type(model).__name__} is a hybrid: {len(found)} of its {len(layers)} layers cache the state of a "
         f"convolution or of a recurrence ({kinds}), which no format of a KV cache describes"

@@ -103,9 +103,7 @@ PRESETS: dict[str, Recipe] = {
             "fp8-principal-gptq", "fp8-principal with codes by GPTQ; needs calibration", *_PRINCIPAL, GPTQ(_FP8, _FP8)
         ),
         _recipe("w4a16", "weight-only int4, groups of 128, zero points, MSE clip", Quantize(_INT4, None, clip=True)),
-        _recipe(
-            "w4a16-g32", "w4a16 in groups of 32: nearest to float without data", Quantize(_INT4_32, None, clip=True)
-        ),
+        _recipe("w4a16-g32", "w4a16 with a scale for every 32 weights, data-free", Quantize(_INT4_32, None, clip=True)),
         _recipe(
             "int4-cpu",
             "for an ONNX folder on a CPU: SmoothQuant, W4A8 with two-level group scales, the logits too; int8 KV cache",

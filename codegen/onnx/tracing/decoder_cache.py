@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.codegen.onnx.tracing.onnx_support import OnnxUnsupportedError
+from qcompile.modules.recurrent_layers import recurrent_layers
 
 _WITHOUT = "Fix: pass example={'input_ids': ids} for a file without a cache, which reads the whole text in each call"
 
@@ -35,15 +36,17 @@ def cache_layers(model: nn.Module) -> list[Any]:
         raise OnnxUnsupportedError(
             f"{name} returns no keys and values in past_key_values, where a causal LM has its cache. {_WITHOUT}"
         )
-    others = [
-        f"layer {index} ({type(layer).__name__})"
-        for index, layer in enumerate(layers)
-        if hasattr(layer, "conv_states") or not isinstance(getattr(layer, "keys", None), Tensor)
-    ]
-    if others:
+    recurrent = [f"layer {index} ({kind})" for index, kind in recurrent_layers(layers).items()]
+    if recurrent:
         raise OnnxUnsupportedError(
-            f"{name} caches more than keys and values: {', '.join(others[:3])}{' ..' if len(others) > 3 else ''} keep "
-            f"the state of a recurrence, or nothing, and a file has keys and values for every layer. {_WITHOUT}"
+            f"{name} is a hybrid: beside keys and values it caches the state of a convolution or of a recurrence in "
+            f"{', '.join(recurrent[:3])}{' ..' if len(recurrent) > 3 else ''}. {_WITHOUT}"
+        )
+    empty = [str(index) for index, layer in enumerate(layers) if not isinstance(getattr(layer, "keys", None), Tensor)]
+    if empty:
+        raise OnnxUnsupportedError(
+            f"{name} caches no keys and values in layers {', '.join(empty)}, and a file has them for every layer. "
+            f"{_WITHOUT}"
         )
     return list(layers)
 

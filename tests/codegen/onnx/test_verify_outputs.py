@@ -55,6 +55,17 @@ def test_a_file_is_within_its_tolerance_or_refused(tmp_path):
         verify(tmp_path / "nan.onnx", module, expected)
 
 
+def test_a_file_that_does_not_run_for_other_sizes_is_refused_in_one_line(tmp_path):
+    """As one whose graph holds the length of the example."""
+    module, longer = StatelessModule(nn.Identity(), torch.ones(2, 4)), torch.ones(2, 5)
+    file_of_one_add(tmp_path / "fixed.onnx", 0.0)
+    with pytest.raises(
+        ExportMismatch, match=r"does not run for inputs of other sizes.*input \[2, 5\].*Fix: "
+    ) as refused:
+        verify(tmp_path / "fixed.onnx", module, Reference([((longer,), [longer])], [0.1]))
+    assert "\n" not in str(refused.value)
+
+
 def test_the_error_is_of_norms():
     want = torch.tensor([3.0, 4.0])
     assert relative_error(torch.tensor([3.0, 4.5]), want) == pytest.approx(0.1)

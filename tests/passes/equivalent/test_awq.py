@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import rewrite, rewritten
+from laws import UsedTwice, rewrite, rewritten
 from padded_batches import decoder, padded, texts, unpadded
 from torch import nn
 from zoo import build, example
@@ -134,15 +134,7 @@ def test_a_dead_channel_has_a_finite_scale():
 
 
 def test_a_weight_that_is_used_twice_takes_no_scale():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.linear(self.norm(x)), self.linear(x)
-
-    *_, (report,) = rewritten(Tied(), AWQ(SMALL), x=torch.randn(3, 8, dtype=torch.float64))
+    *_, (report,) = rewritten(UsedTwice(), AWQ(SMALL), x=torch.randn(3, 8, dtype=torch.float64))
     assert not report.done and any("is tied to" in place.reason for place in report.skipped)
 
 

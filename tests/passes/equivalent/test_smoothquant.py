@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from laws import assert_rounded_once, before_and_after, rewrite, rewritten, shape
+from laws import UsedTwice, assert_rounded_once, before_and_after, rewrite, rewritten, shape
 from torch import nn
 
 from qcompile.calibration.statistics import observe
@@ -100,21 +100,10 @@ class Siblings(nn.Module):
         return self.a(y), self.b(y)
 
 
-class Tied(nn.Module):
-    """A linear that a norm feeds and that something else is multiplied by, too."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.linear(self.norm(x)), self.linear(x)
-
-
 @pytest.mark.parametrize("percentile", [None, 0.2])
 def test_a_weight_that_is_used_twice_takes_no_scale(percentile):
     x = torch.randn(3, 8, dtype=torch.float64)
-    *_, (report,) = rewritten(Tied(), SmoothQuant(percentile=percentile), x=x)
+    *_, (report,) = rewritten(UsedTwice(), SmoothQuant(percentile=percentile), x=x)
     assert not report.done and any("is tied to" in place.reason for place in report.skipped)
 
 

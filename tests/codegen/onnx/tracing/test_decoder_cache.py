@@ -23,7 +23,7 @@ def test_keys_and_values_of_a_decoder():
         (lambda: nn.Sequential(nn.Linear(8, 8)), "is not called as a causal LM is"),
         (lambda: build("bert"), "returns no keys and values"),
         (lambda: build("mamba"), "returns no keys and values"),
-        (lambda: build("lfm2"), r"caches more than keys and values: layer 0 \(LinearAttentionLayer\)"),
+        (lambda: build("lfm2"), r"is a hybrid: .* recurrence in layer 0 \(LinearAttentionLayer\)"),
     ],
 )
 def test_what_has_no_such_cache_is_refused_before_it_is_quantized(model, reason, tmp_path):

@@ -63,3 +63,11 @@ def test_the_originals_come_back_even_after_an_error():
         assert isinstance(model[0], OnnxLinear) and isinstance(model[1][0][0], HadamardTransform)
         raise RuntimeError("stop")
     assert model[0] is quantized and model[1][0] is rotated
+
+
+@pytest.mark.parametrize("form", ["int8/row", "int4/group32/zero"])
+def test_an_owner_reads_the_same_weight_while_it_is_traced(form):
+    quantized, rotated = linear(form, "", 64), RotatedLinear(nn.Linear(64, 8), random_signs(64, 0).float())
+    model, want = nn.Sequential(quantized, rotated), [quantized.weight, rotated.weight]
+    with onnx_linears(model, contrib_ops=True):
+        assert all(torch.equal(module.weight, weight) for module, weight in zip(model, want, strict=True))
