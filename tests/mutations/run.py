@@ -170,7 +170,9 @@ def main() -> None:
         list(pool.map(try_out, chosen))
 
     noticed, could, same = report.score()
-    console.print(f"{noticed} of {could} mistakes noticed ({noticed / max(1, could):.1%}); {same} more change nothing")
+    console.print(
+        f"{noticed} of the {could} mistakes tried were noticed ({noticed / max(1, could):.1%}); {same} more change nothing"
+    )
     if red:
         raise SystemExit("red without any mistake, so nothing was tried with them:\n  " + "\n  ".join(red))
     sys.exit(noticed != could)
