@@ -171,7 +171,8 @@ def main() -> None:
 
     noticed, could, same = report.score()
     console.print(
-        f"{noticed} of the {could} mistakes tried were noticed ({noticed / max(1, could):.1%}); {same} more change nothing"
+        f"{noticed} of the {could} mistakes tried were noticed ({noticed / max(1, could):.1%}); "
+        f"{same} more change nothing"
     )
     if red:
         raise SystemExit("red without any mistake, so nothing was tried with them:\n  " + "\n  ".join(red))
