@@ -60,7 +60,7 @@ def model_of(layers: int, device: torch.device, width: int = 4096) -> Any:
 
 def candidates(model: Any, recipes: list[str], device: torch.device) -> dict[str, Callable[..., Any]]:
     """name -> compiled model, Inductor first; on a GPU with CUDA graphs. "auto" is the recipe that it chooses, once."""
-    from qcompile.pipeline.presets import find_recipe
+    from qcompile.pipeline.find_recipe import find_recipe
 
     on_gpu = device.type == "cuda"
     models = {INDUCTOR: torch.compile(model, dynamic=True, mode="reduce-overhead" if on_gpu else "default")}

@@ -21,7 +21,7 @@ from qcompile.evaluation.perplexity import agreement, perplexity
 from qcompile.generation.pretrained import load_pretrained
 from qcompile.memory.environment import versions
 from qcompile.passes import CalibratePrefix, IntactKV, Quantize
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import Recipe
 
 HERE = Path(__file__).parent

@@ -44,7 +44,7 @@ from qcompile.generation.onnx_session import Session
 from qcompile.generation.pretrained import load_pretrained
 from qcompile.memory.environment import versions
 from qcompile.numerics.int8_matmul import processor
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 
 RESULTS = Path(__file__).parent / "results" / f"onnx_cpu-{processor()}.json"
 SAME_BLOCKS = Path(__file__).parent / "recipes" / "onnx"

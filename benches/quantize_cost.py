@@ -34,7 +34,7 @@ def one(recipe: str) -> dict[str, object]:
     from qcompile.calibration.text import batches
     from qcompile.generation.pretrained import load_pretrained
     from qcompile.memory.process import measure_peak
-    from qcompile.pipeline.presets import find_recipe
+    from qcompile.pipeline.find_recipe import find_recipe
 
     model, tokenizer = load_pretrained()
     weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())

@@ -22,11 +22,14 @@ from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import QTensor
 from qcompile.numerics.rounding import quantize_tensor
-from qcompile.pipeline.presets import PRESETS, find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
+from qcompile.pipeline.presets import PRESETS
 from qcompile.pipeline.run import NothingToQuantize
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
 from qcompile.recipe.rule import RecipeError, Rule
+from qcompile.training.settle import settle
+from qcompile.training.train import train
 from qcompile.version import VERSION
 
 if TYPE_CHECKING:
@@ -59,6 +62,8 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "save",
+    "settle",
+    "train",
     "verify_model",
 ]
 

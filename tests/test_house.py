@@ -33,6 +33,7 @@ FLOORS = [
     {"checkpoint", "codegen"},
     {"backend", "generation"},
     {"api"},
+    {"training"},
     {"evaluation"},
     {"cli"},
 ]

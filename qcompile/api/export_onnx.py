@@ -18,7 +18,7 @@ from qcompile.codegen.onnx.sentence_embedding import check_example
 from qcompile.modules.generation_hooks import detached, refuse_cache
 from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
 from qcompile.recipe.rule import RecipeError

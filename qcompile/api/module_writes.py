@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qcompile.api.training_writes import BUILDERS
 from qcompile.ir.aten_ops import CASTS, LINEAR, VIEWS, aten
 from qcompile.ir.node_meta import LOW_RANK, MODULE, REPLACES_LAYER_NORM, SITE
 from qcompile.ir.op_calls import HadamardCall, QExpertsCall, QLinearCall, QuantizeCall
@@ -55,6 +56,7 @@ class ModuleWrites:
         """
         writes = ModuleWrites(model)
         biases = writes._take_linears(before, after)
+        writes._take_training(after)
         writes._take_norms(after)
         writes._take_tensors(before, after, biases)
         visited = set[str]()
@@ -82,6 +84,13 @@ class ModuleWrites:
             for name in names:
                 replace_parameter(self.model, name, stack)
         forget_broken_ties(self.model, ties)
+
+    def _take_training(self, after: Program) -> None:
+        """A module that is called more than once is trained as one, whatever its calls are."""
+        for node in after.graph.nodes:
+            path = node.meta.get(MODULE)
+            if node.target in BUILDERS and path is not None and path not in self.modules:
+                self.modules[path] = BUILDERS[node.target](after, node, self.model.get_submodule(path))
 
     def _take_tensors(self, before: Program, after: Program, biases: set[str]) -> None:
         """Weights that passes changed; what is tied to one by another path gets the same tensor."""

@@ -11,7 +11,7 @@ from torch import nn
 from qcompile.api.example_inputs import trace_batches
 from qcompile.api.model_wrappers import inner_model
 from qcompile.ir.program import Program
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.pipeline.run import run
 from qcompile.recipe.certificate import widen
 from qcompile.recipe.recipe import Recipe

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qcompile.backend.inductor import patches_of
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError, Rule
 

@@ -147,7 +147,7 @@ def load_encoder(name: str) -> tuple[Any, Any]:
 
 def check_recipes(*names: str) -> None:
     """Refuse unknown and impossible recipes, before a model is loaded."""
-    from qcompile.pipeline.presets import find_recipe
+    from qcompile.pipeline.find_recipe import find_recipe
 
     for name in names:
         if name != "auto":
@@ -156,7 +156,7 @@ def check_recipes(*names: str) -> None:
 
 def needs_text(flag: str, text: Path | None, *recipes: str) -> bool:
     """Whether recipes need calibration data; says so where a text was given and none does."""
-    from qcompile.pipeline.presets import find_recipe
+    from qcompile.pipeline.find_recipe import find_recipe
 
     if any(text is not None if name == "auto" else find_recipe(name).needs for name in recipes):
         return True

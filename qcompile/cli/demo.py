@@ -146,7 +146,7 @@ def _quality(
     from qcompile.calibration.text import batches, embedded_text, windows
     from qcompile.evaluation.perplexity import perplexity
     from qcompile.generation.pretrained import load_pretrained
-    from qcompile.pipeline.presets import find_recipe
+    from qcompile.pipeline.find_recipe import find_recipe
 
     model, tokenizer = load_pretrained()
     say("loaded SmolLM2-135M")

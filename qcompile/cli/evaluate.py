@@ -184,7 +184,7 @@ def sensitivity(
     from qcompile.evaluation.sensitivity import SiteFormats, mix, mixed_recipe, plot, table
     from qcompile.evaluation.sensitivity import sensitivity as measure
     from qcompile.ir.capture import capture
-    from qcompile.pipeline.presets import find_recipe
+    from qcompile.pipeline.find_recipe import find_recipe
 
     choices, base = [SiteFormats.parse(f) for f in split_names(formats)], find_recipe(recipe)
     base.check()

@@ -21,7 +21,8 @@ def recipes(
     ] = None,
 ) -> None:
     """List the presets with their sources, or print one as JSON to edit."""
-    from qcompile.pipeline.presets import PRESETS, find_recipe
+    from qcompile.pipeline.find_recipe import find_recipe
+    from qcompile.pipeline.presets import PRESETS
 
     if show:
         tell(json.dumps(find_recipe(show).to_json(), indent=2))

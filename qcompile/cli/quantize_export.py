@@ -25,7 +25,7 @@ from qcompile.cli.interruption import kept
 from qcompile.cli.output import tell
 from qcompile.cli.path_checks import require_space, weight_bits, work_folder
 from qcompile.codegen.onnx.onnx_options import OnnxOptions
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 
 Dump = Annotated[
     Path | None,

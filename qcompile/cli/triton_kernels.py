@@ -157,7 +157,7 @@ def bench(
 
 def _formats(recipes: str) -> list[tuple[Format, str]]:
     """The formats of weights and activations in recipes by name, each pair once."""
-    from qcompile.pipeline.presets import find_recipe
+    from qcompile.pipeline.find_recipe import find_recipe
 
     found = []
     for name in split_names(recipes):

@@ -31,7 +31,7 @@ from qcompile.memory.digest import digest, model_digest
 from qcompile.memory.environment import versions
 from qcompile.memory.process import measure_peak
 from qcompile.passes import FoldNorm, Rotate, Untie
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import Recipe
 from qcompile.version import VERSION
 

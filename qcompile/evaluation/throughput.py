@@ -20,7 +20,7 @@ from rich.text import Text
 from qcompile.backend import dynamo as backend
 from qcompile.memory.atomic_file import write_whole
 from qcompile.memory.environment import versions
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qcompile.evaluation.compare import Comparison, RecipeResult
 from qcompile.evaluation.plots import label_point, plot_file
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 
 # By bytes, then by work: 4 bits rounded to nearest, 4 bits by slower algorithms, then 8 bits.
 LADDER = (

@@ -1,9 +1,11 @@
 """The dialect: `torch.ops.qcompile.*`, functional ops with a plain-torch reference each.
 
 The reference is the meaning, the oracle of every test and what runs where no target has lowered the
-graph. Formats travel as text (see format.py), so that a graph can be read, exported and saved.
+graph. Formats travel as text (see format.py), so that a graph can be read, exported and saved. Gradients are in
+op_gradients.py.
 
     quantize(x, act)                          -> codes, scale, zero      an activation, dynamically
+    fake_quantize(x, act)                     -> dq(quantize(x))         with a gradient, for fine-tuning
     dequantize(codes, scale, zero, ...)       -> float
     hadamard(x, signs)                        -> x diag(signs) H / sqrt(n)
     qlinear(x, x_scale, x_zero, weight, ...)  -> dq(x) @ dq(weight).T + bias
@@ -15,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompile.ir import op_gradients
 from qcompile.ir.op_checks import (
     check_dequantize,
     check_ends,
@@ -46,6 +49,24 @@ def _(x: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
     scale = x.new_empty(shape, dtype=torch.float32)
     zero = x.new_empty(shape if form.zero != "none" else (0,), dtype=torch.float32)
     return torch.empty_like(x, dtype=form.code_dtype).contiguous(), scale, zero
+
+
+quantize.register_autograd(op_gradients.quantize_gradient)
+
+
+@torch.library.custom_op("qcompile::fake_quantize", mutates_args=())
+def fake_quantize(x: Tensor, format: str) -> Tensor:
+    """dequantize(quantize(x)) in the dtype of x [.., K]; its gradient is that of the identity."""
+    return quantize_tensor(x.contiguous(), check_quantize(x, format)).dequantize(x.dtype)
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, format: str) -> Tensor:
+    check_quantize(x, format)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+fake_quantize.register_autograd(op_gradients.straight_through)
 
 
 @torch.library.custom_op("qcompile::dequantize", mutates_args=())
@@ -91,6 +112,9 @@ def hadamard(x: Tensor, signs: Tensor) -> Tensor:
 def _(x: Tensor, signs: Tensor) -> Tensor:
     check_hadamard(x, signs)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+hadamard.register_autograd(op_gradients.hadamard_gradient, setup_context=op_gradients.keep_signs)
 
 
 @torch.library.custom_op("qcompile::qlinear", mutates_args=())
@@ -166,6 +190,9 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
+qlinear.register_autograd(op_gradients.qlinear_gradient, setup_context=op_gradients.keep_qlinear)
+
+
 @torch.library.custom_op("qcompile::qexperts", mutates_args=())
 def qexperts(
     x: Tensor,
@@ -224,6 +251,9 @@ def _(
 ) -> Tensor:
     check_qexperts(x, ends, weight, scale, zero, group_scale, format, columns, dtype)
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
+
+
+qexperts.register_autograd(op_gradients.qexperts_gradient, setup_context=op_gradients.keep_qexperts)
 
 
 def _integer_rows(form: Format) -> bool:

@@ -22,7 +22,9 @@ BUFFERS = (*PARTS, "bias", "signs", *_CORRECTION)
 class QuantLinear(FixedDtypeModule):
     """x -> [Hadamard] -> [quantize] -> qlinear [+ low-rank correction], with packed codes as buffers.
 
-    The result has the dtype of x. Codes and scales keep their dtype when the model is cast.
+    The result has the dtype of x, or under autocast its dtype, as of nn.Linear. Codes and scales keep their dtype when
+    the model is cast. The gradient for x passes through the dequantized weight, and straight through the quantization
+    of activations.
 
     Attributes:
         in_features: K.
@@ -123,13 +125,15 @@ class QuantLinear(FixedDtypeModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [.., K] -> [.., N]; the argument has the name that nn.Linear gives it."""
-        x, dtype = input, input.dtype
+        x, dtype, act = input, result_dtype(input), self.act
         if self.signs is not None:
             x = torch.ops.qcompile.hadamard(x, self.signs)
         correction, x_scale, x_zero = x, None, None
-        if self.act is not None:
-            x, x_scale, zero = torch.ops.qcompile.quantize(x, str(self.act))
-            x_zero = zero if self.act.zero != "none" else None
+        if act is not None and x.requires_grad and torch.is_grad_enabled():
+            x, act = torch.ops.qcompile.fake_quantize(x, str(act)), None
+        elif act is not None:
+            x, x_scale, zero = torch.ops.qcompile.quantize(x, str(act))
+            x_zero = zero if act.zero != "none" else None
         out: Tensor = torch.ops.qcompile.qlinear(
             x,
             x_scale,
@@ -140,10 +144,11 @@ class QuantLinear(FixedDtypeModule):
             self.group_scale,
             self.bias,
             str(self.format),
-            "" if self.act is None else str(self.act),
+            "" if act is None else str(act),
             self.in_features,
             dtype,
         )
+        correction = correction.to(dtype)
         for factor in self.factors(dtype):
             correction = torch.nn.functional.linear(correction, factor)
         return out if self.low_in is None else out + correction
@@ -159,6 +164,12 @@ class QuantLinear(FixedDtypeModule):
         extra += f", low rank {self.low_in.shape[0]}" if self.low_in is not None else ""
         act = self.act or "float"
         return f"{self.in_features}, {self.out_features}, weight={self.format}, act={act}{extra}"
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: its own, or that of autocast, which operators of ours do not see by themselves."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class RotatedLinear(nn.Module):

@@ -141,7 +141,10 @@ def expand_groups(scale: Tensor, format: Format, columns: int) -> Tensor:
     """Repeat group scales [.., groups] for each column, [.., K]; other granularities broadcast and stay."""
     if format.per != "group":
         return scale
-    return scale.repeat_interleave(format.width(columns), dim=-1)[..., :columns]
+    width = format.width(columns)
+    if columns % width:  # Inductor (torch 2.13, CPU) reads beyond the scales where a repeated tensor is cut
+        return scale.index_select(-1, torch.arange(columns, device=scale.device) // width)
+    return scale.repeat_interleave(width, dim=-1)
 
 
 def group_columns(x: Tensor, format: Format) -> Tensor:

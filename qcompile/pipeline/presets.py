@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from qcompile.numerics.format import Format
 from qcompile.passes import (
     AWQ,
@@ -28,10 +26,8 @@ from qcompile.passes import (
     SpinQuant,
     Untie,
 )
-from qcompile.pipeline.advise import Device, advise, parameters
 from qcompile.recipe.pass_config import PassConfig
 from qcompile.recipe.recipe import Recipe
-from qcompile.recipe.rule import RecipeError
 
 _FOLDED = (Untie(), FoldNorm(), Rotate())
 _ROTATIONS = (*_FOLDED, OnlineHadamard(norms=True))
@@ -270,29 +266,3 @@ PRESETS: dict[str, Recipe] = {
         _recipe("exact", "every exact rewriting and no quantization: what `qcompile verify` runs", *_ROTATIONS),
     )
 }
-
-
-def find_recipe(
-    recipe: str | Recipe | dict[str, object], model: nn.Module | None = None, *, data: bool = False
-) -> Recipe:
-    """A recipe in whatever way it is given.
-
-    Args:
-        recipe: name of a preset, "auto" (advise.py chooses), path to a JSON file, plain data, or a Recipe.
-        model: what "auto" chooses for.
-        data: whether "auto" may choose a recipe that needs calibration.
-
-    Raises:
-        RecipeError: an unknown name; the text lists the known ones.
-    """
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, dict):
-        return Recipe.from_json(recipe)
-    if recipe in PRESETS:
-        return PRESETS[recipe]
-    if recipe == "auto" and model is not None:
-        return PRESETS[advise(parameters(model), Device.here(), data=data).recipe]
-    if recipe.endswith(".json"):
-        return Recipe.read(recipe)
-    raise RecipeError(f"unknown recipe {recipe!r}; known: auto, {', '.join(PRESETS)}, or a path to a .json file")

@@ -57,6 +57,11 @@ class Recipe:
         entries = [(type(c).__name__, registered()[type(c)].needs(c)) for c in self.passes]
         return {name: needs for name, needs in entries if needs}
 
+    @property
+    def trains(self) -> bool:
+        """Whether the recipe is one for `qcompile.train`."""
+        return any(registered()[type(config)].trains for config in self.passes)
+
     def check(self) -> None:
         """Refuse conflicts between passes, all at once.
 
@@ -80,6 +85,8 @@ class Recipe:
                 if other not in place:
                     faults.append(f"{name} needs {other.__name__} before it: add {other.__name__}()")
             faults += entry.conflicts(config, self.passes)
+            if self.trains and not entry.trains:
+                faults.append(f"{name} prepares for inference, in a recipe that trains: quantize after the training")
         if faults:
             raise RecipeError(f"recipe {self.name!r} cannot run:\n  " + "\n  ".join(faults))
 

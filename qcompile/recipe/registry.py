@@ -66,6 +66,7 @@ class Registered:
         requires: passes without which it cannot run, by config.
         conflicts: faults of the config beside the other configs of a recipe, as text.
         reads_float_weights: whether it compares codes with the float weights, which are kept for it.
+        trains: whether it prepares a model for training (`qcompile.train`), where others prepare it for inference.
     """
 
     run: Pass[Any]
@@ -75,6 +76,7 @@ class Registered:
     requires: Callable[[Any], tuple[type[PassConfig], ...]]
     conflicts: Conflicts
     reads_float_weights: bool
+    trains: bool
 
 
 _REGISTRY: dict[type[PassConfig], Registered] = {}
@@ -97,6 +99,7 @@ def rewrites(
     requires: Callable[[D], tuple[type[PassConfig], ...]] | tuple[type[PassConfig], ...] = (),
     conflicts: Conflicts = lambda _config, _passes: [],
     reads_float_weights: bool = False,
+    trains: bool = False,
 ) -> Callable[[Pass[D]], Pass[D]]:
     """Register the decorated function as the pass of a config type.
 
@@ -108,6 +111,7 @@ def rewrites(
         requires: configs without which it cannot run, or a function of the config.
         conflicts: see Conflicts.
         reads_float_weights: whether it compares codes with the float weights, which are kept for it.
+        trains: whether it prepares a model for training; such passes stand in recipes of their own.
 
     Returns:
         A decorator that gives the function back unchanged.
@@ -115,7 +119,7 @@ def rewrites(
 
     def keep(run: Pass[D]) -> Pass[D]:
         _REGISTRY[config] = Registered(
-            run, stage, exact, _by_config(needs), _by_config(requires), conflicts, reads_float_weights
+            run, stage, exact, _by_config(needs), _by_config(requires), conflicts, reads_float_weights, trains
         )
         return run
 

@@ -12,7 +12,7 @@ from qcompile.analysis.sites import find_sites
 from qcompile.api.linear_leaves import capture_leaves, without_whole_graph
 from qcompile.ir.call_tree import CallTree
 from qcompile.passes.qdq.site_plan import chooses_experts, writes_output
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.certificate import relative_error
 
 

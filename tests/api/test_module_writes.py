@@ -18,7 +18,7 @@ from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import Rule
 
 K = 64
-api = importlib.import_module("qcompile.api.quantize")  # the package has a function of this name
+api = importlib.import_module("qcompile.api.rewrite_model")
 FOLD = Recipe("fold", (Untie(), FoldNorm(open_streams=True)))
 
 

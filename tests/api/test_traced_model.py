@@ -14,7 +14,7 @@ import qcompile
 from qcompile import CaptureError, QuantLinear
 from qcompile.api.traced_model import TracedModel
 from qcompile.ir.call_tree import tensors_of
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.certificate import relative_error
 
 X, Y = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from zoo import build, example
 from qcompile.api.verify_model import exact_part, verify_model, verify_program
 from qcompile.ir.capture import capture
 from qcompile.passes import FoldNorm, Rotate, Untie
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import RecipeError
 
 

@@ -15,7 +15,7 @@ from zoo import build, example
 
 import qcompile.evaluation.compare as module
 from qcompile.evaluation.compare import Comparison, RecipeResult, compare, plot, rotated_copy, table
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 
 
 def pieces():

@@ -17,7 +17,7 @@ from qcompile.ir.capture import capture
 from qcompile.numerics.divergence import kl_divergence, relative_squared_error
 from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, Quantize
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.pipeline.run import run
 from qcompile.recipe.recipe import Recipe
 

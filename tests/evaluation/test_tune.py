@@ -51,7 +51,7 @@ def test_nonsense_is_refused_before_work(monkeypatch, tmp_path, bad):
 
 def test_the_ladder_goes_up():
     from qcompile.passes import Quantize
-    from qcompile.pipeline.presets import find_recipe
+    from qcompile.pipeline.find_recipe import find_recipe
 
     bits = [next(c for c in find_recipe(n).passes if isinstance(c, Quantize)).weight.bits for n in LADDER]
     assert bits == sorted(bits)

@@ -8,7 +8,7 @@ import transformers as tf
 from zoo import SIZES, build, example
 
 import qcompile
-from qcompile.api import quantize as quantize_module
+from qcompile.api import rewrite_model as rewriting
 from qcompile.modules.generation_hooks import GenerationHooks, hooks_of
 from qcompile.modules.generation_plan import DoesNotFit, GenerationPlan, with_own_prefix
 from qcompile.modules.kv_constants import Centers, Scales
@@ -63,7 +63,7 @@ def test_layers_that_are_not_those_of_the_cache(config, why):
     model = tf.AutoModelForCausalLM.from_config(config()).eval()
     data = [{"input_ids": torch.randint(3, 128, (2, 8))}]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RecipeError, match=f"QuantizeKV: .*{why}"):
-        patch.setattr(quantize_module, "run", None)
+        patch.setattr(rewriting, "run", None)
         qcompile.quantize(model, Recipe("kv", (QuantizeKV(8, static=True), Quantize(), Fuse())), data, progress=False)
     optional = Recipe("kv", (QuantizeKV(8, static=True, optional=True), Quantize(), Fuse()))
     report = qcompile.quantize(model, optional, data, progress=False)

@@ -28,7 +28,7 @@ from qcompile.passes import (
     SmoothQuant,
     Untie,
 )
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.pipeline.run import run
 from qcompile.recipe.certificate import relative_error, widen
 from qcompile.recipe.recipe import Recipe

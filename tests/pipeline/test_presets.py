@@ -12,7 +12,8 @@ from zoo import ZOO, brief, build, example, is_dynamic
 
 from qcompile.ir.capture import capture
 from qcompile.passes import Fuse, Quantize
-from qcompile.pipeline.presets import PRESETS, find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
+from qcompile.pipeline.presets import PRESETS
 from qcompile.pipeline.run import run
 from qcompile.recipe.certificate import relative_error
 from qcompile.recipe.recipe import Recipe

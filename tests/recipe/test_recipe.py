@@ -8,7 +8,8 @@ import pytest
 
 from qcompile.numerics.format import Format
 from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, SmoothQuant, Untie
-from qcompile.pipeline.presets import PRESETS, find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
+from qcompile.pipeline.presets import PRESETS
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError, Rule
 

@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 
 import qcompile
 from qcompile.api.verify_model import verify_model
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from zoo import ARCHITECTURES, brief, build, example
 from zoo.outcome import FAULT, PASS, REFUSED, Fault, Outcome, distance, one_line, same, tensors
 

@@ -12,7 +12,7 @@ from zoo import build, example
 from qcompile.codegen.triton.triton_op_calls import RowQuantCall
 from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, OnlineHadamard, Quantize
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import Rule
 

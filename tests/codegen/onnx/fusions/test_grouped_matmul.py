@@ -21,7 +21,7 @@ from qcompile.codegen.onnx.fusions.grouped_matmul import split_grouped_matmuls
 from qcompile.codegen.onnx.tracing.onnx_support import OnnxUnsupportedError
 from qcompile.generation.onnx_session import Session
 from qcompile.ir.capture import capture
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import Rule
 
 

@@ -20,7 +20,7 @@ from qcompile.codegen.onnx.lowering.lower_graph import DECODE_TOKENS, lower_by_t
 from qcompile.generation.onnx_session import Session
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.format import Format
-from qcompile.pipeline.presets import find_recipe
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.rule import Rule
 
 DUAL = "int4-cpu"

@@ -1,0 +1,1 @@
+"""Passes that prepare a model for training: their products have gradients, and state that training moves."""

@@ -1,0 +1,103 @@
+"""Run a recipe on a model and write its result into the model, in place: what `quantize` and `train` have in common.
+
+The model is captured once, without its cache; passes run on that Program; only when everything has succeeded are
+folded weights written back and modules replaced. Then the model is called on the first batch and compared with its
+rewritten graph, and with the float model (result_check.py). Until that has passed the model is as it was, whatever
+happens (an error, Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qcompile.analysis.facts import Facts
+from qcompile.api.example_inputs import read_batches
+from qcompile.api.result_check import ResultCheck
+from qcompile.api.traced_model import TracedModel
+from qcompile.api.write_back import WriteBack
+from qcompile.memory.process import peak_resident_bytes
+from qcompile.modules.generation_plan import GenerationPlan
+from qcompile.pipeline.run import check_data, run
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.report import Report
+
+KeepFloat = Callable[[Facts], dict[str, str]]
+"""Gives the sites of a captured model that stay as they are, with the reason for the report."""
+
+
+def rewrite_model(
+    model: nn.Module,
+    recipe: Recipe,
+    batches: Iterable[Any] | None,
+    *,
+    example: Any,
+    verify: bool,
+    progress: bool,
+    dump: str | Path | None,
+    keep_float: KeepFloat = lambda _facts: {},
+) -> tuple[Report, Recipe]:
+    """Rewrite a model in place.
+
+    Args:
+        model: checked by `check_model`.
+        recipe: what to do.
+        batches: calibration data, or None.
+        example: what to trace with when there are no batches.
+        verify: certify every exact pass on the first batch, and warn of a result that is far from the float model.
+        progress: show bars.
+        dump: folder for the graph before and after every pass.
+        keep_float: sites that stay as they are, beside those of no module.
+
+    Returns:
+        What was done, and the recipe as it ran.
+
+    Raises:
+        ValueError: see `quantize`; the model is then unchanged.
+    """
+    recipe.check()
+    check_data(recipe, batches is not None)
+    data = None if batches is None else read_batches(batches)
+    with _evaluation_mode(model):
+        traced = TracedModel.of(model, recipe, data, example)
+        program, flat = traced.program, traced.flat
+        facts = Facts(program)
+        calls = GenerationPlan.fit(model, traced.recipe, traced.call.args, traced.call.kwargs, len(facts.attentions))
+        places = WriteBack.of(model, facts)
+        rewritten, report = run(
+            program,
+            calls.recipe,
+            facts=facts,
+            batches=(lambda: flat) if data else None,
+            example=flat[0] if flat else None,
+            verify=verify,
+            keep_float=places.not_plain | keep_float(facts),
+            progress=progress,
+            dump=dump,
+        )
+        writes = places.check(rewritten)
+        calls.finish(report)
+        before = ResultCheck.before(model, traced, rounds_cache=bool(calls.heads))
+        before.apply(writes, rewritten, report)
+    calls.attach(model)
+    report.passes += traced.dropped
+    report.sites += traced.unreached
+    report.passes += [calls.skipped] if calls.skipped is not None else []
+    report.peak_bytes = peak_resident_bytes()
+    return report, calls.recipe
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode; afterwards each as it was, and new ones as the model."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            module.training = modes.get(module, modes[model])

@@ -1,0 +1,41 @@
+"""`settle(model)`: from a model in training to an ordinary quantized model, which saves, exports and compiles."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from qcompile.api.model_wrappers import inner_model
+from qcompile.checkpoint.foreign_save import forbid_save_pretrained
+from qcompile.modules.take_place import take_place
+from qcompile.modules.training_module import TrainingModule
+from qcompile.recipe.rule import RecipeError
+
+
+def settle(model: nn.Module) -> None:
+    """Replace, in place, what `train` and `qa_lora` put into a model by quantized modules for inference.
+
+    The result computes what the model computed in evaluation mode. Adapters are merged into float zero points, exactly
+    (see numerics/zero_shift.py).
+
+    Args:
+        model: prepared by `qcompile.train` or `qcompile.qa_lora`; trained or not.
+
+    Raises:
+        RecipeError: nothing in the model is in training. The model is then as it was.
+    """
+    model = inner_model(model)
+    training = training_modules(model)
+    if not training:
+        raise RecipeError(
+            f"{type(model).__name__} has nothing to settle: no module of it is in training. "
+            "Fix: call it after qcompile.train or qcompile.qa_lora, once"
+        )
+    settled = [(module, module.settled()) for module in training.values()]
+    for old, new in settled:
+        take_place(model, old, new)
+    forbid_save_pretrained(model)
+
+
+def training_modules(model: nn.Module) -> dict[str, TrainingModule]:
+    """The modules of a model that are in training, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, TrainingModule)}

@@ -1,0 +1,88 @@
+"""`train(model, recipe)`: prepare a model for training in low precision, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qcompile.analysis.facts import Facts
+from qcompile.api.model_checks import check_model
+from qcompile.api.model_wrappers import inner_model
+from qcompile.api.rewrite_model import rewrite_model
+from qcompile.pipeline.find_recipe import find_recipe
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.report import Report
+from qcompile.recipe.rule import RecipeError
+from qcompile.training.settle import training_modules
+
+
+def train(
+    model: nn.Module,
+    recipe: str | Recipe | dict[str, object],
+    batches: Iterable[Any] | None = None,
+    *,
+    example: Any = None,
+    progress: bool = True,
+    dump: str | Path | None = None,
+) -> Report:
+    """Prepare a model for training in low precision, in place.
+
+    Sites are found by dataflow on the captured graph, as `quantize` finds them. Make the optimizer afterwards, from the
+    parameters that the model has then. `settle` ends the training.
+
+    Args:
+        model: any module with parameters that require gradients.
+        recipe: "int4-train", "q-galore", a Recipe of passes that train, plain data, or path to a JSON file.
+        batches: data to find the sites with; only the first is used.
+        example: what to trace with when there are no batches; transformers' models bring their own.
+        progress: show bars.
+        dump: folder for the graph before and after every pass.
+
+    Returns:
+        What was done, what was skipped and why.
+
+    Raises:
+        ValueError: (as RecipeError, CaptureError, CalibrationError, NothingToQuantize) a recipe that does not train, a
+            model that is in training already, or of which nothing can be trained. The model is then unchanged.
+    """
+    model = inner_model(model)
+    check_model(model)
+    chosen = find_recipe(recipe, model)
+    if not chosen.trains:
+        raise RecipeError(f"recipe {chosen.name!r} does not train. Fix: qcompile.quantize(model, {chosen.name!r})")
+    _check_not_in_training(model)
+    report, ran = rewrite_model(
+        model,
+        chosen,
+        batches,
+        example=example,
+        verify=True,
+        progress=progress,
+        dump=dump,
+        keep_float=lambda facts: _frozen(model, facts),
+    )
+    object.__setattr__(model, "qcompile_recipe", ran.to_json())
+    return report
+
+
+def _check_not_in_training(model: nn.Module) -> None:
+    prepared = training_modules(model)
+    if prepared:
+        raise RecipeError(
+            f"{type(model).__name__} is in training already ({next(iter(prepared))} and "
+            f"{len(prepared) - 1} more modules). Fix: go on with it, or qcompile.settle(model) first"
+        )
+
+
+def _frozen(model: nn.Module, facts: Facts) -> dict[str, str]:
+    """Sites whose weight needs no gradient, with the reason why they stay as they are."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    reasons = {}
+    for site in facts.sites:
+        weight = parameters.get(site.name)
+        if weight is None or not weight.requires_grad:
+            reasons[site.name] = "requires_grad of its weight is off: nothing to train"
+    return reasons
