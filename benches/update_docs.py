@@ -26,6 +26,7 @@ from typing import Any
 import architecture_tables
 import compile_tables
 import mutation_tables
+import q_galore_tables
 from compile_tables import RESULTS, read
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +205,7 @@ TABLES = {
     **compile_tables.TABLES,
     **architecture_tables.TABLES,
     **mutation_tables.TABLES,
+    **q_galore_tables.TABLES,
 }
 
 

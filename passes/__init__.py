@@ -23,6 +23,9 @@ from qcompile.passes.kv_cache.intact_kv import IntactKV
 from qcompile.passes.kv_cache.quantize_kv import QuantizeKV
 from qcompile.passes.qdq.fuse_qdq import Fuse
 from qcompile.passes.qdq.site_plan import Quantize
+from qcompile.passes.training.fixed_point import FixedPoint
+from qcompile.passes.training.q_galore import QGaLore
+from qcompile.passes.training.qa_lora import QALoRA
 from qcompile.passes.weights import round_to_nearest  # noqa: F401  registers Quantize
 from qcompile.passes.weights.dgq import DGQ
 from qcompile.passes.weights.finequant import FineQuant
@@ -36,6 +39,7 @@ __all__ = [
     "CalibratePrefix",
     "DGQ",
     "FineQuant",
+    "FixedPoint",
     "FoldNorm",
     "Fuse",
     "GPTAQ",
@@ -45,6 +49,8 @@ __all__ = [
     "LoRC",
     "OnlineHadamard",
     "PerTensorActivations",
+    "QALoRA",
+    "QGaLore",
     "Quantize",
     "QuantizeKV",
     "ReorderChannels",

@@ -28,6 +28,8 @@ from qcompile.pipeline.run import NothingToQuantize
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
 from qcompile.recipe.rule import RecipeError, Rule
+from qcompile.training.peft_adapters import load_adapter, peft_config
+from qcompile.training.qa_lora import qa_lora
 from qcompile.training.settle import settle
 from qcompile.training.train import train
 from qcompile.version import VERSION
@@ -58,7 +60,10 @@ __all__ = [
     "export_onnx",
     "find_recipe",
     "load",
+    "load_adapter",
     "load_pretrained",
+    "peft_config",
+    "qa_lora",
     "quantize",
     "quantize_tensor",
     "save",

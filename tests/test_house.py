@@ -33,8 +33,8 @@ FLOORS = [
     {"checkpoint", "codegen"},
     {"backend", "generation"},
     {"api"},
-    {"training"},
     {"evaluation"},
+    {"training"},
     {"cli"},
 ]
 FLOOR = {folder: index for index, folders in enumerate(FLOORS) for folder in folders}

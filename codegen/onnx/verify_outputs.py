@@ -15,6 +15,7 @@ from qcompile.codegen.onnx.fusions.quantized_embedding import QuantizedEmbedding
 from qcompile.codegen.onnx.tracing.signature import ReferenceCall, TracedModule
 from qcompile.memory.process import release_freed_memory
 from qcompile.modules.quant_linear import QuantLinear
+from qcompile.modules.static_quant import StaticQuantConv, StaticQuantLinear
 
 _SUMS = 1e-3  # what another order of float sums may change an output by, of its norm
 _ROUNDINGS = 2.5  # sqrt(2), as below, and some more for the chance of a few tokens
@@ -48,7 +49,8 @@ def reference(module: TracedModule, keeps_float: Callable[[QuantLinear], bool]) 
     release_freed_memory()  # this and opening a file take the most memory of an export
     with float_activations(module, keeps_float), dequantized_weights(module):
         calls = module.reference_calls()
-    with float_activations(module, lambda site: True), dequantized_weights(module), float_cache(module):
+    floats = float_activations(module, lambda site: True), unrounded_static(module), float_cache(module)
+    with floats[0], floats[1], floats[2], dequantized_weights(module):
         unrounded = [module.call(arguments)[1] for arguments, _ in calls]
     changes = [
         [relative_error(other, output) for other, output in zip(others, outputs, strict=True)]
@@ -128,6 +130,19 @@ def float_activations(module: nn.Module, keeps_float: Callable[[QuantLinear], bo
 
 
 @contextlib.contextmanager
+def unrounded_static(module: nn.Module) -> Iterator[None]:
+    """The module with activations of a static range in float: clamped to it, not rounded."""
+    sites = [m for m in module.modules() if isinstance(m, StaticQuantLinear | StaticQuantConv)]
+    try:
+        for site in sites:
+            site.rounds = False
+        yield
+    finally:
+        for site in sites:
+            site.rounds = True
+
+
+@contextlib.contextmanager
 def float_cache(module: TracedModule) -> Iterator[None]:
     """The module with a cache that is not rounded."""
     before, module.rounds_cache = module.rounds_cache, False
@@ -146,7 +161,7 @@ def dequantized_weights(module: nn.Module) -> Iterator[None]:
     sites = [
         (path, m)
         for path, m in module.named_modules()
-        if isinstance(m, QuantLinear) and m.act is None and m.signs is None and not m.factors(torch.float32)
+        if type(m) is QuantLinear and m.act is None and m.signs is None and not m.factors(torch.float32)
     ]
     sites.sort(key=lambda site: site[1].in_features * site[1].out_features, reverse=True)
     try:

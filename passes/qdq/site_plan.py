@@ -8,6 +8,7 @@ from torch import fx
 
 from qcompile.analysis.sites import Site
 from qcompile.ir.aten_ops import CASTS, LINEAR, MOVES, PRODUCTS, aten
+from qcompile.ir.op_calls import OUR_PRODUCTS
 from qcompile.numerics.format import Format
 from qcompile.recipe.pass_config import PassConfig
 from qcompile.recipe.pass_context import PassContext
@@ -102,7 +103,12 @@ def formats_of(
 
 def writes_output(site: Site) -> bool:
     """Whether what a site computes reaches the graph's outputs and no further product."""
-    work, visited = list(site.node.users), set[fx.Node]()
+    return gives_output(site.node)
+
+
+def gives_output(product: fx.Node) -> bool:
+    """Whether a product reaches the graph's outputs and no further product, quantized ones among them."""
+    work, visited = list(product.users), set[fx.Node]()
     meets_output = False
     while work:
         node = work.pop()
@@ -111,7 +117,7 @@ def writes_output(site: Site) -> bool:
         visited.add(node)
         if node.op == "output":
             meets_output = True
-        elif node.target in PRODUCTS:
+        elif node.target in PRODUCTS or node.target in OUR_PRODUCTS:
             return False
         work += list(node.users)
     return meets_output

@@ -18,6 +18,7 @@ from qcompile.codegen.onnx.sentence_embedding import check_example
 from qcompile.modules.generation_hooks import detached, refuse_cache
 from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear
+from qcompile.modules.training_module import refuse_training
 from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
@@ -56,6 +57,7 @@ def export_onnx(
             model whose output differs from the module's. Nothing is written then.
     """
     file = OnnxOptions.of(options)
+    refuse_training(model, "qcompile.export_onnx")
     if example is not None:
         file.check_encoder()
     try:

@@ -14,6 +14,8 @@ from qcompile.ir.aten_ops import CASTS, LINEAR, VIEWS, aten
 from qcompile.ir.node_meta import LOW_RANK, MODULE, REPLACES_LAYER_NORM, SITE
 from qcompile.ir.op_calls import HadamardCall, QExpertsCall, QLinearCall, QuantizeCall
 from qcompile.ir.program import Program
+from qcompile.modules.fixed_point_modules import FIXED_POINT_PARTS
+from qcompile.modules.low_rank_linear import STATE
 from qcompile.modules.quant_experts import QuantStack, replace_parameter
 from qcompile.modules.quant_linear import BUFFERS, QuantLinear, RotatedLinear
 from qcompile.modules.take_place import take_place
@@ -21,7 +23,9 @@ from qcompile.modules.tied_names import forget_broken_ties, named_ties
 from qcompile.recipe.rule import RecipeError
 
 # Weights that passes add and that no module of the model holds.
-_OF_GRAPH = {*BUFFERS, "rotation", "center", "key_scale", "value_scale"} - {"bias"}
+_OF_GRAPH = {
+    *BUFFERS, "rotation", "center", "key_scale", "value_scale", "lora_a", "lora_b", *STATE, "low", *FIXED_POINT_PARTS,
+} - {"bias"}  # fmt: skip
 
 
 @dataclass

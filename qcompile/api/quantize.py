@@ -13,6 +13,7 @@ from qcompile.api.model_wrappers import inner_model
 from qcompile.api.rewrite_model import rewrite_model
 from qcompile.checkpoint.foreign_save import forbid_save_pretrained
 from qcompile.modules.generation_plan import with_own_prefix
+from qcompile.modules.training_module import refuse_training
 from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
@@ -32,8 +33,9 @@ def quantize(
     """Quantize a model in place.
 
     Args:
-        model: any module; its class, `generate`, `state_dict` and device
-            moves stay. Of a model wrapped by torch.compile, DataParallel or adapters the inner one is quantized.
+        model: any module; its class, `generate`, `state_dict` and device moves stay. Of a model wrapped by
+            torch.compile, DataParallel or adapters the inner one is quantized. No parameter requires a gradient
+            afterwards: `qa_lora` trains adapters, `requires_grad_` whatever you choose.
         recipe: preset name (`qcompile recipes`), "auto" (see pipeline/advise.py), Recipe, plain data or path to a
             JSON file.
         batches: calibration data: dicts of keyword arguments, tuples of arguments, or tensors; arrays and lists of
@@ -56,10 +58,12 @@ def quantize(
     """
     model = inner_model(model)
     check_model(model)
+    refuse_training(model, "qcompile.quantize")
     chosen = with_own_prefix(find_recipe(recipe, model, data=batches is not None), model)
     if chosen.trains:
         raise RecipeError(f"recipe {chosen.name!r} trains. Fix: qcompile.train(model, {chosen.name!r})")
     report, ran = rewrite_model(model, chosen, batches, example=example, verify=verify, progress=progress, dump=dump)
     object.__setattr__(model, "qcompile_recipe", ran.to_json())  # an attribute of ours, for `save`
     forbid_save_pretrained(model)
+    model.requires_grad_(False)
     return report

@@ -99,6 +99,8 @@ class ResultCheck:
         return None if error <= allowed else f"relative difference {error:.2g}"
 
     def _warn(self, distance: OutputDistance, report: Report) -> None:
+        if self.traced.recipe.trains:  # it is the start of a training
+            return
         poor = distance.tokens >= ENOUGH_TOKENS and distance.agreement < _POOR_AGREEMENT
         if not poor and distance.error < _POOR_ERROR:
             return

@@ -62,7 +62,7 @@ def rewrite_model(
     recipe.check()
     check_data(recipe, batches is not None)
     data = None if batches is None else read_batches(batches)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         traced = TracedModel.of(model, recipe, data, example)
         program, flat = traced.program, traced.flat
         facts = Facts(program)
@@ -92,7 +92,7 @@ def rewrite_model(
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode; afterwards each as it was, and new ones as the model."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -33,6 +33,9 @@ from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
 from qcompile.recipe.rule import RecipeError, Rule
 
+TRAINING_OPS = ("qcompile.group_adapter", "qcompile.fixed_point_", "qcompile.low_rank_linear")
+"""Names of operators that only a model in training calls."""
+
 reports: deque[Report] = deque(maxlen=64)
 """Reports of the graphs compiled last, newest last."""
 
@@ -65,13 +68,11 @@ def qcompile(
     if not has_tensor_input(graph_module):  # a piece of a broken graph without weights: nothing to quantize
         return compile_graph(graph_module, example_inputs, checked.inductor)
     if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in example_inputs):
-        if not _came_quantized(graph_module):
-            _warn_gradients()
-            return compile_graph(graph_module, example_inputs, checked.inductor)
-        # No gradient passes through codes: the graph runs as under no_grad, whatever its float parameters require.
-        with torch.no_grad():
-            make_floats_constant(graph_module)
-            return torch.no_grad()(_Compiled(graph_module, example_inputs, checked).__call__)
+        # The operators of a quantized model, or of one in training, have gradients; those of kernels have none.
+        make_floats_constant(graph_module)
+        if not _calls(graph_module, TRAINING_OPS):
+            _warn_gradients(quantized=_calls(graph_module, ("qcompile.",)))
+        return compile_graph(graph_module, example_inputs, checked.inductor)
     make_floats_constant(graph_module)
     return _Compiled(graph_module, example_inputs, checked)
 
@@ -79,19 +80,22 @@ def qcompile(
 _warned: list[bool] = []
 
 
-def _came_quantized(graph_module: fx.GraphModule) -> bool:
-    """Whether a graph of Dynamo calls our operators: it is of a model that `qcompile.quantize` wrote into."""
+def _calls(graph_module: fx.GraphModule, prefixes: tuple[str, ...]) -> bool:
+    """Whether a graph of Dynamo, or a part of it, calls an operator whose name starts with one of the prefixes."""
     graphs = [part.graph for part in graph_module.modules() if isinstance(part, fx.GraphModule)]
-    return any(str(node.target).startswith("qcompile.") for graph in graphs for node in graph.nodes)
+    return any(str(node.target).startswith(prefixes) for graph in graphs for node in graph.nodes)
 
 
-def _warn_gradients() -> None:
+def _warn_gradients(*, quantized: bool) -> None:
     if not _warned:
         _warned.append(True)
+        what = "the quantized model is compiled for training" if quantized else "the float model is compiled"
+        done = "run its kernels for inference" if quantized else "quantize it"
         warnings.warn(
-            "qcompile: gradients are enabled, so the float model is compiled. "
-            "Call the model under torch.no_grad() or torch.inference_mode() to quantize it.",
-            stacklevel=3,
+            f"qcompile: gradients are enabled, so {what}. "
+            f"Call the model under torch.no_grad() or torch.inference_mode() to {done}; "
+            "qcompile.qa_lora(model) and qcompile.train(model, recipe) prepare it for training in low precision.",
+            stacklevel=4,
         )
 
 

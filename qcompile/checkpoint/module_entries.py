@@ -1,6 +1,9 @@
 """What a checkpoint says of the modules that quantization put into a model: plain data, and back to modules.
 
 {"kind": "QuantLinear", "in": K, "out": N, "format": .., "act": .., "has": [buffers], "rank": m}
+{"kind": "StaticQuantLinear", .. as QuantLinear, "codes": [smallest, largest code of x]}
+{"kind": "StaticQuantConv", "size": [O, C / groups, ..], "moves": [stride, padding, dilation], "groups": ..,
+ "format": .., "codes": .., "has": [buffers]}
 {"kind": "QuantStack", "format": .., "columns": K, "rows_first": .., "dtype": .., "tensors": {name: [shape, dtype]}}
 {"kind": "Prefix" | "Centers" | "Scales", "shapes": {buffer: shape}}
 {"kind": "RMSNorm", "shape": .., "eps": .., "affine": ..}
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.checkpoint.atomic_folder import CheckpointError
+from qcompile.checkpoint.static_entries import build_conv, describe_conv, static_scale
 from qcompile.checkpoint.stored_checks import (
     FLOATS,
     check_no_nan,
@@ -29,6 +33,7 @@ from qcompile.checkpoint.stored_checks import (
 from qcompile.modules.kv_constants import Centers, Prefix, Scales
 from qcompile.modules.quant_experts import STACK_SUFFIX, QuantStack
 from qcompile.modules.quant_linear import BUFFERS, QuantLinear, RotatedLinear
+from qcompile.modules.static_quant import StaticQuantConv, StaticQuantLinear
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import PARTS
 
@@ -40,9 +45,13 @@ _RANK_DTYPES = (*FLOATS, torch.int8)  # of a low-rank correction: int8 with a sc
 
 def describe(module: nn.Module) -> dict[str, Any] | None:
     """The entry of a module, or None for one that the float model has too."""
+    if isinstance(module, StaticQuantConv):
+        return {"kind": "StaticQuantConv", **describe_conv(module)}
     if isinstance(module, QuantLinear):
+        is_static = isinstance(module, StaticQuantLinear)
         return {
-            "kind": "QuantLinear",
+            "kind": "StaticQuantLinear" if is_static else "QuantLinear",
+            **({"codes": [module.low, module.high]} if is_static else {}),
             "in": module.in_features,
             "out": module.out_features,
             "format": str(module.format),
@@ -113,6 +122,17 @@ def _quant_linear(path: str, entry: Entry, tensors: Mapping[str, Tensor], inner:
     if "signs" in tensors:
         check_signs(f"{path}.signs", tensors["signs"], columns)
     return QuantLinear(columns, rows, format, act, dict(tensors))
+
+
+def _static_linear(path: str, entry: Entry, tensors: Mapping[str, Tensor], inner: nn.Module | None) -> nn.Module:
+    act_scale = static_scale(path, tensors, entry)
+    weight = _quant_linear(path, entry, {n: t for n, t in tensors.items() if n != "act_scale"}, inner)
+    assert isinstance(weight, QuantLinear)
+    return StaticQuantLinear(weight, act_scale, *entry["codes"])
+
+
+def _static_conv(path: str, entry: Entry, tensors: Mapping[str, Tensor], inner: nn.Module | None) -> nn.Module:
+    return build_conv(path, entry, tensors)
 
 
 def _quant_stack(path: str, entry: Entry, tensors: Mapping[str, Tensor], inner: nn.Module | None) -> nn.Module:
@@ -195,6 +215,8 @@ def _size(value: Any) -> int:
 
 _BUILDERS: dict[str, Callable[[str, Entry, Mapping[str, Tensor], nn.Module | None], nn.Module]] = {
     "QuantLinear": _quant_linear,
+    "StaticQuantLinear": _static_linear,
+    "StaticQuantConv": _static_conv,
     "QuantStack": _quant_stack,
     "RotatedLinear": _rotated,
     "RMSNorm": _rms_norm,

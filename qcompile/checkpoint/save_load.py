@@ -21,6 +21,7 @@ from qcompile.checkpoint.model_state import ModelState
 from qcompile.checkpoint.tensor_file import digests, read_tensors
 from qcompile.checkpoint.transformers_folder import build_model, describe_folder, implementations, write_files
 from qcompile.modules.generation_hooks import attach_loaded
+from qcompile.modules.training_module import refuse_training
 from qcompile.modules.wrappers import unwrapped
 
 _TENSORS = "model.safetensors"
@@ -42,6 +43,10 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             something that no checkpoint can store. Nothing is then left there.
     """
     inner = unwrapped(model)
+    try:
+        refuse_training(inner, "qcompile.save")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     state = ModelState.of(inner)
     recipe = getattr(model, "qcompile_recipe", None)
     with atomic_folder(folder, sum(tensor.nbytes for tensor in state.tensors.values())) as work:

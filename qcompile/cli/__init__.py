@@ -25,6 +25,7 @@ from qcompile.cli import (  # noqa: F401  register commands
     generate,
     inspect_model,
     quantize_export,
+    train_finetune,
     triton_kernels,
 )
 from qcompile.cli.arguments import app

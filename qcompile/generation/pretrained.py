@@ -166,7 +166,7 @@ def _from_pretrained(
         _refuse_other_tensors(name, info, with_head=other_class and cls is transformers.AutoModel)
         tokenizer = _tokenizer(source, **gguf)
     if gguf:  # its weights were dequantized while loading: it is saved like any other model
-        model.hf_quantizer = None
+        model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)
     return model.requires_grad_(False).eval(), tokenizer
 

@@ -1,4 +1,4 @@
-"""Which modules are a linear: the product, plus a bias, is all that a call of the module computes.
+"""Which modules are a linear or a convolution: the product, plus a bias, is all that a call of the module computes.
 
 Decided on the captured graph, where torch.export notes the calls of modules that each node lies in, and by what the
 calls looked like while the model was captured; never by a module's class or by trying inputs. A module that reads a
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from qcompile.ir.aten_ops import LINEAR, RESHAPES, TRANSPOSES, aten
+from qcompile.ir.aten_ops import CONVOLUTIONS, LINEAR, RESHAPES, TRANSPOSES, aten
 from qcompile.ir.node_meta import MODULE, NO_MODULE, WEIGHT
 from qcompile.ir.program import Program
 
@@ -28,6 +28,7 @@ _PRODUCTS: dict[Any, tuple[int, int, int]] = {
     aten.addmm.default: (1, 2, 0),
     aten.mm.default: (0, 1, 3),
     aten.matmul.default: (0, 1, 3),
+    **{convolution: (0, 1, 2) for convolution in CONVOLUTIONS},
 }
 """Products, and where their input, weight and bias stand among the arguments."""
 
@@ -109,7 +110,8 @@ class _Notes:
         if id(module) in self.odd:
             return f"{said} {self.odd[id(module)]}"
         bias = self._argument(product, 2)
-        if bias is not None and not self._is_own_bias(bias, module, int(product.meta["val"].shape[-1])):
+        channels = 1 if product.target in CONVOLUTIONS else -1
+        if bias is not None and not self._is_own_bias(bias, module, int(product.meta["val"].shape[channels])):
             return f"{said} adds something else than a bias of its own"
         read = [id(t) for leaf, t in _tensors(module) if self._is_any(leaf, module, (weight, bias))]
         if len(read) != len(_tensors(module)):
@@ -149,6 +151,8 @@ class _Notes:
         escaped = [n for n in known - {out} if any(u in self.live and u not in inside for u in n.users)]
         if escaped or not isinstance(x, fx.Node):
             return "hands on more than the product"
+        if product.target in CONVOLUTIONS:
+            return None if known == {product} else "gives its values another shape"
         given, made = x.meta["val"], out.meta["val"]
         rows_kept = given.ndim == made.ndim and all(
             statically_known_true(a == b) for a, b in zip(given.shape[:-1], made.shape[:-1], strict=True)
@@ -179,7 +183,8 @@ class _Notes:
 
     def _operand(self, node: fx.Node, index: int) -> Any:
         value = self._argument(node, index) if node.target in _PRODUCTS else None
-        return value.args[0] if isinstance(value, fx.Node) and value.target in TRANSPOSES else value
+        behind = isinstance(value, fx.Node) and value.target in TRANSPOSES and node.target not in CONVOLUTIONS
+        return value.args[0] if behind else value
 
     def _argument(self, node: fx.Node, index: int) -> Any:
         place = _PRODUCTS[node.target][index]

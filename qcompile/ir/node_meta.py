@@ -21,6 +21,10 @@ FLOAT_WEIGHT = "qcompile_float_weight"
 LOW_RANK = "qcompile_low_rank"
 """On a quantized product: factors of its low-rank correction, part -> weight name (dict[str, str])."""
 
+LOW_RANK_STEP = "qcompile_low_rank_step"
+"""On a product that trains through a low-rank parameter: what an optimizer's step is multiplied by (float), whether the
+weight is rounded stochastically (bool), and the stream of its random values (int)."""
+
 REPLACES_LAYER_NORM = "qcompile_replaces_layer_norm"
 """On an RMSNorm: the gain (str, attribute path) of the LayerNorm whose place it takes."""
 

@@ -17,6 +17,9 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import fx
 
+import qcompile.ir.adapter_op
+import qcompile.ir.fixed_point_ops
+import qcompile.ir.low_rank_ops  # noqa: F401
 import qcompile.ir.ops  # noqa: F401  registers torch.ops.qcompile
 from qcompile.ir.node_meta import SITE
 from qcompile.ir.program import Program
@@ -163,5 +166,79 @@ class QExpertsCall(OpCall):
         return self.weight, self.scale, self.zero, self.group_scale
 
 
-OUR_OPS = frozenset(call.target for call in (QuantizeCall, DequantizeCall, HadamardCall, QLinearCall, QExpertsCall))
-"""The operators of ops.py: a captured graph that calls one comes from a model that was quantized before."""
+@dataclass(frozen=True)
+class GroupAdapterCall(OpCall):
+    """qcompile::group_adapter, a QA-LoRA adapter beside a qlinear (see adapter_op.py)."""
+
+    target: ClassVar[Any] = torch.ops.qcompile.group_adapter.default
+
+    x: fx.Node
+    a: fx.Node
+    b: fx.Node
+    group: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class LowRankLinearCall(OpCall):
+    """qcompile::low_rank_linear, a product that trains through a low-rank parameter; "" stands for a float format."""
+
+    target: ClassVar[Any] = torch.ops.qcompile.low_rank_linear.default
+
+    x: fx.Node
+    weight: fx.Node
+    scale: Operand
+    zero: Operand
+    low: fx.Node
+    bias: Operand
+    basis: fx.Node
+    basis_scale: Operand
+    basis_zero: Operand
+    first: fx.Node
+    similarities: fx.Node
+    schedule: fx.Node
+    format: str
+    basis_format: str
+    threshold: float
+    factor: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class FixedPointLinearCall(OpCall):
+    """qcompile::fixed_point_linear, a product that trains in fixed point; its first result is the output."""
+
+    target: ClassVar[Any] = torch.ops.qcompile.fixed_point_linear.default
+
+    x: fx.Node
+    weight: fx.Node
+    bias: Operand
+    act_range: fx.Node
+    gamma: fx.Node
+    counter: fx.Node
+    act_clip: Operand
+    weight_clip: Operand
+    format: str
+    training: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class FixedPointConvCall(FixedPointLinearCall):
+    """qcompile::fixed_point_conv, the same of a convolution."""
+
+    target: ClassVar[Any] = torch.ops.qcompile.fixed_point_conv.default
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+OUR_PRODUCTS = frozenset(
+    call.target for call in (QLinearCall, QExpertsCall, LowRankLinearCall, FixedPointLinearCall, FixedPointConvCall)
+)
+"""Products with a quantized weight."""
+
+OUR_OPS = OUR_PRODUCTS | {call.target for call in (QuantizeCall, DequantizeCall, HadamardCall)}
+"""A captured graph that calls one comes from a model that was quantized before, or is in training."""

@@ -153,6 +153,11 @@ class QuantLinear(FixedDtypeModule):
             correction = torch.nn.functional.linear(correction, factor)
         return out if self.low_in is None else out + correction
 
+    def operand(self, input: Tensor) -> Tensor:
+        """What the quantized weight is multiplied with for x [.., K]: transformed, and rounded to the grid of `act`."""
+        x = input if self.signs is None else torch.ops.qcompile.hadamard(input, self.signs)
+        return x if self.act is None else torch.ops.qcompile.fake_quantize(x, str(self.act))
+
     def factors(self, dtype: torch.dtype) -> list[Tensor]:
         """V' [m, K] and U' [N, m] of the low-rank correction, dequantized; empty without one."""
         pairs = (self.low_in, self.low_in_scale), (self.low_out, self.low_out_scale)

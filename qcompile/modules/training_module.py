@@ -18,4 +18,26 @@ class TrainingModule(FixedDtypeModule):
 
     @abstractmethod
     def settled(self) -> nn.Module:
-        """The quantized module for inference that computes what this one does in evaluation mode."""
+        """The quantized module for inference that computes what this one does in evaluation mode.
+
+        Raises:
+            ValueError: there is none; without the name of the module, which the caller adds.
+        """
+
+
+def refuse_training(model: nn.Module, what: str) -> None:
+    """Refuse to do something with a model in training that is for quantized models.
+
+    Args:
+        model: any model.
+        what: is refused.
+
+    Raises:
+        ValueError: with the first module in training.
+    """
+    path = next((path for path, module in model.named_modules() if isinstance(module, TrainingModule)), None)
+    if path is not None:
+        raise ValueError(
+            f"{path} is in training ({type(model.get_submodule(path)).__name__}), and {what} is for models that are "
+            "not. Fix: qcompile.settle(model) first. A run in training is stored by torch.save(model.state_dict(), f)"
+        )

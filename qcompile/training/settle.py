@@ -15,13 +15,14 @@ def settle(model: nn.Module) -> None:
     """Replace, in place, what `train` and `qa_lora` put into a model by quantized modules for inference.
 
     The result computes what the model computed in evaluation mode. Adapters are merged into float zero points, exactly
-    (see numerics/zero_shift.py).
+    (numerics/zero_shift.py); the merged weights are compared with the sum in float64.
 
     Args:
         model: prepared by `qcompile.train` or `qcompile.qa_lora`; trained or not.
 
     Raises:
-        RecipeError: nothing in the model is in training. The model is then as it was.
+        RecipeError: nothing in the model is in training, or a module cannot be settled (NaN in an adapter). The model
+            is then as it was.
     """
     model = inner_model(model)
     training = training_modules(model)
@@ -30,12 +31,34 @@ def settle(model: nn.Module) -> None:
             f"{type(model).__name__} has nothing to settle: no module of it is in training. "
             "Fix: call it after qcompile.train or qcompile.qa_lora, once"
         )
-    settled = [(module, module.settled()) for module in training.values()]
+    settled = [(module, _settled(path, module)) for path, module in training.items()]
     for old, new in settled:
         take_place(model, old, new)
     forbid_save_pretrained(model)
+    model.requires_grad_(False)
+
+
+def _settled(path: str, module: TrainingModule) -> nn.Module:
+    try:
+        return module.settled()
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
 
 
 def training_modules(model: nn.Module) -> dict[str, TrainingModule]:
     """The modules of a model that are in training, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, TrainingModule)}
+
+
+def check_not_in_training(model: nn.Module) -> None:
+    """Refuse a model that was prepared already.
+
+    Raises:
+        RecipeError: with the first module that is in training.
+    """
+    prepared = list(training_modules(model))
+    if prepared:
+        raise RecipeError(
+            f"{type(model).__name__} is in training already ({len(prepared)} modules, the first is {prepared[0]}). "
+            "Fix: go on with it, or qcompile.settle(model) first"
+        )

@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from qcompile.analysis.conv_sites import find_conv_sites
 from qcompile.analysis.facts import Facts
 from qcompile.api.model_checks import check_model
 from qcompile.api.model_wrappers import inner_model
 from qcompile.api.rewrite_model import rewrite_model
+from qcompile.checkpoint.training_folder import mark_training_folders
 from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
 from qcompile.recipe.rule import RecipeError
-from qcompile.training.settle import training_modules
+from qcompile.training.settle import check_not_in_training
 
 
 def train(
@@ -53,7 +55,7 @@ def train(
     chosen = find_recipe(recipe, model)
     if not chosen.trains:
         raise RecipeError(f"recipe {chosen.name!r} does not train. Fix: qcompile.quantize(model, {chosen.name!r})")
-    _check_not_in_training(model)
+    check_not_in_training(model)
     report, ran = rewrite_model(
         model,
         chosen,
@@ -65,23 +67,15 @@ def train(
         keep_float=lambda facts: _frozen(model, facts),
     )
     object.__setattr__(model, "qcompile_recipe", ran.to_json())
+    mark_training_folders(model)
     return report
-
-
-def _check_not_in_training(model: nn.Module) -> None:
-    prepared = training_modules(model)
-    if prepared:
-        raise RecipeError(
-            f"{type(model).__name__} is in training already ({next(iter(prepared))} and "
-            f"{len(prepared) - 1} more modules). Fix: go on with it, or qcompile.settle(model) first"
-        )
 
 
 def _frozen(model: nn.Module, facts: Facts) -> dict[str, str]:
     """Sites whose weight needs no gradient, with the reason why they stay as they are."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     reasons = {}
-    for site in facts.sites:
+    for site in (*facts.sites, *find_conv_sites(facts.program)):
         weight = parameters.get(site.name)
         if weight is None or not weight.requires_grad:
             reasons[site.name] = "requires_grad of its weight is off: nothing to train"

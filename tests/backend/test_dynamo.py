@@ -238,14 +238,30 @@ def test_found_without_importing_qcompile():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
 
 
-def test_a_quantized_model_whose_parameters_require_gradients_runs():
-    """As from_pretrained gives them; no gradient passes through codes, so the result is that under no_grad."""
+def test_a_quantized_model_that_nobody_trains_runs_its_kernels_with_gradients_enabled():
+    """`quantize` freezes a model as from_pretrained gives it, so that a forgotten no_grad costs nothing."""
     model = nn.Sequential(nn.Embedding(16, 64), nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 8)).eval()
     ids = torch.randint(0, 16, (2, 5))
     qcompile.quantize(model, qcompile.find_recipe("w4a16").with_rules([qcompile.Rule("3.*", keep=True)]), example=ids)
-    assert model[3].weight.requires_grad
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     run = torch.compile(model, backend="qcompile")
     with torch.no_grad():
         want = run(ids)
     got = run(ids)
     assert torch.equal(got, want) and not got.requires_grad
+
+
+@pytest.mark.parametrize("recipe", ["w4a16", "int8"])
+def test_gradients_of_a_quantized_model_are_those_of_eager(recipe, monkeypatch):
+    monkeypatch.setattr(dynamo, "_warned", [])
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8)).eval()
+    x = torch.randn(3, 64)
+    qcompile.quantize(model, recipe, example=x)
+    model[1].requires_grad_(True)
+    run = torch.compile(model, backend="qcompile")
+    with pytest.warns(UserWarning, match="the quantized model is compiled for training.*qcompile.qa_lora"):
+        run(x).square().sum().backward()
+    got = model[1].weight.grad.clone()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert torch.allclose(got, model[1].weight.grad, rtol=1e-4, atol=1e-5) and got.abs().max() > 1e-3

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qcompile.analysis.conv_sites import find_conv_sites
 from qcompile.analysis.sites import find_sites
 from qcompile.ir.capture import capture, from_exported
 from qcompile.ir.linear_modules import find_linear_modules, recorded_calls
@@ -330,3 +331,41 @@ def test_paths_do_not_hold_the_prefix_of_a_wrapper():
     assert not odd
     program = from_exported(exported, wrapper, "0.", find_linear_modules(model, odd, "0."))
     assert [site.node.meta[MODULE] for site in find_sites(program)] == ["0"]
+
+
+class ChangedConv(nn.Conv1d):
+    """A convolution whose forward is `change(module, x, convolution)`."""
+
+    def __init__(self, change, **arguments):
+        super().__init__(K, K, 3, **arguments)
+        self.change = change
+
+    def forward(self, x):
+        return self.change(self, x, super().forward)
+
+
+def conv_notes(model):
+    program = capture(model.eval(), (torch.randn(3, K, 9),))
+    return {s.name: s.node.meta.get(MODULE, s.node.meta.get(NO_MODULE)) for s in find_conv_sites(program)}
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (lambda m, x, f: f(x) * 1.0001, "computes aten.mul.Tensor too"),
+        (lambda m, x, f: f(x).flatten(1), "gives its values another shape"),
+        (lambda m, x, f: f(functional.pad(x, (1, 1))), "computes aten.pad too"),
+        (lambda m, x, f: functional.conv1d(x, m.weight, x.mean((0, 2))), "adds something else than a bias of its own"),
+        (lambda m, x, f: functional.conv1d(x, m.weight), "holds tensors besides its weight and bias"),
+        (lambda m, x, f: f(x), "0"),
+    ],
+)
+def test_convolutions_are_read_in_the_same_way(change, reason):
+    found = conv_notes(nn.Sequential(ChangedConv(change)))
+    assert reason in found.get("0.weight", "adds something else than a bias of its own")
+
+
+def test_a_convolution_with_a_transposed_weight_is_no_module():
+    transposed = ChangedConv(lambda m, x, f: functional.conv1d(x, m.weight.transpose(0, 1), m.bias))
+    assert "0.weight" not in conv_notes(nn.Sequential(transposed, nn.Conv1d(K, K, 1)))
+    assert conv_notes(nn.Sequential(transposed, nn.Conv1d(K, K, 1)))["1.weight"] == "1"

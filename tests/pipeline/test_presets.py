@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 
 import pytest
@@ -12,7 +11,6 @@ from zoo import ZOO, brief, build, example, is_dynamic
 
 from qcompile.ir.capture import capture
 from qcompile.passes import Fuse, Quantize
-from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.pipeline.presets import PRESETS
 from qcompile.pipeline.run import run
 from qcompile.recipe.certificate import relative_error
@@ -69,30 +67,7 @@ def test_the_list_is_consistent():
         recipe.check()
         assert recipe.name == name and recipe.source
         assert Recipe.from_json(recipe.to_json()) == recipe
-    with pytest.raises(RecipeError, match="known: auto, float, int8"):
-        find_recipe("w5a5")
     assert torch.is_tensor(captured("mlp")[1][0])
-
-
-def test_unknown_name_lists_the_known():
-    with pytest.raises(RecipeError, match="float, int8"):
-        find_recipe("int9")
-
-
-def test_a_recipe_in_every_way_it_is_given(tmp_path):
-    recipe = PRESETS["w4a8"]
-    (tmp_path / "mine.json").write_text(json.dumps(recipe.to_json()))
-    for given in (recipe, "w4a8", recipe.to_json(), str(tmp_path / "mine.json")):
-        assert find_recipe(given) == recipe
-    assert find_recipe(recipe) is recipe
-
-
-@pytest.mark.parametrize("data", [False, True])
-def test_auto_chooses_a_preset_for_a_model(data):
-    found = find_recipe("auto", build("mlp"), data=data)
-    assert found is PRESETS[found.name] and (data or not found.needs)
-    with pytest.raises(RecipeError, match="unknown recipe 'auto'"):
-        find_recipe("auto")
 
 
 def test_what_quantizes_is_fused():

@@ -21,6 +21,7 @@ import qcompile.codegen.onnx.ops.matmul_ops  # noqa: F401  registers torch.ops.q
 from qcompile.codegen.onnx.tracing.onnx_support import has_int4_and_int8_kernels
 from qcompile.codegen.onnx.tracing.weight_layouts import block_size_of, to_dequantize_linear, to_matmul_nbits, weight_of
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
+from qcompile.modules.static_quant import StaticQuantLinear, round_to_codes
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import hadamard_factors, hadamard_matrix
 
@@ -35,7 +36,9 @@ def onnx_linears(model: nn.Module, contrib_ops: bool) -> Iterator[None]:
     originals = [(path, m) for path, m in model.named_modules() if isinstance(m, QuantLinear | RotatedLinear)]
     try:
         for path, module in originals:
-            if isinstance(module, QuantLinear):
+            if isinstance(module, StaticQuantLinear):
+                model.set_submodule(path, nn.Sequential(StaticRounding(module), OnnxLinear(module, contrib_ops)))
+            elif isinstance(module, QuantLinear):
                 model.set_submodule(path, OnnxLinear(module, contrib_ops))
             else:
                 model.set_submodule(path, RotatedOnnxLinear(module))
@@ -120,6 +123,21 @@ class OnnxLinear(nn.Module):
             return codes.clamp(qmin, qmax) * scale
         zero = (-low / scale).round()
         return ((codes + zero).clamp(qmin, qmax) - zero) * scale
+
+
+class StaticRounding(nn.Module):
+    """Rounds x to the static grid of a linear's activations."""
+
+    act_scale: Tensor
+
+    def __init__(self, source: StaticQuantLinear) -> None:
+        super().__init__()
+        self.low, self.high = source.low, source.high
+        self.register_buffer("act_scale", source.act_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., K] -> [.., K]."""
+        return round_to_codes(x, self.act_scale, self.low, self.high) * self.act_scale
 
 
 class RotatedOnnxLinear(nn.Sequential):

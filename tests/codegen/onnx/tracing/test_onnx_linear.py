@@ -12,6 +12,8 @@ from qcompile.codegen.onnx.tracing.onnx_linear import HadamardTransform, OnnxLin
 from qcompile.codegen.onnx.tracing.onnx_support import OnnxUnsupportedError, has_int4_and_int8_kernels
 from qcompile.codegen.onnx.verify_outputs import float_activations
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
+from qcompile.modules.static_quant import StaticQuantConv, StaticQuantLinear
+from qcompile.numerics.code_convolution import ConvolutionShape
 from qcompile.numerics.hadamard import apply_hadamard, random_signs
 
 FORMATS = [
@@ -71,3 +73,21 @@ def test_an_owner_reads_the_same_weight_while_it_is_traced(form):
     model, want = nn.Sequential(quantized, rotated), [quantized.weight, rotated.weight]
     with onnx_linears(model, contrib_ops=True):
         assert all(torch.equal(module.weight, weight) for module, weight in zip(model, want, strict=True))
+
+
+@pytest.mark.parametrize("low,high", [(-7, 7), (0, 15)])
+def test_static_activations(low, high, tmp_path):
+    """A linear and a convolution with static activations: the file rounds them as the modules do."""
+    act, shape = (torch.tensor(0.3), low, high), ConvolutionShape((2,), (1,), (1,), 2)
+    codes = [torch.randint(-7, 8, size, dtype=torch.int8) for size in ((8, 2, 3), (6, 32))]
+    model = nn.Sequential(
+        StaticQuantConv.of(codes[0], 4, torch.tensor(0.2), torch.randn(8), act, shape),
+        nn.Flatten(),
+        StaticQuantLinear.of(codes[1], 4, torch.tensor(0.1), None, act),
+    ).eval()
+    x = torch.randn(3, 4, 8)
+    report = qcompile.export_onnx(model, tmp_path / "m", example=x, progress=False)
+    assert report.metrics["onnx relative error"] < 1e-5
+    assert all(module.rounds for module in (model[0], model[2])) and isinstance(model[2], StaticQuantLinear)
+    with onnx_linears(model, True):
+        assert not isinstance(model[2], StaticQuantLinear)

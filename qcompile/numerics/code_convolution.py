@@ -1,0 +1,141 @@
+"""The three products of a convolution, on integer codes and exact: of the input and the weight, of the gradient with
+each.
+
+Two forms give the same integers. Wide convolutions are matrix products of int8 windows (im2col) where a processor
+multiplies int8 fast. All others, grouped and narrow ones, are convolutions of the codes as floats: exact below 2^24,
+and in float64 where sums may be larger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.numerics.code_matmul import code_matmul
+from qcompile.numerics.int8_matmul import has_fast_int8_matmul
+
+_EXACT = 2**24  # float32 represents every integer up to here
+_WIDE = 64  # channels on both sides from which windows of int8 beat float32 (measured: VNNI, 16x16 and 8x8)
+
+
+@dataclass(frozen=True)
+class ConvolutionShape:
+    """How a convolution moves over its input, each a size for every spatial dimension (one or two).
+
+    Attributes:
+        stride: of the windows.
+        padding: zeros on both sides.
+        dilation: between the elements of a window.
+        groups: of channels.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def output_size(self, size: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
+        """The spatial size of the output."""
+        parts = zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in parts)
+
+
+def forward_sums(x: Tensor, weight: Tensor, shape: ConvolutionShape, bound: int) -> Tensor:
+    """The convolution of codes.
+
+    Args:
+        x: int8 [B, C, ..].
+        weight: int8 [O, C / groups, ..].
+        shape: of the convolution.
+        bound: the largest product of two codes.
+
+    Returns:
+        [B, O, ..]: integers, as int32 or as floats.
+    """
+    if _is_wide(x, weight, shape):
+        kernel = weight.shape[2:]
+        sums = code_matmul(_windows(x, kernel, shape), weight.flatten(1))
+        return _rows_to_channels(sums, len(x), shape.output_size(x.shape[2:], kernel))
+    dtype = _float_for(bound * weight[0].numel())
+    return _convolve(x.to(dtype), weight.to(dtype), shape)
+
+
+def input_sums(gradient: Tensor, weight: Tensor, shape: ConvolutionShape, size: torch.Size, bound: int) -> Tensor:
+    """What the gradient of the input sums, of the shape `size` [B, C, ..]; the rest as of `forward_sums`."""
+    kernel = weight.shape[2:]
+    flipped = ConvolutionShape(
+        shape.stride,
+        tuple(d * (k - 1) - p for d, k, p in zip(shape.dilation, kernel, shape.padding, strict=True)),
+        shape.dilation,
+        shape.groups,
+    )
+    axes = tuple(range(2, weight.ndim))
+    wide = _is_wide(gradient, weight, shape) and all(s == 1 for s in shape.stride) and min(flipped.padding) >= 0
+    if wide:
+        flipped_weight = weight.flip(axes).transpose(0, 1).contiguous()
+        sums = code_matmul(_windows(gradient, kernel, flipped), flipped_weight.flatten(1))
+        return _rows_to_channels(sums, len(gradient), size[2:])
+    dtype = _float_for(bound * weight[:, 0].numel() // shape.groups)
+    x = gradient.new_empty(size, dtype=dtype)
+    return _backward(gradient.to(dtype), x, weight.to(dtype), shape, (True, False))[0]
+
+
+def weight_sums(gradient: Tensor, x: Tensor, shape: ConvolutionShape, size: torch.Size, bound: int) -> Tensor:
+    """What the gradient of the weight sums over batch and positions, of the shape `size` [O, C / groups, ..]."""
+    weight = gradient.new_empty(size)
+    if _is_wide(x, weight, shape):
+        rows = gradient.movedim(1, -1).reshape(-1, gradient.shape[1])
+        return code_matmul(rows.t(), _windows(x, size[2:], shape).t()).view(size)
+    positions = gradient[0, 0].numel()
+    total = gradient.new_zeros(size, dtype=torch.float64)
+    samples = max(1, _EXACT // max(1, bound * positions))
+    dtype = _float_for(bound * positions)
+    for first in range(0, len(x), samples):
+        part = slice(first, first + samples)
+        total += _backward(gradient[part].to(dtype), x[part].to(dtype), weight.to(dtype), shape, (False, True))[1]
+    return total
+
+
+def _is_wide(x: Tensor, weight: Tensor, shape: ConvolutionShape) -> bool:
+    wide = shape.groups == 1 and min(weight.shape[:2]) >= _WIDE
+    return wide and x.device.type == "cpu" and has_fast_int8_matmul()
+
+
+def _float_for(largest_sum: int) -> torch.dtype:
+    return torch.float32 if largest_sum <= _EXACT else torch.float64
+
+
+def _convolve(x: Tensor, weight: Tensor, shape: ConvolutionShape) -> Tensor:
+    zeros = [0] * len(shape.stride)
+    return torch.convolution(x, weight, None, shape.stride, shape.padding, shape.dilation, False, zeros, shape.groups)
+
+
+def _backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, shape: ConvolutionShape, mask: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    zeros = [0] * len(shape.stride)
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, shape.stride, shape.padding, shape.dilation, False, zeros, shape.groups,
+        [*mask, False],
+    )  # fmt: skip
+    return dx, dw
+
+
+def _windows(x: Tensor, kernel: torch.Size, shape: ConvolutionShape) -> Tensor:
+    """The windows of int8 [B, C, ..] -> [B * positions, C * elements of the kernel]."""
+    margins = [margin for p in reversed(shape.padding) for margin in (p, p)]
+    padded = torch.nn.functional.pad(x, margins)
+    sizes = shape.output_size(x.shape[2:], kernel)
+    steps = padded.stride()[2:]
+    strides = [step * s for step, s in zip(steps, shape.stride, strict=True)]
+    inner = [step * d for step, d in zip(steps, shape.dilation, strict=True)]
+    batch, channels = x.shape[:2]
+    view = padded.as_strided((batch, *sizes, channels, *kernel), (padded.stride(0), *strides, padded.stride(1), *inner))
+    return view.reshape(batch * torch.Size(sizes).numel(), channels * kernel.numel())
+
+
+def _rows_to_channels(rows: Tensor, batch: int, sizes: tuple[int, ...]) -> Tensor:
+    """[B * positions, O] -> [B, O, ..]."""
+    return rows.view(batch, *sizes, rows.shape[1]).movedim(-1, 1)

@@ -1,0 +1,46 @@
+"""`qcompile finetune` and `qcompile train`, end to end on a tiny local model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qcompile.training.fit import CURVE, LOSSES
+
+SHORT = ["--steps", 3, "--save-every", 2, "--batch", 2, "--length", 16]
+
+
+def test_finetune_writes_a_merged_model_that_others_read(folder, tmp_path, call):
+    out = call("finetune", folder, tmp_path / "q", "--rank", 4, "--lr", 1e-2, *SHORT)
+    losses = {
+        line.split()[0]: float(line.split()[-1]) for line in out.splitlines() if line[:9] in ("trained  ", "settled  ")
+    }
+    assert losses["trained"] == pytest.approx(losses["settled"], abs=2e-4)
+    assert "parameters of adapters" in out and (tmp_path / "q" / "qcompile.json").exists()
+    work = tmp_path / "q.training"
+    assert len(json.loads((work / LOSSES).read_text())) == 3 and (work / CURVE).exists()
+    assert (work / "adapter" / "adapter_config.json").exists()
+    assert "perplexity" in call("eval", tmp_path / "q", "--windows", 1, "--length", 64)
+
+
+def test_an_earlier_run_is_not_overwritten_and_can_be_resumed(folder, tmp_path, call, fail):
+    (tmp_path / "q.training" / "checkpoint-2").mkdir(parents=True)
+    assert "is of an earlier run. Fix: --resume" in fail("finetune", folder, tmp_path / "q", *SHORT)
+    (tmp_path / "q.training" / "checkpoint-2").rmdir()
+    out = call("finetune", folder, tmp_path / "q", "--resume", "--rank", 4, *SHORT)
+    assert "settled" in out
+
+
+def test_bad_input_before_the_model_is_loaded(tmp_path, fail):
+    assert "recipe 'int8' does not train. Fix: qcompile quantize" in fail(
+        "train", "no/model", tmp_path / "o", "-r", "int8"
+    )
+    assert "unknown recipe" in fail("finetune", "no/model", tmp_path / "o", "-r", "w5")
+
+
+def test_a_short_text_is_refused_with_its_length(folder, tmp_path, fail):
+    (tmp_path / "short.txt").write_text("the a of is in to and " * 20)
+    error = fail("finetune", folder, tmp_path / "o", "--text", tmp_path / "short.txt", "--length", 16)
+    assert "the text has 8 windows of 16 tokens, and training needs 32" in error
+    assert not (tmp_path / "o").exists() and not (tmp_path / "o.training").exists()

@@ -1,0 +1,219 @@
+"""QA-LoRA in place: adding is the identity, merging is exact, and what cannot be adapted says so."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from zoo import build, example
+
+import qcompile
+from qcompile import Format, QuantLinear, Recipe, RecipeError, Rule
+from qcompile.modules.adapted_linear import AdaptedLinear
+from qcompile.passes import Fuse, Quantize
+from qcompile.training.qa_lora import adapted_names
+
+
+def recipe(weight="int4/group32/zero", act=None):
+    return Recipe("groups", (Quantize(Format.parse(weight), Format.parse(act) if act else None, lm_head=None), Fuse()))
+
+
+def quantized(name="llama", weight="int4/group32/zero", act=None):
+    model = build(name)
+    qcompile.quantize(model, recipe(weight, act), [example(name)], progress=False)
+    return model, example(name)
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        found = model(**inputs)
+    return found.logits if hasattr(found, "logits") else found[0]
+
+
+def trained(model, inputs, steps=4, lr=1e-2):
+    """After some steps towards less of the outputs, so that every adapter has moved."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        output = model(**inputs)
+        (output.logits if hasattr(output, "logits") else output[0]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("weight,act", [
+    ("int4/group32/zero", None), ("int4/group32", None), ("int4/group48/floatzero", None), ("int3/group32/zero", None),
+    ("int8/group32", "int8/row"), ("int4/group32/zero", "int8/row"),
+])  # fmt: skip
+def test_adding_is_the_identity_and_settling_keeps_what_was_trained(weight, act):
+    model, inputs = quantized(weight=weight, act=act)
+    before = logits(model, inputs)
+    report = qcompile.qa_lora(model, rank=4, alpha=8)
+    assert torch.equal(logits(model, inputs), before), "B is zero"
+    assert [certificate.error for certificate in report.certificates] == [0.0]
+    tuned = logits(trained(model, inputs), inputs)
+    assert (tuned - before).abs().max() > 0.05 * before.abs().max(), "or the merge proves nothing"
+    qcompile.settle(model)
+    assert torch.allclose(logits(model, inputs), tuned, rtol=0, atol=3e-6 * float(tuned.abs().max()) * 10)
+    assert not any(isinstance(module, AdaptedLinear) for module in model.modules())
+    adapted = [model.get_submodule(path) for path in report.passes[0].done]
+    assert all(isinstance(module, QuantLinear) and module.format.zero == "float" for module in adapted)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "qwen3"])
+def test_other_architectures(name):
+    model, inputs = quantized(name)
+    qcompile.qa_lora(model, rank=2, alpha=4)
+    tuned = logits(trained(model, inputs), inputs)
+    qcompile.settle(model)
+    assert torch.allclose(logits(model, inputs), tuned, rtol=0, atol=3e-5 * float(tuned.abs().max()))
+
+
+def test_a_rotated_site_pools_what_enters_the_product():
+    model = build("llama")
+    steps = qcompile.PRESETS["int8-rotated"].passes[:-2]
+    qcompile.quantize(model, Recipe("r", (*steps, *recipe().passes)), [example("llama")], progress=False)
+    assert any(isinstance(m, QuantLinear) and m.signs is not None for m in model.modules())
+    qcompile.qa_lora(model, rank=4, alpha=8)
+    tuned = logits(trained(model, example("llama")), example("llama"))
+    qcompile.settle(model)
+    assert torch.allclose(logits(model, example("llama")), tuned, rtol=0, atol=3e-5 * float(tuned.abs().max()))
+
+
+def test_only_adapters_are_trained():
+    model, inputs = quantized()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = qcompile.qa_lora(model, rank=4, alpha=8)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    done = report.passes[0].done
+    assert trainable == {f"{path}.lora_{leaf}" for path in done for leaf in "ab"}
+    trained(model, inputs)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_what_gives_the_output_and_what_has_no_groups_gets_none():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8))
+    x = torch.randn(4, 64)
+    rules = [Rule("2.weight", weight=Format("int8"))]
+    qcompile.quantize(model, recipe().with_rules(rules), example=x, progress=False)
+    report = qcompile.qa_lora(model, rank=2, alpha=4, example=x)
+    assert report.passes[0].done == ["0"]
+    reasons = {item.site: item.reason for item in report.passes[0].skipped}
+    assert "one scale for a row" in reasons["2"] and reasons["4"] == "it gives the output"
+
+
+def test_rules_keep_products_as_they_are():
+    model, _ = quantized()
+    report = qcompile.qa_lora(model, rank=2, rules=[Rule("*mlp*", keep=True)])
+    assert report.passes[0].done and not any("mlp" in name for name in report.passes[0].done)
+    model, _ = quantized()
+    with pytest.raises(RecipeError, match="matches no site"):
+        qcompile.qa_lora(model, rank=2, rules=[Rule("*nothing*", keep=True)])
+
+
+def test_a_module_that_is_called_twice_has_one_adapter():
+    shared = nn.Linear(64, 64)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(64, 4))
+    x = torch.randn(4, 64)
+    qcompile.quantize(model, recipe(), example=x, progress=False)
+    report = qcompile.qa_lora(model, rank=2, alpha=4, example=x)
+    assert report.passes[0].done == ["0"] and model[0] is model[2] and isinstance(model[0], AdaptedLinear)
+
+
+def test_the_same_seed_draws_the_same_adapters():
+    drawn = []
+    for seed in (0, 0, 1):
+        model, _ = quantized()
+        qcompile.qa_lora(model, rank=2, seed=seed)
+        drawn.append([m.lora_a.detach() for m in model.modules() if isinstance(m, AdaptedLinear)])
+    assert all(torch.equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True))
+    assert not torch.equal(drawn[0][0], drawn[2][0]) and not torch.equal(drawn[0][0], drawn[0][3])
+
+
+@pytest.mark.parametrize(
+    "weight,why", [("int8/row", "one scale for a row"), ("int4/group32/zero/dual", "two-level")]
+)
+def test_a_model_without_movable_zero_points_is_refused_as_it_was(weight, why):
+    model, inputs = quantized(weight=weight)
+    state, before = model.state_dict().keys(), logits(model, inputs)
+    with pytest.raises(RecipeError, match=f"{why}.*quantize\\(model, 'w4a16-g32'\\)"):
+        qcompile.qa_lora(model, rank=2)
+    assert model.state_dict().keys() == state and torch.equal(logits(model, inputs), before)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(RecipeError, match="adapts no product.*has no quantized product"):
+        qcompile.qa_lora(build("llama"))
+    model, _ = quantized()
+    smallest = min(min(m.in_features, m.out_features) for m in model.modules() if isinstance(m, QuantLinear))
+    with pytest.raises(RecipeError, match=f"rank 4000 is larger than .*Fix: rank={smallest}"):
+        qcompile.qa_lora(model, rank=4000)
+    for wrong in ({"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}):
+        with pytest.raises(RecipeError, match="QALoRA: (rank|alpha) is"):
+            qcompile.qa_lora(model, **wrong)
+    assert not any(isinstance(module, AdaptedLinear) for module in model.modules())
+    qcompile.qa_lora(model, rank=2)
+    with pytest.raises(RecipeError, match="in training already.*qcompile.settle"):
+        qcompile.qa_lora(model, rank=2)
+
+
+def test_training_state_cannot_be_saved_exported_or_quantized_as_if_it_were_settled(tmp_path):
+    model, _ = quantized()
+    qcompile.qa_lora(model, rank=2)
+    for refused in (
+        lambda: qcompile.save(model, tmp_path / "out"),
+        lambda: qcompile.export_onnx(model, tmp_path / "out", None),
+        lambda: qcompile.quantize(model, "int8"),
+    ):
+        with pytest.raises(ValueError, match=r"is in training \(AdaptedLinear\).*qcompile.settle\(model\) first"):
+            refused()
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_are_found_without_touching_the_model():
+    model, _ = quantized()
+    expected = adapted_names(model, 2, 4)
+    assert not any(isinstance(module, AdaptedLinear) for module in model.modules())
+    assert qcompile.qa_lora(copy.deepcopy(model), rank=2).passes[0].done == expected
+
+
+def test_state_of_training_is_resumed_bit_for_bit():
+    first, inputs = quantized()
+    qcompile.qa_lora(first, rank=2, alpha=4)
+    trained(first, inputs, steps=2)
+    second, _ = quantized()
+    qcompile.qa_lora(second, rank=2, alpha=4, seed=9)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert torch.equal(logits(first, inputs), logits(second, inputs))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("qcompile", marks=pytest.mark.slow)])
+def test_compiled_training_is_eager_training(backend):
+    model, inputs = quantized()
+    qcompile.qa_lora(model, rank=2, alpha=4)
+    twin = copy.deepcopy(model)
+    trained(torch.compile(model, backend=backend), inputs, steps=3)
+    trained(twin, inputs, steps=3)
+    for (name, got), want in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(got, want, atol=1e-5), name
+
+
+def test_checkpointing_and_autocast_and_half_precision():
+    model, inputs = quantized()
+    qcompile.qa_lora(model, rank=2, alpha=4)
+    twin = copy.deepcopy(model)
+    twin.activation_checkpointing_enable({"use_reentrant": False})
+    twin.train()
+    trained(model, inputs, steps=2)
+    trained(twin, inputs, steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        trained(model, inputs, steps=1)
+    half = model.bfloat16()
+    assert all(m.base_layer.scale.dtype == torch.float32 for m in half.modules() if isinstance(m, AdaptedLinear))
+    trained(half, inputs, steps=1)
+    qcompile.settle(half)
+    assert torch.isfinite(logits(half, inputs)).all()
