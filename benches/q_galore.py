@@ -1,6 +1,6 @@
 """Q-GaLore: validation loss, bytes and step time beside AdamW, GaLore and the authors' code, on a small decoder.
 
-    python benches/q_galore.py [kind ..] [--reference DIR] [--steps 200] [--seeds 0 ..] [--no-times]
+    python benches/q_galore.py [kind ..] [--reference DIR] [--steps 200] [--seeds 0 ..] [--only losses|times]
 
 writes benches/results/q_galore.json. The model has 4 layers and reads bytes of Python's own documentation. DIR is a
 checkout of VITA-Group/Q-GaLore; peers that are not installed are skipped and named. Rows of other kinds and seeds stay.
@@ -46,7 +46,7 @@ def one_step(variant: Variant, step: int, forward: Any = None) -> None:
     """One step on one batch; gradients stay until the next."""
     ids = batch(step)
     variant.optimizer.zero_grad()
-    (forward or variant.model)(input_ids=ids, labels=ids).loss.backward()
+    (variant.model if forward is None else forward)(input_ids=ids, labels=ids).loss.backward()
     variant.optimizer.step()
     for parameter in variant.model.parameters():
         if hasattr(parameter, "float_grad"):  # which the reference does not clear by itself
@@ -113,12 +113,12 @@ def main() -> None:
     parser.add_argument("--reference", help="a checkout of VITA-Group/Q-GaLore")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--no-times", action="store_true")
+    parser.add_argument("--only", choices=["losses", "times"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     result = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"losses": {}, "missing": {}}
-    for kind in options.kinds:
+    for kind in options.kinds if options.only != "times" else []:
         for seed in options.seeds:
             try:
                 variant = build(kind, KINDS[kind], reference=options.reference, seed=seed)
@@ -133,7 +133,7 @@ def main() -> None:
             result["losses"][kind] = found
             print(kind, json.dumps(found), flush=True)
             write(result)
-    if not options.no_times:
+    if options.only != "losses":
         kinds = ["adamw", "bitsandbytes", "reference", "ours", "ours-galore"]
         result["eager_ms"] = {"128": step_times(128, False, kinds, options.reference, 15)}
         result["eager_ms"]["512"] = step_times(512, False, ["adamw", "ours", "ours-galore"], None, 5)

@@ -14,7 +14,7 @@ A table stands between a line that names it, and <!-- end -->; ISA is vnni or av
     <!-- engines ISA -->               engines_cpu-ISA.json
     <!-- kv-scales -->                 static_kv_scales.json
     <!-- w4a8 -->                      w4a8_formats.json
-    others: compile_tables.py
+    others: compile_tables.py, q_galore_tables.py, qa_lora_tables.py, int4_tables.py
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from typing import Any
 
 import architecture_tables
 import compile_tables
+import int4_tables
 import mutation_tables
 import q_galore_tables
+import qa_lora_tables
 from compile_tables import RESULTS, read
 
 ROOT = Path(__file__).parents[1]
@@ -206,6 +208,8 @@ TABLES = {
     **architecture_tables.TABLES,
     **mutation_tables.TABLES,
     **q_galore_tables.TABLES,
+    **qa_lora_tables.TABLES,
+    **int4_tables.TABLES,
 }
 
 

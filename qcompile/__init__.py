@@ -29,7 +29,8 @@ from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
 from qcompile.recipe.rule import RecipeError, Rule
 from qcompile.training.peft_adapters import load_adapter, peft_config
-from qcompile.training.qa_lora import qa_lora
+from qcompile.training import optim
+from qcompile.training.adapters import qa_lora
 from qcompile.training.settle import settle
 from qcompile.training.train import train
 from qcompile.version import VERSION
@@ -62,6 +63,7 @@ __all__ = [
     "load",
     "load_adapter",
     "load_pretrained",
+    "optim",
     "peft_config",
     "qa_lora",
     "quantize",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -193,17 +194,13 @@ def _insert(program: Program, site: AnySite, form: FixedPointFormat, act_range: 
         name = f"{site.name}.{part}"
         is_new = name not in program.weights
         parts[part] = program.add_weight(name, tensor.to(device)) if is_new else program.node_of(name)
-    fields = dict(
-        x=site.node.args[0], weight=site.weight, bias=site.bias, act_range=parts["act_range"], gamma=parts["gamma"],
+    fields: dict[str, Any] = dict(
+        x=site.node.args[0],  # as it is now: the product before may have been replaced
+        weight=site.weight, bias=site.bias, act_range=parts["act_range"], gamma=parts["gamma"],
         counter=parts["counter"], act_clip=parts.get("act_clip"), weight_clip=parts.get("weight_clip"),
         format=str(form), training=False, dtype=site.node.meta["val"].dtype,
     )  # fmt: skip
-    call: FixedPointLinearCall | FixedPointConvCall  # x as it is now: the product before may have been replaced
-    if isinstance(site, ConvSite):
-        moves = dict(stride=list(site.stride), padding=list(site.padding), dilation=list(site.dilation))
-        call = FixedPointConvCall(**fields, **moves, groups=site.groups)
-    else:
-        call = FixedPointLinearCall(**fields)
+    call = FixedPointLinearCall(**fields) if isinstance(site, Site) else _conv_call(site, fields)
     product = call.insert(program, before=site.node)
     product.meta.update({MODULE: site.node.meta[MODULE], SITE: site.name})
     out = program.insert(operator.getitem, (product, 0), before=site.node)
@@ -211,3 +208,8 @@ def _insert(program: Program, site: AnySite, form: FixedPointFormat, act_range: 
     if site.name in context.sites:
         told = context.sites[site.name]
         told.weight, told.act, told.reason = f"int{form.weight_bits}/tensor", f"int{form.act_bits}/tensor", ""
+
+
+def _conv_call(site: ConvSite, fields: dict[str, Any]) -> FixedPointConvCall:
+    stride, padding, dilation = (list(sizes) for sizes in (site.stride, site.padding, site.dilation))
+    return FixedPointConvCall(**fields, stride=stride, padding=padding, dilation=dilation, groups=site.groups)

@@ -15,8 +15,8 @@ from torch import fx
 from qcompile.ir.aten_ops import aten
 from qcompile.ir.program import Program
 
-_PLAIN = {aten.conv1d.default: 1, aten.conv2d.default: 2}
-_NAMED_PADDING = {aten.conv1d.padding: 1, aten.conv2d.padding: 2}
+_PLAIN: dict[Any, int] = {aten.conv1d.default: 1, aten.conv2d.default: 2}
+_NAMED_PADDING: dict[Any, int] = {aten.conv1d.padding: 1, aten.conv2d.padding: 2}
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 

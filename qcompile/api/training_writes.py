@@ -35,8 +35,7 @@ def _low_rank(program: Program, node: fx.Node, old: nn.Module) -> nn.Module:
     formats = [Format.parse(text) if text else None for text in (call.format, call.basis_format)]
     scale, stochastic, stream = node.meta[LOW_RANK_STEP]
     rule = LowRankRule(formats[0], formats[1], scale, call.threshold, call.factor, stochastic, stream)
-    bias = getattr(old, "bias", None)
-    return LowRankLinear(tensors, program.weight_of(call.low), bias, rule)
+    return LowRankLinear(tensors, program.weight_of(call.low), _parameter(program, call.bias, old), rule)
 
 
 def _fixed_point(program: Program, node: fx.Node, old: nn.Module) -> nn.Module:
@@ -48,8 +47,8 @@ def _fixed_point(program: Program, node: fx.Node, old: nn.Module) -> nn.Module:
     start = FixedPointStart(FixedPointFormat.parse(call.format), program.weight_of(call.act_range), transposed)
     if not isinstance(call, FixedPointConvCall):
         return FixedPointLinear(weight, bias, start)
-    moves = (tuple(sizes) for sizes in (call.stride, call.padding, call.dilation))
-    return FixedPointConv(weight, bias, start, ConvolutionShape(*moves, call.groups))
+    shape = ConvolutionShape(tuple(call.stride), tuple(call.padding), tuple(call.dilation), call.groups)
+    return FixedPointConv(weight, bias, start, shape)
 
 
 def _parameter(program: Program, node: fx.Node | None, old: nn.Module) -> nn.Parameter | None:

@@ -22,6 +22,7 @@ from qcompile.analysis.facts import Facts
 from qcompile.backend.float_fallback import float_fallback_sites
 from qcompile.backend.inductor import GRAPHS, compile_graph, make_floats_constant, needs_gpu
 from qcompile.backend.options import Options
+from qcompile.backend.training_graph import compile_for_training
 from qcompile.codegen.cpu.cpu_lowering import lower_to_cpu
 from qcompile.ir.capture import capture_dynamo, has_tensor_input
 from qcompile.ir.node_meta import DYNAMO_INDEX, STATIC, WEIGHT
@@ -67,6 +68,11 @@ def qcompile(
         raise RecipeError(problem)
     if not has_tensor_input(graph_module):  # a piece of a broken graph without weights: nothing to quantize
         return compile_graph(graph_module, example_inputs, checked.inductor)
+    if checked.recipe.trains and not _calls(graph_module, ("qcompile.",)):
+        make_floats_constant(graph_module)
+        run_training, report = compile_for_training(graph_module, example_inputs, checked)
+        reports.append(report)
+        return run_training
     if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in example_inputs):
         # The operators of a quantized model, or of one in training, have gradients; those of kernels have none.
         make_floats_constant(graph_module)

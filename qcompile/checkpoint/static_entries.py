@@ -38,7 +38,7 @@ def build_conv(path: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor
     """
     size, format = tuple(_count(value, 1) for value in entry["size"]), Format.parse(entry["format"])
     spatial = len(size) - 2
-    moves = [
+    stride, padding, dilation = moves = [
         tuple(_count(value, least) for value in values) for values, least in zip(entry["moves"], (1, 0, 1), strict=True)
     ]
     groups = _count(entry["groups"], 1)
@@ -54,7 +54,8 @@ def build_conv(path: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor
     if "bias" in tensors:
         require(f"{path}.bias", tensors["bias"], (size[:1], FLOATS))
         check_no_nan(f"{path}.bias", tensors["bias"])
-    return StaticQuantConv(dict(tensors), size, ConvolutionShape(*moves, groups), format, *entry["codes"])
+    shape = ConvolutionShape(stride, padding, dilation, groups)
+    return StaticQuantConv(dict(tensors), size, shape, format, *entry["codes"])
 
 
 def static_scale(path: str, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:

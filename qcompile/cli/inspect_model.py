@@ -23,12 +23,13 @@ def recipes(
     """List the presets with their sources, or print one as JSON to edit."""
     from qcompile.pipeline.find_recipe import find_recipe
     from qcompile.pipeline.presets import PRESETS
+    from qcompile.pipeline.training_presets import TRAINING_PRESETS
 
     if show:
         tell(json.dumps(find_recipe(show).to_json(), indent=2))
         return
     table = Table("recipe", "passes", "source", title="* needs calibration data")
-    for name, recipe in PRESETS.items():
+    for name, recipe in (PRESETS | TRAINING_PRESETS).items():
         passes = " ".join(type(p).__name__ for p in recipe.passes)
         table.add_row(*map(Text, (f"{name} *" if recipe.needs else name, passes, recipe.source)))
     print_table(table)

@@ -131,10 +131,16 @@ def train(
         run(trained)
         return trained
 
-    _train(model, folder, work, text, length, fit, prepare, _optimizer(chosen.name, lr), settle)
+    _train(model, folder, work, text, length, fit, prepare, _optimizer(chosen, lr), settle)
 
 
-def _optimizer(recipe: str, lr: float) -> Callable[[list[nn.Parameter]], Any] | None:
+def _optimizer(recipe: Any, lr: float) -> Callable[[list[nn.Parameter]], Any] | None:
+    """The optimizer that a recipe wants, or None for the usual one."""
+    from qcompile.passes import QGaLore
+    from qcompile.training.optim import QGaLoreAdamW8bit
+
+    if any(isinstance(config, QGaLore) for config in recipe.passes):
+        return lambda parameters: QGaLoreAdamW8bit(parameters, lr=lr)
     return None
 
 

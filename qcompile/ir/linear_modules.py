@@ -183,8 +183,9 @@ class _Notes:
 
     def _operand(self, node: fx.Node, index: int) -> Any:
         value = self._argument(node, index) if node.target in _PRODUCTS else None
-        behind = isinstance(value, fx.Node) and value.target in TRANSPOSES and node.target not in CONVOLUTIONS
-        return value.args[0] if behind else value
+        if node.target in CONVOLUTIONS:
+            return value
+        return value.args[0] if isinstance(value, fx.Node) and value.target in TRANSPOSES else value
 
     def _argument(self, node: fx.Node, index: int) -> Any:
         place = _PRODUCTS[node.target][index]

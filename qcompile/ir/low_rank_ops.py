@@ -24,6 +24,7 @@ from qcompile.ir.op_checks import FLOATS, OpChecks
 from qcompile.numerics.format import Format
 from qcompile.numerics.low_rank import is_left
 from qcompile.numerics.qtensor import QTensor
+from qcompile.numerics.whole_tensor import is_zero
 
 NOT_FOLDED = (
     "the optimizer stepped without a fold, so its step is not in the weights: wrap it with "
@@ -40,7 +41,7 @@ def check_folded(low: Tensor) -> None:
     """
     if low.device.type != "cpu":
         torch._assert_async(~low.any(), NOT_FOLDED)
-    elif bool(low.any()):
+    elif not is_zero(low):
         raise ValueError(NOT_FOLDED)
 
 

@@ -70,9 +70,8 @@ class FixedPointModule(TrainingModule):
         self.register_buffer("gamma", zero.clone())
         self.register_buffer("counter", torch.zeros((), dtype=torch.int64, device=weight.device))
         learned = self.format.ranges == "learned"
-        sigma = 3 * weight.detach().float().std(correction=0)
         self.act_clip = nn.Parameter(self.act_range.clone()) if learned else None
-        self.weight_clip = nn.Parameter(sigma) if learned else None
+        self.weight_clip = nn.Parameter(3 * weight.detach().float().std(correction=0)) if learned else None
 
     def matrix(self) -> Tensor:
         """The weight, [N, K] of a linear."""

@@ -28,6 +28,7 @@ from qcompile.numerics.counter_random import derived_stream, uniform
 from qcompile.numerics.format import Format
 from qcompile.numerics.low_rank import expand, is_left
 from qcompile.numerics.qtensor import QTensor
+from qcompile.numerics.whole_tensor import is_finite, is_zero
 
 STATE = ("codes", "scale", "zero", "basis", "basis_scale", "basis_zero", "first", "similarities", "schedule")
 """The buffers: the weight's codes (or the float weight), and the basis with its schedule."""
@@ -150,7 +151,7 @@ class LowRankLinear(TrainingModule):
             ValueError: the step holds NaN or Inf; the weight is then as it was, and L zero.
         """
         change = self.low if step is None else step
-        finite = bool(torch.isfinite(change).all())
+        finite = is_finite(change)
         values = expand(change.to(self.first.dtype), self._basis(), self.left).mul_(self.rule.scale)
         if step is None:
             self.low.zero_()
@@ -239,7 +240,7 @@ class LowRankLinear(TrainingModule):
         if f"{prefix}low" in missing_keys:
             missing_keys.remove(f"{prefix}low")
         with torch.no_grad():
-            if bool(self.low.any()):
+            if not is_zero(self.low):
                 self.low.zero_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from qcompile.modules.fixed_dtype import FixedDtypeModule
 from qcompile.modules.quant_linear import QuantLinear, result_dtype
-from qcompile.numerics.code_convolution import ConvolutionShape
+from qcompile.numerics.code_convolution import ConvolutionShape, exact_float
 from qcompile.numerics.fixed_point_operand import operand_codes
 from qcompile.numerics.format import CodeType, Format
 from qcompile.numerics.qtensor import pack_codes, unpack_codes
 
-_EXACT = 2**24  # float32 represents every integer up to here
 _TYPES: dict[int, CodeType] = {2: "int2", 3: "int3", 4: "int4"}
 
 
@@ -36,7 +35,7 @@ class StaticQuantLinear(QuantLinear):
         rounds: whether x is rounded, as always, but where an export measures what rounding changes.
     """
 
-    FIXED_DTYPE = (*QuantLinear.FIXED_DTYPE, "act_scale")
+    FIXED_DTYPE = (*QuantLinear.FIXED_DTYPE, "act_scale")  # type: ignore[assignment]  # one more
 
     act_scale: Tensor
 
@@ -152,8 +151,7 @@ class StaticQuantConv(FixedDtypeModule):
     def forward(self, input: Tensor) -> Tensor:
         """x [B, C, ..] -> [B, O, ..]."""
         dtype = result_dtype(input)
-        largest = self.high * self.format.qmax * torch.Size(self.size[1:]).numel()
-        wide = torch.float32 if largest <= _EXACT else torch.float64
+        wide = exact_float(self.high * self.format.qmax * torch.Size(self.size[1:]).numel())
         codes = round_to_codes(input, self.act_scale, self.low, self.high, self.rounds).to(wide)
         shape, zeros = self.shape, [0] * len(self.shape.stride)
         sums = torch.convolution(

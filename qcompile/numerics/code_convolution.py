@@ -58,7 +58,7 @@ def forward_sums(x: Tensor, weight: Tensor, shape: ConvolutionShape, bound: int)
         kernel = weight.shape[2:]
         sums = code_matmul(_windows(x, kernel, shape), weight.flatten(1))
         return _rows_to_channels(sums, len(x), shape.output_size(x.shape[2:], kernel))
-    dtype = _float_for(bound * weight[0].numel())
+    dtype = exact_float(bound * weight[0].numel())
     return _convolve(x.to(dtype), weight.to(dtype), shape)
 
 
@@ -77,7 +77,7 @@ def input_sums(gradient: Tensor, weight: Tensor, shape: ConvolutionShape, size: 
         flipped_weight = weight.flip(axes).transpose(0, 1).contiguous()
         sums = code_matmul(_windows(gradient, kernel, flipped), flipped_weight.flatten(1))
         return _rows_to_channels(sums, len(gradient), size[2:])
-    dtype = _float_for(bound * weight[:, 0].numel() // shape.groups)
+    dtype = exact_float(bound * weight[:, 0].numel() // shape.groups)
     x = gradient.new_empty(size, dtype=dtype)
     return _backward(gradient.to(dtype), x, weight.to(dtype), shape, (True, False))[0]
 
@@ -91,7 +91,7 @@ def weight_sums(gradient: Tensor, x: Tensor, shape: ConvolutionShape, size: torc
     positions = gradient[0, 0].numel()
     total = gradient.new_zeros(size, dtype=torch.float64)
     samples = max(1, _EXACT // max(1, bound * positions))
-    dtype = _float_for(bound * positions)
+    dtype = exact_float(bound * positions)
     for first in range(0, len(x), samples):
         part = slice(first, first + samples)
         total += _backward(gradient[part].to(dtype), x[part].to(dtype), weight.to(dtype), shape, (False, True))[1]
@@ -103,7 +103,8 @@ def _is_wide(x: Tensor, weight: Tensor, shape: ConvolutionShape) -> bool:
     return wide and x.device.type == "cpu" and has_fast_int8_matmul()
 
 
-def _float_for(largest_sum: int) -> torch.dtype:
+def exact_float(largest_sum: int) -> torch.dtype:
+    """The narrowest float dtype in which a sum of integers is exact in any order."""
     return torch.float32 if largest_sum <= _EXACT else torch.float64
 
 

@@ -56,7 +56,8 @@ def uniform(shape: tuple[int, ...], stream: Tensor | int, *, device: torch.devic
     if first:  # (i + first) * golden + s = i * golden + (s + first * golden)
         stream = stream + _signed(first * _GOLDEN)
     bits = hash_counters(counters, stream) & (2**_BITS - 1)
-    return bits.float() * 2.0**-_BITS
+    values: Tensor = bits.float() * 2.0**-_BITS
+    return values
 
 
 def derived_stream(stream: int, counter: Tensor) -> Tensor:
@@ -75,7 +76,8 @@ def round_stochastically(x: Tensor, noise: Tensor) -> Tensor:
         noise: uniform in [0, 1), of the same shape.
     """
     low = x.floor()
-    return low + (x - low > noise)
+    rounded: Tensor = low + (x - low > noise)
+    return rounded
 
 
 def _signed(value: int) -> int:

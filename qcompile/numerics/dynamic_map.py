@@ -4,6 +4,9 @@ Each power of ten from 1 down to 1e-7 has half as many values as the one above i
 ones) or, unsigned, 128, 64, .. 2, evenly spaced; 0 and 1 complete them. So moments that differ by seven orders of
 magnitude inside one block survive, at a relative error that grows as they get smaller.
 
+A positive value of the unsigned map never becomes zero: an optimizer divides by the root of such a moment, and a first
+moment that is left over would become a step of any size (as in the row of an embedding that is used once).
+
 Source: Dettmers et al. 2022, "8-bit optimizers via block-wise quantization" (arXiv:2110.02861, sec. 2.2 and 3):
         dynamic tree quantization. The map is the one that bitsandbytes uses, so its states can be read.
 """
@@ -80,6 +83,8 @@ def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """The code of the least value of each interval, int32 [65536]; and the edges above each code, float32 [256]."""
     values = dynamic_map(signed)
     edges = (values[:-1] + values[1:]) / 2
+    if not signed:
+        edges[0] = 0.0  # what is above it is no zero
     interval = torch.arange(2**16, dtype=torch.int32)
     bits = (interval << 16) | torch.where(interval < 2**15, 0, 0xFFFF)  # of negative values the largest is the least
     least = torch.bucketize(bits.to(torch.int32).view(torch.float32).nan_to_num(), edges, out_int32=True)

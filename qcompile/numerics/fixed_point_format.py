@@ -73,12 +73,12 @@ class FixedPointFormat:
     @property
     def weight_levels(self) -> int:
         """The largest code of a weight; the smallest is its negative."""
-        return 2 ** (self.weight_bits - 1) - 1
+        return (1 << (self.weight_bits - 1)) - 1
 
     @property
     def act_levels(self) -> int:
         """The largest code of an activation; at most 127, also without a sign."""
-        return 2 ** (self.act_bits - 1) - 1 if self.signed else min(2**self.act_bits - 1, 127)
+        return (1 << (self.act_bits - 1)) - 1 if self.signed else min((1 << self.act_bits) - 1, 127)
 
     @property
     def lowest_act(self) -> int:
@@ -88,12 +88,12 @@ class FixedPointFormat:
     @property
     def gradient_levels(self) -> int:
         """The largest code of a gradient; the smallest is its negative."""
-        return 2 ** (self.gradient_bits - 1) - 1
+        return (1 << (self.gradient_bits - 1)) - 1
 
     @property
     def share(self) -> float:
         """The share of gradients that should lie beyond the clip (paper, eq. 9)."""
-        return self.alpha / (2**self.gradient_bits - 1)
+        return self.alpha / ((1 << self.gradient_bits) - 1)
 
     def __str__(self) -> str:
         bits = f"w{self.weight_bits}/a{self.act_bits}/g{self.gradient_bits}"
@@ -116,6 +116,9 @@ class FixedPointFormat:
                 "act_bits": int(act.removeprefix("a")),
                 "gradient_bits": int(gradient.removeprefix("g")),
                 "signed": {"signed": True, "unsigned": False}[sign],
+                "ranges": ranges,
+                "interval": interval,
+                "rounding": rounding,
                 "alpha": float(alpha.removeprefix("alpha=")),
                 "beta": float(beta.removeprefix("beta=")),
                 "stream": int(stream.removeprefix("stream=")),
@@ -124,4 +127,4 @@ class FixedPointFormat:
             raise ValueError(
                 f"{text!r} is no fixed-point format. Fix: write it as {str(FixedPointFormat())!r}"
             ) from error
-        return FixedPointFormat(ranges=ranges, interval=interval, rounding=rounding, **fields)
+        return FixedPointFormat(**fields)

@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompile.numerics.whole_tensor import is_finite, is_zero
+
 
 def is_left(rows: int, columns: int) -> bool:
     """Whether the basis of a weight [rows, columns] multiplies it from the left: the shorter side is projected."""
@@ -52,7 +54,7 @@ def singular_basis(gradient: Tensor, rank: int, left: bool) -> Tensor | None:
         [rank, N] if left, else [rank, K]; None where the gradient has none: NaN or Inf in it, nothing but zeros, or a
         decomposition that does not converge.
     """
-    if not bool(torch.isfinite(gradient).all()) or not bool(gradient.any()):
+    if not is_finite(gradient) or is_zero(gradient):
         return None
     try:
         u, _, vh = torch.linalg.svd(gradient, full_matrices=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qcompile.modules.low_rank_linear import LowRankLinear, modules_of
 from qcompile.numerics.dynamic_map import from_codes, to_codes
+from qcompile.numerics.whole_tensor import is_finite, is_zero
 
 _SMALL = 4096  # a smaller parameter keeps float32 moments: norms and biases
 
@@ -56,7 +57,7 @@ def _fold(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         decay = float(group["lr"]) * float(group.get("weight_decay", 0.0))
         for parameter in group["params"]:
             module = modules.get(id(parameter))
-            if module is not None and (parameter.grad is not None or bool(parameter.any())):
+            if module is not None and (parameter.grad is not None or not is_zero(parameter)):
                 module.fold(decay)
 
 
@@ -151,12 +152,13 @@ class QGaLoreAdamW8bit(torch.optim.Optimizer):
         square = _moment(state, "exp_avg_sq").mul_(second).addcmul_(gradient, gradient, value=1.0 - second)
         root = (square.sqrt() / (1.0 - second**count) ** 0.5).add_(group["eps"])
         lr = float(group["lr"])
+        decay = lr * group["weight_decay"]
         step = (average / root).mul_(-lr / (1.0 - first**count))
         if module is not None:
-            module.fold(lr * group["weight_decay"], step)
+            module.fold(decay, step)
             module.free_low()  # not before: DistributedDataParallel, when it is made, writes to all parameters
         else:
-            parameter.mul_(1.0 - lr * group["weight_decay"]).add_(step.to(parameter.dtype))
+            parameter.mul_(1.0 - decay).add_(step.to(parameter.dtype))
         _store(state, "exp_avg", average)
         _store(state, "exp_avg_sq", square)
 
@@ -174,7 +176,7 @@ def _check_gradients(parameters: list[Tensor]) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if any(gradient.is_sparse for gradient in gradients):
         raise ValueError("QGaLoreAdamW8bit takes no sparse gradients. Fix: nn.Embedding(.., sparse=False)")
-    bad = [list(gradient.shape) for gradient in gradients if not bool(torch.isfinite(gradient).all())]
+    bad = [list(gradient.shape) for gradient in gradients if not is_finite(gradient)]
     if bad:
         raise ValueError(
             f"QGaLoreAdamW8bit: NaN or Inf in {len(bad)} of {len(gradients)} gradients, the first of shape {bad[0]}; "

@@ -11,7 +11,7 @@ from torch import nn
 from qcompile.api.model_wrappers import inner_model
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.recipe.rule import RecipeError
-from qcompile.training.qa_lora import adapted_names
+from qcompile.training.adapters import adapted_names
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -75,8 +75,9 @@ def _frozen(model: nn.Module, facts: Facts) -> dict[str, str]:
     """Sites whose weight needs no gradient, with the reason why they stay as they are."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     reasons = {}
-    for site in (*facts.sites, *find_conv_sites(facts.program)):
-        weight = parameters.get(site.name)
+    names = [site.name for site in facts.sites] + [site.name for site in find_conv_sites(facts.program)]
+    for name in names:
+        weight = parameters.get(name)
         if weight is None or not weight.requires_grad:
-            reasons[site.name] = "requires_grad of its weight is off: nothing to train"
+            reasons[name] = "requires_grad of its weight is off: nothing to train"
     return reasons

@@ -44,3 +44,17 @@ def test_a_short_text_is_refused_with_its_length(folder, tmp_path, fail):
     error = fail("finetune", folder, tmp_path / "o", "--text", tmp_path / "short.txt", "--length", 16)
     assert "the text has 8 windows of 16 tokens, and training needs 32" in error
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.training").exists()
+
+
+@pytest.mark.parametrize("recipe", ["int4-train", "small-galore"])
+def test_train_writes_a_settled_model(recipe, folder, tmp_path, call):
+    if recipe == "small-galore":
+        data = json.loads(call("recipes", "q-galore"))
+        data["passes"][0]["rank"] = 8
+        recipe = tmp_path / "small.json"
+        recipe.write_text(json.dumps(data))
+    out = call("train", folder, tmp_path / "q", "-r", recipe, "--lr", 1e-2, *SHORT)
+    rows = [line.split() for line in out.splitlines() if line.startswith(("trained ", "settled "))]
+    losses = {row[0]: float(row[-1]) for row in rows}
+    assert losses["trained"] == pytest.approx(losses["settled"], abs=1e-3)
+    assert "perplexity" in call("eval", tmp_path / "q", "--windows", 1, "--length", 64)

@@ -59,7 +59,7 @@ def test_what_is_not_finite_moves_no_range(bad):
 
 
 def test_processes_draw_different_values(monkeypatch):
-    """Two ranks, and one rank a step later, round the same gradient in three ways."""
+    """Two ranks, and one rank a step later, round the same gradient to four results."""
     gradient, found = torch.randn(512), []
     for rank, step in ((0, 0), (1, 0), (0, 1), (1, 1)):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

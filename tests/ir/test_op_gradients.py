@@ -132,3 +132,12 @@ def test_integers_pass_no_gradient_and_say_so():
     y = ops.qlinear(codes, scale, None, *weight.stored_parts, None, "int8/row", "int8/row", 80, torch.float32)
     with pytest.raises(ValueError, match="integers, which pass none"):
         y.sum().backward()
+
+
+def test_a_scale_of_codes_is_no_parameter():
+    weight = quantize_tensor(torch.randn(10, 80), Format.parse("int8/row"))
+    codes, scale, _ = ops.quantize(torch.randn(3, 80), "int8/row")
+    scale.requires_grad_()
+    y = ops.qlinear(codes, scale, None, *weight.stored_parts, None, "int8/row", "int8/row", 80, torch.float32)
+    with pytest.raises(ValueError, match="integers, which pass none"):
+        y.sum().backward()

@@ -106,6 +106,7 @@ def test_needs_may_depend_on_the_config():
 
 def test_exact_passes_are_those_before_codes_are_chosen():
     exact = {kind.__name__ for kind, entry in registered().items() if entry.exact}
-    assert exact and all(entry.stage <= Stage.ONLINE for entry in registered().values() if entry.exact)
+    assert exact and all(e.stage <= Stage.ONLINE for e in registered().values() if e.exact and not e.trains)
+    assert {kind.__name__ for kind, entry in registered().items() if entry.exact and entry.trains} == {"QALoRA"}
     assert {"Untie", "FoldNorm", "SmoothQuant", "Rotate", "OnlineHadamard"} <= exact
     assert registered()[LoRC].reads_float_weights and not registered()[Quantize].reads_float_weights

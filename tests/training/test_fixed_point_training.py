@@ -97,7 +97,7 @@ class Products(nn.Module):
         return self.inner(self.conv(x))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_is_eager_bit_for_bit(backend):
     eager, compiled = prepared(ALL, Products()), prepared(ALL, Products())
     call = torch.compile(compiled, backend=backend, fullgraph=True)
@@ -135,8 +135,8 @@ def test_activation_checkpointing_gives_the_same_gradients_and_one_update(backen
 
 
 def test_a_resumed_run_is_the_uninterrupted_one():
-    def run(model, optimizer, numbers):
-        for number in numbers:
+    def run(model, optimizer, steps):
+        for number in steps:
             step(model, seed=number)
             optimizer.step()
             optimizer.zero_grad()
@@ -218,6 +218,7 @@ def test_autocast(backend):
     assert float(model.conv.weight.grad.abs().sum()) > 0 and int(model.conv.counter) == 1
 
 
+@pytest.mark.slow
 def test_the_backend_compiles_a_model_in_training():
     eager, compiled = prepared(), prepared()
     call = torch.compile(compiled, backend="qcompile")

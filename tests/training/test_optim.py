@@ -147,6 +147,21 @@ def test_eight_bit_moments_stay_near_float_ones():
     assert all(float(d) < 0.1 * float(m) for d, m in zip(apart, moved, strict=True))
 
 
+def test_a_row_that_is_used_once_stays_near():
+    """Its second moment is tiny beside its block's; as a zero it would be divided by."""
+    torch.manual_seed(0)
+    embedding = nn.Embedding(64, 128)
+    model = nn.ModuleList([embedding, *prepared(net())])
+    optimizer, start = eight_bits(model), embedding.weight.detach().clone()
+    for step in range(12):
+        optimizer.zero_grad()
+        loss = 1e4 * embedding(torch.tensor([0])).sum() + (embedding(torch.tensor([1])).sum() if step < 3 else 0)
+        loss.backward()
+        optimizer.step()
+    moved = (embedding.weight.detach() - start).abs().amax(1)
+    assert 0 < float(moved[1]) < 12 * 1e-2 and not moved[2:].any()
+
+
 @BOTH
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_resuming_is_bit_for_bit(optimizer_of, accumulate):

@@ -9,7 +9,7 @@ from torch import nn
 
 import qcompile
 from qcompile import RecipeError
-from qcompile.training.qa_lora import adapted_names
+from qcompile.training.adapters import adapted_names
 
 
 def model():

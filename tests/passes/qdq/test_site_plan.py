@@ -8,11 +8,13 @@ from laws import shape
 from torch import nn
 from zoo import build, example
 
+import qcompile
 from qcompile.analysis.sites import find_sites
 from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
 from qcompile.passes import Quantize
 from qcompile.passes.qdq.site_plan import chooses_experts, formats_of, planned_sites, writes_output
+from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.report import PassReport
 from qcompile.recipe.rule import RecipeError, Rule
@@ -53,6 +55,14 @@ def test_only_what_reaches_the_output_unmultiplied_writes_it():
 
     sites = find_sites(capture(Two(), (torch.randn(3, 4),)))
     assert [writes_output(site) for site in sites] == [False, True]  # the first one is multiplied too
+
+
+def test_a_product_that_a_quantized_one_reads_writes_no_output():
+    """Of a model that was quantized in part, and is quantized again."""
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.randn(3, 64)
+    qcompile.quantize(model, find_recipe("int8").with_rules([Rule("0.*", keep=True)]), example=x, progress=False)
+    (site,) = find_sites(capture(model, (x,)))
+    assert site.name == "0.weight" and not writes_output(site)
 
 
 @pytest.mark.parametrize(

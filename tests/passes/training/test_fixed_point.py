@@ -122,12 +122,15 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.normed = nn.Conv1d(2, 4, 3), weight_norm(nn.Conv1d(4, 4, 3))
-        self.reflected, self.turned = nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect"), nn.ConvTranspose1d(4, 4, 3)
+        self.reflected, self.reversed_ = (
+            nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect"),
+            nn.ConvTranspose1d(4, 4, 3),
+        )
         self.free = nn.Parameter(torch.randn(5, 4))
         self.plain, self.head = nn.Conv1d(4, 5, 1), nn.Linear(5, 3)
 
     def forward(self, x):
-        x = self.plain(self.turned(self.reflected(self.normed(self.first(x)))))
+        x = self.plain(self.reversed_(self.reflected(self.normed(self.first(x)))))
         return self.head(F.linear(F.linear(x.mean(-1), self.free.t().contiguous()), self.free))
 
 
@@ -138,7 +141,7 @@ def test_what_no_module_computes_alone():
     found = reasons(report)
     assert "computes aten.pad too" in found["reflected.weight"]
     assert "no module computes just this product" in found["free"]
-    assert "computed, or it is no convolution" in found["turned.weight"]
+    assert "computed, or it is no convolution" in found["reversed_.weight"]
     assert any("computed, or it is no convolution" in r for n, r in found.items() if n.startswith("normed"))
 
 

@@ -72,6 +72,27 @@ def test_tied_frozen_and_kept_weights_stay_with_the_reason():
     assert {s.site: s.reason for s in kept.passes[0].skipped}["0.weight"] == "kept float by the rule '0.*'"
 
 
+class Transposed(nn.Module):
+    """A linear of another class: its weight is [K, N], its bias has another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.offset = nn.Parameter(torch.randn(12, 20)), nn.Parameter(torch.randn(20))
+
+    def forward(self, x):
+        return torch.addmm(self.offset, x, self.matrix)
+
+
+def test_a_linear_of_another_class():
+    first = Transposed()
+    model, x = nn.Sequential(first, nn.Tanh(), nn.Linear(20, 8)), torch.randn(4, 12)
+    expected = model(x)
+    train(model)
+    assert isinstance(model[0], LowRankLinear) and model[0].bias is first.offset
+    assert torch.allclose(model(x), expected, atol=0.1) and model[0].low.shape == (20, 4)
+    assert torch.allclose(model[0].weight, first.matrix.t(), atol=0.05)
+
+
 def test_a_rule_gives_a_weight_its_own_format():
     model = net()
     train(model, Rule("2.*", weight="int8/row"))

@@ -13,7 +13,7 @@ import qcompile
 from qcompile import Format, QuantLinear, Recipe, RecipeError, Rule
 from qcompile.modules.adapted_linear import AdaptedLinear
 from qcompile.passes import Fuse, Quantize
-from qcompile.training.qa_lora import adapted_names
+from qcompile.training.adapters import adapted_names
 
 
 def recipe(weight="int4/group32/zero", act=None):
@@ -85,6 +85,7 @@ def test_a_rotated_site_pools_what_enters_the_product():
 def test_only_adapters_are_trained():
     model, inputs = quantized()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.requires_grad_(True)
     report = qcompile.qa_lora(model, rank=4, alpha=8)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     done = report.passes[0].done
@@ -133,9 +134,7 @@ def test_the_same_seed_draws_the_same_adapters():
     assert not torch.equal(drawn[0][0], drawn[2][0]) and not torch.equal(drawn[0][0], drawn[0][3])
 
 
-@pytest.mark.parametrize(
-    "weight,why", [("int8/row", "one scale for a row"), ("int4/group32/zero/dual", "two-level")]
-)
+@pytest.mark.parametrize("weight,why", [("int8/row", "one scale for a row"), ("int4/group32/zero/dual", "two-level")])
 def test_a_model_without_movable_zero_points_is_refused_as_it_was(weight, why):
     model, inputs = quantized(weight=weight)
     state, before = model.state_dict().keys(), logits(model, inputs)
@@ -194,22 +193,22 @@ def test_state_of_training_is_resumed_bit_for_bit():
 def test_compiled_training_is_eager_training(backend):
     model, inputs = quantized()
     qcompile.qa_lora(model, rank=2, alpha=4)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     trained(torch.compile(model, backend=backend), inputs, steps=3)
-    trained(twin, inputs, steps=3)
-    for (name, got), want in zip(model.named_parameters(), twin.parameters(), strict=True):
+    trained(copied, inputs, steps=3)
+    for (name, got), want in zip(model.named_parameters(), copied.parameters(), strict=True):
         assert torch.allclose(got, want, atol=1e-5), name
 
 
 def test_checkpointing_and_autocast_and_half_precision():
     model, inputs = quantized()
     qcompile.qa_lora(model, rank=2, alpha=4)
-    twin = copy.deepcopy(model)
-    twin.activation_checkpointing_enable({"use_reentrant": False})
-    twin.train()
+    copied = copy.deepcopy(model)
+    copied.activation_checkpointing_enable({"use_reentrant": False})
+    copied.train()
     trained(model, inputs, steps=2)
-    trained(twin, inputs, steps=2)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    trained(copied, inputs, steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copied.parameters(), strict=True))
     with torch.autocast("cpu", torch.bfloat16):
         trained(model, inputs, steps=1)
     half = model.bfloat16()

@@ -1,0 +1,37 @@
+"""The tables of docs/algorithms/int4-training.md, from int4_training.json and training_sites.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compile_tables import RESULTS, read
+
+
+def measured(name: str) -> dict[str, Any]:
+    """The results of one file; empty if it is not there."""
+    return dict(read(name)) if (RESULTS / f"{name}.json").is_file() else {}
+
+
+def accuracies(_: str) -> str:
+    """Test accuracy of each variant, its distance to float, and the last training loss."""
+    found = measured("int4_training")
+    rows = found.get("rows", [])
+    runs = f"{found.get('seeds', 0)} seeds, {found.get('epochs', 0)} epochs"
+    lines = [f"| {runs} | test accuracy | of float | last training loss |", "|---|---|---|---|"]
+    for row in rows:
+        distance = (row["accuracy"] - rows[0]["accuracy"]) * 100
+        accuracy = f"{row['accuracy']:.4f} +- {row['spread']:.4f}"
+        lines.append(f"| {row['variant']} | {accuracy} | {distance:+.1f} points | {row['loss']:.4f} |")
+    return "\n".join(lines)
+
+
+def times(what: str) -> str:
+    """Milliseconds and the ratio to the first row: of one site, or of the rounding of gradients."""
+    found = measured("training_sites").get(f"{what}_ms", {})
+    base = next(iter(found.values()), 1.0)
+    lines = ["| | ms | of the first |", "|---|---|---|"]
+    lines += [f"| {name} | {ms:.1f} | {ms / base:.2f} |" for name, ms in found.items()]
+    return "\n".join(lines)
+
+
+TABLES = {"int4-accuracy": accuracies, "int4-times": times}

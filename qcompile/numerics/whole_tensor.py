@@ -1,0 +1,29 @@
+"""Questions about all values of a tensor, by its least and greatest value: one pass that also finds NaN.
+
+On a CPU `torch.aminmax` is vectorized, where `isfinite(x).all()` and `x.any()` take five to fifteen times as long.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or Inf."""
+    return all(math.isfinite(end) for end in _ends(x))
+
+
+def is_zero(x: Tensor) -> bool:
+    """Whether all values are zero; NaN is not."""
+    return all(end == 0 for end in _ends(x))
+
+
+def _ends(x: Tensor) -> list[float]:
+    if not x.numel():
+        return []
+    least, greatest = torch.aminmax(x.detach())
+    ends: list[float] = torch.stack([least, greatest]).tolist()
+    return ends
