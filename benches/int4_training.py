@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from importlib import metadata
 from pathlib import Path
 from statistics import mean, stdev
@@ -128,7 +127,7 @@ def prepared(variant: str, seed: int, example: Tensor) -> nn.Module:
 
 
 def run(variant: str, seed: int, epochs: int, given: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Any]:
-    """Train one network; test accuracy, mean loss of the last epoch, where gamma ended, seconds."""
+    """Train one network; test accuracy, mean loss of the last epoch, and where gamma ended."""
     x, labels, test, expected = given
     model = prepared(variant, seed, x[:2])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -136,7 +135,6 @@ def run(variant: str, seed: int, epochs: int, given: tuple[Tensor, Tensor, Tenso
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epochs * steps // 2, epochs * steps * 3 // 4], 0.1)
     losses: list[float] = []
     torch.manual_seed(seed)
-    started = time.perf_counter()
     for _ in range(epochs):
         for rows in torch.randperm(len(x))[: steps * BATCH].split(BATCH):
             loss = F.cross_entropy(model(x[rows]), labels[rows])
@@ -145,7 +143,6 @@ def run(variant: str, seed: int, epochs: int, given: tuple[Tensor, Tensor, Tenso
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-    seconds = time.perf_counter() - started
     model.eval()
     with torch.no_grad():
         accuracy = (model(test).argmax(1) == expected).float().mean().item()
@@ -155,9 +152,7 @@ def run(variant: str, seed: int, epochs: int, given: tuple[Tensor, Tensor, Tenso
             before = model(test[:500])
             qcompile.settle(model)
             assert torch.equal(model(test[:500]), before)
-    return dict(
-        variant=variant, seed=seed, accuracy=accuracy, loss=mean(losses[-steps:]), gammas=gammas, seconds=seconds
-    )
+    return dict(variant=variant, seed=seed, accuracy=accuracy, loss=mean(losses[-steps:]), gammas=gammas)
 
 
 def main() -> None:
@@ -174,17 +169,16 @@ def main() -> None:
             runs.append(run(variant, seed, options.epochs, given))
             print(json.dumps(runs[-1]), flush=True)
     rows = []
-    table = Table("variant", "test accuracy", "+-", "last loss", "seconds")
+    table = Table("variant", "test accuracy", "+-", "last loss")
     for variant in options.only:
         mine = [entry for entry in runs if entry["variant"] == variant]
         accuracies = [entry["accuracy"] for entry in mine]
         spread = stdev(accuracies) if len(mine) > 1 else 0.0
         row = dict(
             variant=variant, accuracy=mean(accuracies), spread=spread, loss=mean(entry["loss"] for entry in mine),
-            seconds=mean(entry["seconds"] for entry in mine),
         )  # fmt: skip
         rows.append(row)
-        table.add_row(variant, f"{row['accuracy']:.4f}", f"{spread:.4f}", f"{row['loss']:.4f}", f"{row['seconds']:.0f}")
+        table.add_row(variant, f"{row['accuracy']:.4f}", f"{spread:.4f}", f"{row['loss']:.4f}")
     print_table(table)
     if set(options.only) == set(VARIANTS):
         found = versions() | {"mnist1d": metadata.version("mnist1d")}

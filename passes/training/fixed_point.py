@@ -93,7 +93,7 @@ def fixed_point(program: Program, config: FixedPoint, context: PassContext) -> P
     """Replace the products by ones that train, in place.
 
     Raises:
-        RecipeError: a rule with formats, or no site is left.
+        RecipeError: a rule with formats, weights or inputs that are not finite, or no site is left.
     """
     report = PassReport("FixedPoint")
     convolutions = find_conv_sites(program)
@@ -104,6 +104,9 @@ def fixed_point(program: Program, config: FixedPoint, context: PassContext) -> P
         if other.node.target in CONVOLUTIONS:
             reason = "its weight is computed, or it is no convolution of one or two dimensions with equal margins"
             context.skip(report, other.name, reason, other.node.name)
+    bad = [site.name for site in chosen if not bool(torch.isfinite(program.weights[site.name]).all())]
+    if bad:
+        raise RecipeError(f"FixedPoint: NaN or Inf in the weights {', '.join(bad[:8])}. Fix: load the model again")
     ranges = _observed_ranges(program, context, chosen, config)
     nonnegative: dict[object, bool] = {}
     unsigned = {site.node: is_nonnegative(site.input, nonnegative) for site in chosen}

@@ -125,8 +125,8 @@ def _check_rank(rank: int, sites: list[Site]) -> None:
     if small:
         shown = ", ".join(list(small)[:8]) + (f", and {len(small) - 8} more" if len(small) > 8 else "")
         raise RecipeError(
-            f"QGaLore: rank {rank} is larger than a side of {len(small)} weights: {shown}. Fix: "
-            f"QGaLore(rank={min(small.values())}), or keep those float by a rule, Rule('<name>', keep=True)"
+            f"QGaLore: rank {rank} is larger than a side of {len(small)} weights: {shown}. Fix: keep those float by "
+            f"rules, Rule('<name>', keep=True), or QGaLore(rank={min(small.values())})"
         )
 
 

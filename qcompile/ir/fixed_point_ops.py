@@ -182,7 +182,9 @@ def _fake_operands(x: Tensor, weight: Tensor, form: FixedPointFormat) -> tuple[T
 def _output(sums: Tensor, scales: Tensor, bias: Tensor | None, spatial: int, dtype: torch.dtype) -> Tensor:
     """Sums of codes, scaled in the order in which a settled module scales them (see modules/static_quant.py)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    out = sums.to(wide) * scales[2].to(wide) * scales[3].to(wide)
+    # A tensor of its own, not a view as a sum may be: users write into outputs, and autograd forbids it for views.
+    out = torch.mul(sums, scales[2].to(wide)) if sums.dtype == wide else sums.to(wide).mul_(scales[2].to(wide))
+    out *= scales[3].to(wide)
     if bias is not None:
-        out = out + bias.to(wide).view(-1, *[1] * spatial)
+        out += bias.to(wide).view(-1, *[1] * spatial)
     return out.to(dtype).contiguous()

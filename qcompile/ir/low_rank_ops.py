@@ -95,7 +95,14 @@ def low_rank_linear(
     form = check_low_rank_linear(x, weight, scale, zero, low, bias, basis, schedule, format, dtype)
     check_folded(low)
     values = _weight(weight, scale, zero, form, x.shape[-1], dtype)
-    return torch.nn.functional.linear(x.to(dtype), values, None if bias is None else bias.to(dtype))
+    # Not nn.functional.linear, whose result is a view: models that change it in place would be refused by autograd.
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+    rows, flat = x.reshape(-1, x.shape[-1]).to(dtype), out.view(-1, weight.shape[0])
+    if bias is None:
+        torch.mm(rows, values.t(), out=flat)
+    else:
+        torch.addmm(bias.to(dtype), rows, values.t(), out=flat)
+    return out
 
 
 @low_rank_linear.register_fake

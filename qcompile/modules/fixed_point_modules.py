@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.ir.fixed_point_ops import weight_codes_of
+from qcompile.modules.convolution_sizes import ConvolutionSizes
 from qcompile.modules.quant_linear import result_dtype
 from qcompile.modules.static_quant import StaticQuantConv, StaticQuantLinear
 from qcompile.modules.training_module import TrainingModule
@@ -105,6 +106,16 @@ class FixedPointModule(TrainingModule):
 class FixedPointLinear(FixedPointModule):
     """x [.., K] -> x W^T + b on codes of four bits, forward and backward."""
 
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.matrix().shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.matrix().shape[0]
+
     def forward(self, input: Tensor) -> Tensor:
         """x [.., K] -> [.., N]."""
         out: Tensor = torch.ops.qcompile.fixed_point_linear(*self.operands(input))[0]
@@ -116,14 +127,14 @@ class FixedPointLinear(FixedPointModule):
 
     def extra_repr(self) -> str:
         """As nn.Linear's, with the format."""
-        rows, columns = self.matrix().shape
-        return f"{columns}, {rows}, {self.format}"
+        return f"{self.in_features}, {self.out_features}, {self.format}"
 
 
-class FixedPointConv(FixedPointModule):
+class FixedPointConv(ConvolutionSizes, FixedPointModule):
     """A convolution on codes, in one or two dimensions.
 
     Attributes:
+        size: of the weight, [O, C / groups, ..].
         shape: how it moves over x.
     """
 
@@ -131,7 +142,7 @@ class FixedPointConv(FixedPointModule):
         self, weight: nn.Parameter, bias: nn.Parameter | None, start: FixedPointStart, shape: ConvolutionShape
     ) -> None:
         super().__init__(weight, bias, start)
-        self.shape = shape
+        self.shape, self.size = shape, tuple(weight.shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """x [B, C, ..] -> [B, O, ..]."""

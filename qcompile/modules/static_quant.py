@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompile.modules.convolution_sizes import ConvolutionSizes
 from qcompile.modules.fixed_dtype import FixedDtypeModule
 from qcompile.modules.quant_linear import QuantLinear, result_dtype
 from qcompile.numerics.code_convolution import ConvolutionShape, exact_float
@@ -84,7 +85,7 @@ class StaticQuantLinear(QuantLinear):
         return f"{self.in_features}, {self.out_features}, weight={self.format}, act={self.low}..{self.high} static"
 
 
-class StaticQuantConv(FixedDtypeModule):
+class StaticQuantConv(ConvolutionSizes, FixedDtypeModule):
     """A convolution of codes, in one or two dimensions.
 
     Attributes:
@@ -179,4 +180,4 @@ def scaled_output(sums: Tensor, act_scale: Tensor, scale: Tensor, bias: Tensor |
     out = sums.to(wide) * act_scale.to(wide) * scale.to(wide)
     if bias is not None:
         out = out + bias.to(wide).view(-1, *[1] * (sums.ndim - 2))
-    return out.to(dtype)
+    return out.to(dtype).contiguous()  # as training gives it: other strides sum in another order downstream

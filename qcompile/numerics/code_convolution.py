@@ -88,7 +88,7 @@ def weight_sums(gradient: Tensor, x: Tensor, shape: ConvolutionShape, size: torc
     if _is_wide(x, weight, shape):
         rows = gradient.movedim(1, -1).reshape(-1, gradient.shape[1])
         return code_matmul(rows.t(), _windows(x, size[2:], shape).t()).view(size)
-    positions = gradient[0, 0].numel()
+    positions = gradient.shape[2:].numel()
     total = gradient.new_zeros(size, dtype=torch.float64)
     samples = max(1, _EXACT // max(1, bound * positions))
     dtype = exact_float(bound * positions)

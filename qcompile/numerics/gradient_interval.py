@@ -19,13 +19,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompile.numerics.cache_blocks import cache_blocks
 from qcompile.numerics.counter_random import derived_stream, round_stochastically, uniform
 from qcompile.numerics.fixed_point_format import FixedPointFormat
 
 MIN_GAMMA = 1e-3
 _CANDIDATES = 20
 _SAMPLES = 4096
-_BLOCK = 1 << 16  # elements whose intermediate values stay in a CPU's cache
 _TINY = torch.finfo(torch.float32).tiny  # a smaller step rounds gradients that are zeros
 
 
@@ -58,16 +58,15 @@ def quantize_gradient(
     codes = torch.empty(flat.shape, dtype=torch.int8, device=flat.device)
     draw = derived_stream(stream, counter)
     beyond = torch.zeros((), dtype=torch.int64, device=flat.device)
-    block = _BLOCK if flat.device.type == "cpu" else flat.numel()
-    for first in range(0, flat.numel(), block):
-        part = flat[first : first + block]
+    for block in cache_blocks(flat.numel(), flat.device):
+        part = flat[block]
         scaled = (part / step).clamp_(-levels, levels).nan_to_num_(0.0)
         if format.rounding == "stochastic":
-            noise = uniform(part.shape, draw, device=flat.device, first=first)
+            noise = uniform(part.shape, draw, device=flat.device, first=block.start)
             scaled = round_stochastically(scaled, noise)
         else:
             scaled = scaled.round_()
-        codes[first : first + block].copy_(scaled)
+        codes[block].copy_(scaled)
         beyond += (part.abs() > limit).sum()
     following = used
     if format.interval == "paper":

@@ -17,7 +17,6 @@ import torch
 import qcompile.ir.ops
 import qcompile.passes  # noqa: F401  registers the passes
 from qcompile.analysis.conv_sites import find_conv_sites
-from qcompile.analysis.conv_sites import find_conv_sites
 from qcompile.analysis.facts import Facts
 from qcompile.analysis.other_products import other_products
 from qcompile.analysis.sites import Site
@@ -83,7 +82,6 @@ def run(
         names = [site.name for site in facts.sites]
         if recipe.trains:  # so can convolutions, and what is quantized already
             names += [site_name(program, node) for node, _ in QLinearCall.find(program)]
-            names += [site.name for site in find_conv_sites(program)]
             names += [site.name for site in find_conv_sites(program)]
         rules = recipe.resolve(dict.fromkeys(names), program.aliases)
     check_data(recipe, batches is not None)

@@ -120,6 +120,17 @@ def test_a_loss_scaled_by_a_power_of_two_scales_gradients(power, kind):
     assert all(torch.equal(a * 2.0**power, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_the_output_can_be_written_to(kind):
+    """As an activation in place does, or `y += shortcut`; one-dimensional convolutions are views inside PyTorch."""
+    arguments = linear_arguments() if kind == "linear" else conv_arguments(spatial=int(kind[4]))
+    op = ops.fixed_point_linear if kind == "linear" else ops.fixed_point_conv
+    out = op(*arguments)[0]
+    out += 1
+    out.relu_().sum().backward()
+    assert arguments[1].grad is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @each_op
 def test_dtypes(kind, dtype):

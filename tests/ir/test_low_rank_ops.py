@@ -85,6 +85,17 @@ def test_the_full_gradient_is_made_for_a_refresh_only(monkeypatch):
         call(args).sum().backward()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_result_may_be_changed_in_place(bias):
+    args = arguments(9, 6, tokens=(2, 3), bias=bias)
+    out = call(args)
+    expected = 2 * out.detach()
+    out *= 2
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert torch.allclose(args[0].grad, 2 * weight_of(args).sum(0).expand(2, 3, 6), atol=1e-5)
+
+
 def test_frozen_inputs_and_biases():
     args = arguments(9, 6)
     args[0], args[5] = args[0].detach(), args[5].detach()

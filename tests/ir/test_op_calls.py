@@ -8,11 +8,26 @@ import pytest
 import torch
 
 from qcompile.ir.capture import capture
-from qcompile.ir.op_calls import DequantizeCall, HadamardCall, OpCall, QExpertsCall, QLinearCall, QuantizeCall
+from qcompile.ir.op_calls import (
+    DequantizeCall,
+    FixedPointConvCall,
+    FixedPointLinearCall,
+    GroupAdapterCall,
+    HadamardCall,
+    LowRankLinearCall,
+    OpCall,
+    QExpertsCall,
+    QLinearCall,
+    QuantizeCall,
+)
+from qcompile.numerics.fixed_point_format import FixedPointFormat
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 
-VIEWS = [QuantizeCall, DequantizeCall, HadamardCall, QLinearCall, QExpertsCall]
+VIEWS = [
+    QuantizeCall, DequantizeCall, HadamardCall, QLinearCall, QExpertsCall, GroupAdapterCall, LowRankLinearCall,
+    FixedPointLinearCall, FixedPointConvCall,
+]  # fmt: skip
 ops = torch.ops.qcompile
 WEIGHT, ACT = "int4/group16/zero", "int8/row"
 
@@ -27,6 +42,11 @@ class EveryOperator(torch.nn.Module):
             self.register_buffer(name, part)
         self.register_buffer("signs", torch.ones(32))
         self.register_buffer("ends", torch.tensor([2, 5], dtype=torch.int32))
+        shapes = {"matrix": (12, 32), "kernel": (6, 4, 3), "a": (3, 2), "b": (12, 3), "low": (3, 32), "basis": (3, 12)}
+        for name, shape in {**shapes, "first": (12,), "similarities": (2,), "act_range": (), "gamma": ()}.items():
+            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("schedule", torch.tensor([0, 4, 0, 1]))
+        self.register_buffer("counter", torch.tensor(0))
 
     def forward(self, x):
         x = ops.hadamard(x, self.signs)
@@ -35,7 +55,17 @@ class EveryOperator(torch.nn.Module):
         y = ops.qlinear(codes, scale, None, *weight, None, None, WEIGHT, ACT, 32, torch.float32)
         stack = (part.unflatten(0, (2, 6)) for part in weight)
         z = ops.qexperts(x, self.ends, *stack, None, WEIGHT, 32, torch.float32)
-        return y, z, ops.dequantize(*weight, None, WEIGHT, 32, torch.float32)
+        state = self.act_range, self.gamma, self.counter, None, None, str(FixedPointFormat()), False, torch.float32
+        trained = [
+            ops.group_adapter(x, self.a, self.b, 16, 2.0),
+            ops.low_rank_linear(
+                x, self.matrix, None, None, self.low, None, self.basis, None, None, self.first, self.similarities,
+                self.schedule, "", "", 0.4, 2, torch.float32,
+            ),
+            ops.fixed_point_linear(x, self.matrix, None, *state)[0],
+            ops.fixed_point_conv(x.view(-1, 4, 8), self.kernel, None, *state, [1], [0], [1], 1)[0],
+        ]  # fmt: skip
+        return y, z, ops.dequantize(*weight, None, WEIGHT, 32, torch.float32), *trained
 
 
 @pytest.fixture
@@ -44,7 +74,11 @@ def program():
 
 
 def test_every_view_is_tested():
-    assert set(VIEWS) == {view for view in OpCall.__subclasses__() if view.__module__ == OpCall.__module__}
+    known, work = set(), [OpCall]
+    while work:
+        below = [view for view in work.pop().__subclasses__() if view.__module__ == OpCall.__module__]
+        known, work = known.union(below), work + below
+    assert set(VIEWS) == known
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from qcompile.ir.projected_gradient_op import DUE, GAP, REFRESHES, stored_basis
 from qcompile.numerics import low_rank
@@ -88,6 +89,19 @@ def test_the_interval_stays_where_bases_differ():
         parts[5][DUE] = 1
         call(*pair(64, 60), parts, threshold=0.9)
     assert parts[5][GAP] == 10 and parts[5][REFRESHES] == 6 and 0 < float(parts[4][0]) < 0.9
+
+
+def test_in_a_process_group_the_gradient_of_a_basis_is_summed(monkeypatch):
+    """And only where a basis is due. (Two processes: tests/training/test_q_galore_training.py.)"""
+    others, calls = torch.randn(9, 6, dtype=torch.float64), []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda gradient: calls.append(gradient.add_(others)))
+    (x, g), parts = pair(), state(9, 6)
+    call(x, g, parts)
+    assert torch.equal(parts[0], low_rank.singular_basis(g.t() @ x + others, 3, False))
+    call(x, g, parts)
+    assert len(calls) == 1
 
 
 def test_half_precision_is_decomposed_in_float32():

@@ -130,3 +130,30 @@ def test_it_is_near_the_float_product(kind):
         expected = F.linear(*parts) if kind == "linear" else F.conv1d(*parts, 2, 1, 1, 2)
         assert float((module(x) - expected).norm() / expected.norm()) < 0.02
     assert str(module.format) in repr(module)
+
+
+def test_sizes_have_their_usual_names():
+    old = nn.Conv2d(4, 6, (3, 5), (1, 2), (1, 0), (2, 1), groups=2)
+    shape = ConvolutionShape(old.stride, old.padding, old.dilation, old.groups)
+    module = FixedPointConv(old.weight, old.bias, start(act_range=1.0), shape)
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        assert getattr(module, name) == getattr(module.settled(), name) == getattr(old, name)
+    linear, _ = make("linear")
+    assert (linear.in_features, linear.out_features) == (10, 6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_no_rows(kind):
+    module, x = make(kind)
+    empty = x[:0].requires_grad_()
+    module(empty).sum().backward()
+    assert empty.grad.shape == empty.shape and not module.weight.grad.any() and float(module.gamma) == 0
+
+
+def test_strides_of_the_input_do_not_show():
+    old = nn.Conv2d(4, 6, 3, bias=False)
+    module = FixedPointConv(old.weight, None, start(act_range=1.0), ConvolutionShape((1, 1), (0, 0), (1, 1), 1)).eval()
+    x = torch.randn(2, 4, 8, 8)
+    for call in (module, module.settled()):
+        outs = [call(x), call(x.to(memory_format=torch.channels_last))]
+        assert torch.equal(*outs) and outs[0].stride() == outs[1].stride()

@@ -185,6 +185,13 @@ def test_resuming_is_bit_for_bit(optimizer_of, accumulate):
     assert equal_states(model, whole)
 
 
+def test_nothing_is_drawn_from_the_global_generator():
+    model = prepared(net())
+    before = torch.get_rng_state()
+    steps(model, eight_bits(model), 0, 4)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_aot_eager_trains_as_eager_does(checkpointing):
     def forward(model):

@@ -192,6 +192,15 @@ def test_batches_that_are_not_finite():
         trained(Net(), batches=[torch.full((4, 1, 9, 9), torch.inf)])
 
 
+def test_weights_that_are_not_finite():
+    model = Net()
+    with torch.no_grad():
+        model.deep.weight[0, 0] = torch.nan
+    with pytest.raises(qcompile.RecipeError, match="NaN or Inf in the weights deep.weight"):
+        trained(model)
+    assert type(model.mixed) is nn.Linear
+
+
 @pytest.mark.parametrize("field,value", [("alpha", 0.7), ("gradient_bits", 1), ("ranges", "minmax"), ("seed", 0.5)])
 def test_wrong_configs(field, value):
     with pytest.raises(qcompile.RecipeError, match="FixedPoint: .*Fix") as error:
