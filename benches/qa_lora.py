@@ -115,7 +115,8 @@ def lora(
         with torch.no_grad():
             after = again(input_ids=test[:4]).logits
         rows.append({
-            "method": f"LoRA, merged, then {recipe.name}", "lr": lr, "seed": seed, "parameters": count, "sites": len(names),
+            "method": f"LoRA, merged, then {recipe.name}", "lr": lr, "seed": seed, "parameters": count,
+            "sites": len(names),
             "tuned": tuned, "merged": loss(again, test), "logit_change": float((after - before).abs().max()),
             "largest_logit": float(before.abs().max()),
             "same_argmax": float((after.argmax(-1) == before.argmax(-1)).float().mean()),

@@ -13,16 +13,17 @@ def table(_: str) -> str:
         return "Not measured."
     data: dict[str, Any] = read("qa_lora")
     lines = [
-        f"SmolLM2-135M in `{data['format']}`, {data['steps']} steps of 4 x 64 tokens of the embedded prose, 32 texts held "
-        f"out; nats a token. The float model has {data['float']:.3f}, its 4-bit weights {data['base']:.3f}.",
+        f"SmolLM2-135M in `{data['format']}`, {data['steps']} steps of 4 x 64 tokens of the embedded prose, 32 texts "
+        f"held out; nats a token. The float model has {data['float']:.3f}, its 4-bit weights {data['base']:.3f}.",
         "",
         "| method | learning rate | parameters | trained | merged | largest change of a logit | same top-1 |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
+        change = f"{row['logit_change']:.1e} of {row['largest_logit']:.0f}"
         lines.append(
             f"| {row['method']} | {row['lr']:g} | {row['parameters'] / 1e6:.2f} M | {row['tuned']:.3f} | "
-            f"{row['merged']:.3f} | {row['logit_change']:.1e} of {row['largest_logit']:.0f} | {row['same_argmax']:.0%} |"
+            f"{row['merged']:.3f} | {change} | {row['same_argmax']:.0%} |"
         )
     return "\n".join(lines)
 

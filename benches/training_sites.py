@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile.cli.output import print_table
+from qcompile.codegen.cpu.training_kernels import install_cpu_rounding
 from qcompile.memory.environment import versions
 from qcompile.numerics.counter_random import round_stochastically, uniform
 from qcompile.numerics.fixed_point_format import FixedPointFormat
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
+    install_cpu_rounding()
     site, rounding = medians(site_calls(), repeats), medians(rounding_calls(), repeats)
     shown("one site, forward and backward", site, "float32")
     shown("two million gradients to codes", rounding, "nearest, Inductor")

@@ -28,9 +28,9 @@ from qcompile.pipeline.run import NothingToQuantize
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
 from qcompile.recipe.rule import RecipeError, Rule
-from qcompile.training.peft_adapters import load_adapter, peft_config
 from qcompile.training import optim
 from qcompile.training.adapters import qa_lora
+from qcompile.training.peft_adapters import load_adapter, peft_config
 from qcompile.training.settle import settle
 from qcompile.training.train import train
 from qcompile.version import VERSION

@@ -62,10 +62,6 @@ int32_t nan_block(const float* x, int32_t count) {
   return total;
 }
 
-void inside_block(const float* x, uint8_t* inside, int32_t count, float least, float most) {
-  for (int32_t j = 0; j < count; ++j) inside[j] = (uint8_t)((x[j] <= most) & (x[j] >= least));
-}
-
 }  // namespace
 
 // codes = clamp(g / step, -levels, levels), rounded up with a probability of what is cut off, or to nearest; NaN is 0.
@@ -87,18 +83,16 @@ extern "C" void round_gradient(const float* g, int8_t* codes, i64* beyond, const
   beyond[0] = total;
 }
 
-// codes = clamp(round(x / step), low, high), NaN is 0 and counted in lost[0]; inside (may be null) = whether x is within
-// the clip, above zero where values have no sign. steps: step, clip.
-extern "C" void round_operand(const float* x, int8_t* codes, uint8_t* inside, i64* lost, const float* steps, i64 n,
-                              i64 low, i64 high, i64 has_sign, i64 threads) {
-  const float step = steps[0], clip = steps[1];
+// codes = clamp(round(x / step), low, high), NaN is 0 and counted in lost[0]. steps: step.
+extern "C" void round_values(const float* x, int8_t* codes, i64* lost, const float* steps, i64 n, i64 low, i64 high,
+                             i64 threads) {
+  const float step = steps[0];
   i64 total = 0;
 #pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static)
   for (i64 block = 0; block < blocks(n); ++block) {
     const i64 first = block * kBlock;
     const int32_t count = (int32_t)(first + kBlock < n ? kBlock : n - first);
     nearest_block(x + first, codes + first, count, step, (float)low, (float)high);
-    if (inside != nullptr) inside_block(x + first, inside + first, count, has_sign ? -clip : 0.0f, clip);
     total += nan_block(x + first, count);
   }
   lost[0] = total;

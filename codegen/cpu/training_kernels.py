@@ -1,4 +1,4 @@
-"""Rounding of fixed-point training on a CPU: training_kernels.cpp, compiled once on each machine with Inductor's compiler.
+"""Rounding in training on a CPU: training_kernels.cpp, compiled once on each machine with Inductor's compiler.
 
 The operators that train are opaque to Inductor, so what they do inside is done here: one pass over memory in place of
 ten. Without a C++ compiler the definitions in PyTorch run (qcompile/numerics/code_rounding.py), with a warning.
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from qcompile.numerics.code_rounding import install_rounding_kernels
+from qcompile.numerics.code_update import NOT_FINITE
+from qcompile.numerics.qparams import MIN_SCALE
+from qcompile.numerics.qtensor import QTensor
 
 _COMPILER_FLAGS = ("-ftree-loop-vectorize",)  # which Inductor disables for text of its own
 
@@ -30,9 +33,10 @@ class CpuRounding:
             (Path(__file__).parent / "training_kernels.cpp").read_text(), extra_flags=_COMPILER_FLAGS
         )
         pointer, size = ctypes.c_void_p, ctypes.c_int64
-        self._round_gradient, self._round_operand = library.round_gradient, library.round_operand
-        self._round_gradient.argtypes, self._round_gradient.restype = [*[pointer] * 4, *[size] * 5], None
-        self._round_operand.argtypes, self._round_operand.restype = [*[pointer] * 5, *[size] * 5], None
+        for name, pointers, sizes in (("round_gradient", 4, 5), ("round_values", 4, 4), ("change_codes", 9, 7)):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [*[pointer] * pointers, *[size] * sizes], None
+        self._library = library
 
     def gradient_codes(
         self, gradient: Tensor, step: Tensor, limit: Tensor, levels: int, draw: Tensor | None
@@ -41,24 +45,39 @@ class CpuRounding:
         codes = torch.empty(gradient.shape, dtype=torch.int8)
         beyond = torch.zeros((), dtype=torch.int64)
         steps = torch.stack([step.float(), limit.float()])
-        self._round_gradient(
+        self._library.round_gradient(
             gradient.data_ptr(), codes.data_ptr(), beyond.data_ptr(), steps.data_ptr(), gradient.numel(), levels,
             int(draw is not None), 0 if draw is None else int(draw), torch.get_num_threads(),
         )  # fmt: skip
         return codes, beyond
 
-    def value_codes(
-        self, x: Tensor, step: Tensor, clip: Tensor, low: int, high: int, signed: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes int8, which values are inside the clip, and whether there is a NaN."""
-        codes, inside = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape, dtype=torch.bool)
-        lost = torch.zeros((), dtype=torch.int64)
-        steps = torch.stack([step.float(), clip.float()])
-        self._round_operand(
-            x.data_ptr(), codes.data_ptr(), inside.data_ptr(), lost.data_ptr(), steps.data_ptr(), x.numel(), low, high,
-            int(signed), torch.get_num_threads(),
+    def value_codes(self, x: Tensor, step: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """Codes int8 [N], and whether there is a NaN."""
+        codes, lost = torch.empty(x.shape, dtype=torch.int8), torch.zeros((), dtype=torch.int64)
+        steps = step.float().contiguous()
+        self._library.round_values(
+            x.data_ptr(), codes.data_ptr(), lost.data_ptr(), steps.data_ptr(), x.numel(), low, high,
+            torch.get_num_threads(),
         )  # fmt: skip
-        return codes, inside, lost > 0
+        return codes, lost > 0
+
+    def changed_codes(self, weight: QTensor, change: Tensor, decay: float, draw: Tensor | None) -> QTensor | None:
+        """Of int8 codes with groups and integer zero points, as Q-GaLore has them; None for others."""
+        form = weight.format
+        if (form.dtype, form.per, form.zero) != ("int8", "group", "int") or weight.zero is None:
+            return None
+        old = (weight.codes.contiguous(), weight.scale.float().contiguous(), weight.zero.contiguous())
+        new = tuple(torch.empty_like(part) for part in old)
+        bad, limits = torch.zeros((), dtype=torch.int64), torch.tensor([1.0 - decay, MIN_SCALE])
+        rows, columns = change.shape
+        self._library.change_codes(
+            change.data_ptr(), *(part.data_ptr() for part in (*old, *new)), bad.data_ptr(), limits.data_ptr(), rows,
+            columns, form.width(columns), int(bool(decay)), int(draw is not None), 0 if draw is None else int(draw),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if int(bad):
+            raise ValueError(NOT_FINITE)
+        return QTensor(new[0], new[1], new[2], None, form)
 
 
 @functools.cache

@@ -177,7 +177,7 @@ def _insert(
     }
     nodes = {name: _part(program, f"{site.name}.{name}", tensor) for name, tensor in tensors.items()}
     call = LowRankLinearCall(
-        x=site.input,
+        x=_given(site.node.args[0]),  # as it is now: the product before may have been replaced
         weight=_given(nodes["codes"]),
         scale=nodes["scale"],
         zero=nodes["zero"],
@@ -219,6 +219,6 @@ def _part(program: Program, name: str, tensor: Tensor | None) -> fx.Node | None:
     return program.node_of(name) if name in program.weights else program.add_weight(name, tensor)
 
 
-def _given(node: fx.Node | None) -> fx.Node:
-    assert node is not None
+def _given(node: object) -> fx.Node:
+    assert isinstance(node, fx.Node)
     return node

@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="qcompile", options={"recipe": "int4-train"})`: training in fixed point without `train`.
+"""`torch.compile(model, backend="qcompile", options={"recipe": "int4-train"})`: fixed-point training without `train`.
 
 Sites are chosen on the captured Program; the products are then replaced in the graph as Dynamo gave it, which keeps all
 that normalizing drops and a gradient needs (detach, no_grad, dropout, checkpointed regions).
@@ -23,6 +23,7 @@ from qcompile.analysis.conv_sites import find_conv_sites
 from qcompile.analysis.facts import Facts
 from qcompile.backend.inductor import compile_graph
 from qcompile.backend.options import Options
+from qcompile.codegen.cpu.training_kernels import install_cpu_rounding
 from qcompile.ir.aten_ops import CONVOLUTIONS, LINEAR
 from qcompile.ir.capture import capture_dynamo
 from qcompile.ir.node_meta import DYNAMO_INDEX, MODULE, SITE, WEIGHT
@@ -71,7 +72,7 @@ def compile_for_training(
         for name in (node.meta[WEIGHT] for node in program.placeholders if WEIGHT in node.meta)
         if name not in products
     }
-    names = [site.name for site in (*facts.sites, *find_conv_sites(program))]
+    names = [site.name for site in facts.sites] + [site.name for site in find_conv_sites(program)]
     rules = tuple(rule for rule in recipe.rules if any(rule.matches(name) for name in names))
     try:
         rewritten, report = run(program, Recipe(recipe.name, recipe.passes, rules), facts=facts, keep_float=kept)
@@ -80,6 +81,7 @@ def compile_for_training(
         report.metrics["sites that train"] = 0
         report.breaks.append(f"compiled as it is: {reason}")
         return compile_graph(graph_module, example_inputs, options.inductor), report
+    install_cpu_rounding()
     graph, states = _with_products(graph_module, products, rewritten)
     inputs = [*example_inputs, *states]
     compiled = compile_graph(graph, inputs, options.inductor)
@@ -139,7 +141,16 @@ def _with_products(
                 states.append(rewritten.weight_of(getattr(call, part)).clone())
                 parts.append(last)
             values = dict(zip(("input", "weight", "bias"), product.args, strict=False)) | dict(product.kwargs)
-            arguments = (values["input"], values["weight"], values.get("bias"), *parts, None, None, call.format, training)
+            arguments = (
+                values["input"],
+                values["weight"],
+                values.get("bias"),
+                *parts,
+                None,
+                None,
+                call.format,
+                training,
+            )
             with copied.graph.inserting_before(product):
                 made = copied.graph.call_function(call.target, (*arguments, call.dtype, *call.arguments[11:]))
                 output = copied.graph.call_function(operator.getitem, (made, 0))

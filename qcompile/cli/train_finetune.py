@@ -196,8 +196,8 @@ def _pieces(tokenizer: Any, text: Path | None, length: int, fit: Fit) -> tuple[l
     there = len(tokenizer(words, verbose=False).input_ids) // length
     if there < 2 * _HELD_OUT:
         raise ValueError(
-            f"the text has {there} windows of {length} tokens, and training needs {2 * _HELD_OUT}, of which {_HELD_OUT} "
-            "are held out. Fix: a longer text, or a smaller --length"
+            f"the text has {there} windows of {length} tokens, and training needs {2 * _HELD_OUT}, of which "
+            f"{_HELD_OUT} are held out. Fix: a longer text, or a smaller --length"
         )
     pieces = windows(tokenizer, words, length=length, count=there)
     return pieces[: min(fit.steps * fit.batch * fit.accumulate, there - _HELD_OUT)], pieces[-_HELD_OUT:]

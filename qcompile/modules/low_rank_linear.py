@@ -23,8 +23,8 @@ from qcompile.ir.projected_gradient_op import DUE, GAP, STEP, stored_basis
 from qcompile.modules.dequantized_weight import read_only
 from qcompile.modules.quant_linear import QuantLinear, result_dtype
 from qcompile.modules.training_module import TrainingModule
-from qcompile.numerics.code_update import add_to_codes
-from qcompile.numerics.counter_random import derived_stream, uniform
+from qcompile.numerics.code_rounding import changed_codes
+from qcompile.numerics.counter_random import derived_stream
 from qcompile.numerics.format import Format
 from qcompile.numerics.low_rank import expand, is_left
 from qcompile.numerics.qtensor import QTensor
@@ -152,7 +152,8 @@ class LowRankLinear(TrainingModule):
         """
         change = self.low if step is None else step
         finite = is_finite(change)
-        values = expand(change.to(self.first.dtype), self._basis(), self.left).mul_(self.rule.scale)
+        dtype = self.first.dtype  # at least float32
+        values = expand(change.to(dtype), self._basis().to(dtype), self.left).mul_(self.rule.scale)
         if step is None:
             self.low.zero_()
         if not finite:
@@ -165,11 +166,8 @@ class LowRankLinear(TrainingModule):
             self.codes.mul_(1.0 - decay).add_(values)
         else:
             parts = self._quantized(self.rule.format)
-            noise = None
-            if self.rule.stochastic:
-                stream = derived_stream(self.rule.stream, self.schedule[STEP])
-                noise = uniform(tuple(values.shape), stream, device=values.device)
-            new = add_to_codes(parts, values, decay, noise)
+            draw = derived_stream(self.rule.stream, self.schedule[STEP]) if self.rule.stochastic else None
+            new = changed_codes(parts, values, decay, draw)
             for mine, part in ((self.codes, new.codes), (self.scale, new.scale), (self.zero, new.zero)):
                 if mine is not None and part is not None:
                     mine.copy_(part)

@@ -1,7 +1,8 @@
 """Round float32 values to codes in one pass, where a target has a kernel for it; the definitions in PyTorch otherwise.
 
     gradient_codes   q = clamp(g / step, -L, L), stochastically or to nearest; how many |g| are beyond the limit
-    value_codes      q = clamp(round(x / step), l, L); where x is inside its clip; whether there is a NaN
+    value_codes      q = clamp(round(x / step), l, L); whether there is a NaN
+    changed_codes    of a weight to which a change is added (code_update.py)
 
 A target installs its kernels for a type of device. They give the same bits as the definitions, which the tests check,
 so a run may move between machines.
@@ -14,9 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qcompile.numerics.cache_blocks import cache_blocks
+from qcompile.numerics.code_update import add_to_codes
 from qcompile.numerics.counter_random import round_stochastically, uniform
-
-_BLOCK = 1 << 16  # elements whose intermediate values stay in a CPU's cache
+from qcompile.numerics.qtensor import QTensor
 
 
 class RoundingKernels(Protocol):
@@ -28,10 +30,12 @@ class RoundingKernels(Protocol):
         """As the function of this name."""
         ...
 
-    def value_codes(
-        self, x: Tensor, step: Tensor, clip: Tensor, low: int, high: int, signed: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def value_codes(self, x: Tensor, step: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
         """As the function of this name."""
+        ...
+
+    def changed_codes(self, weight: QTensor, change: Tensor, decay: float, draw: Tensor | None) -> QTensor | None:
+        """As the function of this name; None for a format that the target has no kernel for."""
         ...
 
 
@@ -66,42 +70,61 @@ def gradient_codes(
         return kernels.gradient_codes(gradient, step, limit, levels, draw)
     codes = torch.empty(gradient.shape, dtype=torch.int8, device=gradient.device)
     beyond = torch.zeros((), dtype=torch.int64, device=gradient.device)
-    block = _BLOCK if gradient.device.type == "cpu" else max(gradient.numel(), 1)
-    for first in range(0, gradient.numel(), block):
-        part = gradient[first : first + block]
+    for block in cache_blocks(gradient.numel(), gradient.device):
+        part = gradient[block]
         scaled = (part / step).clamp_(-levels, levels).nan_to_num_(0.0)
         if draw is None:
             scaled = scaled.round_()
         else:
-            scaled = round_stochastically(scaled, uniform(part.shape, draw, device=part.device, first=first))
-        codes[first : first + block].copy_(scaled)
+            scaled = round_stochastically(scaled, uniform(part.shape, draw, device=part.device, first=block.start))
+        codes[block].copy_(scaled)
         beyond += (part.abs() > limit).sum()
     return codes, beyond
 
 
-def value_codes(
-    x: Tensor, step: Tensor, clip: Tensor, low: int, high: int, signed: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def value_codes(x: Tensor, step: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Codes of weights or activations.
 
     Args:
-        x: float32 or float64 of any shape, dense.
+        x: floats [N].
         step: between two codes, [].
-        clip: [].
         low: the smallest code.
         high: the largest.
-        signed: whether values below zero are inside the clip.
 
     Returns:
-        int8 codes, 0 where there is a NaN; bool, which values are inside the clip; and whether there is a NaN, [].
+        int8 [N], 0 where there is a NaN; and whether there is one, bool [].
     """
     kernels = _kernels(x)
     if kernels is not None:
-        return kernels.value_codes(x, step, clip, low, high, signed)
-    rounded = (x / step).round_().clamp_(low, high)
-    lost = rounded.isnan().any()
-    within = (x.abs() if signed else x) <= clip
-    return rounded.nan_to_num_(0.0).to(torch.int8), within if signed else within & (x >= 0), lost
+        return kernels.value_codes(x, step, low, high)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    lost = torch.zeros((), dtype=torch.bool, device=x.device)
+    for block in cache_blocks(x.numel(), x.device):
+        wide = x[block] if x.dtype == torch.float64 else x[block].float()
+        rounded = (wide / step).round_().clamp_(low, high)
+        lost |= rounded.isnan().any()
+        codes[block].copy_(rounded.nan_to_num_(0.0))
+    return codes, lost
+
+
+def changed_codes(weight: QTensor, change: Tensor, decay: float, draw: Tensor | None) -> QTensor:
+    """dq(weight) (1 - decay) + change, quantized to the same format; see `add_to_codes`.
+
+    Args:
+        weight: [N, K].
+        change: float [N, K].
+        decay: the share of the weight that is taken away.
+        draw: the stream of random values, int32 []; None: round to nearest.
+
+    Raises:
+        ValueError: NaN or Inf in the change.
+    """
+    kernels = _kernels(change)
+    found = None if kernels is None else kernels.changed_codes(weight, change, decay, draw)
+    if found is not None:
+        return found
+    noise = None if draw is None else uniform(tuple(change.shape), draw, device=change.device)
+    return add_to_codes(weight, change, decay, noise)
 
 
 def _kernels(x: Tensor) -> RoundingKernels | None:

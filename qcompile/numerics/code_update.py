@@ -18,6 +18,8 @@ from qcompile.numerics.format import Format
 from qcompile.numerics.qparams import choose_qparams, min_max
 from qcompile.numerics.qtensor import QTensor, group_columns, ungroup_columns
 
+NOT_FINITE = "the change of a quantized weight holds NaN or Inf, which no code can hold"
+
 
 def add_to_codes(weight: QTensor, change: Tensor, decay: float = 0.0, noise: Tensor | None = None) -> QTensor:
     """dq(weight) (1 - decay) + change, quantized to the same format.
@@ -38,7 +40,7 @@ def add_to_codes(weight: QTensor, change: Tensor, decay: float = 0.0, noise: Ten
     kept = ~(groups != old).any(-1)
     low, high = min_max(groups, format)
     if not bool(torch.isfinite(high - low).all()):
-        raise ValueError("the change of a quantized weight holds NaN or Inf, which no code can hold")
+        raise ValueError(NOT_FINITE)
     scale, zero = choose_qparams(low, high, format)
     codes = groups.div_(scale[..., None])
     if noise is None and zero is not None and format.zero == "int":

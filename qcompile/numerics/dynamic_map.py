@@ -54,7 +54,7 @@ def to_codes(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 def from_codes(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
     """The inverse of `to_codes`, float32."""
-    values = dynamic_map(signed).to(codes.device)[codes.int()]
+    values = _tables(signed, codes.device)[2].index_select(0, codes.flatten().int())
     blocks = _blocks(values) * scale[:, None]
     return blocks.flatten()[: codes.numel()].view(codes.shape)
 
@@ -71,7 +71,7 @@ def _nearest(x: Tensor, signed: bool) -> Tensor:
     The upper half of a float names an interval of values, in which there is at most one edge between two codes: one
     look-up and one comparison, where a binary search (torch.bucketize) takes seven times as long on a CPU.
     """
-    least, edges = _tables(signed, x.device)
+    least, edges, _ = _tables(signed, x.device)
     interval = (x.view(torch.int32) >> 16).bitwise_and_(0xFFFF).flatten()
     codes = least.index_select(0, interval)
     codes += x.flatten() > edges.index_select(0, codes)
@@ -79,8 +79,8 @@ def _nearest(x: Tensor, signed: bool) -> Tensor:
 
 
 @functools.cache
-def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The code of the least value of each interval, int32 [65536]; and the edges above each code, float32 [256]."""
+def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The code of the least value of each interval, int32 [65536]; the edge above each code, float32 [256]; the map."""
     values = dynamic_map(signed)
     edges = (values[:-1] + values[1:]) / 2
     if not signed:
@@ -88,4 +88,5 @@ def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     interval = torch.arange(2**16, dtype=torch.int32)
     bits = (interval << 16) | torch.where(interval < 2**15, 0, 0xFFFF)  # of negative values the largest is the least
     least = torch.bucketize(bits.to(torch.int32).view(torch.float32).nan_to_num(), edges, out_int32=True)
-    return least.to(device), torch.cat([edges, edges.new_tensor([float("inf")])]).to(device)
+    above = torch.cat([edges, edges.new_tensor([float("inf")])])
+    return least.to(device), above.to(device), values.to(device)

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from qcompile.numerics.cache_blocks import cache_blocks
+from qcompile.numerics.code_rounding import value_codes
 from qcompile.numerics.fixed_point_format import Ranges
 
 _SIGMAS = 3.0
@@ -57,14 +57,7 @@ def operand_codes(x: Tensor, step: Tensor, low: int, high: int) -> tuple[Tensor,
     Returns:
         int8 codes of the shape of x, and the step: NaN if there is a NaN in x, which no code shows.
     """
-    flat = x.reshape(-1)
-    codes = torch.empty(flat.shape, dtype=torch.int8, device=x.device)
-    lost = torch.zeros((), dtype=torch.bool, device=x.device)
-    for block in cache_blocks(flat.numel(), x.device):
-        wide = flat[block] if x.dtype == torch.float64 else flat[block].float()
-        rounded = (wide / step).round_().clamp_(low, high)
-        lost |= rounded.isnan().any()
-        codes[block].copy_(rounded.nan_to_num_(0.0))
+    codes, lost = value_codes(x.reshape(-1), step, low, high)
     return codes.view(x.shape), torch.where(lost, torch.full_like(step, math.nan), step)
 
 

@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.numerics.cache_blocks import cache_blocks
-from qcompile.numerics.counter_random import derived_stream, round_stochastically, uniform
+from qcompile.numerics.code_rounding import gradient_codes
+from qcompile.numerics.counter_random import derived_stream
 from qcompile.numerics.fixed_point_format import FixedPointFormat
 
 MIN_GAMMA = 1e-3
@@ -50,24 +50,14 @@ def quantize_gradient(
     if not flat.numel():
         return gradient.to(torch.int8), torch.ones_like(gamma), gamma.clone()
     levels = format.gradient_levels
-    top = flat.abs().amax()
+    lowest, highest = flat.aminmax()
+    top = torch.maximum(-lowest, highest)
     used = interval_of(flat, top, gamma, format)
     limit = used.to(top.dtype) * top
     step = limit / levels
     step = torch.where(step < _TINY, torch.ones_like(step), step)
-    codes = torch.empty(flat.shape, dtype=torch.int8, device=flat.device)
-    draw = derived_stream(stream, counter)
-    beyond = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for block in cache_blocks(flat.numel(), flat.device):
-        part = flat[block]
-        scaled = (part / step).clamp_(-levels, levels).nan_to_num_(0.0)
-        if format.rounding == "stochastic":
-            noise = uniform(part.shape, draw, device=flat.device, first=block.start)
-            scaled = round_stochastically(scaled, noise)
-        else:
-            scaled = scaled.round_()
-        codes[block].copy_(scaled)
-        beyond += (part.abs() > limit).sum()
+    draw = derived_stream(stream, counter) if format.rounding == "stochastic" else None
+    codes, beyond = gradient_codes(flat, step, limit, levels, draw)
     following = used
     if format.interval == "paper":
         following = moved_gamma(used, beyond / flat.numel(), format)

@@ -59,6 +59,7 @@ class QALoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
     active_adapters: Any
     merged: Any
     merged_adapters: Any
+    get_base_layer: Any
 
     def __init__(
         self, base_layer: QuantLinear, adapter_name: str, config: QALoraConfig, r: int = 0, lora_alpha: int = 1,
@@ -95,7 +96,8 @@ class QALoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT asks the weight, which is dequantized at each access; adapters are float32 where the codes are."""
-        place = device or self.get_base_layer().codes.device
+        base: Any = self.get_base_layer()
+        place = device or base.codes.device
         for adapters in (self.lora_A, self.lora_B):
             adapters[adapter_name].to(place)
 

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from qcompile.codegen.cpu import training_kernels
 from qcompile.codegen.cpu.training_kernels import CpuRounding, install_cpu_rounding
 from qcompile.numerics import code_rounding
-from qcompile.numerics.code_rounding import gradient_codes, value_codes
+from qcompile.numerics.code_rounding import changed_codes, gradient_codes, value_codes
+from qcompile.numerics.format import Format
+from qcompile.numerics.rounding import quantize_tensor
 
+STEP = torch.tensor(0.25)
 SIZES = st.one_of(st.integers(0, 200), st.sampled_from([4095, 4096, 4097, 70_001]))
 
 
@@ -42,13 +45,33 @@ def test_gradients(kernels, n, seed, levels, stream):
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
-@given(SIZES, st.integers(0, 99), st.booleans())
-def test_values(kernels, n, seed, signed):
+@given(SIZES, st.integers(0, 99), st.sampled_from([(-7, 7), (0, 15)]))
+def test_values(kernels, n, seed, bounds):
     x = awkward(n, seed)
-    bounds = (-7, 7) if signed else (0, 15)
-    rest = (torch.tensor(0.25), torch.tensor(1.75), *bounds, signed)
-    for got, want in zip(kernels.value_codes(x, *rest), value_codes(x, *rest), strict=True):
+    for got, want in zip(kernels.value_codes(x, STEP, *bounds), value_codes(x, STEP, *bounds), strict=True):
         assert torch.equal(got, want)
+
+
+@given(st.integers(1, 9), st.integers(1, 600), st.integers(0, 99), st.sampled_from([0.0, 0.01]), st.booleans())
+def test_changes(kernels, n, k, seed, decay, stochastic):
+    weight = quantize_tensor(torch.randn(n, k), Format.parse("int8/group256/zero"))
+    change = awkward(n * k, seed).view(n, k)
+    change[0] = 0
+    draw = torch.tensor(seed * 77_777_777 % 2**31, dtype=torch.int32) if stochastic else None
+    got, want = kernels.changed_codes(weight, change, decay, draw), changed_codes(weight, change, decay, draw)
+    for a, b in zip(got.parts[:3], want.parts[:3], strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+def test_changes_that_no_code_holds_and_other_formats(kernels):
+    weight = quantize_tensor(torch.randn(4, 300), Format.parse("int8/group256/zero"))
+    for value in (float("nan"), float("inf"), 3e38):
+        change = torch.full((4, 300), 0.1)
+        change[2, 290], change[2, 291] = value, -value
+        with pytest.raises(ValueError, match="NaN or Inf, which no code can hold"):
+            kernels.changed_codes(weight, change, 0.0, None)
+    other = quantize_tensor(torch.randn(4, 300), Format.parse("int8/group256"))
+    assert kernels.changed_codes(other, torch.zeros(4, 300), 0.0, None) is None
 
 
 def test_nan_and_infinity(kernels):
@@ -57,9 +80,9 @@ def test_nan_and_infinity(kernels):
     for draw in (None, torch.tensor(3, dtype=torch.int32)):
         got, want = (f(x, one, 7 * one, 7, draw) for f in (kernels.gradient_codes, gradient_codes))
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and got[0][:4].tolist() == [0, 7, -7, 1]
-    codes, inside, lost = kernels.value_codes(x, one, 7 * one, -7, 7, True)
-    assert bool(lost) and codes.tolist() == [0, 7, -7, 1, 0] and inside.tolist() == [False, False, False, True, True]
-    assert not bool(kernels.value_codes(x[1:], one, 7 * one, -7, 7, True)[2])
+    codes, lost = kernels.value_codes(x, one, -7, 7)
+    assert bool(lost) and codes.tolist() == [0, 7, -7, 1, 0]
+    assert not bool(kernels.value_codes(x[1:], one, -7, 7)[1])
 
 
 def test_a_machine_without_a_compiler_says_so_and_trains(monkeypatch):

@@ -8,9 +8,12 @@ from q_galore_models import low_rank_linears, net, prepared
 from torch import nn
 
 import qcompile
-from qcompile import RecipeError, Rule
+from qcompile import Recipe, RecipeError, Rule, capture
+from qcompile.ir.op_calls import LowRankLinearCall
 from qcompile.modules.low_rank_linear import LowRankLinear
 from qcompile.passes import QGaLore
+from qcompile.pipeline.run import run
+from qcompile.training.optim import QGaLoreAdamW8bit
 
 
 class Tied(nn.Module):
@@ -116,6 +119,9 @@ def test_half_and_double_models():
     for dtype, low in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         model = prepared(net(dtype=dtype))
         model(torch.randn(4, 12, dtype=dtype)).float().sum().backward()
+        before = model[0].weight
+        QGaLoreAdamW8bit(model.parameters(), lr=0.1).step()
+        assert not torch.equal(model[0].weight, before) and model[0](torch.randn(2, 12, dtype=dtype)).dtype == dtype
         assert {m.low.dtype for m in low_rank_linears(model)} == {low} and model[0].scale.dtype == torch.float32
 
 
@@ -171,3 +177,18 @@ def test_the_preset_and_its_json():
     assert qcompile.Recipe.from_json(other.to_json()) == other
     model = net()
     unchanged(model, lambda: qcompile.quantize(model, recipe(), example=torch.randn(4, 12)), "qcompile.train")
+
+
+def test_products_that_follow_each_other_are_all_trained():
+    model, x = (
+        nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 8)),
+        torch.randn(4, 32),
+    )
+    before = model.eval()(x)
+    program = capture(model, (x,))
+    rewritten, report = run(program, Recipe("small", (QGaLore(rank=4),)))
+    assert report.passes[0].done == ["0.weight", "1.weight", "2.weight"]
+    assert len(list(LowRankLinearCall.find(rewritten))) == 3
+    assert not torch.equal(rewritten(x)[0], before) and torch.allclose(rewritten(x)[0], before, atol=0.05)
+    qcompile.train(model, Recipe("small", (QGaLore(rank=4),)), example=x, progress=False)
+    assert torch.allclose(model(x), rewritten(x)[0], atol=1e-6)
