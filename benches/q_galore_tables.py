@@ -50,7 +50,8 @@ def times(_: str) -> str:
     columns = {
         "eager, hidden 128": found.get("eager_ms", {}).get("128", {}),
         "eager, 512": found.get("eager_ms", {}).get("512", {}),
-        "compiled, 512": found.get("compiled_ms", {}).get("512", {}),
+        "Inductor, 512": found.get("compiled_ms", {}).get("512", {}),
+        '`backend="qcompile"`, 512': found.get("qcompile_ms", {}).get("512", {}),
     }
     lines = [f"| step time / AdamW's | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for kind, name in NAMES.items():

@@ -13,7 +13,7 @@ FLOAT = dict(weight=None, basis=None, factor=1)  # GaLore itself
 
 
 def net(widths=(12, 20, 16, 8), *, dtype=torch.float32, seed=0, bias=True):
-    """A chain of linears and tanhs, whose gradients have full rank; the last linear gives the output, so it is no site of Q-GaLore."""
+    """Linears and tanhs, whose gradients have full rank; the last one gives the output and is no site of Q-GaLore."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for k, n in zip(widths, widths[1:], strict=False):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -64,3 +67,19 @@ def test_pages_run(page, smollm2, tmp_path, monkeypatch):
         exec(compile(PREAMBLE + block, str(page), "exec"), space)
         if page in GUIDES and hasattr(space["model"], "qcompile_recipe"):
             space["model"] = tiny(len(tokenizer))  # a page of alternatives: each starts from a float model
+
+
+@pytest.mark.slow
+def test_the_distributed_example_runs(smollm2, tmp_path):
+    tokenizer = smollm2[1]
+    for part in (tiny(len(tokenizer)), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    script = ROOT / "docs" / "examples" / "train_ddp.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "model"), "3"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 3: loss" in done.stdout and "2 processes have the same weights; written: trained" in done.stdout
+    assert (tmp_path / "trained" / "qcompile.json").is_file()

@@ -1,7 +1,7 @@
 """Q-GaLore on several processes: torchrun --nproc-per-node 2 docs/examples/train_ddp.py [MODEL] [STEPS]
 
-Every process reads windows of its own; gradients are averaged by DistributedDataParallel, and a new basis comes from the
-gradient of all. Their weights stay equal bit for bit, which the last line checks.
+Every process reads windows of its own; gradients are averaged by DistributedDataParallel, and a new basis comes from
+the gradient of all. Their weights stay equal bit for bit, which the last line checks.
 """
 
 import sys

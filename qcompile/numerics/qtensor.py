@@ -144,7 +144,7 @@ def expand_groups(scale: Tensor, format: Format, columns: int) -> Tensor:
     width = format.width(columns)
     if columns % width:  # Inductor (torch 2.13, CPU) reads beyond the scales where a repeated tensor is cut
         return scale.index_select(-1, torch.arange(columns, device=scale.device) // width)
-    return scale.repeat_interleave(width, dim=-1)
+    return scale.repeat_interleave(width, dim=-1)[..., :columns]
 
 
 def group_columns(x: Tensor, format: Format) -> Tensor:

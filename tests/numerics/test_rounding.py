@@ -32,12 +32,12 @@ def test_rounding_error_is_at_most_half_a_scale(w, text):
             "m2" in text or text == "fp4/group16/m1" or bool((w.abs() <= 6.001 * scale).all())
         )  # these never saturate
         return
-    scale = expand_groups(q.scale, form, w.shape[1])
     if form.dual:
         scale = (q.scale * expand_groups(q.group_scale.float(), form, w.shape[1])).abs()
         # an integer group scale is up to half a level-1 unit short for each of 15 codes: 7.5 units
         assert bool((error <= 1.01 * scale + 8 * q.scale + 1e-7).all())
         return
+    scale = expand_groups(q.scale, form, w.shape[1])
     slack = 1.0 if form.zero == "int" else 0.5  # a rounded zero point shifts all values by half a scale more
     assert bool((error <= scale * slack * (1 + 1e-5) + 1e-7).all())
 
