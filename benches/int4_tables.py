@@ -1,4 +1,4 @@
-"""The tables of docs/algorithms/int4-training.md, from int4_training.json and training_sites.json."""
+"""The tables of docs/algorithms/int4-training.md, from its three result files."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ def accuracies(_: str) -> str:
     return "\n".join(lines)
 
 
+def transformer(_: str) -> str:
+    """Held-out loss of each variant, its distance to float, and the last training loss."""
+    found = measured("int4_transformer")
+    rows = found.get("rows", [])
+    runs = f"{found.get('seeds', 0)} seeds, {found.get('steps', 0)} steps"
+    lines = [f"| {runs} | held-out loss, nats a byte | of float | last training loss |", "|---|---|---|---|"]
+    for row in rows:
+        distance = row["held_out"] - rows[0]["held_out"]
+        lines.append(
+            f"| {row['variant']} | {row['held_out']:.4f} +- {row['spread']:.4f} | {distance:+.4f} | {row['loss']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
 def times(what: str) -> str:
     """Milliseconds and the ratio to the first row: of one site, or of the rounding of gradients."""
     found = measured("training_sites").get(f"{what}_ms", {})
@@ -34,4 +48,4 @@ def times(what: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"int4-accuracy": accuracies, "int4-times": times}
+TABLES = {"int4-accuracy": accuracies, "int4-transformer": transformer, "int4-times": times}

@@ -17,6 +17,7 @@ from qcompile.codegen.onnx.tracing.onnx_support import OnnxUnsupportedError
 from qcompile.codegen.onnx.tracing.trace import Traced
 from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear
+from qcompile.modules.static_quant import StaticQuantConv
 from qcompile.recipe.report import PassReport
 
 
@@ -47,7 +48,7 @@ def rewrite(
         report, embeddings = PassReport("operators of the ONNX standard"), []
     if decomposed := decompose_attentions(program):
         report.notes.append(f"{decomposed} attentions in standard operators")
-    is_quantized = any(isinstance(m, QuantLinear | QuantStack) for m in module.modules())
+    is_quantized = any(isinstance(m, QuantLinear | QuantStack | StaticQuantConv) for m in module.modules())
     if is_quantized and not options.float_embeddings:
         parameters = {name for name, _ in module.named_parameters()}
         embeddings += quantize_embeddings(program, parameters, report)

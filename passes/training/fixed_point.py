@@ -29,7 +29,7 @@ from qcompile.ir.node_meta import MODULE, NO_MODULE, SITE
 from qcompile.ir.op_calls import FixedPointConvCall, FixedPointLinearCall
 from qcompile.ir.program import Program
 from qcompile.numerics.fixed_point_format import FixedPointFormat, GradientRounding, Interval, Ranges
-from qcompile.numerics.fixed_point_operand import batch_range
+from qcompile.numerics.fixed_point_operand import LEAST_CLIP, batch_range
 from qcompile.recipe.pass_config import PassConfig
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
@@ -188,9 +188,9 @@ def _observed_ranges(
 def _insert(program: Program, site: AnySite, form: FixedPointFormat, act_range: Tensor, context: PassContext) -> None:
     """One product; a module that is called again reads what was added for its first call."""
     learned = form.ranges == "learned"
-    sigma = 3 * program.weights[site.name].float().std(correction=0)
+    sigma = (3 * program.weights[site.name].float().std(correction=0)).clamp_min(LEAST_CLIP)
     tensors = {"act_range": act_range, "gamma": torch.zeros(()), "counter": torch.zeros((), dtype=torch.int64)}
-    tensors |= {"act_clip": act_range.clone(), "weight_clip": sigma} if learned else {}
+    tensors |= {"act_clip": act_range.clamp_min(LEAST_CLIP), "weight_clip": sigma} if learned else {}
     device = program.weights[site.name].device
     parts: dict[str, fx.Node] = {}
     for part, tensor in tensors.items():

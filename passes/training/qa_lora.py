@@ -111,8 +111,9 @@ def _insert(program: Program, node: fx.Node, call: QLinearCall, config: QALoRA, 
     if f"{name}.lora_a" in program.weights:
         a, b = program.node_of(f"{name}.lora_a"), program.node_of(f"{name}.lora_b")
     else:
-        b = program.add_weight(f"{name}.lora_b", torch.zeros(rows, config.rank))
-        a = program.add_weight(f"{name}.lora_a", _drawn(config, form.groups(columns), index))
+        device = program.weight_of(call.weight).device
+        b = program.add_weight(f"{name}.lora_b", torch.zeros(rows, config.rank, device=device))
+        a = program.add_weight(f"{name}.lora_a", _drawn(config, form.groups(columns), index).to(device))
     x = call.x
     if call.act:
         assert call.x_scale is not None

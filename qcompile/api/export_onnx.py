@@ -18,6 +18,7 @@ from qcompile.codegen.onnx.sentence_embedding import check_example
 from qcompile.modules.generation_hooks import detached, refuse_cache
 from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear
+from qcompile.modules.static_quant import StaticQuantConv
 from qcompile.modules.training_module import refuse_training
 from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import Recipe
@@ -85,7 +86,7 @@ def export_onnx(
         if chosen is not None:
             model = copy.deepcopy(model)
             report = quantize(model, chosen, batches, example=example, progress=progress)
-        elif not any(isinstance(m, QuantLinear | QuantStack) for m in model.modules()):
+        elif not any(isinstance(m, QuantLinear | QuantStack | StaticQuantConv) for m in model.modules()):
             report = Report("float")
         with detached(model) as calls:
             cache = None

@@ -93,11 +93,13 @@ def rewrite_model(
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode; afterwards each as it was, and new ones as the model."""
-    modes = {module: module.training for module in model.modules()}
+    """Every module in evaluation mode; afterwards each as it was, and new ones as those in whose place they are."""
+    modes = {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
     model.eval()
     try:
         yield
     finally:
-        for module in model.modules():
-            module.training = modes.get(module, modes[model])
+        for path, module in model.named_modules(remove_duplicate=False):
+            while path not in modes:  # inside a new module
+                path = path.rpartition(".")[0]
+            module.training = modes[path]

@@ -12,6 +12,7 @@ from torch import nn
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
+from qcompile.modules.static_quant import StaticQuantConv
 
 
 def refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
@@ -24,6 +25,6 @@ def refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
 
 def forbid_save_pretrained(model: nn.Module) -> None:
     """Make a model's `save_pretrained` raise; nothing if it has none, or no quantized module."""
-    kinds = QuantLinear | RotatedLinear | QuantStack
+    kinds = QuantLinear | RotatedLinear | QuantStack | StaticQuantConv
     if hasattr(type(model), "save_pretrained") and any(isinstance(module, kinds) for module in model.modules()):
         object.__setattr__(model, "save_pretrained", refuse_save_pretrained)

@@ -14,6 +14,7 @@ from qcompile.checkpoint.module_entries import describe
 from qcompile.checkpoint.tensor_file import digests
 from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
+from qcompile.modules.static_quant import StaticQuantConv
 from qcompile.modules.wrappers import unwrapped
 
 Kind = Literal["parameter", "buffer", "computed", "attribute"]
@@ -84,7 +85,8 @@ class ModelState:
                 _refuse_unstorable(name, slot.tensor)
                 key = _identity(slot.tensor)
                 # Codes, scales and signs are stored for each site: a tie is the float model's.
-                alone = isinstance(module, (QuantLinear, QuantStack, RotatedLinear)) or not slot.tensor.numel()
+                kinds = (QuantLinear, QuantStack, RotatedLinear, StaticQuantConv)
+                alone = isinstance(module, kinds) or not slot.tensor.numel()
                 if slot.kind in ("computed", "attribute"):
                     state.computed.append(name)
                     state.scalars[path] = _scalars(module)

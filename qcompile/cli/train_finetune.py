@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +38,7 @@ Seed = Annotated[int, typer.Option(help="of the order of windows, and of what is
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in FOLDER.training")]
 
 _HELD_OUT = 16
+_SETTINGS = "run.json"
 
 
 @app.command()
@@ -65,7 +67,8 @@ def finetune(
 
     check_recipes(recipe)
     fit = Fit(steps, lr, batch, accumulate, 0.3, save_every, seed)
-    work = _work_folder(folder, resume)
+    settings = _settings(model, text, length, fit) | {"recipe": recipe, "rank": rank, "alpha": alpha}
+    work = _work_folder(folder, resume, settings)
 
     def prepare(loaded: Any, tokenizer: Any) -> tuple[nn.Module, str]:
         import torch
@@ -87,7 +90,7 @@ def finetune(
         merged: nn.Module = adapted.merge_and_unload()
         return merged
 
-    _train(model, folder, work, text, length, fit, prepare, None, settle)
+    _train(settings, folder, work, text, fit, prepare, None, settle)
 
 
 @app.command()
@@ -116,7 +119,8 @@ def train(
     if not chosen.trains:
         raise ValueError(f"recipe {recipe!r} does not train. Fix: qcompile quantize {model} {folder} -r {recipe}")
     fit = Fit(steps, lr, batch, accumulate, 1.0, save_every, seed)
-    work = _work_folder(folder, resume)
+    settings = _settings(model, text, length, fit) | {"recipe": recipe}
+    work = _work_folder(folder, resume, settings)
 
     def prepare(loaded: Any, tokenizer: Any) -> tuple[nn.Module, str]:
         from qcompile.training.train import train as run
@@ -131,7 +135,7 @@ def train(
         run(trained)
         return trained
 
-    _train(model, folder, work, text, length, fit, prepare, _optimizer(chosen, lr), settle)
+    _train(settings, folder, work, text, fit, prepare, _optimizer(chosen, lr), settle)
 
 
 def _optimizer(recipe: Any, lr: float) -> Callable[[list[nn.Parameter]], Any] | None:
@@ -145,7 +149,7 @@ def _optimizer(recipe: Any, lr: float) -> Callable[[list[nn.Parameter]], Any] | 
 
 
 def _train(
-    name: str, folder: Path, work: Path, text: Path | None, length: int, fit: Fit,
+    settings: dict[str, Any], folder: Path, work: Path, text: Path | None, fit: Fit,
     prepare: Callable[[Any, Any], tuple[nn.Module, str]], make_optimizer: Callable[[list[nn.Parameter]], Any] | None,
     settle: Callable[[nn.Module], nn.Module],
 ) -> None:  # fmt: skip
@@ -156,8 +160,8 @@ def _train(
         return f"{folder} was not written" + (f"; {last} is kept, and --resume goes on from it" if last else "")
 
     with kept(say):
-        loaded, tokenizer = load(name)
-        length = cap_length(length, loaded, tokenizer)
+        loaded, tokenizer = load(settings["MODEL"])
+        length = cap_length(settings["length"], loaded, tokenizer)
         train_pieces, held_out = _pieces(tokenizer, text, length, fit)
         losses = [("as loaded", held_out_loss(loaded, held_out))]
         model, stage = prepare(loaded, tokenizer)
@@ -168,6 +172,8 @@ def _train(
             def tell_step(step: int, loss: float) -> None:
                 progress.update(task, completed=step, description=f"training, loss {loss:.3f}")
 
+            work.mkdir(parents=True, exist_ok=True)
+            (work / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
             curve = fit.run(
                 model,
                 train_pieces,
@@ -203,12 +209,34 @@ def _pieces(tokenizer: Any, text: Path | None, length: int, fit: Fit) -> tuple[l
     return pieces[: min(fit.steps * fit.batch * fit.accumulate, there - _HELD_OUT)], pieces[-_HELD_OUT:]
 
 
-def _work_folder(folder: Path, resume: bool) -> Path:
-    """Where checkpoints go. Raises ValueError where another run's are, and nobody asked to go on from them."""
+def _settings(model: str, text: Path | None, length: int, fit: Fit) -> dict[str, Any]:
+    """What a run is made of, by the names of its options: another run's checkpoint is no beginning of it."""
+    return {
+        "MODEL": model, "text": None if text is None else str(text), "length": length, "steps": fit.steps, "lr": fit.lr,
+        "batch": fit.batch, "accumulate": fit.accumulate, "seed": fit.seed,
+    }  # fmt: skip
+
+
+def _work_folder(folder: Path, resume: bool, settings: dict[str, Any]) -> Path:
+    """Where checkpoints go.
+
+    Raises:
+        ValueError: another run's checkpoints are there, and nobody asked to go on from them, or with other settings.
+    """
     work = folder.with_name(f"{folder.name}.training")
-    last = newest_checkpoint(work)
+    last, file = newest_checkpoint(work), work / _SETTINGS
     if last is not None and not resume:
         raise ValueError(f"{last} is of an earlier run. Fix: --resume goes on from it; or remove {work}")
-    if resume and last is None:
-        note(f"{work} has no checkpoint yet: the run starts from the beginning")
+    if last is not None:
+        before = json.loads(file.read_text()) if file.is_file() else {}
+        for name, value in settings.items():
+            if before.get(name) != value:
+                option = name if name == "MODEL" else f"--{name}"
+                raise ValueError(
+                    f"{last} is of a run with {option} {before.get(name)}, not {value}. "
+                    f"Fix: --resume with the same; or remove {work}"
+                )
+        return work
+    if resume:
+        note(f"{work} has no whole checkpoint yet: the run starts from the beginning")
     return work

@@ -45,7 +45,7 @@ def round_gradient(
     """
     form = FixedPointFormat.parse(format)
     codes, step, following = quantize_gradient(gradient, gamma, counter, form, form.stream + _RANK_STRIDE * _rank())
-    if training:
+    if training and gradient.numel():
         act_range.copy_(torch.where(torch.isfinite(step), moved_range(act_range, ranges[0]), act_range))
         gamma.copy_(following)
         counter.add_(1)

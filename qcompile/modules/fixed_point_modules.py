@@ -19,7 +19,7 @@ from qcompile.modules.static_quant import StaticQuantConv, StaticQuantLinear
 from qcompile.modules.training_module import TrainingModule
 from qcompile.numerics.code_convolution import ConvolutionShape
 from qcompile.numerics.fixed_point_format import FixedPointFormat
-from qcompile.numerics.fixed_point_operand import step_of
+from qcompile.numerics.fixed_point_operand import LEAST_CLIP, step_of
 
 FIXED_POINT_PARTS = ("act_range", "gamma", "counter", "act_clip", "weight_clip")
 """What a module has beside its weight and bias."""
@@ -71,8 +71,9 @@ class FixedPointModule(TrainingModule):
         self.register_buffer("gamma", zero.clone())
         self.register_buffer("counter", torch.zeros((), dtype=torch.int64, device=weight.device))
         learned = self.format.ranges == "learned"
-        self.act_clip = nn.Parameter(self.act_range.clone()) if learned else None
-        self.weight_clip = nn.Parameter(3 * weight.detach().float().std(correction=0)) if learned else None
+        self.act_clip = nn.Parameter(self.act_range.clamp_min(LEAST_CLIP)) if learned else None
+        sigma = 3 * weight.detach().float().std(correction=0)
+        self.weight_clip = nn.Parameter(sigma.clamp_min(LEAST_CLIP)) if learned else None
 
     def matrix(self) -> Tensor:
         """The weight, [N, K] of a linear."""

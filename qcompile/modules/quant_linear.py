@@ -174,7 +174,9 @@ class QuantLinear(FixedDtypeModule):
 def result_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a product with x: its own, or that of autocast, which operators of ours do not see by themselves."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 class RotatedLinear(nn.Module):

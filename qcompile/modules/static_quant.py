@@ -68,6 +68,13 @@ class StaticQuantLinear(QuantLinear):
         """x [.., K] -> [.., N]."""
         if not self.rounds:
             return torch.nn.functional.linear(self.operand(input), self.weight.to(input.dtype), self.bias)
+        if input.requires_grad and torch.is_grad_enabled():  # straight through, as of QuantLinear
+            x = self.operand(input)
+            found: Tensor = torch.ops.qcompile.qlinear(
+                x, None, None, self.codes, self.scale, None, None, self.bias, str(self.format), "", self.in_features,
+                result_dtype(input),
+            )  # fmt: skip
+            return found
         codes, scale = operand_codes(input, self.act_scale, self.low, self.high)
         out: Tensor = torch.ops.qcompile.qlinear(
             codes, scale, None, self.codes, self.scale, None, None, self.bias, str(self.format), "int8/tensor",
@@ -169,9 +176,16 @@ class StaticQuantConv(ConvolutionSizes, FixedDtypeModule):
 
 
 def round_to_codes(x: Tensor, scale: Tensor, low: int, high: int, rounds: bool = True) -> Tensor:
-    """The codes of x as floats, float32 or wider; NaN stays. Without rounding they are x / scale, clamped."""
+    """The codes of x as floats, float32 or wider; NaN stays. Without rounding they are x / scale, clamped.
+
+    The gradient is that of the clamp.
+    """
     scaled = (x if x.dtype == torch.float64 else x.float()) / scale
-    return (scaled.round() if rounds else scaled).clamp(low, high)
+    if rounds and scaled.requires_grad and torch.is_grad_enabled():
+        scaled = scaled + (scaled.round() - scaled).detach()  # exactly the rounded value: both differences are exact
+    elif rounds:
+        scaled = scaled.round()
+    return scaled.clamp(low, high)
 
 
 def scaled_output(sums: Tensor, act_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,8 @@ class TrainingModule(FixedDtypeModule):
     all of it and a resumed run goes on bit for bit.
     """
 
+    SETTLED_BY = "qcompile.settle(model)"
+
     @abstractmethod
     def settled(self) -> nn.Module:
         """The quantized module for inference that computes what this one does in evaluation mode.
@@ -35,9 +37,10 @@ def refuse_training(model: nn.Module, what: str) -> None:
     Raises:
         ValueError: with the first module in training.
     """
-    path = next((path for path, module in model.named_modules() if isinstance(module, TrainingModule)), None)
-    if path is not None:
-        raise ValueError(
-            f"{path} is in training ({type(model.get_submodule(path)).__name__}), and {what} is for models that are "
-            "not. Fix: qcompile.settle(model) first. A run in training is stored by torch.save(model.state_dict(), f)"
-        )
+    for path, module in model.named_modules():
+        settled_by = getattr(type(module), "SETTLED_BY", None)
+        if settled_by is not None:
+            raise ValueError(
+                f"{path} is in training ({type(module).__name__}), and {what} is for models that are not. "
+                f"Fix: {settled_by} first. A run in training is stored by torch.save(model.state_dict(), f)"
+            )

@@ -23,6 +23,7 @@ from qcompile.numerics.fixed_point_format import Ranges
 _SIGMAS = 3.0
 _HALF_NORMAL = math.sqrt(1 - 2 / math.pi)  # standard deviation of |z|, z of the standard normal distribution
 _TINY = torch.finfo(torch.float32).tiny  # a smaller step is that of zeros
+LEAST_CLIP = 1e-6  # where a learned clip starts whose values are all zeros: from zero it could not grow
 MOMENTUM = 0.1  # of running ranges, as of the running statistics of batch norm
 
 
@@ -81,7 +82,7 @@ def clip_gradient(gradient: Tensor, x: Tensor, codes: Tensor, clip: Tensor, leve
     Returns:
         [].
     """
-    ratio = torch.where(inside_clip(x, clip, signed), x / clip, torch.zeros_like(x))
+    ratio = torch.where(inside_clip(x, clip, signed) & (clip > 0), x / clip, torch.zeros_like(x))
     return (gradient * (codes.to(gradient.dtype) / levels - ratio)).sum()
 
 

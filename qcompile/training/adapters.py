@@ -12,6 +12,7 @@ from qcompile.api.model_checks import check_model
 from qcompile.api.model_wrappers import inner_model
 from qcompile.api.rewrite_model import evaluation_mode, rewrite_model
 from qcompile.api.traced_model import TracedModel
+from qcompile.checkpoint.training_folder import mark_training_folders
 from qcompile.modules.adapted_linear import AdaptedLinear
 from qcompile.passes import QALoRA
 from qcompile.pipeline.run import run
@@ -64,6 +65,7 @@ def qa_lora(
         if isinstance(module, AdaptedLinear):
             module.lora_a.requires_grad_(True)
             module.lora_b.requires_grad_(True)
+    mark_training_folders(model)
     return report
 
 

@@ -6,6 +6,7 @@ Used by the command line; a program of one's own uses Trainer, or any loop, in t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +100,19 @@ class Fit:
     ) -> Trainer:  # fmt: skip
         from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+        rate = self.lr
+
         class Progress(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-                if logs and "loss" in logs:
-                    tell_step(state.global_step, float(logs["loss"]))
+                if not logs or "loss" not in logs:
+                    return
+                loss, step = float(logs["loss"]), state.global_step
+                if not math.isfinite(loss):  # before a checkpoint of it is written
+                    raise ValueError(
+                        f"the loss of step {step} is {loss}. Fix: a smaller learning rate than {rate:g}, from the "
+                        "beginning; or go on from the checkpoint before it"
+                    )
+                tell_step(step, loss)
 
         arguments = TrainingArguments(
             str(folder),
@@ -113,11 +123,13 @@ class Fit:
             save_steps=self.save_every,
             save_total_limit=2,
             logging_steps=1,
+            logging_nan_inf_filter=False,
             seed=self.seed,
             report_to=[],
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # or Trainer copies the model, and the state of copies is lost
         data = [{"input_ids": window[0], "labels": window[0]} for window in windows]
         trainer = Trainer(model, arguments, train_dataset=data, optimizers=optimizers, callbacks=[Progress()])
         trainer.remove_callback(PrinterCallback)
@@ -125,8 +137,9 @@ class Fit:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the last step in a folder of a run, or None."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    """The whole checkpoint of the last step in a folder of a run, or None."""
+    written = (path.parent for path in folder.glob("checkpoint-*/trainer_state.json"))  # Trainer writes it last
+    found = [path for path in written if path.name.rpartition("-")[2].isdigit()]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
@@ -136,7 +149,9 @@ def held_out_loss(model: nn.Module, windows: Sequence[Tensor]) -> float:
     mode = model.training
     model.eval()
     try:
-        return sum(float(model(input_ids=window, labels=window).loss) for window in windows) / len(windows)
+        device = next(iter(model.parameters())).device
+        on_device = (window.to(device) for window in windows)
+        return sum(float(model(input_ids=window, labels=window).loss) for window in on_device) / len(windows)
     finally:
         model.train(mode)
 

@@ -52,13 +52,35 @@ def fold_after(optimizer: O) -> O:
 
 
 def _fold(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    skipped = getattr(optimizer, "found_inf", None)  # GradScaler tells a fused optimizer to leave its parameters
+    if skipped is not None and bool(skipped):
+        return
     modules = modules_of(_parameters(optimizer))
+    stepped: list[tuple[LowRankLinear, float]] = []
     for group in optimizer.param_groups:
         decay = float(group["lr"]) * float(group.get("weight_decay", 0.0))
         for parameter in group["params"]:
             module = modules.get(id(parameter))
             if module is not None and (parameter.grad is not None or not is_zero(parameter)):
-                module.fold(decay)
+                stepped.append((module, decay))
+    _refuse_not_finite([module for module, _ in stepped])
+    for module, decay in stepped:
+        module.fold(decay)
+
+
+@torch.no_grad()
+def _refuse_not_finite(modules: list[LowRankLinear]) -> None:
+    """Refuse a step with NaN or Inf as a whole: no weight has it then, and no L is left over."""
+    bad = [module for module in modules if not is_finite(module.low)]
+    if bad:
+        for module in modules:
+            module.low.zero_()
+        raise ValueError(
+            f"the optimizer's step for {len(bad)} of {len(modules)} weights, the first [{bad[0].out_features}, "
+            f"{bad[0].in_features}], holds NaN or Inf: their gradients did. No weight has changed; moments of the "
+            "optimizer may hold NaN too. Fix: torch.amp.GradScaler with float16; or a lower learning rate, and start "
+            "again from a checkpoint"
+        )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

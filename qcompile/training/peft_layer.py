@@ -50,6 +50,8 @@ class QALoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
     Merging moves the zero points of the base, exactly; unmerging puts the base back that was there before.
     """
 
+    SETTLED_BY = "model.merge_and_unload()"
+
     base_layer: Any  # these come from LoraLayer, which mypy does not see
     lora_A: Any
     lora_B: Any
@@ -73,6 +75,7 @@ class QALoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
                 "Fix: qcompile.peft_config(model), which takes the modules that can have an adapter"
             )
         LoraLayer.__init__(self, base_layer, **kwargs)
+        self.path = kwargs.get("target_name") or "a module"
         self.group = base_layer.format.width(base_layer.in_features)
         self._before_merges: list[QuantLinear] = []
         self._active_adapter = adapter_name
@@ -103,6 +106,11 @@ class QALoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [.., K] -> [.., N]."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "QA-LoRA: adapter_names gives each row of a batch an adapter of its own, and all rows have the same "
+                "here. Fix: model.set_adapter(name), one batch for each"
+            )
         if self.disable_adapters and self.merged:
             self.unmerge()
         out: Tensor = self.base_layer(input)
@@ -130,8 +138,12 @@ class QALoraLayer(nn.Module, LoraLayer):  # type: ignore[misc]
             product = self.lora_B[name].weight.double() @ self.lora_A[name].weight.double()
             if safe_merge and not torch.isfinite(product).all():
                 raise ValueError(f"adapter {name!r} has NaN or Inf. Fix: load another checkpoint of it")
+            try:
+                into = merged(self.base_layer, product, self.scaling[name])
+            except ValueError as error:
+                raise ValueError(f"{self.path}, adapter {name!r}: {error}") from error
             self._before_merges.append(self.base_layer)
-            self.base_layer = merged(self.base_layer, product, self.scaling[name])
+            self.base_layer = into
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:

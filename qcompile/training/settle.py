@@ -7,7 +7,7 @@ from torch import nn
 from qcompile.api.model_wrappers import inner_model
 from qcompile.checkpoint.foreign_save import forbid_save_pretrained
 from qcompile.modules.take_place import take_place
-from qcompile.modules.training_module import TrainingModule
+from qcompile.modules.training_module import TrainingModule, refuse_training
 from qcompile.recipe.rule import RecipeError
 
 
@@ -27,6 +27,7 @@ def settle(model: nn.Module) -> None:
     model = inner_model(model)
     training = training_modules(model)
     if not training:
+        refuse_training(model, "qcompile.settle")  # adapters of PEFT
         raise RecipeError(
             f"{type(model).__name__} has nothing to settle: no module of it is in training. "
             "Fix: call it after qcompile.train or qcompile.qa_lora, once"

@@ -14,6 +14,7 @@ from qcompile.api.model_checks import check_model
 from qcompile.api.model_wrappers import inner_model
 from qcompile.api.rewrite_model import rewrite_model
 from qcompile.checkpoint.training_folder import mark_training_folders
+from qcompile.codegen.cpu.training_kernels import install_cpu_rounding
 from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
@@ -38,7 +39,7 @@ def train(
     Args:
         model: any module with parameters that require gradients.
         recipe: "int4-train", "q-galore", a Recipe of passes that train, plain data, or path to a JSON file.
-        batches: data to find the sites with; only the first is used.
+        batches: data; the first finds the sites, and INT4 training takes the ranges of activations from all.
         example: what to trace with when there are no batches; transformers' models bring their own.
         progress: show bars.
         dump: folder for the graph before and after every pass.
@@ -68,6 +69,8 @@ def train(
     )
     object.__setattr__(model, "qcompile_recipe", ran.to_json())
     mark_training_folders(model)
+    if any(parameter.device.type == "cpu" for parameter in model.parameters()):
+        install_cpu_rounding()
     return report
 
 

@@ -31,4 +31,11 @@ def test_every_module_is_in_its_own_mode_again():
         assert not any(module.training for module in found.modules())
         found[0] = nn.Linear(64, 64).eval()
     assert found.training and found[1].training and not found[2].training and not found[2][1].training
-    assert found[0].training, "a new module is as the model"
+    assert found[0].training, "a new module is as the one before it"
+
+
+def test_a_new_module_has_the_mode_of_the_one_in_whose_place_it_is():
+    found = model()
+    found[2].eval()
+    rewrite_model(found, PRESETS["int8"], None, **OPTIONS)
+    assert found[0].training and isinstance(found[2][1], QuantLinear) and not found[2][1].training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -26,8 +27,9 @@ def test_finetune_writes_a_merged_model_that_others_read(folder, tmp_path, call)
 
 def test_an_earlier_run_is_not_overwritten_and_can_be_resumed(folder, tmp_path, call, fail):
     (tmp_path / "q.training" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "q.training" / "checkpoint-2" / "trainer_state.json").touch()
     assert "is of an earlier run. Fix: --resume" in fail("finetune", folder, tmp_path / "q", *SHORT)
-    (tmp_path / "q.training" / "checkpoint-2").rmdir()
+    shutil.rmtree(tmp_path / "q.training")
     out = call("finetune", folder, tmp_path / "q", "--resume", "--rank", 4, *SHORT)
     assert "settled" in out
 
@@ -58,3 +60,11 @@ def test_train_writes_a_settled_model(recipe, folder, tmp_path, call):
     losses = {row[0]: float(row[-1]) for row in rows}
     assert losses["trained"] == pytest.approx(losses["settled"], abs=1e-3)
     assert "perplexity" in call("eval", tmp_path / "q", "--windows", 1, "--length", 64)
+
+
+def test_a_run_is_not_resumed_with_other_settings(folder, tmp_path, call, fail):
+    call("finetune", folder, tmp_path / "q", "--rank", 4, *SHORT)
+    shutil.rmtree(tmp_path / "q")
+    error = fail("finetune", folder, tmp_path / "q", "--resume", "--rank", 8, *SHORT)
+    assert "is of a run with --rank 4, not 8. Fix: --resume with the same" in error
+    assert "settled" in call("finetune", folder, tmp_path / "q", "--resume", "--rank", 4, *SHORT)

@@ -157,3 +157,23 @@ def test_strides_of_the_input_do_not_show():
     for call in (module, module.settled()):
         outs = [call(x), call(x.to(memory_format=torch.channels_last))]
         assert torch.equal(*outs) and outs[0].stride() == outs[1].stride()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_an_empty_batch_moves_no_state(kind):
+    module, x = make(kind)
+    module(x).sum().backward()
+    before = {name: tensor.clone() for name, tensor in module.named_buffers()}
+    module(x[:0].requires_grad_()).sum().backward()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.named_buffers())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_learned_clips_of_zeros_can_grow(kind):
+    module, x = make(kind, ranges="learned")
+    with torch.no_grad():
+        module.weight.zero_()
+    again = type(module)(module.weight, module.bias, start(ranges="learned"), *([SHAPE] if kind == "conv" else []))
+    again(x).square().sum().backward()
+    for clip in (again.weight_clip, again.act_clip):
+        assert clip > 0 and torch.isfinite(clip.grad)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qcompile.modules.quant_linear import BUFFERS, QuantLinear, RotatedLinear
+from qcompile.modules.quant_linear import BUFFERS, QuantLinear, RotatedLinear, result_dtype
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard, random_signs
 from qcompile.numerics.qtensor import PARTS
@@ -76,3 +76,11 @@ def test_a_cast_keeps_codes_and_scales():
 def test_a_rotated_linear_rotates_its_input():
     inner, signs, x = torch.nn.Linear(K, N), random_signs(K, 1).float(), torch.randn(3, K)
     assert torch.allclose(RotatedLinear(inner, signs)(x), inner(apply_hadamard(x, signs)), atol=1e-6)
+
+
+def test_autocast_leaves_float64_and_meta_tensors_alone():
+    """As nn.Linear: autocast knows no float64, and no meta device."""
+    x = torch.randn(2, 4, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert result_dtype(x) == torch.float64 and result_dtype(x.float()) == torch.bfloat16
+        assert result_dtype(x.float().to("meta")) == torch.float32

@@ -95,3 +95,24 @@ def test_the_linear_is_quantized_in_its_operand_and_text():
     assert torch.equal(module.operand(x), (x / 0.3).round().clamp(0, 15) * module.act_scale)
     assert "act=0..15 static" in repr(module) and "weight=int4/tensor" in repr(conv())
     assert [code_type(bits) for bits in range(2, 9)] == ["int2", "int3", "int4", *["int8"] * 4]
+
+
+@pytest.mark.parametrize("make", [linear, conv])
+def test_a_gradient_passes_inside_the_clip(make):
+    module = make()
+    x = inputs(module) * 3
+    with torch.no_grad():
+        want = module(x)
+    x.requires_grad_()
+    out = module(x)
+    assert torch.allclose(out, want, rtol=1e-5, atol=1e-5)
+    (dx,) = torch.autograd.grad(out.square().sum(), x)
+    inside = (x.abs() / 0.3 <= 7).detach()
+    assert (dx[inside] != 0).any() and not dx[~inside & (x.abs() / 0.3 > 7.5)].any()
+
+
+def test_the_gradient_of_a_linear_is_that_of_its_dequantized_weight():
+    module = linear()
+    x, g = torch.randn(5, 10).clamp(-2, 2).requires_grad_(), torch.randn(5, 6)
+    (dx,) = torch.autograd.grad(module(x), x, g)
+    assert torch.allclose(dx, g @ torch.Tensor(module.weight), atol=1e-5)

@@ -85,9 +85,19 @@ def test_an_optimizer_of_ones_own(base, tmp_path):
 def test_checkpoints_are_ordered_by_step(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", "other-11"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").touch()
+    (tmp_path / "checkpoint-12").mkdir()  # killed while it was written
     assert newest_checkpoint(tmp_path).name == "checkpoint-10" and newest_checkpoint(tmp_path / "none") is None
 
 
 def test_the_curve_is_drawn(tmp_path):
     plot_losses([(step, 3 / step) for step in range(1, 30)], tmp_path / CURVE)
     assert (tmp_path / CURVE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_of_it(base, tmp_path):
+    fit = Fit(steps=6, lr=1e30, batch=2, save_every=1, clip=0.0)
+    with pytest.raises(ValueError, match=r"the loss of step \d is (nan|inf). Fix: a smaller learning rate than 1e\+30"):
+        fit.run(adapted(base), WINDOWS, tmp_path)
+    last = newest_checkpoint(tmp_path)
+    assert last is None or json.loads((last / "trainer_state.json").read_text())["log_history"][-1]["loss"] < 100

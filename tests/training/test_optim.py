@@ -364,3 +364,30 @@ def test_a_closure_and_groups_with_rates_of_their_own():
     optimizer.add_param_group({"params": embedding.parameters()})
     with pytest.raises(ValueError, match="sparse"):
         optimizer.step()
+
+
+def test_a_step_that_a_scaler_skips_folds_nothing():
+    """GradScaler tells a fused optimizer by `found_inf`, and its step hook runs all the same."""
+    model = prepared(net())
+    optimizer = adamw(model, weight_decay=0.1, fused=True)
+    loss_of(model, data(0)).backward()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    del optimizer.grad_scale, optimizer.found_inf
+    optimizer.step()
+    assert any(not torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
+def test_a_step_with_nan_changes_no_weight_and_leaves_a_model_that_runs():
+    model = prepared(net())
+    optimizer = adamw(model)
+    loss_of(model, data(0)).backward()
+    before = [m.codes.clone() for m in low_rank_linears(model)]
+    low_rank_linears(model)[1].low.grad.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the optimizer's step for 1 of .* weights.*NaN or Inf.*No weight has changed"):
+        optimizer.step()
+    assert all(torch.equal(a, m.codes) for a, m in zip(before, low_rank_linears(model), strict=True))
+    assert torch.isfinite(loss_of(model, data(1)))

@@ -162,3 +162,26 @@ def test_dropout_and_half_precision(quantized):
     half = model.eval().bfloat16()
     assert logits(half).dtype == torch.bfloat16
     assert isinstance(model, PeftModel) and isinstance(half, nn.Module)
+
+
+def test_an_adapter_for_each_row_is_refused(quantized):
+    model = adapted(quantized)
+    with pytest.raises(ValueError, match="adapter_names gives each row of a batch an adapter of its own.*set_adapter"):
+        model(input_ids=IDS, adapter_names=["__base__", "default"])
+
+
+def test_a_model_with_adapters_beside_it_is_not_saved_as_if_it_were_merged(quantized, tmp_path):
+    model = adapted(quantized)
+    for attempt in (lambda: qcompile.save(model, tmp_path / "out"), lambda: qcompile.settle(model)):
+        with pytest.raises(ValueError, match=r"is in training \(QALoraLayer\).*Fix: model.merge_and_unload\(\) first"):
+            attempt()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_cannot_be_merged_is_named(quantized):
+    model = adapted(quantized)
+    layer = next(module for module in model.modules() if isinstance(module, QALoraLayer))
+    with torch.no_grad():
+        layer.lora_A["default"].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="q_proj, adapter 'default': its adapter cannot be merged"):
+        model.merge_adapter()

@@ -8,7 +8,9 @@ from torch import nn
 
 import qcompile
 from qcompile import NothingToQuantize, RecipeError
+from qcompile.codegen.cpu.training_kernels import install_cpu_rounding
 from qcompile.modules.training_module import TrainingModule
+from qcompile.numerics import code_rounding
 from qcompile.pipeline.training_presets import TRAINING_PRESETS
 
 X = torch.randn(4, 64)
@@ -84,3 +86,11 @@ def test_an_error_leaves_the_model_as_it_was(name, monkeypatch):
     after = found.state_dict()
     assert [type(module) for module in found.modules()] == before and found.training
     assert after.keys() == state.keys() and all(torch.equal(after[key], state[key]) for key in state)
+
+
+def test_rounding_has_its_kernels_from_the_start(monkeypatch):
+    monkeypatch.setattr(code_rounding, "_installed", {})
+    install_cpu_rounding.cache_clear()
+    qcompile.train(model(), "int4-train", example=X, progress=False)
+    assert list(code_rounding._installed) == ["cpu"]
+    install_cpu_rounding.cache_clear()
