@@ -10,7 +10,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check sanitize bench architectures mutate clean
+.PHONY: demo test check exhaustive sanitize bench architectures mutate clean
 
 $(READY): Makefile requirements-ci.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -27,10 +27,13 @@ check: $(READY) ## style, types and the fast tests: minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 test: check ## everything that CI runs: real models and compiles too
 	$(PYTEST) -m slow
+
+exhaustive: $(READY) ## what CI leaves out: every kernel for every GPU, every preset on every architecture
+	$(PYTEST) -m exhaustive
 
 # What is loaded into Python by LD_PRELOAD, and must be found by the compiler that Inductor uses.
 CXX ?= g++

@@ -97,7 +97,7 @@ def finetune(
 def train(
     model: Model,
     folder: Out,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="int4-train, q-galore, or a .json file")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="q-galore, int4-train, or a .json file")] = "q-galore",
     text: TextFile = None,
     lr: LearningRate = 1e-3,
     steps: Steps = 100,

@@ -74,8 +74,11 @@ def test_generate_through_compile():
     assert model.generate(ids, **arguments).tolist() == reference.generate(ids, **arguments).tolist()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "gpt2")),
+     pytest.param("gemma2", marks=pytest.mark.exhaustive)],
+)  # fmt: skip
 def test_generate_needs_a_graph_for_prompts_and_one_for_tokens(name):
     """Inductor alone compiles a third, for a cache to which its first graph gives other strides than its second."""
     model, ids = build(name), torch.tensor([[5, 6, 7, 8]])

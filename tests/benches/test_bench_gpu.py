@@ -27,7 +27,7 @@ def bench(monkeypatch, tmp_path):
     return gpu
 
 
-@pytest.mark.slow  # compiles models by Inductor
+@pytest.mark.exhaustive  # compiles models by Inductor
 def test_both_parts_are_written_and_printed(bench, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["gpu.py", "all", "1"])
     real = bench.run_model

@@ -37,8 +37,13 @@ def captured(name):
     return capture(build(name), (), inputs, dynamic=is_dynamic(name)), list(inputs.values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO)
+# Of the others each has the dataflow of one of these.
+IN_CI = {"llama", "gpt2", "gemma3", "mixtral", "qwen2_moe", "bert", "vit", "mlp"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in IN_CI else pytest.mark.exhaustive) for n in ZOO]
+)
 def test_presets(name):
     program, inputs = captured(name)
     want = program(*inputs)[:1]

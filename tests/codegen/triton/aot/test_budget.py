@@ -24,7 +24,7 @@ def without_interpreter():
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_all_kernels_compile_for_all_architectures_within_budget():
     command = [sys.executable, "-m", "qcompile.cli", "kernels", "check"]
