@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from qcompile.analysis.network_ends import is_last
 from qcompile.analysis.sites import Site
 from qcompile.ir.aten_ops import CASTS, LINEAR, MOVES, PRODUCTS, aten
 from qcompile.ir.op_calls import OUR_PRODUCTS
@@ -102,25 +103,8 @@ def formats_of(
 
 
 def writes_output(site: Site) -> bool:
-    """Whether what a site computes reaches the graph's outputs and no further product."""
-    return gives_output(site.node)
-
-
-def gives_output(product: fx.Node) -> bool:
-    """Whether a product reaches the graph's outputs and no further product, quantized ones among them."""
-    work, visited = list(product.users), set[fx.Node]()
-    meets_output = False
-    while work:
-        node = work.pop()
-        if node in visited:
-            continue
-        visited.add(node)
-        if node.op == "output":
-            meets_output = True
-        elif node.target in PRODUCTS or node.target in OUR_PRODUCTS:
-            return False
-        work += list(node.users)
-    return meets_output
+    """Whether what a site computes reaches the graph's outputs and no further product, quantized ones among them."""
+    return is_last(site.node, PRODUCTS | OUR_PRODUCTS)
 
 
 def chooses_experts(site: Site) -> bool:

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from qcompile.analysis.network_ends import is_last
 from qcompile.ir.aten_ops import aten
 from qcompile.ir.node_meta import MODULE, SITE
 from qcompile.ir.op_calls import DequantizeCall, GroupAdapterCall, QExpertsCall, QLinearCall, site_name
 from qcompile.ir.program import Program
 from qcompile.numerics.zero_shift import shift_obstacle
-from qcompile.passes.qdq.site_plan import gives_output
 from qcompile.recipe.pass_config import PassConfig
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
@@ -84,7 +84,7 @@ def _is_chosen(program: Program, node: fx.Node, call: QLinearCall, context: Pass
         obstacle = "its activations are smoothed at run time, and the adapter would not be"
     if obstacle is None and rule is not None and rule.keep:
         obstacle = f"kept as it is by the rule {rule.match!r}"
-    if obstacle is None and gives_output(node):
+    if obstacle is None and is_last(node):
         obstacle = "it gives the output"
     if obstacle is not None:
         report.skip(name, obstacle, node.name)

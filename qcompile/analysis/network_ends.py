@@ -5,6 +5,7 @@ Recipes keep them in higher precision: what is lost in the first is lost for all
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from torch import fx
@@ -35,13 +36,13 @@ def is_first(product: fx.Node) -> bool:
     return True
 
 
-def is_last(product: fx.Node) -> bool:
-    """Whether the output of a product reaches the outputs of the graph, and no further product."""
+def is_last(product: fx.Node, products: Set[Any] = _BETWEEN) -> bool:
+    """Whether the output of a product reaches the outputs of the graph, and no further one of `products`."""
     work, visited = list(product.users), set[fx.Node]()
     meets_output = False
     while work:
         node = work.pop()
-        if node.target in _BETWEEN:
+        if node.target in products:
             return False
         meets_output = meets_output or node.op == "output"
         if node not in visited:

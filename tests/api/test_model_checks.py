@@ -23,7 +23,8 @@ def test_weights_on_the_meta_device_are_named():
 
 @pytest.mark.parametrize("among_others", [False, True])
 def test_offloaded_weights_are_named(among_others):
-    hooks = pytest.importorskip("accelerate.hooks")
+    from accelerate import hooks
+
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     hook = hooks.AlignDevicesHook(execution_device="cpu", offload=True, weights_map=model[1].state_dict())
     hooks.add_hook_to_module(model[1], hooks.SequentialHook(hooks.ModelHook(), hook) if among_others else hook)

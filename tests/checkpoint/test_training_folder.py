@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from q_galore_models import equal_states, low_rank_linears, net, prepared
 from safetensors.torch import load_file
 
@@ -14,8 +15,6 @@ import qcompile
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.training_folder import mark_training_folders
 from qcompile.passes import QGaLore
-
-transformers = pytest.importorskip("transformers")
 
 RECIPE = qcompile.Recipe("test", (QGaLore(rank=4, gap=3),))
 

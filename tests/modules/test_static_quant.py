@@ -116,3 +116,13 @@ def test_the_gradient_of_a_linear_is_that_of_its_dequantized_weight():
     x, g = torch.randn(5, 10).clamp(-2, 2).requires_grad_(), torch.randn(5, 6)
     (dx,) = torch.autograd.grad(module(x), x, g)
     assert torch.allclose(dx, g @ torch.Tensor(module.weight), atol=1e-5)
+
+
+def test_the_gradient_of_a_convolution_is_that_of_its_dequantized_weight():
+    module = conv()
+    x = inputs(module).clamp(-2, 2).requires_grad_()
+    out = module(x)
+    g, moves = torch.randn_like(out), (SHAPE.stride, SHAPE.padding, SHAPE.dilation, SHAPE.groups)
+    (dx,) = torch.autograd.grad(out, x, g)
+    (want,) = torch.autograd.grad(F.conv2d(x, module.weight, None, *moves), x, g)
+    assert torch.allclose(dx, want, atol=1e-5)
