@@ -9,6 +9,7 @@ from torch import nn
 from qcompile.analysis.conv_sites import find_conv_sites
 from qcompile.analysis.network_ends import is_first, is_last
 from qcompile.analysis.sites import find_sites
+from qcompile.ir.aten_ops import LINEAR
 from qcompile.ir.capture import capture
 
 
@@ -62,3 +63,10 @@ def test_a_product_whose_result_also_leaves_the_graph_is_not_the_last():
             return y, self[1](y)
 
     assert ends(Both(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)) == ({"0.weight"}, {"1.weight"})
+
+
+def test_a_product_that_nobody_reads_gives_no_output():
+    program = capture(nn.Sequential(nn.Linear(4, 4)), (torch.randn(3, 4),))
+    (product,) = program.graph.find_nodes(op="call_function", target=LINEAR)
+    unread = program.insert(LINEAR, product.args, after=product)
+    assert is_last(product) and not is_last(unread)
