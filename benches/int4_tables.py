@@ -1,4 +1,4 @@
-"""The tables of docs/algorithms/int4-training.md, from its three result files."""
+"""The tables of docs/algorithms/int4-training.md and docs/results/training-sites.md, from their result files."""
 
 from __future__ import annotations
 
@@ -48,4 +48,39 @@ def times(what: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"int4-accuracy": accuracies, "int4-transformer": transformer, "int4-times": times}
+def shapes(what: str) -> str:
+    """Float time over time in fixed point, of the shapes of one form: linear, or conv with those that have groups."""
+    isa, form = what.split()
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in measured(f"training_shapes-{isa}").get("rows", []):
+        if bool(row["shape"][5]) == (form == "conv"):
+            found.setdefault(tuple(row["shape"]), {})[row["dtype"]] = row["float_us"] / row["us"]
+    names = ["M", "K", "N"]
+    if form == "conv":
+        names = ["positions", "in", "out", "taps", "stride", "dimensions", "groups"]
+    lines = [f"| {' | '.join(names)} | float32 | bfloat16 |", "|---" * (len(names) + 2) + "|"]
+    for shape, ratio in sorted(found.items(), key=lambda item: item[0][6:] + item[0][5:6] + item[0][1:5] + item[0][:1]):
+        cells = [
+            *map(str, shape[: len(names)]),
+            *(f"{ratio[d]:.2f}x" if d in ratio else "" for d in ("float32", "bfloat16")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sharing(isa: str) -> str:
+    """What rounding x takes of the step of a site."""
+    lines = ["| M | K | N | step, ms | rounding of x, ms | share |", "|---|---|---|---|---|---|"]
+    for row in measured(f"training_shapes-{isa}").get("sharing", []):
+        step, x = row["step_us"] / 1e3, row["x_us"] / 1e3
+        lines.append(f"| {row['M']} | {row['K']} | {row['N']} | {step:.1f} | {x:.2f} | {x / step:.1%} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "int4-accuracy": accuracies,
+    "int4-transformer": transformer,
+    "int4-times": times,
+    "int4-shapes": shapes,
+    "int4-sharing": sharing,
+}

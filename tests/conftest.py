@@ -38,10 +38,11 @@ def fresh_compiler():
 @pytest.fixture(autouse=True, scope="session")
 def one_table():
     """Which sites stay float must not depend on the machine that runs the tests."""
-    from qcompile.codegen.cpu import cpu_kernel_choice
+    from qcompile.codegen.cpu import cpu_kernel_choice, training_kernel_choice
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_kernel_choice, "processor", lambda: "vnni")
+        for choice in (cpu_kernel_choice, training_kernel_choice):
+            patch.setattr(choice, "processor", lambda: "vnni")
         yield
 
 

@@ -11,8 +11,11 @@ from qcompile.backend import dynamo as backend
 from qcompile.codegen.triton.launch.pack_weights import prepare
 from qcompile.codegen.triton.tuning.gpu_timer import TimedGpu
 from qcompile.memory.fingerprint import fingerprint
+from qcompile.numerics import code_rounding
+from qcompile.numerics.code_matmul import code_matmul
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
+from qcompile.passes import QGaLore
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -71,6 +74,33 @@ def test_weights_are_prepared_on_the_gpu_as_on_a_cpu(form):
 def test_fingerprints_are_those_of_a_cpu(shape):
     tensor = torch.randn(shape).bfloat16()
     assert fingerprint(tensor.cuda()) == fingerprint(tensor).removesuffix("cpu") + "cuda:0"
+
+
+@pytest.mark.parametrize("name", ["int4-train", "q-galore"])
+def test_training_rounds_by_kernels(name):
+    model = build("llama").cuda().requires_grad_(True)
+    batch = {key: value.cuda() for key, value in example("llama").items()}
+    recipe = qcompile.Recipe("small", (QGaLore(rank=8),)) if name == "q-galore" else name
+    qcompile.train(model, recipe, example=batch, progress=False)
+    assert type(code_rounding._installed["cuda"]).__name__ == "GpuRounding"
+    kind = qcompile.optim.QGaLoreAdamW8bit if name == "q-galore" else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("m,n,k", [(1, 1, 1), (5, 7, 3), (17, 9, 33), (32, 8, 8), (100, 200, 131_071)])
+def test_integer_products_of_any_size(m, n, k):
+    x, w = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
+    want = code_matmul(x, w)
+    for a, b in ((x, w), (x.t().contiguous().t(), w.t().contiguous().t())):
+        assert torch.equal(code_matmul(a.cuda(), b.cuda()).cpu().long(), want.long())
 
 
 def test_readings_are_of_the_gpu():

@@ -14,4 +14,5 @@ The files beside them make a target of it, on top of kernels/ and launch/ and im
     gpu_kernel_choice.py   which kernel computes a site, and how fast
     fuse_row_quant.py      what stands before a quantize, fused into it
     gpu_lowering.py        from the dialect to the operators
+    gpu_rounding.py        what the operators that train round with
 """

@@ -85,7 +85,7 @@ def _lower_qlinear(program: Program, node: fx.Node, call: QLinearCall, remember:
 
 def _linear_w(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> fx.Node:
     stored, form, k = stored_weight(program, call), call.weight_format, call.columns
-    made = prepared_weights(program, call, "linear_w", remember, lambda: prepare(*stored, form, k))
+    made = prepared_weights(program, [call], "linear_w", remember, lambda: prepare(*stored, form, k))
     packed, scale, *zeros = made
     zero = zeros[0] if zeros else None
     return LinearWCall(
@@ -102,7 +102,7 @@ def _linear_a8(program: Program, node: fx.Node, call: QLinearCall, remember: Rem
         def make() -> tuple[Tensor]:
             return (dequantize_to_int8(unpack_codes(codes, form, k), zero, group_scale, form),)
 
-        (weight,) = prepared_weights(program, call, "int8", remember, make)
+        (weight,) = prepared_weights(program, [call], "int8", remember, make)
     return LinearA8Call(
         call.x, call.x_scale, weight, call.scale, call.bias, residual=None, low=None, up=None, dtype=call.dtype
     ).insert(program, before=node)

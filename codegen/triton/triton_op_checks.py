@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.triton.kernels.dtypes import NAMES
-from qcompile.codegen.triton.kernels.spec import RowQuant, parse
+from qcompile.codegen.triton.kernels.parse_spec import parse
+from qcompile.codegen.triton.kernels.spec import RowQuant
 from qcompile.codegen.triton.kernels.weight_layout import WeightLayout, layout_of
 from qcompile.codegen.triton.launch.row_quant import MAX_K
 from qcompile.ir.op_checks import FLOATS, OpChecks, same_size

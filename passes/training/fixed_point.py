@@ -60,6 +60,8 @@ class FixedPoint(PassConfig):
     ranges: Ranges = "sigma"
     # How gradients are rounded.
     rounding: GradientRounding = "stochastic"
+    # Codes of activations have no sign where evaluation gives none below zero; training then refuses such values.
+    drop_signs: bool = True
     # Keep the products float that read the model's input.
     keep_first: bool = True
     # Keep the products float that give the model's output.
@@ -74,11 +76,11 @@ class FixedPoint(PassConfig):
         except (ValueError, TypeError) as error:
             raise RecipeError(f"FixedPoint: {error}") from error
 
-    def format_of(self, index: int, *, signed: bool) -> FixedPointFormat:
+    def format_of(self, index: int, *, signed: bool, site: str = "") -> FixedPointFormat:
         """The format of one site, with random values of its own."""
         return FixedPointFormat(
             self.weight_bits, self.act_bits, self.gradient_bits, signed, self.ranges, self.interval, self.rounding,
-            self.alpha, self.beta, self.seed * _STREAMS + index,
+            self.alpha, self.beta, self.seed * _STREAMS + index, site,
         )  # fmt: skip
 
 
@@ -109,12 +111,12 @@ def fixed_point(program: Program, config: FixedPoint, context: PassContext) -> P
         raise RecipeError(f"FixedPoint: NaN or Inf in the weights {', '.join(bad[:8])}. Fix: load the model again")
     ranges = _observed_ranges(program, context, chosen, config)
     nonnegative: dict[object, bool] = {}
-    unsigned = {site.node: is_nonnegative(site.input, nonnegative) for site in chosen}
+    unsigned = {site.node: config.drop_signs and is_nonnegative(site.input, nonnegative) for site in chosen}
     names = list(dict.fromkeys(site.name for site in chosen))
     # A module that is called more than once has one format: without a sign only where no call needs one.
     signed = {name: not all(unsigned[site.node] for site in chosen if site.name == name) for name in names}
     for site in chosen:
-        form = config.format_of(names.index(site.name), signed=signed[site.name])
+        form = config.format_of(names.index(site.name), signed=signed[site.name], site=site.name)
         _insert(program, site, form, ranges.get(site.name, torch.zeros(())), context)
     report.done += names
     if not names:
@@ -139,20 +141,20 @@ def _is_chosen(
     same = [other for other in sites if other.weight is site.weight]
     module = site.node.meta.get(MODULE)
     others = set(site.weight.users) - {other.node for other in same if other.node.meta.get(MODULE) == module}
-    obstacle = context.keep_float.get(site.name)
-    if obstacle is None and rule is not None and rule.keep:
-        obstacle = f"kept float by the rule {rule.match!r}"
+    obstacle = f"kept float by the rule {rule.match!r}" if rule is not None and rule.keep else None
     if obstacle is None and isinstance(site, Site) and site.kind != "linear":
         obstacle = "a stack of experts is trained as it is"
+    if obstacle is None and module is None:
+        why = site.node.meta.get(NO_MODULE, "its weight is of no module")
+        obstacle = f"no module computes just this product ({why})"
     if obstacle is None and others:
         obstacle = f"its weight is tied: {min(node.name for node in others)} reads it too"
     if obstacle is None and config.keep_first and any(is_first(other.node) for other in same):
         obstacle = "it is the first product (keep_first)"
     if obstacle is None and config.keep_last and any(is_last(other.node) for other in same):
         obstacle = "it is the last product (keep_last)"
-    if obstacle is None and module is None:
-        why = site.node.meta.get(NO_MODULE, "its weight is of no module")
-        obstacle = f"no module computes just this product ({why})"
+    if obstacle is None:  # last: a caller's reason may be one that an option lifts, which the others would still hold
+        obstacle = context.keep_float.get(site.name)
     if obstacle is not None:
         context.skip(report, site.name, obstacle, site.node.name)
     return obstacle is None
@@ -172,7 +174,7 @@ def _observed_ranges(
     known: dict[object, bool] = {}
 
     def observe(node: fx.Node, value: Tensor) -> None:
-        found = batch_range(value, ranges, not is_nonnegative(node, known))
+        found = batch_range(value, ranges, not (config.drop_signs and is_nonnegative(node, known)))
         for site in readers[node]:
             totals.setdefault(site.name, []).append(found)
 

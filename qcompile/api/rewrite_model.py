@@ -75,7 +75,7 @@ def rewrite_model(
             batches=(lambda: flat) if data else None,
             example=flat[0] if flat else None,
             verify=verify,
-            keep_float=places.not_plain | keep_float(facts),
+            keep_float=keep_float(facts) | places.not_plain,
             progress=progress,
             dump=dump,
         )

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from qcompile.analysis.conv_sites import find_conv_sites
 from qcompile.analysis.facts import Facts
 from qcompile.backend.inductor import compile_graph
 from qcompile.backend.options import Options
-from qcompile.codegen.cpu.training_kernels import install_cpu_rounding
+from qcompile.backend.rounding_kernels import install_rounding
+from qcompile.backend.training_speed import report_speeds, slower_sites, training_speeds
 from qcompile.ir.aten_ops import CONVOLUTIONS, LINEAR
 from qcompile.ir.capture import capture_dynamo
 from qcompile.ir.node_meta import DYNAMO_INDEX, MODULE, SITE, WEIGHT
@@ -38,6 +40,7 @@ from qcompile.recipe.rule import RecipeError
 _LINEARS = (torch.nn.functional.linear, torch._C._nn.linear)
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.nn.functional.conv1d, torch.nn.functional.conv2d)
 _STATE = ("act_range", "gamma", "counter")
+_OVERRIDE = "options={'on_slow_kernel': 'quantize'}"
 
 
 def compile_for_training(
@@ -72,6 +75,12 @@ def compile_for_training(
         for name in (node.meta[WEIGHT] for node in program.placeholders if WEIGHT in node.meta)
         if name not in products
     }
+    speeds = training_speeds(facts, recipe, options.rows)
+    if options.on_slow_kernel == "keep_float":
+        parameters = {
+            n.meta[WEIGHT]: example_inputs[n.meta[DYNAMO_INDEX]] for n in program.placeholders if WEIGHT in n.meta
+        }
+        kept = _settled_once(slower_sites(speeds, _OVERRIDE), parameters, options.rows) | kept
     names = [site.name for site in facts.sites] + [site.name for site in find_conv_sites(program)]
     rules = tuple(rule for rule in recipe.rules if any(rule.matches(name) for name in names))
     try:
@@ -81,11 +90,33 @@ def compile_for_training(
         report.metrics["sites that train"] = 0
         report.breaks.append(f"compiled as it is: {reason}")
         return compile_graph(graph_module, example_inputs, options.inductor), report
-    install_cpu_rounding()
+    report_speeds(report, speeds)
+    install_rounding(value for value in example_inputs if isinstance(value, Tensor))
     graph, states = _with_products(graph_module, products, rewritten)
     inputs = [*example_inputs, *states]
     compiled = compile_graph(graph, inputs, options.inductor)
     return lambda *args: compiled(*args, *states), report
+
+
+_decided = WeakIdKeyDictionary()
+"""Parameter -> (the option `rows`, why its site stays float or "")."""
+
+
+def _settled_once(slower: dict[str, str], parameters: Mapping[str, Tensor], rows: int | None) -> dict[str, str]:
+    """Sites that stay float, by the first graph that trained them.
+
+    Graphs of other sizes follow it (a last, smaller batch, evaluation): a weight that changed between float and four
+    bits from graph to graph would be none that was trained.
+    """
+    kept = {}
+    for name, parameter in parameters.items():
+        known = _decided.get(parameter)
+        reason = known[1] if known is not None and known[0] == rows else slower.get(name, "")
+        if torch.is_grad_enabled():
+            _decided[parameter] = (rows, reason)
+        if reason:
+            kept[name] = reason
+    return kept
 
 
 def _stateless(recipe: Recipe) -> Recipe:

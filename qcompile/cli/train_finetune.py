@@ -123,10 +123,11 @@ def train(
     work = _work_folder(folder, resume, settings)
 
     def prepare(loaded: Any, tokenizer: Any) -> tuple[nn.Module, str]:
+        from qcompile.calibration.context_length import within_context
         from qcompile.training.train import train as run
 
         loaded.requires_grad_(True)
-        tell(run(loaded, chosen))
+        tell(run(loaded, chosen, rows=batch * within_context(length, loaded, tokenizer)))
         return loaded, "prepared"
 
     def settle(trained: nn.Module) -> nn.Module:

@@ -54,8 +54,8 @@ def show(
     kernel: Annotated[str, typer.Argument(help="as gemm_w/bf16/group=64/zero=int/bias")],
 ) -> None:
     """Print the source of a kernel, as it is compiled."""
+    from qcompile.codegen.triton.kernels.parse_spec import parse
     from qcompile.codegen.triton.kernels.render import render
-    from qcompile.codegen.triton.kernels.spec import parse
 
     text = render(parse(kernel))
     if console.is_terminal:

@@ -55,6 +55,35 @@ def check_fixed_point_conv(
     return _check_rest(check, x, weight, bias, state, clips, format, dtype)
 
 
+def check_sign(op: str, x: Tensor, form: FixedPointFormat) -> None:
+    """Refuse values below zero where codes have no sign: they would all be cut to zero.
+
+    That a site reads none is known of the graph in evaluation (analysis/nonnegative.py); a model that computes
+    something else in training is found out here, in its first forward pass.
+
+    Args:
+        op: that reads them.
+        x: floats of any shape; NaN counts as no value below zero.
+        form: of the site.
+
+    Raises:
+        ValueError: with the site, the least value and the fix. On a GPU the same text is a failed assertion of the
+            device, since waiting for a value would stall every step and no CUDA graph could be captured.
+    """
+    if form.signed or not x.numel():
+        return
+    least = x.amin()
+    why = (
+        "in evaluation the graph gives it no value below zero, so its codes have no sign. Fix: "
+        "FixedPoint(drop_signs=False) on the float model, or let training compute what evaluation does"
+    )
+    site = form.site or "a site"
+    if x.is_cuda:
+        torch._assert_async(torch.logical_not(least < 0), f"{op}: {site} reads values below zero in training; {why}")
+    elif bool(least < 0):
+        raise ValueError(f"{op}: {site} reads {float(least):.3g} in training; {why}")
+
+
 def _check_rest(
     check: OpChecks,
     x: Tensor,

@@ -8,7 +8,7 @@ batch (or learned); in evaluation it is the running range, or that of the batch 
 
 Both operators give what the gradient reads beside the output, in place of which floats would be saved: the codes of x
 and weight, where x is inside its clip (empty with learned clips), and [clip of x, clip of weight, step of x, step of
-weight].
+weight]. A format without a sign refuses values below zero while a site trains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qcompile.ir.fixed_point_checks import check_fixed_point_conv, check_fixed_point_linear
+from qcompile.ir.fixed_point_checks import check_fixed_point_conv, check_fixed_point_linear, check_sign
 from qcompile.ir.fixed_point_gradients import fixed_point_gradient, keep_operands
 from qcompile.numerics.code_convolution import ConvolutionShape, forward_sums
 from qcompile.numerics.code_matmul import code_matmul
@@ -62,6 +62,8 @@ def fixed_point_linear(
     """
     state, clips = (act_range, gamma, counter), (act_clip, weight_clip)
     form = check_fixed_point_linear(x, weight, bias, state, clips, format, dtype)
+    if training:
+        check_sign("qcompile::fixed_point_linear", x, form)
     x_codes, weight_codes, inside, scales = _operands(x, weight, act_range, clips, form, training)
     sums = code_matmul(x_codes.view(-1, x.shape[-1]), weight_codes).view(*x.shape[:-1], len(weight))
     return _output(sums, scales, bias, 0, dtype), x_codes, weight_codes, inside, scales
@@ -110,6 +112,8 @@ def fixed_point_conv(
     """A convolution on codes: x [B, C, ..], weight [O, C / groups, ..], the rest as of `fixed_point_linear`."""
     state, clips, moves = (act_range, gamma, counter), (act_clip, weight_clip), (stride, padding, dilation)
     form = check_fixed_point_conv(x, weight, bias, state, clips, format, moves, groups, dtype)
+    if training:
+        check_sign("qcompile::fixed_point_conv", x, form)
     x_codes, weight_codes, inside, scales = _operands(x, weight, act_range, clips, form, training)
     shape = ConvolutionShape(tuple(stride), tuple(padding), tuple(dilation), groups)
     sums = forward_sums(x_codes, weight_codes, shape, form.act_levels * form.weight_levels)

@@ -17,7 +17,7 @@ from qcompile.numerics.code_matmul import code_matmul
 from qcompile.numerics.int8_matmul import has_fast_int8_matmul
 
 _EXACT = 2**24  # float32 represents every integer up to here
-_WIDE = 64  # channels on both sides from which windows of int8 beat float32 (measured: VNNI, 16x16 and 8x8)
+WIDE = 64  # channels on both sides from which windows of int8 beat float32 (measured: VNNI, 16x16 and 8x8)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def forward_sums(x: Tensor, weight: Tensor, shape: ConvolutionShape, bound: int)
     """
     if _is_wide(x, weight, shape):
         kernel = weight.shape[2:]
-        sums = code_matmul(_windows(x, kernel, shape), weight.flatten(1))
+        sums = code_matmul(_windows(x, kernel, shape), _rows(weight))
         return _rows_to_channels(sums, len(x), shape.output_size(x.shape[2:], kernel))
     dtype = exact_float(bound * weight[0].numel())
     return _convolve(x.to(dtype), weight.to(dtype), shape)
@@ -74,8 +74,8 @@ def input_sums(gradient: Tensor, weight: Tensor, shape: ConvolutionShape, size: 
     axes = tuple(range(2, weight.ndim))
     wide = _is_wide(gradient, weight, shape) and all(s == 1 for s in shape.stride) and min(flipped.padding) >= 0
     if wide:
-        flipped_weight = weight.flip(axes).transpose(0, 1).contiguous()
-        sums = code_matmul(_windows(gradient, kernel, flipped), flipped_weight.flatten(1))
+        flipped_weight = weight.flip(axes).transpose(0, 1)
+        sums = code_matmul(_windows(gradient, kernel, flipped), _rows(flipped_weight))
         return _rows_to_channels(sums, len(gradient), size[2:])
     dtype = exact_float(bound * weight[:, 0].numel() // shape.groups)
     x = gradient.new_empty(size, dtype=dtype)
@@ -87,7 +87,8 @@ def weight_sums(gradient: Tensor, x: Tensor, shape: ConvolutionShape, size: torc
     weight = gradient.new_empty(size)
     if _is_wide(x, weight, shape):
         rows = gradient.movedim(1, -1).reshape(-1, gradient.shape[1])
-        return code_matmul(rows.t(), _windows(x, size[2:], shape).t()).view(size)
+        sums = code_matmul(rows.t(), _windows(x, size[2:], shape).t())
+        return sums.view(size[0], *size[2:], size[1]).movedim(-1, 1)
     positions = gradient.shape[2:].numel()
     total = gradient.new_zeros(size, dtype=torch.float64)
     samples = max(1, _EXACT // max(1, bound * positions))
@@ -99,7 +100,7 @@ def weight_sums(gradient: Tensor, x: Tensor, shape: ConvolutionShape, size: torc
 
 
 def _is_wide(x: Tensor, weight: Tensor, shape: ConvolutionShape) -> bool:
-    wide = shape.groups == 1 and min(weight.shape[:2]) >= _WIDE
+    wide = shape.groups == 1 and min(weight.shape[:2]) >= WIDE
     return wide and x.device.type == "cpu" and has_fast_int8_matmul()
 
 
@@ -125,16 +126,24 @@ def _backward(
 
 
 def _windows(x: Tensor, kernel: torch.Size, shape: ConvolutionShape) -> Tensor:
-    """The windows of int8 [B, C, ..] -> [B * positions, C * elements of the kernel]."""
+    """The windows of int8 [B, C, ..] -> [B * positions, elements of the kernel * C].
+
+    Channels come last, so that what is copied is runs of them.
+    """
     margins = [margin for p in reversed(shape.padding) for margin in (p, p)]
-    padded = torch.nn.functional.pad(x, margins)
+    padded = torch.nn.functional.pad(x.movedim(1, -1), [0, 0, *margins]).contiguous()
     sizes = shape.output_size(x.shape[2:], kernel)
-    steps = padded.stride()[2:]
+    steps = padded.stride()[1:-1]
     strides = [step * s for step, s in zip(steps, shape.stride, strict=True)]
     inner = [step * d for step, d in zip(steps, shape.dilation, strict=True)]
     batch, channels = x.shape[:2]
-    view = padded.as_strided((batch, *sizes, channels, *kernel), (padded.stride(0), *strides, padded.stride(1), *inner))
+    view = padded.as_strided((batch, *sizes, *kernel, channels), (padded.stride(0), *strides, *inner, 1))
     return view.reshape(batch * torch.Size(sizes).numel(), channels * kernel.numel())
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """[O, C, ..] -> [O, elements of the kernel * C], in the order of `_windows`."""
+    return weight.movedim(1, -1).flatten(1).contiguous()
 
 
 def _rows_to_channels(rows: Tensor, batch: int, sizes: tuple[int, ...]) -> Tensor:

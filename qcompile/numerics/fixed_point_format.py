@@ -1,6 +1,7 @@
 """How one site trains in fixed point: bits, ranges and rounding, as text that a graph can carry.
 
     w4/a4/g4/signed/sigma/paper/stochastic/alpha=0.01/beta=0.001/stream=0
+    w4/a4/g4/unsigned/sigma/paper/stochastic/alpha=0.01/beta=0.001/stream=3/site=blocks.0.weight
 
 Source: arXiv:2407.12637; see numerics/gradient_interval.py for alpha and beta.
 """
@@ -39,6 +40,7 @@ class FixedPointFormat:
         alpha: what the paper's condition asks for: the share of gradients beyond the clip is alpha / (2^b - 1).
         beta: how far the clip moves in one step.
         stream: of the random values that round the gradient (see numerics/counter_random.py).
+        site: the name of its weight, for messages; "" where it has none.
 
     Raises:
         ValueError: a value that no site can train with.
@@ -54,6 +56,7 @@ class FixedPointFormat:
     alpha: float = 1e-2
     beta: float = 1e-3
     stream: int = 0
+    site: str = ""
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits", "gradient_bits"):
@@ -99,7 +102,8 @@ class FixedPointFormat:
         bits = f"w{self.weight_bits}/a{self.act_bits}/g{self.gradient_bits}"
         sign = "signed" if self.signed else "unsigned"
         words = f"{sign}/{self.ranges}/{self.interval}/{self.rounding}"
-        return f"{bits}/{words}/alpha={self.alpha!r}/beta={self.beta!r}/stream={self.stream}"
+        name = f"/site={self.site}" if self.site else ""
+        return f"{bits}/{words}/alpha={self.alpha!r}/beta={self.beta!r}/stream={self.stream}{name}"
 
     @staticmethod
     @functools.cache
@@ -110,7 +114,8 @@ class FixedPointFormat:
             ValueError: any other text.
         """
         try:
-            weight, act, gradient, sign, ranges, interval, rounding, alpha, beta, stream = text.split("/")
+            rest, _, site = text.partition("/site=")
+            weight, act, gradient, sign, ranges, interval, rounding, alpha, beta, stream = rest.split("/")
             fields: dict[str, Any] = {
                 "weight_bits": int(weight.removeprefix("w")),
                 "act_bits": int(act.removeprefix("a")),
@@ -122,6 +127,7 @@ class FixedPointFormat:
                 "alpha": float(alpha.removeprefix("alpha=")),
                 "beta": float(beta.removeprefix("beta=")),
                 "stream": int(stream.removeprefix("stream=")),
+                "site": site,
             }
         except (ValueError, KeyError) as error:
             raise ValueError(

@@ -58,7 +58,8 @@ def operand_codes(x: Tensor, step: Tensor, low: int, high: int) -> tuple[Tensor,
     Returns:
         int8 codes of the shape of x, and the step: NaN if there is a NaN in x, which no code shows.
     """
-    codes, lost = value_codes(x.reshape(-1), step, low, high)
+    wide = x if x.dtype == torch.float64 else x.float()  # kernels take float32, which holds halves exactly
+    codes, lost = value_codes(wide.reshape(-1), step, low, high)
     return codes.view(x.shape), torch.where(lost, torch.full_like(step, math.nan), step)
 
 

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 import qcompile
 from qcompile import Recipe, RecipeError
-from qcompile.backend import dynamo
+from qcompile.backend import dynamo, training_speed
+from qcompile.codegen.kernel_choice import KernelChoice
 from qcompile.passes import FixedPoint
 from qcompile.pipeline.training_presets import TRAINING_PRESETS
 
@@ -56,6 +57,7 @@ def train(model, parameters, steps=3):
 
 
 def compiled(model, recipe="int4-train", **options):
+    options.setdefault("on_slow_kernel", "quantize")  # these models are small: all their sites are slower than float
     return torch.compile(model, backend="qcompile", options={"recipe": recipe, **options})
 
 
@@ -135,3 +137,58 @@ def test_a_recipe_that_trains_needs_no_warning(recwarn):
     assert not [w for w in recwarn if "gradients are enabled" in str(w.message)]
     with pytest.raises(RecipeError, match="trains. Fix: qcompile.train"):
         qcompile.quantize(Net(), "int4-train", example=X)
+
+
+def by_channels(shape, dtype):
+    """Everything with fewer than 16 outputs is slower than float."""
+    ratio = 0.5 if shape.outputs < 16 else 2.0
+    return KernelChoice(shape.kernel, ratio, f"{ratio}x float")
+
+
+def told(report):
+    return {site.name: (site.weight, site.reason, site.kernel) for site in report.sites}
+
+
+def test_a_slower_site_stays_float_and_the_report_says_so(monkeypatch):
+    monkeypatch.setattr(training_speed, "choose_training_kernel", by_channels)
+    compiled(Net(), on_slow_kernel="keep_float")(X).sum().backward()
+    sites = told(dynamo.reports[-1])
+    weight, reason, _ = sites["conv.weight"]
+    assert weight == "float" and reason.startswith("fixed_point_conv_grouped (0.5x float) at 256 positions: slower")
+    assert "options={'on_slow_kernel': 'quantize'} trains it" in reason
+    assert "first product" in sites["first.weight"][1], "a reason that no option lifts comes first"
+    assert sites["hidden.weight"][0] == "int4/tensor" and sites["hidden.weight"][2] == {
+        "rows 16": "fixed_point_linear (2.0x float)"
+    }
+
+
+def test_by_default_a_small_model_stays_float():
+    model = Net()
+    torch.compile(model, backend="qcompile", options={"recipe": "int4-train"})(X).sum().backward()
+    report = dynamo.reports[-1]
+    assert report.metrics["sites that train"] == 0 and "slower than float" in report.breaks[-1]
+
+
+def test_later_graphs_follow_the_first_that_trained(monkeypatch):
+    monkeypatch.setattr(training_speed, "choose_training_kernel", by_channels)
+    model = Net()
+    run = compiled(model, on_slow_kernel="keep_float")
+    run(X).sum().backward()
+    monkeypatch.setattr(training_speed, "choose_training_kernel", lambda shape, dtype: KernelChoice("other", 0.1))
+    run(X[:4]).sum().backward()
+    with torch.no_grad():
+        run(X)
+    for report in list(dynamo.reports)[-2:]:
+        sites = told(report)
+        assert "0.5x float" in sites["conv.weight"][1] and sites["hidden.weight"][0] == "int4/tensor"
+
+
+def test_evaluation_alone_decides_nothing(monkeypatch):
+    monkeypatch.setattr(training_speed, "choose_training_kernel", lambda shape, dtype: KernelChoice("other", 0.1))
+    model = Net()
+    run = compiled(model, on_slow_kernel="keep_float")
+    with torch.no_grad():
+        run(X)
+    monkeypatch.setattr(training_speed, "choose_training_kernel", by_channels)
+    run(X).sum().backward()
+    assert told(dynamo.reports[-1])["hidden.weight"][0] == "int4/tensor"

@@ -56,6 +56,8 @@ def test_train_writes_a_settled_model(recipe, folder, tmp_path, call):
         recipe = tmp_path / "small.json"
         recipe.write_text(json.dumps(data))
     out = call("train", folder, tmp_path / "q", "-r", recipe, "--lr", 1e-2, *SHORT)
+    if recipe == "int4-train":
+        assert "rows 32 (option): fixed_point_linear (" in " ".join(out.split()), "compared at batch x length"
     rows = [line.split() for line in out.splitlines() if line.startswith(("trained ", "settled "))]
     losses = {row[0]: float(row[-1]) for row in rows}
     assert losses["trained"] == pytest.approx(losses["settled"], abs=1e-3)

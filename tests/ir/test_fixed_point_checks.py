@@ -7,6 +7,9 @@ import torch
 from fixed_point_cases import conv_arguments, linear_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qcompile.ir.fixed_point_checks import check_sign
+from qcompile.numerics.fixed_point_format import FixedPointFormat
+
 ops = torch.ops.qcompile
 
 
@@ -62,3 +65,51 @@ def test_learned_ranges_need_their_clips():
     arguments = linear_arguments(ranges="learned")
     arguments[7] = None
     assert "weight_clip is None" in refused(ops.fixed_point_linear, arguments)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_values_below_zero_without_a_sign(kind):
+    """Refused while a site trains, in the first batch that has one; taken for zero in evaluation."""
+    op, arguments = {
+        "linear": (ops.fixed_point_linear, linear_arguments(signed=False, site="deep.weight")),
+        "conv": (ops.fixed_point_conv, conv_arguments(signed=False, site="deep.weight")),
+    }[kind]
+    op(*arguments)
+    arguments[0] = arguments[0].detach().clone()
+    arguments[0].view(-1)[5] = -0.25
+    message = rf"fixed_point_{kind}: deep.weight reads -0.25 in training; .*Fix: FixedPoint\(drop_signs=False\)"
+    with pytest.raises(ValueError, match=message):
+        op(*arguments)
+    evaluation = [*arguments[:9], False, *arguments[10:]]
+    op(*evaluation)
+    op(arguments[0][:0], *arguments[1:])
+
+
+def test_nan_and_negative_zero_are_not_below_zero():
+    for value in (float("nan"), -0.0, float("inf")):
+        check_sign("op", torch.tensor([1.0, value]), FixedPointFormat(signed=False))
+    check_sign("op", torch.tensor([-1.0]), FixedPointFormat())
+    with pytest.raises(ValueError, match="op: a site reads -1 in training"):
+        check_sign("op", torch.tensor([-1.0]), FixedPointFormat(signed=False))
+
+
+class OnDevice:
+    """What is asked of a tensor on a GPU: its least value, which nothing waits for."""
+
+    is_cuda = True
+
+    def __init__(self, least):
+        self.least = torch.tensor(least)
+
+    def numel(self):
+        return 1
+
+    def amin(self):
+        return self.least
+
+
+def test_on_a_gpu_the_device_asserts():
+    form = FixedPointFormat(signed=False, site="deep.weight")
+    check_sign("op", OnDevice(0.0), form)
+    with pytest.raises(RuntimeError, match="op: deep.weight reads values below zero in training; .*drop_signs"):
+        check_sign("op", OnDevice(-1.0), form)

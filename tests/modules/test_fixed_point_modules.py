@@ -45,7 +45,7 @@ def test_evaluation_is_what_is_settled_bit_for_bit(kind, weight_bits, act_bits, 
     torch.manual_seed(seed)
     fields = dict(weight_bits=weight_bits, act_bits=act_bits, signed=signed, ranges=ranges)
     module, x = make(kind, act_range=2.0, **fields)
-    train(module, x)
+    train(module, x if signed else x.abs())
     module.eval()
     settled = module.settled()
     for batch in (x, torch.randn_like(x) * 5):

@@ -24,6 +24,7 @@ BITS = st.integers(2, 8)
         st.floats(1e-9, 0.499),
         st.floats(1e-9, 0.99),
         st.integers(-(2**40), 2**40),
+        st.sampled_from(["", "blocks.0.weight", "a/b.weight", "site=.weight"]),
     )  # fmt: skip
 )
 def test_text_and_back(format):

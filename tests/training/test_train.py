@@ -8,7 +8,9 @@ from torch import nn
 
 import qcompile
 from qcompile import NothingToQuantize, RecipeError
+from qcompile.backend import training_speed
 from qcompile.codegen.cpu.training_kernels import install_cpu_rounding
+from qcompile.codegen.kernel_choice import KernelChoice
 from qcompile.modules.training_module import TrainingModule
 from qcompile.numerics import code_rounding
 from qcompile.pipeline.training_presets import TRAINING_PRESETS
@@ -94,3 +96,60 @@ def test_rounding_has_its_kernels_from_the_start(monkeypatch):
     qcompile.train(model(), "int4-train", example=X, progress=False)
     assert list(code_rounding._installed) == ["cpu"]
     install_cpu_rounding.cache_clear()
+
+
+def by_outputs(shape, dtype):
+    """A layer in the middle is slower than float."""
+    ratio = 0.5 if shape.rows < 100 else 2.0
+    return KernelChoice(shape.kernel, ratio, f"{ratio}x float")
+
+
+def test_sites_that_train_slower_than_float_are_told(monkeypatch):
+    monkeypatch.setattr(training_speed, "choose_training_kernel", by_outputs)
+    found = model()
+    with pytest.warns(UserWarning, match="2 sites train slower than in float: 2.weight.*rows 4.*keep_float"):
+        report = qcompile.train(found, "int4-train", example=X, progress=False)
+    assert isinstance(found[2], TrainingModule) and "2 of 2 sites train slower" in str(report)
+    kernels = {site.name: list(site.kernel.values()) for site in report.sites}
+    assert kernels["2.weight"] == ["fixed_point_linear (0.5x float)"] and kernels["0.weight"] == []
+
+
+def test_sites_that_train_slower_than_float_may_stay_float(monkeypatch, recwarn):
+    monkeypatch.setattr(training_speed, "choose_training_kernel", by_outputs)
+    found = model()
+    found[2].requires_grad_(False)
+    options = dict(example=X, progress=False, on_slow_kernel="keep_float")
+    with pytest.raises(RecipeError, match="4.weight: fixed_point_linear .0.5x float. at rows 4.*='quant") as error:
+        qcompile.train(found, "int4-train", **options)
+    assert "2.weight: requires_grad of its weight is off" in str(error.value)
+    report = qcompile.train(found, "int4-train", rows=512, **options)
+    reasons = {site.name: site.reason for site in report.sites}
+    assert isinstance(found[4], TrainingModule) and "requires_grad" in reasons["2.weight"]
+    assert not [w for w in recwarn if "train slower" in str(w.message)]
+
+
+def test_low_rank_sites_are_not_compared(monkeypatch, recwarn):
+    monkeypatch.setattr(training_speed, "choose_training_kernel", by_outputs)
+    report = qcompile.train(model(), recipe("q-galore"), example=X, progress=False, on_slow_kernel="keep_float")
+    assert report.passes[0].done and not [w for w in recwarn if "train slower" in str(w.message)]
+
+
+def test_a_model_of_its_own_example_has_no_size_to_compare_at(recwarn):
+    import transformers
+
+    config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                      num_attention_heads=2, max_position_embeddings=32)  # fmt: skip
+    found = transformers.LlamaForCausalLM(config)
+    with pytest.raises(RecipeError, match="keep_float': speed was not compared.*Fix: give batches, example, or rows"):
+        qcompile.train(found, "int4-train", progress=False, on_slow_kernel="keep_float")
+    report = qcompile.train(found, "int4-train", progress=False)
+    assert "speed was not compared with float" in str(report)
+    assert not [w for w in recwarn if "train slower" in str(w.message)]
+
+
+@pytest.mark.parametrize("options,said", [({"on_slow_kernel": "float"}, "use 'quantize' or 'keep_float'"),
+                                          ({"rows": 0}, "rows=0 is no integer"),
+                                          ({"rows": True}, "rows=True")])  # fmt: skip
+def test_wrong_options(options, said):
+    with pytest.raises(RecipeError, match=said):
+        qcompile.train(model(), "int4-train", example=X, **options)

@@ -19,7 +19,8 @@ from typing import Any
 
 from qcompile.codegen.triton.kernels.jit import kernel
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, KernelSpec, Pack, RowQuant, SumK
-from qcompile.codegen.triton.launch.tiles import Launch
+from qcompile.codegen.triton.kernels.training_spec import ChangeCodes, RoundGradient, RoundValues
+from qcompile.codegen.triton.launch.tiles import Launch, compiler_options
 
 ARCHITECTURES = (80, 89, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have
@@ -30,6 +31,14 @@ MMA_FAMILIES = {
     "tcgen05": r"\bUTC[A-Z]*MMA",  # sm_100
     "mma": r"\b[HIQ]MMA\.",  # of a warp
 }
+
+
+_ROUNDING_TYPES = (
+    dict.fromkeys(("step", "limit", "change", "old_scale"), "*fp32")
+    | dict.fromkeys(("old_codes", "old_zero", "lost", "bad"), "*u8")
+    | dict.fromkeys(("levels", "lowest", "highest", "keep"), "fp32")
+    | dict(stream="*i32", beyond="*i64", groups="i32", count="i32")
+)  # of what only the kernels of training have
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ def types_of(spec: KernelSpec) -> dict[str, str]:
         found |= dict(x=code_types[codes], w=code_types[codes])
     if isinstance(spec, RowQuant):
         found |= dict(codes=code_types[codes])
+    if isinstance(spec, (RoundGradient, RoundValues, ChangeCodes)):
+        found |= _ROUNDING_TYPES | dict(codes="*u8" if isinstance(spec, ChangeCodes) else "*i8")
     if isinstance(spec, Pack):
         found |= dict(out="*u8", stored="*u8")
     if isinstance(spec, (Gemm8, GemmW)) and spec.parts:
@@ -85,7 +96,8 @@ def compile_kernel(spec: KernelSpec, launch: Launch, architecture: int, **consta
         constants: constexpr arguments that are not in the launch.
 
     Raises:
-        RuntimeError: under TRITON_INTERPRET, where there is nothing to compile, and whatever the compiler raises.
+        RuntimeError: under TRITON_INTERPRET, where there is nothing to compile; fused roundings in a kernel that is
+            exact; and whatever the compiler raises.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -105,9 +117,12 @@ def compile_kernel(spec: KernelSpec, launch: Launch, architecture: int, **consta
     }
     by_index = {(names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(fn=function, signature=signature, constexprs=by_index, attrs=hints)
-    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
     with contextlib.redirect_stdout(io.StringIO()):  # a failing ptxas prints all of its input
-        compiled = compile_source(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        compiled = compile_source(source, GPUTarget("cuda", architecture, 32), compiler_options(spec, launch))
+    if spec.exact and re.search(r"\bfma\.", compiled.asm["ptx"]):
+        raise RuntimeError(
+            f"{spec}: a product and a sum are rounded once, and the bits are not those of the definition"
+        )
     return _inspect(compiled)
 
 

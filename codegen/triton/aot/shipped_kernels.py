@@ -22,8 +22,10 @@ from qcompile.codegen.triton.kernels.spec import (
     SumK,
     WeightFields,
 )
+from qcompile.codegen.triton.kernels.training_spec import ChangeCodes, RoundGradient, RoundValues
 from qcompile.codegen.triton.kernels.weight_layout import layout_of
 from qcompile.codegen.triton.launch.measured_times import GEMV_MAX_M
+from qcompile.codegen.triton.launch.round_codes import change_launch
 from qcompile.codegen.triton.launch.row_quant import fuses_hadamard, num_warps
 from qcompile.codegen.triton.launch.tiles import M_REGIMES, Launch, launch_of, place_scales
 from qcompile.numerics.format import Format
@@ -82,6 +84,12 @@ def _all(architecture: int) -> Iterator[ShippedKernel]:
     yield ShippedKernel(SumK("bf16", bias=True, residual=True), launch_of(SumK()))
     int4 = RowQuant("bf16", first="rms", group=128, codes="int4")
     yield ShippedKernel(int4, Launch(1, 1, num_warps(int4, 4096), 1), 4096)
+    for rounding in (RoundGradient(stochastic=True), RoundGradient(), RoundValues()):
+        yield ShippedKernel(rounding, launch_of(rounding))
+    for decay in (False, True):
+        for stochastic in (True, False):
+            change = ChangeCodes(decay=decay, stochastic=stochastic)
+            yield ShippedKernel(change, change_launch(change))
 
 
 def _weight_only(form: Format, capability: tuple[int, int]) -> Iterator[ShippedKernel]:

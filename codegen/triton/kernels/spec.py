@@ -8,6 +8,8 @@
     dequant    W [N, K] codes -> dequantized values, for a GEMM by cuBLAS
     pack       W [N, K] codes as a checkpoint stores them -> as the kernels read them
 
+Those that round in training stand in training_spec.py.
+
 A spec says what is computed, not how large the tiles are: that is a Launch (tiles.py). Everything a kernel does not
 need is absent from its source. Names and values of the fields are the text of a spec, which budget.json, tuning caches
 and `qcompile kernels show` know a kernel by.
@@ -17,11 +19,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypedDict, get_type_hints
+from typing import ClassVar, Literal, TypedDict
 
 from qcompile.numerics.hadamard import hadamard_factors
 
-Dtype = Literal["bf16", "fp16"]
+Dtype = Literal["bf16", "fp16", "fp32"]
 Zero = Literal["none", "int", "float"]
 GemmCodes = Literal["int8", "fp8"]
 ActScales = Literal["row", "tensor"]
@@ -43,10 +45,19 @@ class KernelSpec:
 
     Attributes:
         dtype: of the values that come in and go out.
+        dtypes: those that the kernel is written for.
+        exact: whether every bit of the result is defined, by a definition in PyTorch: the compiler may then not fuse a
+            product and a sum into one rounding, and integers wrap around.
     """
 
     template: ClassVar[str]
+    dtypes: ClassVar[tuple[Dtype, ...]] = ("bf16", "fp16")
+    exact: ClassVar[bool] = False
     dtype: Dtype = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in self.dtypes:
+            raise ValueError(f"{self}: dtype {self.dtype}; there is {self.template} for {', '.join(self.dtypes)}")
 
     def __str__(self) -> str:
         words = [self.template, self.dtype]
@@ -76,6 +87,7 @@ class _Weight(KernelSpec):
     ragged: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bits not in (2, 3, 4, 8):
             raise ValueError(f"{self}: bits {self.bits}; there are kernels for 2, 3, 4 and 8")
         if self.chunk < 16 or self.chunk & (self.chunk - 1):
@@ -159,6 +171,7 @@ class Gemm8(KernelSpec):
     low_rank: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.parts and (self.bias or self.residual or self.low_rank):
             raise ValueError(
                 f"{self}: with split-K (parts) the partial sums are integers: sum_k adds the bias and the residual, "
@@ -206,6 +219,7 @@ class RowQuant(KernelSpec):
     group: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.hadamard and (self.group or hadamard_factors(self.hadamard) is None or self.right < 16):
             raise ValueError(f"{self}: a Hadamard transform of a size k 2^m with m of at least 4, and one scale a row")
         if self.group & (self.group - 1):
@@ -252,35 +266,3 @@ class Pack(_Weight):
         super().__post_init__()
         if self.signed and self.bits != 8:
             raise ValueError(f"{self}: codes of {self.bits} bits are stored unsigned")
-
-
-KINDS: dict[str, type[KernelSpec]] = {k.template: k for k in (GemmW, GemvW, Gemm8, SumK, RowQuant, Dequant, Pack)}
-
-
-def parse(text: str) -> KernelSpec:
-    """Read what `str(spec)` wrote, as gemm_w/bf16/group=64/zero=int/bias.
-
-    Raises:
-        ValueError: an unknown template, field or value, with the known ones.
-    """
-    template, *words = text.split("/")
-    if template not in KINDS:
-        raise ValueError(f"kernel {text!r}: no template {template!r}; there are {', '.join(KINDS)}")
-    kind = KINDS[template]
-    values: dict[str, Any] = {}
-    known = {field.name: field for field in dataclasses.fields(kind)}
-    types = get_type_hints(kind)
-    for index, word in enumerate(words):
-        name, equal, value = word.partition("=")
-        if index == 0 and not equal and name in ("bf16", "fp16"):
-            name, value = "dtype", name
-        if name not in known:
-            raise ValueError(f"kernel {text!r}: {template} has no {name!r}; it has {', '.join(known)}")
-        hint = types[name]
-        choices = getattr(hint, "__args__", None)
-        if choices is not None and value not in choices:
-            raise ValueError(f"kernel {text!r}: {name} is one of {', '.join(choices)}, not {value!r}")
-        if hint is int and not value.isdigit():
-            raise ValueError(f"kernel {text!r}: {name} is a number, not {value!r}")
-        values[name] = True if hint is bool else int(value) if hint is int else value
-    return kind(**values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, KernelSpec
 
@@ -56,7 +57,15 @@ TABLE: dict[str, dict[int, Launch]] = {
     "sum_k": {1: Launch(1, 1024, 4, 1)},
     "dequant": {1: Launch(1, 64, 4, 1)},
     "pack": {1: Launch(1, 64, 4, 1)},
+    "round_gradient": {1: Launch(1, 1024, 4, 1)},
+    "round_values": {1: Launch(1, 1024, 4, 1)},
 }
+
+
+def compiler_options(spec: KernelSpec, launch: Launch) -> dict[str, Any]:
+    """What Triton's compiler is asked for: for exact kernels no fused roundings, and integers that may wrap around."""
+    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return options | dict(enable_fp_fusion=False, sanitize_overflow=False) if spec.exact else options
 
 
 def m_regime(m: int) -> int:

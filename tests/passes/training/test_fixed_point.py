@@ -11,8 +11,12 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import qcompile
+from qcompile.ir.capture import capture
 from qcompile.modules.fixed_point_modules import FixedPointConv, FixedPointLinear
 from qcompile.passes import FixedPoint
+from qcompile.passes.training.fixed_point import fixed_point
+from qcompile.recipe.pass_context import PassContext
+from qcompile.recipe.report import Report
 
 ALL = FixedPoint(keep_first=False, keep_last=False)
 
@@ -213,3 +217,44 @@ def test_recipe_travels_as_json():
     assert recipe.trains and qcompile.Recipe.from_json(recipe.to_json()).passes == recipe.passes
     with pytest.raises(qcompile.RecipeError, match="qcompile.train"):
         qcompile.quantize(Net(), recipe, example=torch.randn(4, 1, 9, 9), progress=False)
+
+
+class Branch(nn.Module):
+    """Behind a ReLU in evaluation, and behind noise in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.deep, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        return self.last(self.deep(x + 0.1 * torch.randn_like(x) if self.training else x))
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_what_only_training_makes_negative_is_refused_by_name(backend):
+    model, x = Branch(), torch.randn(16, 8)
+    trained(model, example=x)
+    assert not model.deep.format.signed
+    run = model if backend is None else torch.compile(model, backend=backend)
+    with pytest.raises(ValueError, match=r"deep.weight reads -.* in training;.*Fix: FixedPoint\(drop_signs=False\)"):
+        run(x)
+    model.eval()
+    model(x)
+
+
+def test_signs_may_be_kept():
+    model, x = Branch(), torch.randn(16, 8)
+    report = trained(model, FixedPoint(drop_signs=False), batches=[x])
+    assert model.deep.format.signed and "0 of 1 sites read values that are never negative" in report.passes[0].notes[0]
+    values = F.relu(model.first(x)).detach()
+    assert float(model.deep.act_range) == pytest.approx(3 * float(values.std(correction=0)), rel=1e-4)
+    model(x).sum().backward()
+
+
+def test_a_caller_keeps_sites_float_only_for_want_of_another_reason():
+    program = capture(Net().eval(), (torch.randn(4, 1, 9, 9),))
+    context = PassContext.of(program, keep_float={"stem.weight": "slow", "inner.weight": "slow"})
+    report = fixed_point(program, FixedPoint(), context)
+    found = reasons(Report("r", passes=[report]))
+    assert found["stem.weight"] == "it is the first product (keep_first)" and found["inner.weight"] == "slow"

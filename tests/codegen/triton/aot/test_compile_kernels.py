@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 
 from qcompile.codegen.triton.aot.compile_kernels import KernelCost, compile_kernel, complaints, types_of
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, GemvW, SumK
+from qcompile.codegen.triton.kernels.training_spec import ChangeCodes, RoundGradient, RoundValues
 from qcompile.codegen.triton.launch.tiles import launch_of
 
 GOOD = KernelCost(registers=100, spilled=0, shared=50_000, instructions=600, mma={"wgmma": 8}, from_registers=8)
@@ -38,6 +42,31 @@ def test_interpreted_kernels_are_not_compiled(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="Fix: unset it"):
         compile_kernel(GemmW(), launch_of(GemmW()), 90)
+
+
+FUSED = """
+from qcompile.codegen.triton.aot import compile_kernels
+from qcompile.codegen.triton.kernels.training_spec import ChangeCodes
+from qcompile.codegen.triton.launch.round_codes import change_launch
+
+spec = ChangeCodes(decay=True, stochastic=True)
+print(compile_kernels.compile_kernel(spec, change_launch(spec), 90).spilled)
+compile_kernels.compiler_options = lambda spec, launch: dict(num_warps=4)
+compile_kernels.compile_kernel(spec, change_launch(spec), 90)
+"""
+
+
+def test_fused_roundings_are_found_where_bits_are_defined():
+    """Compiled with our options there are none; with triton's own there are, and the kernel is refused."""
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", FUSED], env=plain, capture_output=True, text=True)
+    assert done.stdout == "0\n" and "a product and a sum are rounded once" in done.stderr
+
+
+def test_types_of_what_rounds_in_training():
+    assert types_of(RoundGradient())["codes"] == types_of(RoundValues())["codes"] == "*i8"
+    assert types_of(ChangeCodes())["codes"] == "*u8" and types_of(ChangeCodes())["zero"] == "*u8"
+    assert types_of(RoundGradient())["x"] == "*fp32" and types_of(RoundGradient())["beyond"] == "*i64"
 
 
 def test_types_follow_the_codes():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qcompile.codegen.triton.aot.budget import read
 from qcompile.codegen.triton.aot.compile_kernels import ARCHITECTURES
 from qcompile.codegen.triton.aot.shipped_kernels import shipped
-from qcompile.codegen.triton.kernels.spec import parse
+from qcompile.codegen.triton.kernels.parse_spec import parse
 
 
 def test_every_shipped_kernel_reads_back_and_none_is_there_twice():

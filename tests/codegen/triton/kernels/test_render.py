@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from qcompile.codegen.triton.kernels.parse_spec import parse
 from qcompile.codegen.triton.kernels.render import padded, render
-from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, GemvW, Pack, RowQuant, SumK, parse
+from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, GemvW, Pack, RowQuant, SumK
+from qcompile.codegen.triton.kernels.training_spec import ChangeCodes, RoundGradient, RoundValues
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SPECS = [
@@ -26,6 +28,11 @@ SPECS = [
     RowQuant("bf16", first="gate", hadamard=14336),
     RowQuant("fp16", first="rms", smooth=True, codes="int4", group=128),
     RowQuant("bf16", first="rms", residual=True, value=True, smooth=True),
+    RoundGradient(stochastic=True),
+    RoundGradient(),
+    RoundValues(),
+    ChangeCodes(group=96),
+    ChangeCodes(decay=True, stochastic=True),
 ]
 
 

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from qcompile.codegen.triton.kernels.spec import GemmW
-from qcompile.codegen.triton.launch.tiles import Launch, launch_of, m_regime, place_scales, split_k_of
+from qcompile.codegen.triton.kernels.training_spec import ChangeCodes
+from qcompile.codegen.triton.launch.tiles import (
+    Launch,
+    compiler_options,
+    launch_of,
+    m_regime,
+    place_scales,
+    split_k_of,
+)
 
 
 def test_regimes_and_split_k():
@@ -19,6 +27,13 @@ def test_regimes_and_split_k():
 def test_a_kernel_gets_the_constants_that_it_has():
     launch = Launch(16, 64, 4, 2, block_k=256)
     assert launch.constants(["x", "BLOCK_M", "BLOCK_K"]) == {"BLOCK_M": 16, "BLOCK_K": 256}
+
+
+def test_where_every_bit_is_defined_nothing_is_fused_and_integers_wrap_around():
+    launch = Launch(4, 256, 8, 1)
+    assert compiler_options(GemmW(), launch) == dict(num_warps=8, num_stages=1)
+    exact = compiler_options(ChangeCodes(), launch)
+    assert exact == dict(num_warps=8, num_stages=1, enable_fp_fusion=False, sanitize_overflow=False)
 
 
 def test_scales_are_applied_where_they_cost_less():
