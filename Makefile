@@ -41,7 +41,7 @@ SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-f
 sanitize: $(READY) ## the C++ kernels under address and undefined-behavior sanitizers, on random arguments: minutes
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 CXX=$(CXX) \
 		$(BIN)/python -m pytest -p sanitizer_build tests/codegen/cpu/test_native_kernels.py \
-		tests/codegen/cpu/test_traced_kernels.py tests/codegen/cpu/test_cpu_op_checks.py
+		tests/codegen/cpu/test_cpu_op_checks.py
 
 bench: $(READY) ## measure kernels and whole models; writes benches/results
 	$(BIN)/python benches/cpu_linear.py

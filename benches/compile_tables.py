@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-KERNELS = {"W8A8": "int8_mm", "W4A8": "dual_mm", "W8A16": "int8_float", "W4A16": "nibble_float"}
+KERNELS = {
+    "W8A8": "int8_linear",
+    "W4A8 two-level": "dual_linear",
+    "W4A8 groups": "group_linear",
+    "W8A16": "int8_float_linear",
+    "W4A16": "table_linear",
+}
 
 
 def read(name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx
 
@@ -22,12 +22,14 @@ def stored_weight(program: Program, call: QLinearCall) -> StoredParts:
     return program.weight_of(codes), program.weight_of(scale), zero, group_scale
 
 
-def prepared_weights(program: Program, call: QLinearCall, layout: str, remember: Remember, make: Make) -> list[fx.Node]:
+def prepared_weights(
+    program: Program, calls: Sequence[QLinearCall], layout: str, remember: Remember, make: Make
+) -> list[fx.Node]:
     """Placeholders of what a kernel reads of a site, added to the program where they are new.
 
     Args:
-        program: holds the stored weight.
-        call: the site.
+        program: holds the stored weights.
+        calls: the site, or those whose weights the kernel reads as one.
         layout: a name for what `make` makes; with the weight's name it names the new weights.
         remember: see weight_cache.py: equal stored weights are prepared once, whatever the number of graphs.
         make: called if no graph has prepared an equal weight.
@@ -39,8 +41,8 @@ def prepared_weights(program: Program, call: QLinearCall, layout: str, remember:
     def present() -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in make() if tensor is not None)
 
-    sources = [tensor for tensor in stored_weight(program, call) if tensor is not None]
-    prefix, nodes = program.weight_name(call.weight), []
+    sources = [tensor for call in calls for tensor in stored_weight(program, call) if tensor is not None]
+    prefix, nodes = program.weight_name(calls[0].weight), []
     for index, tensor in enumerate(remember(layout, sources, present)):
         name = f"{prefix}.{layout}.{index}"
         nodes.append(program.node_of(name) if name in program.weights else program.add_weight(name, tensor))

@@ -7,6 +7,7 @@ qcompile.export_onnx(model, "out/")                      # an ONNX folder for CP
 
 from typing import TYPE_CHECKING, Any
 
+from qcompile.api.compile_for_generate import compile_for_generate
 from qcompile.api.export_onnx import export_onnx
 from qcompile.api.quantize import quantize
 from qcompile.api.verify_model import verify_model
@@ -58,6 +59,7 @@ __all__ = [
     "Rule",
     "calibration_batches",
     "capture",
+    "compile_for_generate",
     "export_onnx",
     "find_recipe",
     "load",

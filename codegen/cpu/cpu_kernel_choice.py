@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from qcompile.codegen.cpu.traced_kernels import takes_nibbles
+from qcompile.codegen.cpu.linear_weights import takes_nibbles
 from qcompile.codegen.kernel_choice import KernelChoice
 from qcompile.numerics.format import Format
 from qcompile.numerics.int8_matmul import MAX_K, Processor, processor
@@ -62,14 +62,14 @@ def kernel_of(form: Format, act: str) -> str:
     """
     if act and Format.parse(act).is_int8_rows:
         if form == Format("int8"):
-            return "int8_mm"
-        if form.dual and takes_nibbles(form):
-            return "dual_mm"
+            return "int8_linear"
+        if takes_nibbles(form) and not form.is_float:
+            return "dual_linear" if form.dual else "group_linear"
     if not act:
         if form == Format("int8"):
-            return "int8_float"
+            return "int8_float_linear"
         if takes_nibbles(form):
-            return "nibble_float"
+            return "table_linear"
     return "dequant_mm"
 
 
@@ -84,7 +84,10 @@ def choose_cpu_kernel(form: Format, act: str, dtype: torch.dtype, m: int, k: int
         k: input channels.
         n: output channels.
     """
-    kernel, here = kernel_of(form, act) if k <= MAX_K else "dequant_mm", processor()
+    fits = k <= MAX_K and dtype != torch.float64
+    kernel, here = kernel_of(form, act) if fits else "dequant_mm", processor()
+    if kernel == "dequant_mm":  # the float matmul, and a pass over the weight before it
+        return KernelChoice(kernel, has_kernel=False)
     measured_on = _STANDS_FOR.get(here, here)
     ratio = ratio_to_float(kernel, dtype, m, k, n, measured_on)
     elsewhere = f" on {measured_on}" if measured_on != here else ""

@@ -1,25 +1,41 @@
 """Lower the dialect of a Program to ATen and the operators of native_kernels.py, for Inductor.
 
-The kernel of a site depends on its formats alone; the operators look at M when they run. The report gives the kernel's
+The kernel of a site depends on its formats alone; the operators take any number of rows. The report gives the kernel's
 speed at the M of the example, also where M is symbolic.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from qcompile.codegen import aten_fallback
-from qcompile.codegen.cpu import traced_kernels as kernels
+from qcompile.codegen.cpu.attention_rows import lower_attentions
 from qcompile.codegen.cpu.cpu_kernel_choice import choose_cpu_kernel
+from qcompile.codegen.cpu.linear_weights import (
+    center,
+    dual_group,
+    dual_weight,
+    group_of,
+    grouped_weight,
+    has_row_scale,
+    int8_weight,
+    table_of,
+)
+from qcompile.codegen.cpu.native_kernels import load_native_kernels, ops
 from qcompile.codegen.kernel_choice import KernelChoice
 from qcompile.codegen.prepared_weights import prepared_weights, stored_weight
 from qcompile.codegen.rows import rows_label, rows_of
-from qcompile.ir.op_calls import Operand, QLinearCall, site_name
+from qcompile.codegen.sibling_products import Siblings, find_siblings, merged_parts, share_quantizations
+from qcompile.ir.aten_ops import aten
+from qcompile.ir.op_calls import Operand, QuantizeCall, site_name
 from qcompile.ir.program import Program
 from qcompile.memory.weight_cache import Remember
+from qcompile.numerics.qtensor import StoredParts
 
 
 def lower_to_cpu(program: Program, remember: Remember) -> dict[str, dict[str, str]]:
@@ -32,97 +48,128 @@ def lower_to_cpu(program: Program, remember: Remember) -> dict[str, dict[str, st
     Returns:
         site name -> label of M (rows.py) -> kernel, for the report.
     """
+    load_native_kernels()
+    share_quantizations(program)
     chosen: dict[str, dict[str, str]] = {}
-    for node, call in QLinearCall.find(program):
-        choice = _lower_qlinear(program, node, call, remember)
-        chosen.setdefault(site_name(program, node), {})[rows_label(node)] = str(choice)
+    for siblings in find_siblings(program):
+        names = [site_name(program, node) for node in siblings.nodes]
+        choice = _Lowering(program, siblings, remember).run()
+        merged = len(names) > 1 and choice.kernel != "dequant_mm"
+        together = f", {len(names)} sites in one product" if merged else ""
+        for name, node in zip(names, siblings.nodes, strict=True):
+            chosen.setdefault(name, {})[rows_label(node)] = f"{choice}{together}"
+    lower_attentions(program)
     aten_fallback.lower_rest(program)
     program.cleanup()
     return chosen
 
 
-def _lower_qlinear(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> KernelChoice:
-    n = int(call.weight.meta["val"].shape[0])
-    choice = choose_cpu_kernel(call.weight_format, call.act, call.dtype, rows_of(node)[0], call.columns, n)
-    insert = _INSERT.get(choice.kernel)
-    if insert is None:
-        result = aten_fallback.inline_qlinear(program, node, call)
-    else:
-        result = insert(program, node, call, remember)
-    node.replace_all_uses_with(result)
-    return choice
+class _Lowering:
+    """One product: which prepared tensors its kernel reads, and the call of the operator."""
+
+    def __init__(self, program: Program, siblings: Siblings, remember: Remember) -> None:
+        self.program, self.siblings, self.remember = program, siblings, remember
+        self.call, self.before = siblings.first, siblings.nodes[0]
+        self.form, self.k, self.n = self.call.weight_format, self.call.columns, sum(siblings.channels)
+
+    def run(self) -> KernelChoice:
+        """Replace the product; returns its kernel."""
+        call = self.call
+        choice = choose_cpu_kernel(self.form, call.act, call.dtype, rows_of(self.before)[0], self.k, self.n)
+        if call.dtype == torch.float64:  # exact as the dialect has it; kernels and ATen round to float32
+            return choice
+        insert = _INSERT.get(choice.kernel)
+        if insert is None or any(self.program.weight_name(part) is None for part in call.stored if part is not None):
+            for node, each in zip(self.siblings.nodes, self.siblings.calls, strict=True):
+                node.replace_all_uses_with(aten_fallback.inline_qlinear(self.program, node, each))
+            return KernelChoice("dequant_mm", has_kernel=False) if insert else choice
+        self.siblings.replace(self.program, insert(self))
+        return choice
+
+    def int8_linear(self) -> fx.Node:
+        codes, scale = self._prepare("bytes", int8_weight), self._scale()
+        return self._insert(ops.int8_linear.default, *self._rows(), *codes, scale, self._bias())
+
+    def int8_float_linear(self) -> fx.Node:
+        codes, scale = self._prepare("bytes", int8_weight), self._scale()
+        return self._insert(ops.int8_float_linear.default, self.call.x, *codes, scale, self._bias())
+
+    def dual_linear(self) -> fx.Node:
+        parts = self._prepare("two-level nibbles", lambda parts: dual_weight(parts, self.form, self.k))
+        group = dual_group(self.form, self.k)
+        return self._insert(ops.dual_linear.default, *self._rows(), *parts, self._scale(), self._bias(), group)
+
+    def group_linear(self) -> fx.Node:
+        codes, step, zero = self._grouped()
+        middle = center(self.form) if zero is None else 0.0
+        settings = middle, group_of(self.form, self.k)
+        return self._insert(ops.group_linear.default, *self._rows(), codes, step, zero, None, self._bias(), *settings)
+
+    def table_linear(self) -> fx.Node:
+        codes, step, zero = self._grouped()
+        name = f"table of {self.form.dtype}"
+        known = name in self.program.weights
+        table = self.program.node_of(name) if known else self.program.add_weight(name, table_of(self.form))
+        scale, middle = self._scale() if has_row_scale(self.form) else None, 0.0 if zero is None else -center(self.form)
+        settings = middle, group_of(self.form, self.k)
+        return self._insert(
+            ops.table_linear.default, self.call.x, codes, table, step, zero, scale, self._bias(), *settings
+        )
+
+    # -- operands ----------------------------------------------------------------------------------
+
+    def _insert(self, target: Any, *arguments: Any) -> fx.Node:
+        return self.program.insert(target, (*arguments, self.n, self.call.dtype), before=self.before)
+
+    def _prepare(self, layout: str, make: Callable[[StoredParts], tuple[Tensor | None, ...]]) -> list[fx.Node]:
+        """Packed tensors of all siblings' weights as one."""
+        stored = [stored_weight(self.program, call) for call in self.siblings.calls]
+        return prepared_weights(
+            self.program, self.siblings.calls, layout, self.remember, lambda: make(merged_parts(stored))
+        )
+
+    def _grouped(self) -> tuple[fx.Node, fx.Node, Operand]:
+        parts = self._prepare("nibbles", lambda parts: grouped_weight(parts, self.form, self.k))
+        return parts[0], parts[1], parts[2] if len(parts) > 2 else None
+
+    def _rows(self) -> tuple[fx.Node, Operand]:
+        """x and its scale: floats and None where only this product reads the codes, and so quantizes them itself."""
+        call = self.call
+        quantize = call.x.args[0] if call.x.target is operator.getitem else None
+        if isinstance(quantize, fx.Node) and QuantizeCall.matches(quantize):
+            activation = QuantizeCall.of(quantize)
+            readers = {user for part in quantize.users for user in part.users}
+            if activation.format == "int8/row" and readers == set(self.siblings.nodes):
+                return activation.x, None
+        return call.x, call.x_scale
+
+    def _scale(self) -> fx.Node:
+        """float32, one for each channel."""
+        return self._joined([call.scale for call in self.siblings.calls], "scale")
+
+    def _bias(self) -> Operand:
+        """float32 [N]."""
+        biases = [call.bias for call in self.siblings.calls if call.bias is not None]
+        return self._joined(biases, "bias") if biases else None
+
+    def _joined(self, values: list[fx.Node], what: str) -> fx.Node:
+        """Values of channels of all siblings in float32, made once where they are weights."""
+        first, program = values[0], self.program
+        name = program.weight_name(first)
+        if len(values) == 1 and first.meta["val"].dtype == torch.float32:
+            return first
+        if name is None:
+            return program.insert(aten._to_copy.default, (first,), {"dtype": torch.float32}, before=self.before)
+        sources = [program.weight_of(value) for value in values]
+        (made,) = self.remember(f"joined {what}", sources, lambda: (torch.cat([s.float() for s in sources]),))
+        joined = f"{name}.joined {what}"
+        return program.node_of(joined) if joined in program.weights else program.add_weight(joined, made)
 
 
-# -- one function for each kernel: which prepared tensors it reads, and what it inlines ------------------
-
-
-def _int8_mm(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> fx.Node:
-    def run(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return kernels.int8_mm(x, x_scale, weight, scale, bias, call.dtype)
-
-    result: fx.Node = program.inline(run, (call.x, call.x_scale, call.weight, call.scale, call.bias), before=node)
-    return result
-
-
-def _int8_float(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> fx.Node:
-    def run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        return kernels.finish(kernels.int8_float(x, weight), scale, bias, call.dtype)
-
-    result: fx.Node = program.inline(run, (call.x, call.weight, call.scale, call.bias), before=node)
-    return result
-
-
-def _dual_mm(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> fx.Node:
-    codes, _, _, group_scale = stored_weight(program, call)
-    form, k = call.weight_format, call.columns
-
-    def run(
-        x: Tensor, x_scale: Tensor, nibbles: Tensor, group_scale: Tensor, zero: Tensor, scale: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        return kernels.dual_mm(x, x_scale, nibbles, group_scale, zero, scale, bias, call.dtype)
-
-    def with_zero() -> tuple[Tensor]:
-        return (kernels.prepare_nibbles(codes, form, k),)
-
-    def without_zero() -> tuple[Tensor, Tensor, Tensor]:
-        assert group_scale is not None
-        return kernels.prepare_symmetric(codes, group_scale, form, k)
-
-    scale_of_groups: Operand
-    zero: Operand
-    if call.zero is None:
-        nibbles, scale_of_groups, zero = prepared_weights(program, call, "symmetric nibbles", remember, without_zero)
-    else:
-        (nibbles,) = prepared_weights(program, call, "nibbles", remember, with_zero)
-        scale_of_groups, zero = call.group_scale, call.zero
-    operands = (call.x, call.x_scale, nibbles, scale_of_groups, zero, call.scale, call.bias)
-    result: fx.Node = program.inline(run, operands, before=node)
-    return result
-
-
-def _nibble_float(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> fx.Node:
-    codes, scale, zero, group_scale = stored_weight(program, call)
-    form, k = call.weight_format, call.columns
-
-    def make() -> tuple[Tensor, Tensor, Tensor]:
-        scale_of_groups = group_scale if form.dual else scale
-        assert scale_of_groups is not None
-        slope, offset = kernels.group_offsets(scale_of_groups, zero)
-        return kernels.prepare_nibbles(codes, form, k), slope, offset
-
-    def run(x: Tensor, nibbles: Tensor, a: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        sums = kernels.nibble_float(x, nibbles, a, c)
-        return kernels.finish(sums, scale if form.dual else torch.ones(1), bias, call.dtype)
-
-    nibbles, a, c = prepared_weights(program, call, "affine nibbles", remember, make)
-    result: fx.Node = program.inline(run, (call.x, nibbles, a, c, call.scale, call.bias), before=node)
-    return result
-
-
-_INSERT: dict[str, Callable[[Program, fx.Node, QLinearCall, Remember], fx.Node]] = {
-    "int8_mm": _int8_mm,
-    "dual_mm": _dual_mm,
-    "int8_float": _int8_float,
-    "nibble_float": _nibble_float,
+_INSERT: dict[str, Callable[[_Lowering], fx.Node]] = {
+    "int8_linear": _Lowering.int8_linear,
+    "dual_linear": _Lowering.dual_linear,
+    "group_linear": _Lowering.group_linear,
+    "table_linear": _Lowering.table_linear,
+    "int8_float_linear": _Lowering.int8_float_linear,
 }

@@ -159,7 +159,7 @@ class StaticQuantConv(ConvolutionSizes, FixedDtypeModule):
     def forward(self, input: Tensor) -> Tensor:
         """x [B, C, ..] -> [B, O, ..]."""
         dtype = result_dtype(input)
-        wide = exact_float(self.high * self.format.qmax * torch.Size(self.size[1:]).numel())
+        wide = exact_float(self.high * self.format.qmax * torch.Size(self.size[1:]).numel(), self.codes.device)
         codes = round_to_codes(input, self.act_scale, self.low, self.high, self.rounds).to(wide)
         shape, zeros = self.shape, [0] * len(self.shape.stride)
         sums = torch.convolution(

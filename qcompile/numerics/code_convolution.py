@@ -2,8 +2,9 @@
 each.
 
 Two forms give the same integers. Wide convolutions are matrix products of int8 windows (im2col) where a processor
-multiplies int8 fast. All others, grouped and narrow ones, are convolutions of the codes as floats: exact below 2^24,
-and in float64 where sums may be larger.
+multiplies int8 fast; on a GPU all are that have no groups. All others, grouped and narrow ones, are convolutions of the
+codes as floats: exact below 2^24, and in float64 where sums may be larger. A GPU's library may transform windows
+(Winograd, FFT), which is not exact: there floats are float64, and sums are rounded.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def forward_sums(x: Tensor, weight: Tensor, shape: ConvolutionShape, bound: int)
         kernel = weight.shape[2:]
         sums = code_matmul(_windows(x, kernel, shape), _rows(weight))
         return _rows_to_channels(sums, len(x), shape.output_size(x.shape[2:], kernel))
-    dtype = exact_float(bound * weight[0].numel())
+    dtype = exact_float(bound * weight[0].numel(), x.device)
     return _convolve(x.to(dtype), weight.to(dtype), shape)
 
 
@@ -77,7 +78,7 @@ def input_sums(gradient: Tensor, weight: Tensor, shape: ConvolutionShape, size: 
         flipped_weight = weight.flip(axes).transpose(0, 1)
         sums = code_matmul(_windows(gradient, kernel, flipped), _rows(flipped_weight))
         return _rows_to_channels(sums, len(gradient), size[2:])
-    dtype = exact_float(bound * weight[:, 0].numel() // shape.groups)
+    dtype = exact_float(bound * weight[:, 0].numel() // shape.groups, gradient.device)
     x = gradient.new_empty(size, dtype=dtype)
     return _backward(gradient.to(dtype), x, weight.to(dtype), shape, (True, False))[0]
 
@@ -92,7 +93,7 @@ def weight_sums(gradient: Tensor, x: Tensor, shape: ConvolutionShape, size: torc
     positions = gradient.shape[2:].numel()
     total = gradient.new_zeros(size, dtype=torch.float64)
     samples = max(1, _EXACT // max(1, bound * positions))
-    dtype = exact_float(bound * positions)
+    dtype = exact_float(bound * positions, x.device)
     for first in range(0, len(x), samples):
         part = slice(first, first + samples)
         total += _backward(gradient[part].to(dtype), x[part].to(dtype), weight.to(dtype), shape, (False, True))[1]
@@ -100,18 +101,20 @@ def weight_sums(gradient: Tensor, x: Tensor, shape: ConvolutionShape, size: torc
 
 
 def _is_wide(x: Tensor, weight: Tensor, shape: ConvolutionShape) -> bool:
-    wide = shape.groups == 1 and min(weight.shape[:2]) >= WIDE
-    return wide and x.device.type == "cpu" and has_fast_int8_matmul()
+    if x.device.type != "cpu":
+        return shape.groups == 1
+    return shape.groups == 1 and min(weight.shape[:2]) >= WIDE and has_fast_int8_matmul()
 
 
-def exact_float(largest_sum: int) -> torch.dtype:
-    """The narrowest float dtype in which a sum of integers is exact in any order."""
-    return torch.float32 if largest_sum <= _EXACT else torch.float64
+def exact_float(largest_sum: int, device: torch.device) -> torch.dtype:
+    """The narrowest float dtype in which a convolution of integers is exact on a device, once it is rounded."""
+    return torch.float32 if largest_sum <= _EXACT and device.type == "cpu" else torch.float64
 
 
 def _convolve(x: Tensor, weight: Tensor, shape: ConvolutionShape) -> Tensor:
     zeros = [0] * len(shape.stride)
-    return torch.convolution(x, weight, None, shape.stride, shape.padding, shape.dilation, False, zeros, shape.groups)
+    sums = torch.convolution(x, weight, None, shape.stride, shape.padding, shape.dilation, False, zeros, shape.groups)
+    return sums if x.device.type == "cpu" else sums.round()
 
 
 def _backward(
@@ -122,6 +125,8 @@ def _backward(
         gradient, x, weight, None, shape.stride, shape.padding, shape.dilation, False, zeros, shape.groups,
         [*mask, False],
     )  # fmt: skip
+    if x.device.type != "cpu":
+        dx, dw = (part if part is None else part.round() for part in (dx, dw))
     return dx, dw
 
 

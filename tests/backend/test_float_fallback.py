@@ -56,9 +56,10 @@ def test_sites_that_were_measured_slower_stay_float(on_stand_in):
 
 
 def test_on_a_cpu_the_committed_measurements_decide():
-    found = kept_float(three_layers(), Recipe("fp4", (Quantize(FP4, None, lm_head=FP4), Fuse())), None, None)
+    fp8 = Format("fp8")
+    found = kept_float(three_layers(), Recipe("fp8", (Quantize(fp8, fp8, lm_head=fp8), Fuse())), None, None)
     assert set(found) == {"0.weight", "2.weight", "4.weight"}
-    assert all(why.startswith("dequant_mm (") and "'quantize'} quantizes it" in why for why in found.values())
+    assert all(why.startswith("dequant_mm at") and "'quantize'} quantizes it" in why for why in found.values())
 
 
 def test_a_recipe_that_quantizes_nothing_keeps_nothing_float():

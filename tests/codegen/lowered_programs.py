@@ -11,7 +11,7 @@ from zoo import build, example
 import qcompile
 from qcompile.api.example_inputs import widen_batch
 from qcompile.codegen.triton.gpu_lowering import lower_to_gpu
-from qcompile.codegen.triton.kernels.spec import parse
+from qcompile.codegen.triton.kernels.parse_spec import parse
 from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearWCall, RowQuantCall
 from qcompile.ir.capture import capture
 from qcompile.ir.node_meta import WEIGHT

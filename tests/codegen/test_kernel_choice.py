@@ -22,5 +22,5 @@ def test_slower_than_float(choice, slower):
 
 
 def test_text():
-    assert str(KernelChoice("int8_mm", 1.5, "1.5x float")) == "int8_mm (1.5x float)"
+    assert str(KernelChoice("int8_linear", 1.5, "1.5x float")) == "int8_linear (1.5x float)"
     assert str(KernelChoice("dequantize")) == "dequantize"

@@ -43,8 +43,8 @@ def test_prepared_tensors_are_added_once(site):
     def make():
         return torch.zeros(3), None, torch.ones(2)
 
-    first = prepared_weights(program, call, "packed", remember, make)
-    second = prepared_weights(program, call, "packed", remember, make)
+    first = prepared_weights(program, [call], "packed", remember, make)
+    second = prepared_weights(program, [call], "packed", remember, make)
     assert first == second and [program.weight_of(node).shape for node in first] == [(3,), (2,)]
     assert all(program.weight_name(node).endswith(f".packed.{i}") for i, node in enumerate(first))
     assert len(sources[0]) == 3  # without the group scale, which the format does not have

@@ -1,79 +1,24 @@
-"""Whatever the arguments, an operator of the CPU target gives the value of plain torch or refuses; it never crashes."""
+"""Whatever the arguments, an operator of the CPU target gives the right value or refuses; it never crashes."""
 
 from __future__ import annotations
-
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from linear_cases import FLOATS, INT8_OPS, OPS, assert_right, call, operands
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcompile.codegen.cpu import cpu_op_checks, native_kernels
-from qcompile.numerics import int8_matmul
 
-OPS = ["int8_mm", "dual_mm", "int8_float", "nibble_float"]
-NAMES = {
-    "int8_mm": ["x", "x_scale", "weight", "scale", "bias", "dtype"],
-    "dual_mm": ["x", "x_scale", "nibbles", "group_scale", "zero", "scale", "bias", "dtype"],
-    "int8_float": ["x", "weight"],
-    "nibble_float": ["x", "nibbles", "a", "c"],
-}
-FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-DTYPES = [*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64,
-          torch.float8_e4m3fn]  # fmt: skip
+DTYPES = [*FLOATS, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool,
+          torch.complex64, torch.float8_e4m3fn]  # fmt: skip
 REFUSALS = (ValueError, RuntimeError, NotImplementedError, TypeError)
 
 
-def operands(op, m, k, n, group, dtype, with_bias):
-    """Arguments that fit, by name; M, K and N may be zero, and the group may be beyond K.
-
-    Group scales and zero points are those of which all codes make int8 values, as the two-level formats demand.
-    """
-    groups, half = -(-k // group), group // 2
-    ints = lambda low, high, *shape, dtype=torch.int8: torch.randint(low, high, shape).to(dtype)  # noqa: E731
-    scales = {"x_scale": torch.rand(m, 1), "scale": torch.rand(n, 1)}
-    scales["bias"] = torch.randn(n).to(dtype) if with_bias else None
-    nibbles = ints(0, 256, n, groups, half, dtype=torch.uint8)
-    every = {
-        "int8_mm": {"x": ints(-128, 128, m, k), "weight": ints(-128, 128, n, k), **scales, "dtype": dtype},
-        "dual_mm": {
-            "x": ints(-128, 128, m, k), "nibbles": nibbles, "group_scale": ints(0, 9, n, groups),
-            "zero": ints(0, 8, n, groups, dtype=torch.uint8), **scales, "dtype": dtype,
-        },
-        "int8_float": {"x": torch.randn(m, k).to(dtype), "weight": ints(-128, 128, n, k)},
-        "nibble_float": {
-            "x": torch.randn(m, k).to(dtype), "nibbles": nibbles, "a": torch.rand(n, groups),
-            "c": torch.randn(n, groups),
-        },
-    }  # fmt: skip
-    return {name: every[op][name] for name in NAMES[op]}
-
-
-def reference(op, a):
-    """The product in float64. It raises where sizes do not agree."""
-    x, k = a["x"].double(), a["x"].shape[1]
-    if "weight" in a:
-        weight = a["weight"].double()
-    else:
-        nibbles = a["nibbles"]
-        n, groups, half = nibbles.shape
-        assert groups == -(-k // (2 * half))
-        codes = torch.cat((nibbles & 15, nibbles >> 4), -1).double()  # [N, groups, G]
-        if op == "dual_mm":
-            s, z = a["group_scale"].double()[..., None], a["zero"].double()[..., None]
-            codes = (codes - z) * s
-        else:
-            codes = codes * a["a"].double()[..., None] - a["c"].double()[..., None]
-        weight = codes.reshape(n, groups * 2 * half)[:, :k]
-    out = torch.einsum("mk,nk->mn", x, weight)
-    if "scale" not in a:
-        return out, x.abs() @ (weight.abs() + 128).t()  # int8 bytes are read as w + 128
-    assert a["x_scale"].shape == (len(x), 1) and a["scale"].shape == (len(weight), 1)
-    out = out * a["x_scale"].double() * a["scale"].double().t()
-    assert a["bias"] is None or a["bias"].shape == (len(weight),)
-    return (out if a["bias"] is None else out + a["bias"].double()), out.abs() + 2
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    native_kernels.load_native_kernels()
 
 
 def restrided(t, kind):
@@ -106,32 +51,23 @@ def damaged(t, kind, at, size):
 
 
 shapes = st.tuples(
-    st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 9, 17]), st.sampled_from([0, 1, 2, 15, 16, 33, 64, 100, 130]),
-    st.sampled_from([0, 1, 3, 16, 33, 70]), st.sampled_from([32, 64, 128, 192]),
+    st.sampled_from([(0,), (1,), (2,), (5,), (8,), (9,), (13,), (17,), (2, 3), (1, 1)]),
+    st.sampled_from([1, 2, 15, 16, 33, 64, 100, 130]), st.sampled_from([0, 1, 3, 16, 33, 70]),
+    st.sampled_from([8, 32, 48, 128, 248]),
 )  # fmt: skip
 strides = st.sampled_from(["dense", "columns first", "every other", "unaligned", "lone"])
-damages = st.sampled_from(["none", "size", "rank", "dtype", "meta"])
+damages = st.sampled_from(["none", "size", "rank", "dtype", "meta", "group", "n"])
 
 
-def check_value(op, a, got):
-    want, size = reference(op, a)
-    dtype = a.get("dtype", a["x"].dtype)
-    assert got.shape == want.shape and got.dtype == dtype and got.is_contiguous()
-    rounding = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}[dtype]
-    rounding = max(rounding, 2e-6) if op == "nibble_float" else rounding  # its weight is float32 values
-    finite = got.isfinite() | (dtype != torch.float16)  # which reaches to 65504
-    assert bool(((got.double() - want).abs() <= rounding * (size + 1))[finite].all())
-
-
-def call(op, a):
-    return getattr(torch.ops.qcompile_cpu, op)(*a.values())
+def tensors_of(a):
+    return [name for name, value in a.items() if isinstance(value, torch.Tensor)]
 
 
 @given(
     st.sampled_from(OPS),
     shapes,
+    st.sampled_from([torch.int8, *FLOATS]),
     st.sampled_from(FLOATS),
-    st.booleans(),
     st.booleans(),
     st.lists(strides, min_size=8, max_size=8),
     damages,
@@ -139,96 +75,142 @@ def call(op, a):
     st.integers(0, 2),
     st.integers(0, 5),
 )
-def test_a_call_is_right_or_refused(op, shape, dtype, bias, fast, layouts, damage, which, at, size):  # fmt: skip
-    a = operands(op, *shape, dtype, bias)
-    tensors = [name for name, value in a.items() if isinstance(value, torch.Tensor)]
+def test_a_call_is_right_or_refused(op, shape, x, dtype, bias, layouts, damage, which, at, size):  # fmt: skip
+    x = torch.float32 if x == torch.int8 and op not in INT8_OPS else x
+    a = operands(op, *shape, x=x, dtype=dtype, bias=bias)
+    tensors = tensors_of(a)
     a |= {name: restrided(a[name], layout) for name, layout in zip(tensors, layouts, strict=False)}
-    name = tensors[which % len(tensors)]
-    before = a[name]
-    a[name] = damaged(before, damage, at, size)
-    same = (a[name].shape, a[name].dtype, a[name].device) == (before.shape, before.dtype, before.device)
-    with (
-        mock.patch.object(native_kernels, "has_fast_int8_matmul", lambda: fast),
-        mock.patch.object(int8_matmul, "has_fast_int8_matmul", lambda: fast),
-    ):
-        try:
-            got, refused = call(op, a), ""
-        except REFUSALS as error:
-            refused = str(error)
+    if damage in ("group", "n"):
+        other = [0, -8, 2**63 - 8, 12, 256, 8][size]
+        same = damage not in a or a[damage] == other
+        a |= {damage: other} if damage in a else {}
+    else:
+        name = tensors[which % len(tensors)]
+        before = a[name]
+        a[name] = damaged(before, damage, at, size)
+        same = (a[name].shape, a[name].dtype, a[name].device) == (before.shape, before.dtype, before.device)
+    try:
+        got, refused = call(op, a), ""
+    except REFUSALS as error:
+        refused = str(error)
     assert not (same and refused), refused
     if not refused:
-        check_value(op, a, got)
+        assert_right(op, a, got)
     else:
         assert f"qcompile_cpu::{op}: " in refused and ", but must be " in refused, refused
     with FakeTensorMode() as mode:
         fake = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in a.items()}
         try:
             shaped = call(op, fake)
-        except REFUSALS:
-            assert refused, "only the fake version refuses"
+        except REFUSALS as error:
+            assert refused, f"only the fake version refuses: {error}"
+            assert f"qcompile_cpu::{op}: " in str(error) and ", but must be " in str(error), error
         else:
-            assert not refused, "the fake version takes what the real one refuses"
+            assert not refused, f"the fake version takes what the real one refuses: {refused}"
             assert shaped.shape == got.shape and shaped.dtype == got.dtype
 
 
 @pytest.mark.parametrize("rows", [3, 20])
 @pytest.mark.parametrize("op", OPS)
 def test_operands_of_any_strides_are_read_right(op, rows):
-    """One by one, for small M and large M; the bias in another dtype too."""
-    a = operands(op, rows, 100, 33, 32, torch.float32, True)
-    check_value(op, a, call(op, a))
-    for name in [name for name, value in a.items() if isinstance(value, torch.Tensor)]:
-        for kind in ("columns first", "every other", "unaligned"):
-            b = a | {name: restrided(a[name], kind)}
-            check_value(op, b, call(op, b))
-    if "bias" in a:
-        b = a | {"bias": a["bias"].bfloat16()}
-        check_value(op, b, call(op, b))
+    """One by one."""
+    for x in {torch.int8 if op in INT8_OPS else torch.float32, torch.bfloat16}:
+        a = operands(op, rows, 100, 33, x=x)
+        for name in tensors_of(a):
+            for kind in ("columns first", "every other", "unaligned"):
+                b = a | {name: restrided(a[name], kind)}
+                assert_right(op, b, call(op, b))
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+U8 = torch.uint8
 
 
 @pytest.mark.parametrize(
     "op,name,value,says",
     [
-        ("int8_mm", "weight", torch.zeros(5, 63, dtype=torch.int8), r"x is int8 \[9, 64\].*int8 \[M, 63\]"),
-        ("int8_mm", "x", torch.zeros(9, 64), r"x is float32 \[9, 64\] on cpu, but must be int8 \[M, 64\]"),
-        ("int8_mm", "x_scale", torch.ones(8, 1), r"x_scale is float32 \[8, 1\].*float32 \[9, 1\]"),
-        ("int8_mm", "scale", torch.ones(5, 1).bfloat16(), r"scale is bfloat16 \[5, 1\].*float32 \[5, 1\]"),
-        ("int8_mm", "bias", torch.ones(4), r"bias is float32 \[4\].*float \[5\], or None"),
-        ("int8_mm", "dtype", torch.int32, r"dtype is torch.int32.*float32, bfloat16"),
-        ("dual_mm", "nibbles", torch.zeros(5, 1, 16, dtype=torch.uint8), r"nibbles.*\[N, 2, 16\]: 2 groups of 32"),
-        ("dual_mm", "nibbles", torch.zeros(5, 4, 8, dtype=torch.uint8), "nibbles.*multiple of 16"),
-        ("dual_mm", "nibbles", torch.zeros(5, 64, 0, dtype=torch.uint8), "nibbles.*multiple of 16"),
-        ("dual_mm", "group_scale", torch.zeros(5, 3, dtype=torch.int8), r"group_scale.*int8 \[5, 2\]"),
-        ("dual_mm", "zero", torch.zeros(5, 2, dtype=torch.int8), r"zero.*uint8 \[5, 2\]"),
-        ("int8_float", "x", torch.zeros(64), r"x is float32 \[64\].*float \[M, 64\]"),
-        ("int8_float", "weight", torch.zeros(5, 64), r"weight is float32 \[5, 64\].*int8 \[N, K\]"),
-        ("nibble_float", "a", torch.zeros(5, 2).double(), r"a is float64 \[5, 2\].*float32 \[5, 2\]"),
-        ("int8_float", "weight", None, "weight is None, but must be a tensor"),
-        ("int8_mm", "x_scale", None, "x_scale is None, but must be a tensor"),
-        ("nibble_float", "c", torch.zeros(5, 1), r"c is float32 \[5, 1\].*float32 \[5, 2\]"),
+        ("int8_linear", "x", zeros(9, 64), r"x is float32 \[9, 64\] on cpu.*int8 with x_scale"),
+        ("int8_linear", "x", zeros(9, 64, dtype=U8), r"x is uint8 \[9, 64\] on cpu.*int8 with x_scale"),
+        ("int8_linear", "x", zeros(9, 65, dtype=torch.int8), r"codes is uint8 \[2, 16, 16, 4\]"),
+        ("int8_linear", "x", torch.zeros((), dtype=torch.int8), "but must be"),
+        ("int8_linear", "x_scale", zeros(8, 1), r"x_scale is float32 \[8, 1\]"),
+        ("int8_linear", "x_scale", zeros(9, 1).double(), r"x_scale is float64 \[9, 1\]"),
+        ("int8_linear", "x_scale", None, r"x is int8 \[9, 64\] on cpu.*float"),
+        ("int8_linear", "codes", zeros(2, 16, 16, 4, dtype=torch.int8), r"codes is int8.*uint8 \[2, 16, 16, 4\]"),
+        ("int8_linear", "codes", zeros(1, 16, 16, 4, dtype=U8), r"codes is uint8 \[1, 16, 16, 4\].*\[2, 16, 16, 4\]"),
+        ("int8_linear", "scale", zeros(5).bfloat16(), r"scale is bfloat16 \[5\].*float32"),
+        ("int8_linear", "scale", zeros(6), r"scale is float32 \[6\].*5"),
+        ("int8_linear", "bias", zeros(4), r"bias is float32 \[4\].*5"),
+        ("int8_linear", "bias", zeros(5).bfloat16(), r"bias is bfloat16 \[5\].*float32"),
+        ("int8_linear", "dtype", torch.float64, r"dtype is .*float64.*float32, bfloat16 or float16"),
+        ("int8_linear", "dtype", torch.int32, r"dtype is .*int32.*float32, bfloat16 or float16"),
+        ("int8_linear", "n", -1, r"n is -1.*0 or more"),
+        ("int8_linear", "n", 33, "but must be"),
+        ("dual_linear", "group", 256, r"group is 256.*multiple of 8, up to 248"),
+        ("dual_linear", "group", 0, r"group is 0.*multiple of 8"),
+        ("dual_linear", "group", 20, r"group is 20.*multiple of 8"),
+        ("dual_linear", "group", 64, r"step is uint8 \[2, 2, 16\].*\[2, 1, 16\]"),
+        ("dual_linear", "step", zeros(2, 2, 16), r"step is float32 \[2, 2, 16\].*uint8"),
+        ("dual_linear", "step", zeros(2, 3, 16, dtype=U8), r"step is uint8 \[2, 3, 16\].*\[2, 2, 16\]"),
+        ("dual_linear", "offset", zeros(2, 2, 16, 2, dtype=U8), r"offset is uint8 \[2, 2, 16, 2\].*\[2, 1, 16, 2\]"),
+        ("dual_linear", "offset", zeros(2, 1, 16, 2), r"offset is float32.*uint8 \[2, 1, 16, 2\]"),
+        ("group_linear", "zero", zeros(2, 1, 16), r"zero is float32 \[2, 1, 16\].*\[2, 2, 16\]"),
+        ("group_linear", "step", zeros(2, 2, 16).double(), r"step is float64"),
+        ("table_linear", "table", zeros(15), r"table is float32 \[15\].*\[16\]"),
+        ("table_linear", "table", zeros(16).bfloat16(), r"table is bfloat16 \[16\].*float32"),
+        ("table_linear", "x", zeros(9, 64, dtype=torch.int8), r"x is int8 \[9, 64\].*float"),
+        ("table_linear", "zero", zeros(2, 2, 16, dtype=torch.int8), r"zero is int8 \[2, 2, 16\]"),
+        ("int8_float_linear", "x", zeros(9, 64).double(), r"x is float64 \[9, 64\].*float"),
+        ("int8_float_linear", "codes", zeros(2, 8, 16, 4, dtype=U8), r"codes is uint8 \[2, 8, 16, 4\].*\[2, 16, 1"),
     ],
-)
+)  # fmt: skip
 def test_a_refusal_names_the_argument_its_value_and_the_demand(op, name, value, says):
-    a = operands(op, 9, 64, 5, 32, torch.float32, True)
+    """The real operator, and the fake one before a graph is compiled."""
+    a = operands(op, 9, 64, 5)
     call(op, a)
-    with pytest.raises(ValueError, match=f"qcompile_cpu::{op}: {says}"):
-        call(op, a | {name: value})
+    a[name] = value
+    said = f"(?s)^qcompile_cpu::{op}: .*{says}"
+    with pytest.raises(ValueError, match=said) as real:
+        call(op, a)
+    assert ", but must be " in str(real.value)
+    with FakeTensorMode() as mode:
+        fake = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in a.items()}
+        with pytest.raises(ValueError, match=said) as faked:
+            call(op, fake)
+    assert ", but must be " in str(faked.value)
 
 
-def test_integer_sums_beyond_int32_are_refused():
-    for op, weight in (
-        ("int8_mm", {"weight": torch.zeros(1, 2**17, dtype=torch.int8)}),
-        ("dual_mm", {"nibbles": torch.zeros(1, 1, 2**16, dtype=torch.uint8)}),
-    ):
-        a = operands(op, 1, 64, 1, 32, torch.float32, False) | weight | {"x": torch.zeros(1, 2**17, dtype=torch.int8)}
-        with pytest.raises(ValueError, match="K up to 131071"):
-            call(op, a)
+def test_scales_beside_float_rows_are_refused():
+    for op in INT8_OPS:
+        a = operands(op, 9, 64, 5, x=torch.float32)
+        with pytest.raises(ValueError, match=rf"{op}: x is float32 \[9, 64\].*int8 with x_scale"):
+            call(op, a | {"x_scale": torch.ones(9, 1)})
 
 
-def test_fake_tensors_on_several_devices_are_refused():
-    with FakeTensorMode():
-        x, w = torch.zeros(2, 64), torch.zeros(5, 64, dtype=torch.int8)
-        with pytest.raises(ValueError, match="on cpu, as x is"):
-            cpu_op_checks.check_devices("int8_float", x, w, None, torch.zeros(1, device="cuda"))
-        with pytest.raises(ValueError, match="on a CPU"):
-            cpu_op_checks.check_devices("int8_float", torch.zeros(1, device="cuda"), w)
+@pytest.mark.parametrize("op", OPS)
+def test_more_columns_than_int32_sums_have(op):
+    a = operands(op, 1, 2**17 - 1, 1, 248)
+    assert_right(op, a, call(op, a))
+    a = operands(op, 1, 2**17, 1, 248)
+    with pytest.raises(ValueError, match=rf"{op}: .*131071, where int32 sums are exact"):
+        call(op, a)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match="131071, where int32 sums are exact"):
+        call(op, {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in a.items()})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fake_tensors_on_several_devices_are_refused(op):
+    with FakeTensorMode() as mode:
+        a = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in operands(op, 2, 64, 5).items()}
+        for name in tensors_of(a):
+            moved = a | {name: torch.empty_like(a[name], device="cuda")}
+            x_scale, x = moved.get("x_scale"), moved["x"]
+            with pytest.raises(ValueError, match=f"qcompile_cpu::{op}: .* as x is"):
+                of_groups = moved.get("step"), moved.get("zero")
+                cpu_op_checks.check_linear(
+                    op, x, x_scale, moved["codes"], (moved["scale"], moved["bias"]), 5, torch.float32,
+                    moved.get("group", 0), of_groups, moved.get("offset"), moved.get("table"),
+                )  # fmt: skip

@@ -1,214 +1,335 @@
-"""Operators of the CPU target against exact integer sums and the dialect's references."""
+"""Operators of the CPU target: the exact integer sums, float64 within rounding, the same on every instruction set."""
 
 from __future__ import annotations
 
+import itertools
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from linear_cases import (
+    EXACT_OPS,
+    FLOATS,
+    INT8_OPS,
+    OPS,
+    assert_right,
+    assert_right_for_rows,
+    assert_same,
+    call,
+    ints,
+    operands,
+)
 
 from qcompile.codegen.cpu import native_kernels as native
-from qcompile.codegen.cpu import traced_kernels as kernels
-from qcompile.numerics import int8_matmul
-from qcompile.numerics.format import Format
-from qcompile.numerics.qtensor import QTensor, dequantize_to_int8
-from qcompile.numerics.rounding import quantize_tensor
+from qcompile.codegen.cpu.weight_packing import pack_bytes, pack_group_pairs, pack_groups, pack_nibbles
+from qcompile.numerics.fp4 import decode_e2m1
 
-ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 17, 33]  # every block of rows, both sides of SMALL_M_INT8 and SMALL_M_FLOAT
-
-
-def kernel_sums(x, w):
-    """Integer sums, exact in float64 as long as the scales are one."""
-    return kernels.int8_mm(x, torch.ones(len(x), 1), w, torch.ones(len(w), 1), None, torch.float32)
+ROWS = [*range(1, 14), 16, 17, 25, 40]  # every panel of rows, one panel and several
+SHAPES = [(1, 1), (3, 5), (64, 32), (100, 41), (264, 33), (576, 80), (2048, 96)]  # K, N
+GROUPS = {1: 8, 3: 32, 64: 24, 100: 8, 264: 48, 576: 128, 2048: 248}  # odd counts, ragged ones, beyond the row
 
 
-def dual_sums(x, nibbles, scale, zero):
-    ones = torch.ones(len(nibbles), 1)
-    return kernels.dual_mm(x, torch.ones(len(x), 1), nibbles, scale, zero, ones, None, torch.float32)
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    native.load_native_kernels()
 
 
-@pytest.mark.parametrize("columns", [64, 100, 576])
-@pytest.mark.parametrize("rows", ROWS)
-def test_int8_sums_are_exact(rows, columns):
-    x, w = (torch.randint(-128, 128, (n, columns), dtype=torch.int8) for n in (rows, 41))
-    assert torch.equal(kernel_sums(x, w).long(), x.long() @ w.long().t())
+# -- values --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [3, 40])
-def test_scales_and_bias_after_the_sums(monkeypatch, rows, bias, dtype):
-    """The operator is the dialect's reference, by chunks of channels too."""
-    x, x_scale, _ = torch.ops.qcompile.quantize(torch.randn(rows, 64), "int8/row")
-    shift = torch.randn(600) if bias else None
-    for text in ("int8", "int4/group32/zero/dual"):
-        q = quantize_tensor(torch.randn(600, 64), Format.parse(text))
-        want = torch.ops.qcompile.qlinear(
-            x, x_scale, None, q.stored(), q.scale, q.zero, q.group_scale, shift, str(q.format), "int8/row", 64, dtype
+@pytest.mark.parametrize("k,n", SHAPES)
+@pytest.mark.parametrize("op", OPS)
+def test_every_number_of_rows(op, k, n):
+    assert_right_for_rows(op, ROWS, k, n, GROUPS[k])
+    if op not in EXACT_OPS:
+        return
+    for x in FLOATS:
+        assert_right_for_rows(op, (1, 7, 13), k, n, GROUPS[k], x=x)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("rows", [1, 3, 30])
+def test_no_columns(op, rows):
+    """Sums of nothing are zero, whatever an earlier call left in its buffers."""
+    before = operands(op, rows, 64, 33)
+    call(op, before)
+    a = operands(op, rows, 0, 33)
+    assert_right(op, a, call(op, a))
+
+
+@given(
+    st.sampled_from(OPS),
+    st.integers(0, 40),
+    st.integers(1, 300),
+    st.integers(0, 70),
+    st.sampled_from([8, 16, 24, 32, 64, 128, 240, 248]),
+    st.sampled_from(FLOATS),
+    st.sampled_from(FLOATS),
+    st.booleans(),
+    st.integers(0, 2**30),
+)
+def test_any_shape(op, m, k, n, group, x, dtype, codes, seed):
+    torch.manual_seed(seed)
+    a = operands(op, m, k, n, group, x=torch.int8 if codes and op in INT8_OPS else x, dtype=dtype, bias=bool(seed % 2))
+    assert_right(op, a, call(op, a))
+
+
+@pytest.mark.parametrize("zero", [None, "bytes", "floats"])
+@pytest.mark.parametrize("step", ["bytes", "floats"])
+@pytest.mark.parametrize("op", ["group_linear", "table_linear"])
+def test_steps_and_zero_points_of_both_kinds(op, step, zero):
+    for x, group in itertools.product(FLOATS, (8, 64, 2**40)):
+        codes = torch.int8 if op == "group_linear" and group == 64 else x
+        for m in (1, 3, 6, 20):
+            a = operands(op, m, 200, 33, group, x=codes, zero=zero, step=step)
+            assert_right(op, a, call(op, a))
+            a["scale"] = None
+            assert_right(op, a, call(op, a))
+
+
+@pytest.mark.parametrize("x", FLOATS)
+def test_a_table_of_small_floats(x):
+    table = decode_e2m1(torch.arange(16, dtype=torch.uint8)).float()
+    for m in (1, 2, 5, 12, 13, 30):
+        a = operands("table_linear", m, 136, 40, 32, x=x, zero=None, table=table)
+        assert_right("table_linear", a, call("table_linear", a))
+
+
+def test_the_zero_bias_is_added_to_the_zero_point():
+    codes, step = pack_nibbles(ints(3, 3, 1, 8)), pack_groups(torch.full((1, 1), 2.0))
+    x, one = torch.ones(1, 8, dtype=torch.int8), torch.ones(())
+    for zero, value in ((None, 8 * 2 * (3 - 0.25)), (pack_groups(ints(5, 5, 1, 1)), 8 * 2 * (3 - 5.25))):
+        got = torch.ops.qcompile_cpu.group_linear(x, one, codes, step, zero, None, None, 0.25, 8, 1, torch.float32)
+        assert float(got) == value
+        table = torch.arange(16.0)
+        got = torch.ops.qcompile_cpu.table_linear(
+            x.float(), codes, table, step, zero, None, None, 0.25, 8, 1, torch.float32
         )
-        for limit in (native._SUMS_BYTES, 1):
-            monkeypatch.setattr(native, "_SUMS_BYTES", limit)
-            if text == "int8":
-                got = kernels.int8_mm(x, x_scale, q.codes, q.scale, shift, dtype)
-            else:
-                nibbles = kernels.prepare_nibbles(q.stored(), q.format, 64)
-                got = kernels.dual_mm(x, x_scale, nibbles, q.group_scale, q.zero, q.scale, shift, dtype)
-            assert got.dtype == dtype
-            assert torch.allclose(got.float(), want.float(), rtol={torch.float32: 1e-5}.get(dtype, 1e-2), atol=1e-5)
+        assert float(got) == value
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from(ROWS), st.integers(1, 300), st.sampled_from([32, 64, 128, 192]), st.integers(0, 2**30))
-def test_dual_sums_are_exact(rows, columns, group, seed):
-    generator = torch.Generator().manual_seed(seed)
-    form = Format("int4", "group", group, "int", dual=True)
-    q = quantize_tensor(torch.randn(37, columns, generator=generator), form)
-    # Every code, zero and scale that the format allows, not only those that a bell curve brings.
-    zero = torch.randint(0, 16, q.zero.shape, generator=generator).to(torch.uint8)
-    scale = torch.randint(1, 17, q.group_scale.shape, generator=generator).to(torch.int8)
-    codes = torch.randint(0, 16, q.codes.shape, generator=generator)
-    z, s = (t.long().repeat_interleave(group, 1)[:, :columns] for t in (zero, scale))
-    codes = torch.minimum(torch.maximum(codes, z - 127 // s), z + 127 // s).clamp(0, 15)
-    stored = QTensor(codes.to(torch.uint8), q.scale, zero, scale, form).stored()
-    x = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
-    nibbles = kernels.prepare_nibbles(stored, form, columns)
-    assert torch.equal(dual_sums(x, nibbles, scale, zero).long(), x.long() @ ((codes - z) * s).t())
-    # Without zero points group scales have either sign.
-    form, levels = Format("int4", "group", group, dual=True), codes.clamp(0, 15) - 8
-    signs = torch.where(torch.rand(scale.shape, generator=generator) < 0.5, -1, 1).to(torch.int8)
-    signed = signs * scale.clamp(max=15)
-    stored = QTensor(levels.to(torch.int8), q.scale, None, signed, form).stored()
-    weight = dequantize_to_int8(levels, None, signed, form).long()
-    got = dual_sums(x, *kernels.prepare_symmetric(stored, signed, form, columns))
-    assert torch.equal(got.long(), x.long() @ weight.t())
+@pytest.mark.parametrize("rows", [2, 13])
+def test_the_largest_sums(rows):
+    """Up to the last K where they are int32, though what is added on the way is not."""
+    k = 2**17 - 1
+    x = torch.tensor([-128, 127], dtype=torch.int8)[:, None].repeat(7, k)[:rows]
+    w = torch.tensor([-128, 127, -127], dtype=torch.int8)[:, None].expand(3, k)
+    ones = torch.ones(3)
+    got = torch.ops.qcompile_cpu.int8_linear(x, torch.ones(()), pack_bytes(w), ones, None, 3, torch.float32)
+    assert torch.equal(got, (x.double() @ w.double().t()).float())
+    group, groups = 248, -(-k // 248)
+    q = torch.tensor([15, 0, 7, 15], dtype=torch.uint8)[:, None].expand(4, k)
+    z = torch.tensor([8, 7, 0, 15], dtype=torch.uint8)[:, None].expand(4, groups)
+    step = torch.full((4, groups), 17, dtype=torch.uint8)
+    weight = 17 * (q.double() - z[:, :1].double())
+    got = torch.ops.qcompile_cpu.dual_linear(
+        x, torch.ones(()), pack_nibbles(q), pack_groups(step), pack_group_pairs(step * z), torch.ones(4), None, group,
+        4, torch.float32,
+    )  # fmt: skip
+    assert torch.equal(got, (x.double() @ weight.t()).float())
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_int8_times_floats(rows):
-    w, x = torch.randint(-127, 128, (33, 100), dtype=torch.int8), torch.randn(rows, 100)
-    want = x.double() @ w.double().t()
-    assert (kernels.int8_float(x, w) - want).norm() / want.norm() < 1e-5
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ties_are_rounded_to_even(dtype):
+    """Sums of every integer of 127 a + b, many of them halfway between two results."""
+    w = torch.cartesian_prod(torch.arange(-60, 60), torch.arange(-63, 64)).to(torch.int8)
+    x, n = torch.tensor([[127, 1]], dtype=torch.int8), len(w)
+    got = torch.ops.qcompile_cpu.int8_linear(x, torch.ones(()), pack_bytes(w), torch.ones(n), None, n, dtype)
+    assert_same(got, (x.double() @ w.double().t()).to(dtype))
 
 
-def test_large_weights_go_by_chunks(monkeypatch):
-    w, x = torch.randint(-127, 128, (300, 100), dtype=torch.int8), torch.randn(9, 100)
-    q = quantize_tensor(torch.randn(300, 100), Format.parse("int4/group32/zero"))
-    nibbles, (a, c) = kernels.prepare_nibbles(q.stored(), q.format, 100), kernels.group_offsets(q.scale, q.zero)
-    whole, of_nibbles = kernels.int8_float(x, w), kernels.nibble_float(x, nibbles, a, c)
-    monkeypatch.setattr(native, "_CHUNK_BYTES", 64 * 100 * 4)
-    assert torch.allclose(kernels.int8_float(x, w), whole, rtol=1e-5, atol=1e-3)
-    assert torch.allclose(kernels.nibble_float(x, nibbles, a, c), of_nibbles, rtol=1e-5, atol=1e-3)
+# -- rows that come as floats --------------------------------------------------------------------------------------
 
 
-def test_bfloat16_is_rounded_to_nearest_even():
-    form = Format.parse("int4/group32/zero")
-    q = quantize_tensor(torch.randn(8, 96), form)
-    nibbles = kernels.prepare_nibbles(q.stored(), form, 96)
-    a, c = kernels.group_offsets(q.scale, q.zero)
-    exact = native.unpack_nibble(nibbles, a, c, 96, torch.float32).clone()
-    assert torch.allclose(exact, q.dequantize(), rtol=1e-5, atol=1e-6)
-    assert torch.equal(native.unpack_nibble(nibbles, a, c, 96, torch.bfloat16), exact.bfloat16())
+@pytest.mark.parametrize("x", FLOATS)
+@pytest.mark.parametrize("op", INT8_OPS)
+def test_floats_are_quantized_as_the_dialect_does(op, x):
+    for rows, k in ((1, 64), (5, 100), (13, 67)):
+        a = operands(op, rows, k, 40, x=x)
+        a["x"] = a["x"] * torch.logspace(-30, 4, rows)[:, None].to(x)
+        a["x"][0, :3] = torch.tensor([127.0, 0.5, -1.5])  # ties of a scale that is one
+        a["x"][0, 3:] = a["x"][0, 3:].clamp(-126, 126)
+        a["x"][-1] = 0 if rows > 1 else a["x"][-1]
+        codes, scale, _ = torch.ops.qcompile.quantize(a["x"], "int8/row")
+        assert_same(call(op, a), call(op, a | {"x": codes, "x_scale": scale}))
 
 
-def test_operators_are_well_behaved():
-    ops = torch.ops.qcompile_cpu
-    q = quantize_tensor(torch.randn(16, 64), Format.parse("int4/group32/zero/dual"))
-    nibbles = kernels.prepare_nibbles(q.stored(), q.format, 64)
-    a, c = kernels.group_offsets(q.group_scale, q.zero)
-    for rows in (2, 20):
-        codes, x = torch.randint(-127, 128, (rows, 64), dtype=torch.int8), torch.randn(rows, 64)
-        scale = torch.rand(rows, 1)
-        for op, args in (
-            (ops.int8_mm.default, (codes, scale, codes, scale, None, torch.bfloat16)),
-            (ops.dual_mm.default, (codes, scale, nibbles, q.group_scale, q.zero, q.scale, None, torch.float32)),
-            (ops.int8_float.default, (x, codes)),
-            (ops.nibble_float.default, (x, nibbles, a, c)),
-        ):
-            torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("op", OPS)
+def test_a_row_of_no_finite_values_leaves_the_others_alone(op, bad):
+    for x, rows in itertools.product(FLOATS, (3, 30)):
+        a = operands(op, rows, 70, 33, x=x)
+        want = call(op, a)
+        a["x"][1, 69] = bad
+        got = call(op, a)
+        assert not got[1].isfinite().any()
+        assert_same(torch.cat((got[:1], got[2:])), torch.cat((want[:1], want[2:])))
 
 
-def test_a_lone_column():
-    w, x = torch.randint(-127, 127, (32, 1), dtype=torch.int8), torch.randint(-127, 127, (20, 1), dtype=torch.int8)
-    want = (x.long() @ w.long().t()).float()
-    assert torch.equal(kernel_sums(x, w), want)
-    one = torch.ones(20, 1), None, w, torch.ones(32, 1), None, None, None, "int8/row", "int8/row", 1, torch.float32
-    assert torch.equal(torch.ops.qcompile.qlinear(x, *one), want)
-
-
-@pytest.mark.parametrize("columns", [1, 96, 1024, 1025, 3000])
-@pytest.mark.parametrize("fast", [False, True])
-def test_sums_are_exact_on_every_processor(monkeypatch, columns, fast):
-    """The largest integers, with and without 8-bit dot products: float32 sums stay below 2^24."""
-    monkeypatch.setattr(int8_matmul, "has_fast_int8_matmul", lambda: fast)
-    monkeypatch.setattr(native, "has_fast_int8_matmul", lambda: fast)
-    x = torch.tensor([-128, -128, -127, 127], dtype=torch.int8)[torch.randint(4, (20, columns))]
-    w = torch.tensor([-128, -128, 127, -127], dtype=torch.int8)[torch.randint(4, (33, columns))]
-    x[0], w[0] = -128, -128  # the largest sum of all
-    x[1], w[1] = 127, 127  # and an odd one, which float32 has not beyond 2^24
-    x[1, 0] = 127 if columns % 2 else 126
-    want = (x.double() @ w.double().t()).int()
-    assert torch.equal(int8_matmul.int8_matmul(x, w), want)
-    found = torch.ops.qcompile_cpu.int8_mm(x, torch.ones(20, 1), w, torch.ones(33, 1), None, torch.float32)
-    assert torch.equal(found, want.float())
-
-
-def product_operands(rows):
-    q = quantize_tensor(torch.randn(40, 64), Format.parse("int4/group32/zero/dual"))
-    nibbles, (a, c) = kernels.prepare_nibbles(q.stored(), q.format, 64), kernels.group_offsets(q.group_scale, q.zero)
-    codes, w = (torch.randint(-127, 128, (n, 64), dtype=torch.int8) for n in (rows, 40))
-    x, x_scale, bias = torch.randn(rows, 64), torch.rand(rows, 1), torch.randn(40)
-    ops = torch.ops.qcompile_cpu
-    return [
-        (ops.int8_mm, (codes, x_scale, w, q.scale, bias, torch.float32)),
-        (ops.dual_mm, (codes, x_scale, nibbles, q.group_scale, q.zero, q.scale, bias, torch.float32)),
-        (ops.int8_float, (x, w)),
-        (ops.nibble_float, (x, nibbles, a, c)),
-    ]
-
-
-@pytest.mark.parametrize("rows", [2, 20])
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
-def test_the_default_dtype_of_torch_does_not_matter(rows, default):
-    """Buffers are written as float32 by native_kernels.cpp, whatever `torch.empty` would make."""
-    for op, args in product_operands(rows):
-        want = op(*args)
-        torch.set_default_dtype(default)
-        try:
-            got = op(*args)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        assert got.dtype == torch.float32 and torch.equal(got, want)
-
-
-def test_buffers_made_in_inference_mode_serve_outside(monkeypatch):
-    for op, args in product_operands(20):
-        want = op(*args)
-        monkeypatch.setattr(native, "_scratch", native._Scratch())
-        with torch.inference_mode():
-            assert torch.equal(op(*args), want)
-        assert torch.equal(op(*args), want)
-
-
-@pytest.mark.parametrize("rows", [2, 20])
-def test_rows_that_require_gradients_are_multiplied(rows):
-    for op, (x, *rest) in product_operands(rows)[2:]:
-        assert torch.equal(op(x.requires_grad_(), *rest).detach(), op(x.detach(), *rest))
-
-
-@pytest.mark.parametrize("rows", [2, 20])
-def test_float64_is_computed_in_float64(rows):
-    (int8_mm, (*scaled, _)), (dual_mm, (*dual, _)), (int8_float, (x, w)), _ = product_operands(rows)
-    codes, x_scale, w8, scale, bias = (t.double() for t in scaled)
-    want = codes @ w8.t() * x_scale * scale.t() + bias
-    assert torch.allclose(int8_mm(*scaled, torch.float64), want, rtol=1e-14, atol=1e-12)
-    single = dual_mm(*dual, torch.float32).double()
-    assert torch.allclose(dual_mm(*dual, torch.float64), single, rtol=1e-5, atol=1e-4)
-    assert torch.allclose(int8_float(x.double(), w), x.double() @ w.double().t(), rtol=1e-14, atol=1e-12)
-
-
-def test_not_a_number_stays_one_in_bfloat16():
-    codes = torch.ones(1, 64, dtype=torch.int8)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_not_a_number_stays_one(dtype):
+    a = operands("int8_linear", 1, 64, 20, dtype=dtype)
     payload = torch.tensor([[0x7FFFFFFF]], dtype=torch.int32).view(torch.float32)
     for bad in (payload, -payload, torch.full((1, 1), torch.nan)):
-        out = torch.ops.qcompile_cpu.int8_mm(codes, bad, codes, torch.ones(1, 1), None, torch.bfloat16)
-        assert bool(out.isnan().all())
+        assert bool(call("int8_linear", a | {"x_scale": bad}).isnan().all())
+
+
+# -- shapes and strides --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (2, 0), (1, 1), (2, 3), (2, 1, 9)])
+@pytest.mark.parametrize("op", OPS)
+def test_rows_of_any_leading_shape(op, lead):
+    for x in {torch.int8 if op in INT8_OPS else torch.float32, torch.bfloat16}:
+        a = operands(op, lead, 72, 20, x=x)
+        got = call(op, a)
+        assert got.shape == (*lead, 20)
+        if lead != ():
+            assert_right(op, a, got)
+        else:
+            one = {name: a[name][None] for name in ("x", "x_scale") if a.get(name) is not None}
+            assert_right(op, a | one, got[None])
+
+
+@pytest.mark.parametrize("op", INT8_OPS)
+def test_a_scale_for_all_rows(op):
+    a = operands(op, (2, 9), 72, 20)
+    one = torch.tensor(0.3)
+    assert_same(call(op, a | {"x_scale": one}), call(op, a | {"x_scale": one.expand(2, 9, 1)}))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_channels(op):
+    assert call(op, operands(op, 3, 64, 0)).shape == (3, 0)
+
+
+@pytest.mark.parametrize("stride", [1, 7, 64])
+def test_a_lone_row_with_any_stride(stride):
+    a = operands("int8_linear", 1, 64, 32)
+    x = torch.empty_strided((1, 64), (stride, 1), dtype=torch.int8).copy_(a["x"])
+    assert_same(call("int8_linear", a | {"x": x}), call("int8_linear", a))
+
+
+# -- around a call -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("op", OPS)
+def test_an_operator_is_well_behaved(op, rows):
+    cases = [operands(op, rows, 72, 33)] + ([operands(op, rows, 72, 33, x=torch.bfloat16)] if op in INT8_OPS else [])
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for a in cases:
+        torch.library.opcheck(getattr(torch.ops.qcompile_cpu, op).default, tuple(a.values()), test_utils=checks)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_state_of_torch_does_not_matter(op):
+    a = operands(op, 20, 72, 33)
+    want = call(op, a)
+    for default in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            assert_same(call(op, a), want)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        assert_same(call(op, a), want)
+    assert_same(call(op, a), want)
+    if a["x"].is_floating_point():
+        a["x"].requires_grad_()
+        assert_same(call(op, a).detach(), want)
+
+
+def test_two_threads_of_python_at_once():
+    """Each has buffers of its own."""
+    torch.manual_seed(0)
+    cases = [(op, operands(op, rows, 500, 200)) for op in OPS for rows in (1, 6, 30)]
+    want = [call(op, a) for op, a in cases]
+
+    def work(order):
+        return all(torch.equal(call(*cases[i]), want[i]) for _ in range(15) for i in order)
+
+    with ThreadPoolExecutor(2) as pool:
+        indices = list(range(len(cases)))
+        assert all(pool.map(work, (indices, indices[::-1])))
+
+
+# -- instruction sets ----------------------------------------------------------------------------------------------
+
+BUILDS = {  # flags, a change of the text, what the processor must have
+    "AVX512-VNNI": (("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"), (), "avx512_vnni"),
+    # A processor with AVX512-VNNI has these instructions too, encoded otherwise.
+    "AVX-VNNI": (("-mavx2", "-mfma", "-D__AVXVNNI__=1"), ("%{vex%}", "%{evex%}"), "avx512_vnni"),
+    "AVX2": (("-mavx2", "-mfma"), (), "avx2"),
+    "plain": ((), (), ""),
+}
+
+
+def test_the_source_has_each_header_once():
+    text = native.native_source()
+    assert '#include "' not in text and "#pragma once" not in text
+    for header in native.NATIVE.glob("*.h"):
+        says = header.read_text().splitlines()[0]
+        assert says.startswith("// ") and text.count(says) == 1, header.name
+
+
+def processor_flags():
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.is_file() else ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lanes", BUILDS)
+def test_every_instruction_set_gives_the_same_bits(lanes, tmp_path):
+    """Integers in any order; floats in the same order, while codes are read as they are stored."""
+    import ctypes
+
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    flags, change, needed = BUILDS[lanes]
+    compiler = shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("needs g++ and an x86-64 processor")
+    if needed not in processor_flags():
+        pytest.skip(f"this processor has no {needed}")
+    namespace = "qcompile_cpu_" + lanes.replace("-", "_").lower()
+    source, library = tmp_path / "operators.cpp", tmp_path / "operators.so"
+    text = native.native_source().replace("qcompile_cpu", namespace)
+    source.write_text(text.replace(*change) if change else text)
+    fixed = ("-shared", "-fPIC", "-std=c++20", "-O1", "-fopenmp", "-ffp-contract=off", "-fno-gnu-unique")
+    torch_has = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    torch_has += ["-ltorch_cpu", "-lc10"]
+    subprocess.run(
+        [compiler, str(source), "-o", str(library), *fixed, *flags, *native._COMPILER_FLAGS, *torch_has], check=True
+    )
+    registry = torch.library.Library(namespace, "DEF")
+    for op in OPS:
+        registry.define(f"{op}{native._DEFINITIONS[op]} -> Tensor")
+    name_of_lanes = ctypes.CDLL(str(library)).qcompile_lanes
+    name_of_lanes.restype = ctypes.c_char_p
+    assert name_of_lanes().decode() == lanes
+    for op, (k, n) in itertools.product(OPS, SHAPES):
+        for m, x in itertools.product(ROWS, (torch.int8, torch.float32)):
+            if x == torch.int8 and op not in INT8_OPS:
+                continue
+            a = operands(op, m, k, n, GROUPS[k], x=x)
+            got = call(op, a, namespace)
+            if op == "table_linear" and m > 4:  # some expand codes for that M, some do not
+                assert_right(op, a, got)
+            else:
+                assert_same(got, call(op, a))
+        for x in FLOATS[1:]:  # bfloat16 products are summed otherwise where the processor has them
+            a = operands(op, 9, k, n, GROUPS[k], x=x)
+            assert_right(op, a, call(op, a, namespace))
+
+
+def test_what_was_compiled_is_what_the_processor_has():
+    assert native.lanes() in BUILDS
+    if "avx512_vnni" in processor_flags():
+        assert native.lanes() == "AVX512-VNNI"

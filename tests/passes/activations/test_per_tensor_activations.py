@@ -214,7 +214,7 @@ def test_it_compiles_to_integer_products(weight):
         want, got = model(x), torch.compile(model, backend="qcompile")(x)
     assert torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
     kernels = {k.split()[0] for found in reports for s in found.sites for k in s.kernel.values()}
-    assert kernels == {"int8_mm" if weight == "int8" else "dual_mm"}
+    assert kernels == {"int8_linear" if weight == "int8" else "dual_linear"}
 
 
 def test_what_chooses_experts_stays_float():

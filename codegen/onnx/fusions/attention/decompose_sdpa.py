@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from qcompile.codegen.onnx.fusions.attention.sdpa_call import SDPACall
-from qcompile.ir.aten_ops import RESHAPES, SDPA
+from qcompile.codegen.sdpa_call import SDPACall, before_repeat
+from qcompile.ir.aten_ops import SDPA
 from qcompile.ir.program import Program
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ def decompose_attentions(program: Program) -> int:
         is_bool = mask is None or (mask.meta["val"].dtype is torch.bool and len(mask.meta["val"].shape) == 4)
         if not is_4d or not is_bool or call.dropout_p or call.is_causal:
             continue
-        shared = _before_repeat(key), _before_repeat(value)
+        shared = before_repeat(key), before_repeat(value)
         if shared[0].meta["val"].shape[1] != shared[1].meta["val"].shape[1]:
             shared = key, value
         node.replace_all_uses_with(_decompose(program, node, query, *shared, mask, call.score_scale))
@@ -35,25 +35,6 @@ def decompose_attentions(program: Program) -> int:
         count += 1
     program.cleanup()
     return count
-
-
-def _before_repeat(repeated: fx.Node) -> fx.Node:
-    """The [B, groups, T, D] whose heads [B, heads, T, D] repeats, each as often; itself if it repeats nothing."""
-    node = repeated
-    while node.target in RESHAPES:  # the same elements in the same order
-        node = node.args[0]
-    if node.target is aten.repeat_interleave.self_int and node is repeated and tuple(node.args[2:]) in ((1,), (-3,)):
-        return node.args[0]
-    if node.target is not aten.expand.default:
-        return repeated
-    wide, source = node.meta["val"].shape, node.args[0]
-    if not isinstance(source, fx.Node) or source.target is not aten.unsqueeze.default or source.args[1] not in (2, -3):
-        return repeated
-    (groups, _, *rest), heads = wide[1:], repeated.meta["val"].shape[1]
-    before = source.args[0]
-    assert isinstance(before, fx.Node)
-    same = before.meta["val"].shape[1] == groups and tuple(rest) == tuple(repeated.meta["val"].shape[2:])
-    return before if len(wide) == 5 and same and heads == groups * wide[2] else repeated
 
 
 def _decompose(

@@ -20,9 +20,9 @@ from qcompile.analysis.obstacle import Obstacle
 from qcompile.codegen.onnx.fusions.attention.head_channels import HeadChannels, channel_source, find_head_channels
 from qcompile.codegen.onnx.fusions.attention.match_scores import ScoreFunction
 from qcompile.codegen.onnx.fusions.attention.mismatch import Mismatch, match_or_obstacle
-from qcompile.codegen.onnx.fusions.attention.sdpa_call import SDPACall
 from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate, inputs_behind, token_dependent_nodes
 from qcompile.codegen.onnx.ops.attention_ops import causal_mask
+from qcompile.codegen.sdpa_call import SDPACall
 from qcompile.ir.program import Program
 from qcompile.ir.size_hint import hint
 

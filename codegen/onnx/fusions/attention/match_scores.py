@@ -19,8 +19,8 @@ from torch import Tensor, fx
 
 from qcompile.analysis.attention_scores import AttentionMatmul
 from qcompile.codegen.onnx.fusions.attention.mismatch import Mismatch
-from qcompile.codegen.onnx.fusions.attention.sdpa_call import SDPACall
 from qcompile.codegen.onnx.fusions.partial_evaluation import evaluate
+from qcompile.codegen.sdpa_call import SDPACall
 from qcompile.ir.aten_ops import SDPA, SOFTMAX
 from qcompile.ir.program import Program
 from qcompile.ir.size_hint import hint

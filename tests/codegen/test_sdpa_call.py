@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qcompile.codegen.onnx.fusions.attention.sdpa_call import SDPACall
+from qcompile.codegen.sdpa_call import SDPACall
 from qcompile.ir.capture import capture
 
 

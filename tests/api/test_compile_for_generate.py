@@ -1,0 +1,144 @@
+"""generate() of a compiled model gives the tokens of the model itself, however it is called."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import MistralForCausalLM as Mistral
+
+import qcompile
+from qcompile.generation.growing_cache import GrowingLayer
+from qcompile.recipe.rule import RecipeError
+
+OPTIONS = {"verify": False, "on_slow_kernel": "quantize"}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 90}
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).eval()
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The quantized model, and the same one compiled."""
+    plain = llama()
+    qcompile.quantize(plain, "w4a16", progress=False, verify=False)
+    compiled = copy.deepcopy(plain)
+    report = qcompile.compile_for_generate(compiled, **OPTIONS)
+    assert report.metrics["decode steps"] == 1 and not report.breaks
+    return plain, compiled
+
+
+def generated(model, ids, **options):
+    torch.manual_seed(1)
+    return model.generate(ids, max_new_tokens=12, min_new_tokens=12, pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 0.8},
+        {"do_sample": False, "num_beams": 2},
+        {"do_sample": False, "prompt_lookup_num_tokens": 3},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "cache_implementation": "static"},
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_the_tokens_are_the_models_own(models, options):
+    ids = torch.randint(90, (1, 11), generator=torch.Generator().manual_seed(3))
+    want, got = (generated(model, ids, **options) for model in models)
+    assert torch.equal(got, want)
+
+
+def test_several_texts_with_padding(models):
+    ids = torch.randint(1, 90, (2, 7))
+    mask = torch.ones_like(ids)
+    ids[1, :3], mask[1, :3] = 0, 0
+    want, got = (generated(model, ids, attention_mask=mask, do_sample=False) for model in models)
+    assert torch.equal(got, want)
+
+
+def test_a_token_is_decoded_by_the_step_into_a_cache_that_grows(models):
+    plain, compiled = models
+    ids = torch.randint(90, (1, 9))
+    caches, found = (DynamicCache(config=plain.config), DynamicCache(config=plain.config)), []
+    with torch.no_grad():
+        for model, cache in zip(models, caches, strict=True):
+            logits = [model(input_ids=ids[:, :6], past_key_values=cache, use_cache=True).logits]
+            for i in range(6, 9):
+                logits.append(model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+            found.append(torch.cat(logits, 1))
+    assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert all(type(layer) is GrowingLayer for layer in caches[1].layers) and caches[1].get_seq_length() == 9
+    for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.allclose(a.keys, b.keys, rtol=1e-4, atol=1e-5) and torch.allclose(a.values, b.values, atol=1e-5)
+    shared = copy.deepcopy(caches[1])  # a prefix of two continuations
+    with torch.no_grad():
+        first = compiled(input_ids=ids[:, :1], past_key_values=caches[1], use_cache=True).logits
+        again = compiled(input_ids=ids[:, :1], past_key_values=shared, use_cache=True).logits
+    assert torch.equal(first, again)
+
+
+def test_a_copy_is_a_model_that_is_not_compiled(models):
+    copied, ids = copy.deepcopy(models[1]), torch.randint(90, (1, 5))
+    assert copied.forward.__self__ is copied
+    with torch.no_grad():
+        copied.get_input_embeddings().weight.zero_()
+        assert not torch.equal(copied(input_ids=ids).logits, models[0](input_ids=ids).logits)
+
+
+def test_what_has_no_step_says_why():
+    model = llama()
+    model.generation_config.use_cache = False
+    with pytest.raises(RecipeError, match="on_slow_kernel"):
+        qcompile.compile_for_generate(model, on_slow_kernel="never")
+    with pytest.raises(TypeError, match="has no generate"):
+        qcompile.compile_for_generate(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=90)),
+        lambda: Mistral(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=6)),
+    ],
+    ids=["positions by table", "sliding window"],
+)
+@pytest.mark.parametrize("recipe", ["w4a8", "w4a16"])
+def test_other_models(make, recipe):
+    torch.manual_seed(0)
+    plain = make().eval()
+    qcompile.quantize(plain, recipe, progress=False, verify=False)
+    compiled = copy.deepcopy(plain)
+    report = qcompile.compile_for_generate(compiled, **OPTIONS)
+    assert report.metrics["decode steps"] == 1, report.breaks
+    ids = torch.randint(90, (1, 9))
+    assert torch.equal(generated(compiled, ids, do_sample=False), generated(plain, ids, do_sample=False))
+
+
+@pytest.mark.slow
+def test_weights_that_change_are_seen():
+    plain, ids = llama(), torch.randint(90, (1, 9))
+    qcompile.quantize(plain, "w4a16", progress=False, verify=False)
+    compiled = copy.deepcopy(plain)
+    qcompile.compile_for_generate(compiled, **OPTIONS)
+    for _ in range(2):
+        assert torch.equal(generated(compiled, ids, do_sample=False), generated(plain, ids, do_sample=False))
+        for model in (plain, compiled):
+            with torch.no_grad():
+                model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight.flip(0))
+
+
+@pytest.mark.slow
+def test_a_float_model_with_a_recipe_in_bfloat16():
+    model = llama().bfloat16()
+    report = qcompile.compile_for_generate(model, "int8", **OPTIONS)
+    assert report.metrics["decode steps"] == 1 and any(site.kernel for site in report.sites)
+    assert generated(model, torch.randint(90, (1, 9)), do_sample=False).shape == (1, 21)

@@ -1,0 +1,169 @@
+"""Attention of few queries: the C++ operator against float64, and which attentions of a graph it takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcompile.codegen.cpu.attention_rows import lower_attentions
+from qcompile.codegen.cpu.native_kernels import load_native_kernels, ops
+from qcompile.ir.capture import capture
+
+SDPA = torch.nn.functional.scaled_dot_product_attention
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _loaded():
+    load_native_kernels()
+
+
+def expected(q, k, v, mask, scale):
+    mask = mask if mask is None else mask.expand(len(q), q.shape[1], q.shape[2], k.shape[2])
+    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    out = SDPA(q.double(), k.double(), v.double(), wide, scale=scale, enable_gqa=True)
+    if mask is not None and mask.dtype == torch.bool:  # a row that sees nothing is zero
+        out = torch.where(mask.any(-1, keepdim=True), out, 0.0)
+    return out
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([(1, 1), (3, 1), (3, 3), (2, 4), (1, 9)]),
+    st.integers(1, 3),
+    st.sampled_from([1, 15, 16, 31, 32, 33, 255, 256, 257, 600]),
+    st.sampled_from([(16, 16), (64, 64), (80, 48), (128, 128), (256, 16)]),
+    st.sampled_from([None, "float", "bool", "heads", "row"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([1, 2]),
+)
+def test_attention_is_that_of_float64(batch, heads, positions, keys, widths, kind, dtype, threads):
+    (shared, group), width = heads, widths[0]
+    if group * positions > 16:
+        positions = 1
+    torch.manual_seed(keys)
+    shape = (batch, positions, shared * group, width)
+    q = torch.randn(shape).to(dtype).transpose(1, 2)  # as a projection leaves them
+    k, v = (torch.randn(batch, keys + 3, shared, w).to(dtype).transpose(1, 2)[:, :, 1:-2] for w in widths)
+    mask = {
+        None: None,
+        "float": torch.randn(batch, 1, positions, keys).to(dtype),
+        "bool": torch.rand(batch, 1, positions, keys) < 0.7,
+        "heads": torch.randn(1, shared * group, 1, keys),
+        "row": torch.where(torch.arange(keys) < keys // 2 + 1, 0.0, -torch.inf),
+    }[kind]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    got = ops.attention(q, k, v, None, None, mask, 0.2)
+    halves = [part for at in (slice(0, keys // 3), slice(keys // 3, None)) for part in (k[:, :, at], v[:, :, at])]
+    in_two = ops.attention(q, *halves, mask, 0.2)
+    torch.set_num_threads(before)
+    want = expected(q, k, v, mask, 0.2)
+    assert got.dtype == dtype and got.transpose(1, 2).is_contiguous()
+    bound = 2e-6 if dtype == torch.float32 else 5e-3
+    for found in (got, in_two):
+        assert (found.double() - want).abs().max() <= bound * (want.abs().max() + 1e-6)
+
+
+def test_large_scores_and_runs_of_hidden_keys():
+    """Exponentials of differences only: nothing overflows, and a run of keys that nobody sees adds nothing."""
+    q, k, v = torch.randn(1, 4, 1, 64) * 100, torch.randn(1, 2, 700, 64) * 10, torch.randn(1, 2, 700, 64)
+    hidden = torch.ones(700, dtype=torch.bool)
+    hidden[:400] = False
+    for mask in (None, hidden, torch.where(hidden, 0.0, -torch.inf)):
+        got = ops.attention(q, k, v, None, None, mask, 1.0)
+        assert torch.allclose(got.double(), expected(q, k, v, mask, 1.0), rtol=1e-4, atol=1e-5)
+    assert not ops.attention(q, k, v, None, None, torch.zeros(700, dtype=torch.bool), 1.0).any()
+
+
+def test_not_a_number_spreads_to_its_own_row_only():
+    q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 1, 40, 16), torch.randn(1, 1, 40, 16)
+    q[0, 1] = torch.nan
+    got = ops.attention(q, k, v, None, None, None, 1.0)
+    assert got[0, 1].isnan().all() and not got[0, 0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "argument,value,says",
+    [
+        ("query", torch.zeros(1, 4, 1, 64, dtype=torch.float16), "query is float16"),
+        ("query", torch.zeros(4, 1, 64), "query is float32"),
+        ("query", torch.zeros(1, 4, 9, 64), "up to 16 rows"),
+        ("key", torch.zeros(1, 3, 5, 64), "key is float32"),
+        ("new_key", torch.zeros(1, 2, 1, 64), "new_value"),
+        ("key", torch.zeros(1, 2, 5, 63), "key is float32"),
+        ("value", torch.zeros(1, 2, 6, 64), "value is float32"),
+        ("value", torch.zeros(1, 2, 5, 8), "E a multiple of 16"),
+        ("mask", torch.zeros(4), "mask is float32"),
+        ("mask", torch.zeros(5, dtype=torch.int64), "mask is int64"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(argument, value, says):
+    call = {"query": torch.zeros(1, 4, 1, 64), "key": torch.zeros(1, 2, 5, 64), "value": torch.zeros(1, 2, 5, 64)}
+    with pytest.raises(ValueError, match=f"qcompile_cpu::attention: .*{says}"):
+        ops.attention(**call | NONE | {argument: value})
+    with pytest.raises(ValueError, match="qcompile_cpu::attention: "), torch._subclasses.FakeTensorMode() as mode:
+        fake = {n: mode.from_tensor(t) for n, t in (call | {argument: value}).items()}
+        ops.attention(**NONE | fake)
+
+
+def test_the_operator_is_well_behaved():
+    call = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 7, 32), torch.randn(2, 2, 7, 16), None, None, torch.randn(7), 0.3
+    torch.library.opcheck(ops.attention.default, call, test_utils=("test_schema", "test_faketensor"))
+
+
+NONE = {"new_key": None, "new_value": None, "mask": None, "scale": 1.0}
+
+
+class _Attention(torch.nn.Module):
+    def __init__(self, shared, rows, width, repeat):
+        super().__init__()
+        self.shared, self.rows, self.width, self.repeat = shared, rows, width, repeat
+
+    def forward(self, q, k, v, mask=None):
+        q = q.reshape(-1, self.rows, 8, self.width).transpose(1, 2)
+        k, v = (t.unflatten(-1, (self.shared, self.width)).transpose(1, 2) for t in (k, v))
+        if self.repeat:
+            repeats = 8 // self.shared
+            k, v = (t[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(len(q), 8, -1, self.width) for t in (k, v))
+        return SDPA(q, k, v, mask, scale=0.3, enable_gqa=not self.repeat)
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize(
+    "shared,rows,width,mask,made",
+    [
+        (2, 1, 16, None, "attention"),
+        (1, 1, 32, (3, 1, 1, 13), "attention"),
+        (4, 2, 16, (3, 8, 2, 13), "attention"),
+        (8, 8, 16, None, "attention"),
+        (1, 4, 16, None, None),  # 32 rows for one key head
+        (8, 9, 16, None, None),
+        (2, 1, 20, None, "rows"),
+        (2, 1, 20, (1, 13), "rows"),
+        (2, 1, 20, (3, 8, 1, 13), None),  # a mask for each head
+        (2, 2, 20, None, None),
+        (8, 1, 20, None, None),
+    ],
+)
+def test_which_attentions_are_rewritten(shared, rows, width, mask, made, repeat):
+    q, k, v = torch.randn(3, rows, 8 * width), torch.randn(3, 13, shared * width), torch.randn(3, 13, shared * width)
+    model = _Attention(shared, rows, width, repeat)
+    inputs = q, k, v, *([] if mask is None else [torch.randn(mask)])
+    program = capture(model, inputs)
+    assert lower_attentions(program) == {"attention": int(made == "attention"), "rows": int(made == "rows")}
+    program.cleanup()
+    assert torch.allclose(program(*inputs)[0], model(*inputs), rtol=1e-5, atol=1e-6)
+
+
+class _Causal(torch.nn.Module):
+    def forward(self, q, k, v):
+        return SDPA(*(t.unflatten(-1, (2, 16)).transpose(1, 2) for t in (q, k, v)), is_causal=True)
+
+
+def test_causal_attention_is_left():
+    """torch counts its diagonal from the first key, not from the last."""
+    inputs = tuple(torch.randn(3, 2, 32) for _ in range(3))
+    assert not any(lower_attentions(capture(_Causal(), inputs)).values())
