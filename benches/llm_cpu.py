@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from roofline import bandwidth
 
 from qcompile.cli.output import print_table, tell
 from qcompile.evaluation.throughput import compare_with_inductor
@@ -41,12 +42,12 @@ def large(layers: int) -> torch.nn.Module:
 def main() -> None:
     """Measure, print, write."""
     layers = int(sys.argv[1]) if len(sys.argv) > 1 else 6
-    results: dict[str, object] = {"versions": versions()}
+    results: dict[str, object] = {"versions": versions(), "read_GBs": bandwidth() / 1e9}
     for name, model in (
         (f"1B shapes, {layers} layers", large(layers)),
         ("SmolLM2-135M", load_pretrained(dtype=torch.bfloat16)[0]),
     ):
-        found = compare_with_inductor(model, ["int8", "w4a8", "w4a16"], also=torch.float32)
+        found = compare_with_inductor(model, ["int8", "w4a8", "w4a16"], also=torch.float32, decode_step=True)
         tell(name)
         print_table(found.table())
         results[name] = found.to_json()["rows"]

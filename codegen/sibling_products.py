@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from qcompile.ir.node_meta import WRITTEN
 from qcompile.ir.op_calls import QLinearCall, QuantizeCall
 from qcompile.ir.program import Program
 from qcompile.numerics.qtensor import StoredParts
@@ -58,7 +59,8 @@ def share_quantizations(program: Program) -> None:
     for node in list(program.graph.nodes):
         key: object = None
         if QuantizeCall.matches(node):
-            key = QuantizeCall.of(node)
+            call = QuantizeCall.of(node)
+            key = None if call.x.meta.get(WRITTEN) else call  # which may be another value by then
         elif node.target is operator.getitem and QuantizeCall.matches(node.args[0]):
             key = node.args
         if key is not None and first.setdefault(key, node) is not node:
@@ -90,7 +92,11 @@ def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
 def _key(program: Program, node: fx.Node, call: QLinearCall) -> object:
     """Equal for calls that can be one; a call that must stay alone is its own key."""
     weights = [part for part in (*call.stored, call.bias) if part is not None]
-    if call.weight_format.per == "tensor" or any(program.weight_name(part) is None for part in weights):
+    if (
+        call.x.meta.get(WRITTEN)
+        or call.weight_format.per == "tensor"
+        or any(program.weight_name(part) is None for part in weights)
+    ):
         return node
     has = tuple(part is not None for part in (call.zero, call.group_scale, call.bias))
     return call.x, call.x_scale, call.x_zero, call.format, call.act, call.columns, call.dtype, has

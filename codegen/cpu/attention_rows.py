@@ -16,6 +16,7 @@ from qcompile.codegen.cpu.cpu_op_checks import takes_attention
 from qcompile.codegen.cpu.native_kernels import ops
 from qcompile.codegen.sdpa_call import SDPACall, before_repeat
 from qcompile.ir.aten_ops import SDPA, aten
+from qcompile.ir.node_meta import WRITTEN
 from qcompile.ir.program import Program
 
 _FEW = 8  # queries of each head; beyond, torch's own products are faster
@@ -35,7 +36,8 @@ def lower_attentions(program: Program) -> dict[str, int]:
         if not isinstance(positions, int) or positions > _FEW or call.is_causal or call.dropout_p:
             continue
         key, value = before_repeat(call.key), before_repeat(call.value)
-        if key.meta["val"].shape[1] != value.meta["val"].shape[1]:
+        fixed = not any(part.meta.get(WRITTEN) for part in (key, value))
+        if not fixed or key.meta["val"].shape[1] != value.meta["val"].shape[1]:
             key, value = call.key, call.value
         whole = key, value
         if takes_attention(query, key.meta["val"], value.meta["val"]):
@@ -58,6 +60,8 @@ def _past_and_new(keys: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     parts = cast(list[fx.Node], keys.args[0]) if keys.target is aten.cat.default else []
     dim = keys.args[1] if len(keys.args) > 1 else 0
     if len(parts) != 2 or dim not in (2, -2) or parts[0].meta["val"].ndim != 4:
+        return keys, None
+    if any(part.meta.get(WRITTEN) for part in parts):  # which may hold something else where the attention reads
         return keys, None
     return parts[0], parts[1]
 

@@ -32,6 +32,7 @@ from qcompile.codegen.prepared_weights import prepared_weights, stored_weight
 from qcompile.codegen.rows import rows_label, rows_of
 from qcompile.codegen.sibling_products import Siblings, find_siblings, merged_parts, share_quantizations
 from qcompile.ir.aten_ops import aten
+from qcompile.ir.node_meta import WRITTEN
 from qcompile.ir.op_calls import Operand, QuantizeCall, site_name
 from qcompile.ir.program import Program
 from qcompile.memory.weight_cache import Remember
@@ -139,7 +140,8 @@ class _Lowering:
         if isinstance(quantize, fx.Node) and QuantizeCall.matches(quantize):
             activation = QuantizeCall.of(quantize)
             readers = {user for part in quantize.users for user in part.users}
-            if activation.format == "int8/row" and readers == set(self.siblings.nodes):
+            is_fixed = not activation.x.meta.get(WRITTEN)  # the same value where the product reads it
+            if is_fixed and activation.format == "int8/row" and readers == set(self.siblings.nodes):
                 return activation.x, None
         return call.x, call.x_scale
 

@@ -17,8 +17,10 @@ The C++ is compiled once on each machine, with Inductor's compiler and into Indu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,7 +69,9 @@ def native_source() -> str:
     return read("operators.cpp")
 
 
-@functools.cache
+_loading = threading.Lock()
+
+
 def load_native_kernels() -> Any:
     """Compile the operators, or take them from Inductor's cache, and register them for CPU tensors.
 
@@ -77,9 +81,25 @@ def load_native_kernels() -> Any:
     Raises:
         CppCompileError: there is no C++ compiler that can build them; Inductor needs one too.
     """
+    with _loading:
+        return _load()
+
+
+@functools.cache
+def _load() -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache.load(native_source(), extra_flags=_COMPILER_FLAGS)
+
+
+def start_loading_native_kernels() -> None:
+    """Compile them in another thread while a model is captured: half a minute, the first time on a machine."""
+
+    def load() -> None:
+        with contextlib.suppress(Exception):  # whoever needs them calls load_native_kernels, and gets the error
+            load_native_kernels()
+
+    threading.Thread(target=load, daemon=True).start()
 
 
 def lanes() -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qcompile.backend.decode_step import DecodeStep
 from qcompile.backend.options import Options
 from qcompile.recipe.report import Report
+
+if TYPE_CHECKING:
+    from qcompile.backend.decode_step import DecodeStep
 
 _PLAIN = frozenset(
     ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep")
@@ -94,10 +96,11 @@ class _Forward:
 
     def _decode(self, ids: Tensor, cache: Any, kwargs: Mapping[str, Any]) -> Any:
         """One token by the step; None if this call is not one that it takes."""
+        from transformers.cache_utils import DynamicLayer
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         from qcompile.codegen.cpu.native_kernels import ops
-        from qcompile.generation.growing_cache import GrowingLayer
+        from qcompile.generation.growing_cache import GrowingLayer, as_growing
 
         step = self.step
         assert step is not None
@@ -107,6 +110,8 @@ class _Forward:
             mask = torch.ones(1, past + 1, dtype=torch.long)
         if positions is None:
             positions = torch.full((1, 1), past)
+        if all(type(layer) in (GrowingLayer, DynamicLayer) for layer in cache.layers):  # windows may have lost tokens
+            as_growing(cache)
         layers = cache.layers
         fits = len(layers) == step.layers and all(type(layer) is GrowingLayer for layer in layers)
         if not fits or mask.shape != (1, past + 1) or positions.shape != (1, 1) or mask.dtype != torch.long:
@@ -120,6 +125,7 @@ class _Forward:
         return output if kwargs.get("return_dict", True) is not False else output.to_tuple()
 
     def _make_step(self) -> Report:
+        from qcompile.backend.decode_step import DecodeStep
         from qcompile.generation.growing_cache import obstacle_to_growing
 
         self.step = None

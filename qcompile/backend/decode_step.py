@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qcompile.backend.dynamo import compile_program
 from qcompile.backend.options import Options
+from qcompile.codegen.cpu.native_kernels import start_loading_native_kernels
 from qcompile.ir.capture import from_exported
 from qcompile.ir.node_meta import WEIGHT
 from qcompile.ir.program import Program
@@ -40,6 +41,7 @@ class DecodeStep:
         Raises:
             Exception: whatever capture or the compiler raise.
         """
+        start_loading_native_kernels()
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._inputs = self._example(model)
         self.layers = (len(self._inputs) - 3) // 2

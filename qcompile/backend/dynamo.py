@@ -24,6 +24,7 @@ from qcompile.backend.inductor import GRAPHS, compile_graph, make_floats_constan
 from qcompile.backend.options import Options
 from qcompile.backend.training_graph import compile_for_training
 from qcompile.codegen.cpu.cpu_lowering import lower_to_cpu
+from qcompile.codegen.cpu.native_kernels import start_loading_native_kernels
 from qcompile.ir.capture import capture_dynamo, has_tensor_input
 from qcompile.ir.node_meta import DYNAMO_INDEX, STATIC, WEIGHT
 from qcompile.ir.op_calls import OUR_OPS
@@ -117,6 +118,8 @@ class _Compiled:
 
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
         self.options, self.graph_module = options, graph_module
+        if not any(isinstance(i, Tensor) and i.is_cuda for i in example_inputs):
+            start_loading_native_kernels()
         self._capture(example_inputs)
 
     def _capture(self, example_inputs: Sequence[Any]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from qcompile.codegen.cpu.training_kernels import install_cpu_rounding
-from qcompile.codegen.triton.gpu_rounding import install_gpu_rounding
 
 
 def install_rounding(tensors: Iterable[Tensor]) -> None:
@@ -19,5 +18,7 @@ def install_rounding(tensors: Iterable[Tensor]) -> None:
     devices = {tensor.device.type for tensor in tensors}
     if "cpu" in devices:
         install_cpu_rounding()
-    if "cuda" in devices:
+    if "cuda" in devices:  # what imports Triton
+        from qcompile.codegen.triton.gpu_rounding import install_gpu_rounding
+
         install_gpu_rounding()

@@ -17,19 +17,31 @@ Runnable = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(help="of the sampling; 0 is greedy", min=0, callback=finite)]
 Seed = Annotated[int, typer.Option(help="of the sampling", min=0)]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="compile a PyTorch MODEL first (a minute or two; a float one becomes int8)"),
+]
 
 
-def open_model(name: str) -> tuple[Any, Any, set[int], int | None]:
+def open_model(name: str, compiled: bool = False) -> tuple[Any, Any, set[int], int | None]:
     """The function that computes logits from ids (qcompile.generation.sampling.Step), the tokenizer, the end tokens,
     and the tokens that the model reads at once."""
     from qcompile.generation.sampling import end_tokens, step_function
 
     if is_exported(name):
+        if compiled:
+            raise ValueError(f"--compile is for a PyTorch model, and {name} is exported. Fix: drop it")
         from qcompile.generation.onnx_session import Session, load_tokenizer
 
         session, tokenizer = Session(name), load_tokenizer(name)
         return session.read, tokenizer, session.end_tokens | end_tokens(tokenizer), context_length(session, tokenizer)
     model, tokenizer = load(name)
+    if compiled:
+        from qcompile.api.compile_for_generate import compile_for_generate
+
+        report = compile_for_generate(model)
+        sites = sum(bool(site.kernel) for site in report.sites)
+        note(f"a token is one compiled step, {sites} sites quantized" if not report.breaks else report.breaks[-1])
     return step_function(model), tokenizer, end_tokens(tokenizer, model), context_length(model, tokenizer)
 
 
@@ -40,11 +52,12 @@ def generate(
     tokens: Annotated[int, typer.Option(help="new tokens at most", min=1, max=100_000_000)] = 64,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    compiled: Compile = False,
 ) -> None:
     """Continue a prompt with an exported ONNX folder (or with a PyTorch MODEL)."""
     from qcompile.generation.sampling import new_tokens, readable_text, stream
 
-    step, tokenizer, end, limit = open_model(folder)
+    step, tokenizer, end, limit = open_model(folder, compiled)
     ids = np.array(tokenizer(prompt)["input_ids"], np.int64)[None]
     if not ids.size:
         raise ValueError("the prompt is empty. Fix: give at least one token")
@@ -65,11 +78,12 @@ def chat(
     tokens: Annotated[int, typer.Option(help="new tokens at most, per answer", min=1, max=100_000_000)] = 512,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    compiled: Compile = False,
 ) -> None:
     """Talk with an exported ONNX folder (or with a PyTorch MODEL); an empty line ends it."""
     from qcompile.generation.sampling import Conversation
 
-    step, tokenizer, end, limit = open_model(folder)
+    step, tokenizer, end, limit = open_model(folder, compiled)
     talk = Conversation(
         step,
         tokenizer,

@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from qcompile.api.compile_for_generate import compile_for_generate
 from qcompile.backend import dynamo as backend
 from qcompile.memory.atomic_file import write_whole
 from qcompile.memory.environment import versions
@@ -183,6 +184,7 @@ def compare_with_inductor(
     recipes: list[str],
     *,
     also: torch.dtype | None = None,
+    decode_step: bool = False,
     prompt: int = 512,
     new: int = 16,
     rounds: int = 5,
@@ -194,6 +196,7 @@ def compare_with_inductor(
         model: a float causal LM.
         recipes: preset names or JSON files.
         also: a second dtype in which Inductor is timed.
+        decode_step: whether to time `compile_for_generate` of each recipe too, named "RECIPE DTYPE, decode step".
         prompt: tokens of the prompt.
         new: tokens to decode after it.
         rounds: counted rounds.
@@ -219,12 +222,16 @@ def compare_with_inductor(
         candidates[f"qcompile {recipe} {own}"] = torch.compile(
             model, backend="qcompile", dynamic=True, options={"recipe": recipe}
         )
+        if decode_step:
+            stepping = copy.deepcopy(model)
+            compile_for_generate(stepping, recipe)
+            candidates[f"qcompile {recipe} {own}, decode step"] = stepping
     backend.reports.clear()
     speeds = time_models(candidates, ids, new=new, rounds=rounds, progress=progress)
     size: dict[str, int] = {}
     for name in candidates:
         found = [r for r in backend.reports if name.startswith(f"qcompile {r.recipe} ")]
-        width = 2 if name.endswith("bfloat16") else 4
+        width = 2 if "bfloat16" in name else 4
         if found:  # the decode graph, which was compiled last, reads every site
             size[name] = found[-1].bytes_after
         else:

@@ -22,6 +22,20 @@ def test_generate_by_an_exported_folder(exported, tmp_path, call):
         call("generate", copied, "--prompt", "the")
 
 
+def test_only_a_pytorch_model_is_compiled(exported, call):
+    with pytest.raises(ValueError, match="--compile is for a PyTorch model"):
+        call("generate", exported[0], "--prompt", "the", "--compile")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_prints_the_same(folder, tmp_path, call):
+    options = "--prompt", "the of", "--tokens", 6
+    quantized = tmp_path / "q"
+    call("quantize", folder, quantized, "--recipe", "w4a16")
+    plain, compiled = call("generate", quantized, *options), call("generate", quantized, *options, "--compile")
+    assert "one compiled step" in compiled and compiled.endswith(plain)
+
+
 @pytest.mark.slow
 def test_chat(folder, tmp_path, call):
     with pytest.raises(ValueError, match="no chat template"):
