@@ -9,6 +9,7 @@ shared by all graphs; a parameter that changes later is noticed by its version c
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,8 +114,34 @@ class _FromCaller:
     index: int
 
 
+@dataclass
+class _Variant:
+    """A graph compiled for the weights of one model.
+
+    Attributes:
+        versions: of its weights, by their place among Dynamo's inputs.
+        models: weak references to some of them: when they are gone, so is the model.
+        order: what the compiled function takes.
+        call: the compiled function.
+        alive: what keeps its prepared weights in the cache.
+    """
+
+    versions: dict[int, tuple[int, int]]
+    models: list[weakref.ref[Tensor]]
+    order: list[_FromCaller | Tensor]
+    call: Callable[..., Any]
+    alive: list[Any]
+
+    def serves(self, args: Sequence[Any]) -> bool:
+        """Whether these are its weights, unchanged."""
+        return all(_version(args[index]) == version for index, version in self.versions.items())
+
+
 class _Compiled:
-    """A compiled graph that recompiles itself when a weight it was made from has changed."""
+    """A compiled graph that recompiles itself when a weight it was made from has changed.
+
+    Dynamo calls one graph with the weights of every model that has the same code, so there is a variant for each.
+    """
 
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
         self.options, self.graph_module = options, graph_module
@@ -128,31 +155,37 @@ class _Compiled:
             n.meta[WEIGHT]: n.meta[DYNAMO_INDEX] for n in self.program.placeholders if WEIGHT in n.meta
         }
         self.input_indices = [n.meta[DYNAMO_INDEX] for n in self.program.inputs]
-        self._compile(example_inputs)
+        self.variants: list[_Variant] = []
+        self.variant = self._compile(example_inputs)
 
-    def _compile(self, args: Sequence[Any]) -> None:
+    def _compile(self, args: Sequence[Any]) -> _Variant:
         for name, index in self.weight_indices.items():
             if name in self.program.weights:
                 fresh = args[index].detach()
                 self.program.weights[name] = fresh.t() if name in self.program.transposed else fresh
-        self.versions = {i: _version(args[i]) for i in self.weight_indices.values()}
+        versions = {i: _version(args[i]) for i in self.weight_indices.values()}
         lowered, report = compile_program(self.program, [args[i] for i in self.input_indices], self.options)
-        self.alive = lowered.alive
         reports.append(report)
-        self.order: list[_FromCaller | Tensor] = []
+        order: list[_FromCaller | Tensor] = []
         for node in lowered.placeholders:
             name = node.meta.get(WEIGHT)
             place: Any = node.meta[DYNAMO_INDEX] if name is None else self._index_of_unchanged(lowered, name)
             if name is None or place is not None:
-                self.order.append(_FromCaller(place))
+                order.append(_FromCaller(place))
             else:
                 tensor = lowered.weights[name]
-                self.order.append(tensor)
+                order.append(tensor)
                 # A pass may have given it other strides than the placeholder was traced with.
                 node.meta["val"] = lowered.fake_mode.from_tensor(tensor, static_shapes=True)
         examples = [n.meta["val"] for n in lowered.placeholders]
         static = [i for i, n in enumerate(lowered.placeholders) if WEIGHT in n.meta or STATIC in n.meta]
-        self.call = compile_graph(lowered.graph_module, examples, self.options.inductor, static)
+        call = compile_graph(lowered.graph_module, examples, self.options.inductor, static)
+        models = [weakref.ref(args[index]) for index in list(versions)[:1]]
+        made = _Variant(versions, models, order, call, lowered.alive)
+        addresses = [address for address, _ in versions.values()]
+        others = [v for v in self.variants if [address for address, _ in v.versions.values()] != addresses]
+        self.variants = [*(v for v in others if all(ref() is not None for ref in v.models)), made]
+        return made
 
     def _index_of_unchanged(self, lowered: Program, name: str) -> int | None:
         """Where the caller passes a weight that no pass changed; None for any other."""
@@ -162,11 +195,11 @@ class _Compiled:
     def __call__(self, *args: Any) -> Any:
         if any(args[index].item() != value for index, value in self.program.scalars.items()):
             self._capture(args)
-        for index, version in self.versions.items():
-            if _version(args[index]) != version:
-                self._compile(args)
-                break
-        return self.call(*[args[part.index] if isinstance(part, _FromCaller) else part for part in self.order])
+        if not self.variant.serves(args):
+            known = next((variant for variant in self.variants if variant.serves(args)), None)
+            self.variant = known or self._compile(args)
+        variant = self.variant
+        return variant.call(*[args[part.index] if isinstance(part, _FromCaller) else part for part in variant.order])
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:

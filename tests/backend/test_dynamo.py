@@ -269,3 +269,23 @@ def test_gradients_of_a_quantized_model_are_those_of_eager(recipe, monkeypatch):
     model.zero_grad()
     model(x).square().sum().backward()
     assert torch.allclose(got, model[1].weight.grad, rtol=1e-4, atol=1e-5) and got.abs().max() > 1e-3
+
+
+def test_two_models_of_one_code_are_compiled_once_each(monkeypatch):
+    """Dynamo calls one graph with the weights of both."""
+    compiled = []
+    make = dynamo._Compiled._compile
+    monkeypatch.setattr(dynamo._Compiled, "_compile", lambda self, args: compiled.append(1) or make(self, args))
+    models, x = [mlp().requires_grad_(False) for _ in range(2)], torch.randn(5, 128)
+    fast = [torch.compile(model, backend="qcompile", options={"on_slow_kernel": "quantize"}) for model in models]
+    for _ in range(3):
+        for model, run in zip(models, fast, strict=True):
+            want = model(x)
+            assert (run(x) - want).norm() < 0.03 * want.norm()
+    assert len(compiled) == 2
+    with torch.no_grad():
+        models[0][0].weight.mul_(2.0)  # one model changes: its graph is compiled again, the other's is kept
+    for model, run in zip(models, fast, strict=True):
+        want = model(x)
+        assert (run(x) - want).norm() < 0.03 * want.norm()
+    assert len(compiled) == 3

@@ -167,3 +167,23 @@ def test_causal_attention_is_left():
     """torch counts its diagonal from the first key, not from the last."""
     inputs = tuple(torch.randn(3, 2, 32) for _ in range(3))
     assert not any(lower_attentions(capture(_Causal(), inputs)).values())
+
+
+class _WrittenLater(torch.nn.Module):
+    """Keys that are overwritten between the cat that reads them and the attention."""
+
+    def forward(self, q, k, v):
+        q, k, v = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in (q, k * 2, v * 2))
+        keys, values = torch.cat([k, k], dim=2), torch.cat([v, v], dim=2)
+        k[:, :, 0] = 100.0
+        v[:, :, 1] = 100.0
+        return SDPA(q[:, :, :1], keys, values), k, v
+
+
+def test_a_cat_of_what_is_written_later_is_not_undone():
+    inputs = tuple(torch.randn(3, 5, 32) for _ in range(3))
+    program = capture(_WrittenLater(), inputs)
+    assert lower_attentions(program)["attention"] == 1
+    program.cleanup()
+    for got, want in zip(program(*inputs), _WrittenLater()(*inputs), strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
