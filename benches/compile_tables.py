@@ -85,7 +85,7 @@ def readme(_: str) -> str:
         for recipe in ("int8", "w4a8", "w4a16"):
             loss = f"{perplexity_of(recipe):.2f}" if key == "SmolLM2-135M" else "-"
             for runtime, more in (("`torch.compile`", ""), ("`compile_for_generate`", ", decode step")):
-                if f"qcompile {recipe} bfloat16{more}" not in rows:
+                if f"qcompile {recipe} bfloat16{more}" not in rows:  # not measured in this run
                     continue
                 size, p, d = rows[f"qcompile {recipe} bfloat16{more}"]
                 cells = f"{size:.0f} | {loss} | {p / prefill:.2f}x | {d / decode:.2f}x"
