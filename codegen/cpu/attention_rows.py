@@ -1,9 +1,8 @@
 """Attention of few queries, as a decoded token needs it.
 
-torch's CPU kernel (2.13) multiplies head by head, 43 ns for each cached token and query head whatever its bytes. Where
-the sizes fit, `attention` of native_kernels.py reads every key once for all heads that share it, and a cache and what
-comes behind it where they are, not copied into one. Elsewhere heads that share a key head become rows of one attention
-of torch's, which takes as long for one row as for several.
+torch's CPU kernel (2.13) multiplies head by head and takes as long for one row as for several. Where the sizes fit,
+`attention` of native_kernels.py reads every key once for all heads that share it, and a cache and what comes behind it
+where they are, not copied into one. Elsewhere heads that share a key head become rows of one attention of torch's.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from qcompile.numerics.format import Format
 from qcompile.numerics.int8_matmul import MAX_K, Processor, processor
 
 _STANDS_FOR: dict[Processor, Processor] = {"amx": "vnni", "other": "avx2"}  # processors without a table of their own
+_WITHOUT_TILES = 32  # rows of x up to which memory counts for more than multiply-adds
 
 
 class Measured(NamedTuple):
@@ -89,6 +90,8 @@ def choose_cpu_kernel(form: Format, act: str, dtype: torch.dtype, m: int, k: int
     if kernel == "dequant_mm":  # the float matmul, and a pass over the weight before it
         return KernelChoice(kernel, has_kernel=False)
     measured_on = _STANDS_FOR.get(here, here)
+    if here == "amx" and m > _WITHOUT_TILES and dtype in (torch.bfloat16, torch.float16):
+        return KernelChoice(kernel, note="AMX tiles multiply floats, and our kernels have none", has_kernel=False)
     ratio = ratio_to_float(kernel, dtype, m, k, n, measured_on)
     elsewhere = f" on {measured_on}" if measured_on != here else ""
     return KernelChoice(kernel, ratio, f"{ratio:.1f}x float{elsewhere}")

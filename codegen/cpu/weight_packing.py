@@ -43,12 +43,6 @@ def pack_group_pairs(values: Tensor) -> Tensor:
     return _in_blocks(padded, 2)
 
 
-def pad_channels(values: Tensor) -> Tensor:
-    """One value of each channel, [N] or [N, 1] -> float32 [N], padded."""
-    flat = values.reshape(-1).float()
-    return pad(flat, (0, -len(flat) % PAIR)).contiguous()
-
-
 def split_groups(values: Tensor, group: int, columns: int) -> tuple[Tensor, int]:
     """Values of groups [N, G] as those of smaller groups, if theirs are too wide for `dual_linear`; their width."""
     parts = next(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from qcompile.backend.options import Options
 from qcompile.recipe.report import Report
+from qcompile.recipe.rule import RecipeError
 
 if TYPE_CHECKING:
     from qcompile.backend.decode_step import DecodeStep
@@ -37,7 +39,7 @@ def compile_for_generate(model: nn.Module, recipe: str | None = None, **options:
         What the step quantized, by which kernels. Where there is none, `report.breaks` says why.
 
     Raises:
-        RecipeError: bad options.
+        RecipeError: bad options, or a recipe that the backend does not take. The model is then unchanged.
         TypeError: the model has no forward that takes input_ids and a cache.
     """
     if not hasattr(model, "generate"):
@@ -47,10 +49,22 @@ def compile_for_generate(model: nn.Module, recipe: str | None = None, **options:
     forward = model.forward
     while isinstance(forward, _Forward):  # compiled before: begin again
         forward = forward.eager
-    model.forward = forward
     decoder = _Forward(model, forward, given, checked)
     model.forward = decoder
     return decoder.report
+
+
+@contextlib.contextmanager
+def _forward_of(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a model call this forward, and its own again afterwards."""
+    before = model.__dict__.get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
 
 
 class _Forward:
@@ -134,8 +148,11 @@ class _Forward:
             cache = self._cache()
             obstacle = "it returns no cache of keys and values" if cache is None else obstacle_to_growing(cache)
             if obstacle is None:
-                self.step = DecodeStep(self.model, self.options)
+                with _forward_of(self.model, self.eager):  # whose signature says whether it takes positions
+                    self.step = DecodeStep(self.model, self.options)
                 report = self.step.report
+        except RecipeError:
+            raise
         except Exception as error:  # of the model, of capture, of the C++ compiler: torch.compile serves all the same
             obstacle = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         report.metrics["decode steps"] = 1 if obstacle is None else 0

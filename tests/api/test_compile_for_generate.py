@@ -100,6 +100,9 @@ def test_what_has_no_step_says_why():
         qcompile.compile_for_generate(model, on_slow_kernel="never")
     with pytest.raises(TypeError, match="has no generate"):
         qcompile.compile_for_generate(torch.nn.Linear(2, 2))
+    with pytest.raises(RecipeError, match="gptq"):  # needs data, which the backend has not
+        qcompile.compile_for_generate(model, "w4a16-gptq")
+    assert "forward" not in model.__dict__
 
 
 @pytest.mark.slow
@@ -134,6 +137,7 @@ def test_weights_that_change_are_seen():
         for model in (plain, compiled):
             with torch.no_grad():
                 model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight.flip(0))
+    assert compiled.forward.step is not None and compiled.forward.step.takes_positions
 
 
 @pytest.mark.slow

@@ -86,12 +86,12 @@ inline void mask_scores(const Attention& a, i64 batch, i64 head, i64 position, i
   }
 }
 
-struct Rows16 {
+struct Queries {  // of a key head, times the scale
   alignas(64) float query[most_query_rows][most_head_size];
 };
 
 template <bool BF16>
-void start(const Attention& a, i64 batch, i64 shared_head, Rows16& rows, Partial& part) {
+void start(const Attention& a, i64 batch, i64 shared_head, Queries& rows, Partial& part) {
   for (int r = 0; r < a.rows(); r++) {
     const void* from = row_of<BF16>(a.query, batch, shared_head * a.group() + r / a.positions, r % a.positions);
     for (i64 d = 0; d < a.width; d += 16) store_floats(rows.query[r] + d, multiply(load16<BF16>(from, d), floats(a.scale)));
@@ -102,7 +102,7 @@ void start(const Attention& a, i64 batch, i64 shared_head, Rows16& rows, Partial
 
 // Keys first .. last of `k`, of which the mask counts from `offset`.
 template <bool BF16>
-void attend(const Attention& a, const Keys& k, i64 batch, i64 shared_head, i64 first, i64 last, i64 offset, const Rows16& q,
+void attend(const Attention& a, const Keys& k, i64 batch, i64 shared_head, i64 first, i64 last, i64 offset, const Queries& q,
             Partial& part) {
   const int rows = a.rows();
   alignas(64) float scores[most_query_rows][keys_at_a_time];
@@ -173,7 +173,7 @@ inline void combine(const Attention& a, i64 batch, i64 shared_head, const Partia
 
 template <bool BF16>
 void attend_run(const Attention& a, i64 batch, i64 shared_head, i64 first, i64 last, Partial& part) {
-  Rows16 rows;
+  Queries rows;
   start<BF16>(a, batch, shared_head, rows, part);
   const i64 past = a.past.count;
   attend<BF16>(a, a.past, batch, shared_head, first, std::min(last, past), 0, rows, part);

@@ -43,15 +43,12 @@ inline void expand_nibbles(const Linear& l, i64 block, float* to) {  // a (table
   const Table table = load_table(l.table);
   for (i64 g = 0, t = 0; g < l.groups(); g++) {
     const i64 at = (block * l.groups() + g) * 16;
-    const Floats step = load_parts(l.step, l.step_as, at);
-    Floats minus_zero = floats(-l.zero_bias);
-    if (l.zero_as != Stored::none)
-      minus_zero = multiply(add(load_parts(l.zero, l.zero_as, at), floats(l.zero_bias)), floats(-1));
+    const Floats step = load_parts(l.step, l.step_as, at), zero = minus_zero(l, at);
     for (const i64 last = l.last_octet(g); t < last; t++) {
       const Bytes packed = load_bytes(w + t * 64);
       float* out = to + 128 * t;
       const auto put = [&](int column, const Floats& value) {
-        store_floats(out + 16 * column, multiply(add(value, minus_zero), step));
+        store_floats(out + 16 * column, multiply(add(value, zero), step));
       };
       put(0, look_up<0>(table, packed)), put(1, look_up<8>(table, packed));
       put(2, look_up<16>(table, packed)), put(3, look_up<24>(table, packed));

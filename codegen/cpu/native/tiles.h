@@ -9,9 +9,6 @@
 
 namespace qcompile {
 
-template <int R, int NB, class V>
-using Sums = V[R][NB];
-
 template <int R, int NB, class V, class Value>
 inline void fill(V (&sums)[R][NB], Value value) {
   EACH(int r = 0; r < R; r++) EACH(int b = 0; b < NB; b++) sums[r][b] = value(r);
@@ -90,6 +87,27 @@ inline void dual_product(const Linear& l, const Panel& x, i64 block, const u8* e
   }
 }
 
+inline Floats minus_zero(const Linear& l, i64 at) {
+  if (l.zero_as == Stored::none) return floats(-l.zero_bias);
+  return multiply(add(load_parts(l.zero, l.zero_as, at), floats(l.zero_bias)), floats(-1));
+}
+
+inline Floats to_floats(const Floats& sum) { return sum; }
+
+// total += a (sums - z sum(x)), one group; x_sums: of its rows.
+template <int R, int NB, class V, class X>
+inline void add_group(const Linear& l, const X* x_sums, i64 block, i64 g, const V (&sums)[R][NB], Floats (&total)[R][NB]) {
+  EACH(int b = 0; b < NB; b++) {
+    const i64 at = ((block + b) * l.groups() + g) * 16;
+    const Floats step = load_parts(l.step, l.step_as, at), zero = minus_zero(l, at);
+    EACH(int r = 0; r < R; r++) {
+      Floats value = to_floats(sums[r][b]);
+      multiply_add(value, zero, floats(float(x_sums[g * R + r])));
+      multiply_add(total[r][b], step, value);
+    }
+  }
+}
+
 // sum over groups of a (sum q x - z sum x), integers within a group.
 template <int R, int NB, int Ahead>
 inline void group_product(const Linear& l, const Panel& x, i64 block, const u8* next, Floats (&total)[R][NB]) {
@@ -100,46 +118,19 @@ inline void group_product(const Linear& l, const Panel& x, i64 block, const u8* 
     const i64 last = l.last_octet(g);
     add_nibbles<R, NB, Ahead, false>(l, l.codes + block * l.block_bytes(), t, last, nullptr, x.quads, next, sums);
     t = last;
-    EACH(int b = 0; b < NB; b++) {
-      const i64 at = ((block + b) * l.groups() + g) * 16;
-      const Floats step = load_parts(l.step, l.step_as, at);
-      Floats minus_zero = floats(-l.zero_bias);
-      if (l.zero_as != Stored::none)
-        minus_zero = multiply(add(load_parts(l.zero, l.zero_as, at), floats(l.zero_bias)), floats(-1));
-      EACH(int r = 0; r < R; r++) {
-        Floats value = to_floats(sums[r][b]);
-        multiply_add(value, minus_zero, floats(float(x.group_sums[g * R + r])));
-        multiply_add(total[r][b], step, value);
-      }
-    }
+    add_group(l, x.group_sums, block, g, sums, total);
   }
 }
 
 // ---- x float -----------------------------------------------------------------------------------------------------------
 
-// total += a (sums - z sum(x)), one group.
-template <int R, int NB>
-inline void add_group(const Linear& l, const Panel& x, i64 block, i64 g, const Floats (&sums)[R][NB], Floats (&total)[R][NB]) {
-  EACH(int b = 0; b < NB; b++) {
-    const i64 at = ((block + b) * l.groups() + g) * 16;
-    const Floats step = load_parts(l.step, l.step_as, at);
-    Floats minus_zero = floats(-l.zero_bias);
-    if (l.zero_as != Stored::none)
-      minus_zero = multiply(add(load_parts(l.zero, l.zero_as, at), floats(l.zero_bias)), floats(-1));
-    EACH(int r = 0; r < R; r++) {
-      Floats value = sums[r][b];
-      multiply_add(value, minus_zero, floats(x.float_sums[g * R + r]));
-      multiply_add(total[r][b], step, value);
-    }
-  }
-}
-
+// The column of a quad that the bits from Shift on stand for, times rows.
 template <int Shift, int R, int NB>
 inline void add_column(const Table& table, const Bytes (&packed)[NB], const u8* x, Floats (&sums)[R][NB]) {
   Floats values[NB];
   EACH(int b = 0; b < NB; b++) values[b] = look_up<Shift>(table, packed[b]);
   EACH(int r = 0; r < R; r++) {
-    const Floats v = floats(read<float>(x + 16 * r));
+    const Floats v = floats(read<float>(x + 16 * r + Shift / 8 * 4));
     EACH(int b = 0; b < NB; b++) multiply_add(sums[r][b], values[b], v);
   }
 }
@@ -158,12 +149,12 @@ inline void nibbles_f32(const Linear& l, const Panel& x, i64 block, const u8* ne
       EACH(int b = 0; b < NB; b++) packed[b] = load_bytes(w + b * stride + t * 64);
       EACH(int b = 0; b < Ahead; b++) prefetch(next + b * stride + t * 64);
       const u8 *low = x.quads + 2 * t * R * 16, *high = low + R * 16;
-      add_column<0>(table, packed, low, sums), add_column<8>(table, packed, low + 4, sums);
-      add_column<16>(table, packed, low + 8, sums), add_column<24>(table, packed, low + 12, sums);
-      add_column<4>(table, packed, high, sums), add_column<12>(table, packed, high + 4, sums);
-      add_column<20>(table, packed, high + 8, sums), add_column<28>(table, packed, high + 12, sums);
+      add_column<0>(table, packed, low, sums), add_column<8>(table, packed, low, sums);
+      add_column<16>(table, packed, low, sums), add_column<24>(table, packed, low, sums);
+      add_column<4>(table, packed, high, sums), add_column<12>(table, packed, high, sums);
+      add_column<20>(table, packed, high, sums), add_column<28>(table, packed, high, sums);
     }
-    add_group(l, x, block, g, sums, total);
+    add_group(l, x.float_sums, block, g, sums, total);
   }
 }
 
@@ -172,7 +163,7 @@ inline void add_byte_column(const Bytes (&codes)[NB], const u8* x, Floats (&sums
   Floats values[NB];
   EACH(int b = 0; b < NB; b++) values[b] = byte_to_floats<Shift>(codes[b]);
   EACH(int r = 0; r < R; r++) {
-    const Floats v = floats(read<float>(x + 16 * r));
+    const Floats v = floats(read<float>(x + 16 * r + Shift / 8 * 4));
     EACH(int b = 0; b < NB; b++) multiply_add(sums[r][b], values[b], v);
   }
 }
@@ -188,8 +179,8 @@ inline void bytes_f32(const Linear& l, const Panel& x, i64 block, const u8* next
     EACH(int b = 0; b < NB; b++) codes[b] = load_bytes(w + b * stride + q * 64);
     EACH(int b = 0; b < Ahead; b++) prefetch(next + b * stride + q * 64);
     const u8* at = x.quads + q * R * 16;
-    add_byte_column<0>(codes, at, sums), add_byte_column<8>(codes, at + 4, sums);
-    add_byte_column<16>(codes, at + 8, sums), add_byte_column<24>(codes, at + 12, sums);
+    add_byte_column<0>(codes, at, sums), add_byte_column<8>(codes, at, sums);
+    add_byte_column<16>(codes, at, sums), add_byte_column<24>(codes, at, sums);
   }
   fill_from(sums, total);
 }
@@ -215,12 +206,13 @@ inline void add_floats(const float* w, i64 columns, const u8* x, const u8* next,
 
 inline __m512i spread_pair(const u8* at) { return _mm512_set1_epi32(read<int32_t>(at)); }
 
+// Two columns of a quad, as add_column.
 template <int Shift, int R, int NB>
 inline void add_pair(const PairTable& table, const Bytes (&packed)[NB], const u8* x, Floats (&sums)[R][NB]) {
   __m512i values[NB];
   EACH(int b = 0; b < NB; b++) values[b] = look_up<Shift>(table, packed[b]);
   EACH(int r = 0; r < R; r++) {
-    const __m512i v = spread_pair(x + 8 * r);
+    const __m512i v = spread_pair(x + 8 * r + Shift / 8 * 4);
     EACH(int b = 0; b < NB; b++) dot(sums[r][b], values[b], v);
   }
 }
@@ -240,24 +232,14 @@ inline void nibbles_bf16(const Linear& l, const Panel& x, i64 block, const u8* n
       EACH(int b = 0; b < NB; b++) packed[b] = load_bytes(w + b * stride + t * 64);
       EACH(int b = 0; b < Ahead; b++) prefetch(next + b * stride + t * 64);
       const u8 *low = x.quads + 2 * t * R * 8, *high = low + R * 8;
-      add_pair<0>(table, packed, low, sums), add_pair<8>(table, packed, low + 4, sums);
-      add_pair<4>(table, packed, high, sums), add_pair<12>(table, packed, high + 4, sums);
+      add_pair<0>(table, packed, low, sums), add_pair<8>(table, packed, low, sums);
+      add_pair<4>(table, packed, high, sums), add_pair<12>(table, packed, high, sums);
     }
-    add_group(l, x, block, g, sums, total);
+    add_group(l, x.float_sums, block, g, sums, total);
   }
 }
 
 // w = 16 h + l with nibbles h - 8 and l, both exact in bfloat16: two lookups and two products for each word.
-template <int Shift, int R, int NB>
-inline void add_nibble_pair(const PairTable& table, const Bytes (&codes)[NB], const u8* x, Floats (&sums)[R][NB]) {
-  __m512i values[NB];
-  EACH(int b = 0; b < NB; b++) values[b] = look_up<Shift>(table, codes[b]);
-  EACH(int r = 0; r < R; r++) {
-    const __m512i v = spread_pair(x + 8 * r + Shift / 8 * 4);
-    EACH(int b = 0; b < NB; b++) dot(sums[r][b], values[b], v);
-  }
-}
-
 template <int R, int NB, int Ahead>
 inline void bytes_bf16(const Linear& l, const Panel& x, i64 block, const u8* next, Floats (&total)[R][NB]) {
   alignas(64) float low_values[16], high_values[16];
@@ -272,8 +254,8 @@ inline void bytes_bf16(const Linear& l, const Panel& x, i64 block, const u8* nex
     EACH(int b = 0; b < NB; b++) codes[b] = load_bytes(w + b * stride + q * 64);
     EACH(int b = 0; b < Ahead; b++) prefetch(next + b * stride + q * 64);
     const u8* at = x.quads + q * R * 8;
-    add_nibble_pair<0>(low, codes, at, sums), add_nibble_pair<4>(high, codes, at, sums);
-    add_nibble_pair<8>(low, codes, at, sums), add_nibble_pair<12>(high, codes, at, sums);
+    add_pair<0>(low, codes, at, sums), add_pair<4>(high, codes, at, sums);
+    add_pair<8>(low, codes, at, sums), add_pair<12>(high, codes, at, sums);
   }
   fill_from(sums, total);
 }

@@ -105,3 +105,12 @@ def test_no_kernel_of_ours_where_sums_could_leave_int32():
     for form, act, kernel in ((INT8, "int8/row", "int8_linear"), (DUAL, "int8/row", "dual_linear")):
         kernels = [choose_cpu_kernel(form, act, torch.float32, 1, k, 64).kernel for k in (2**17 - 1, 2**17)]
         assert kernels == [kernel, "dequant_mm"]
+
+
+def test_an_amx_machine_multiplies_many_rows_of_halves_in_float(monkeypatch):
+    """Our kernels have no tiles there: at large M they lose, and a site says so."""
+    monkeypatch.setattr(cpu_kernel_choice, "processor", lambda: "amx")
+    many = choose_cpu_kernel(INT8, "int8/row", torch.bfloat16, 512, 2048, 2048)
+    assert many.slower_than_float and "AMX tiles" in str(many)
+    assert not choose_cpu_kernel(INT8, "int8/row", torch.bfloat16, 8, 2048, 2048).slower_than_float
+    assert not choose_cpu_kernel(INT8, "int8/row", torch.float32, 512, 2048, 2048).slower_than_float

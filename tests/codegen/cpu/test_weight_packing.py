@@ -14,7 +14,6 @@ from qcompile.codegen.cpu.weight_packing import (
     pack_group_pairs,
     pack_groups,
     pack_nibbles,
-    pad_channels,
     split_groups,
 )
 
@@ -70,15 +69,6 @@ def test_pairs_of_groups(n, groups):
     assert packed.is_contiguous() and packed.shape == (up(n, 32) // 16, up(groups, 2) // 2, 16, 2)
     assert torch.equal(unpack_group_pairs(packed, n, groups, 1), values.double())
     assert packed.count_nonzero() == values.numel()
-
-
-@pytest.mark.parametrize("n", [0, 1, 32, 33])
-def test_padded_channels(n):
-    values = torch.rand(n).bfloat16()
-    for given_as in (values, values[:, None]):
-        padded = pad_channels(given_as)
-        assert padded.dtype == torch.float32 and padded.shape == (up(n, 32),)
-        assert torch.equal(padded[:n], values.float()) and not padded[n:].any()
 
 
 @pytest.mark.parametrize("group", [8, 128, 240, 248, 256, 264, 512, 1000, 4096])
