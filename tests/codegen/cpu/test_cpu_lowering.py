@@ -7,6 +7,7 @@ import torch
 
 from qcompile.codegen.cpu.cpu_lowering import lower_to_cpu
 from qcompile.ir.capture import capture
+from qcompile.ir.node_meta import WRITTEN
 from qcompile.ir.op_calls import OUR_OPS
 from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, Quantize
@@ -14,11 +15,13 @@ from qcompile.pipeline.run import run
 from qcompile.recipe.recipe import Recipe
 
 
-def lowered(weight, act, model, x):
+def lowered(weight, act, model, x, written=False):
     form, act_form = Format.parse(weight), Format.parse(act) if act else None
     recipe = Recipe("one", (Quantize(form, act_form, lm_head=form, lm_head_act=act_form), Fuse()))
     program, _ = run(capture(model, (x,)), recipe, verify=False)
     result, prepared = program.copy(), []
+    if written:
+        result.inputs[0].meta[WRITTEN] = True
 
     def remember(layout, sources, make):
         prepared.append(layout)
@@ -65,6 +68,14 @@ def test_the_kernel_computes_what_the_dialect_means(weight, act, kernel, bias):
     for m in (1, 5, 40):
         x = torch.randn(m, 300)
         assert torch.allclose(result(x)[0], program(x)[0], rtol=1e-4, atol=1e-4), m
+
+
+def test_a_value_that_is_written_in_place_is_quantized_where_the_model_reads_it():
+    x = torch.randn(7, 64)
+    for written in (False, True):
+        _, result, _, _ = lowered("int8/row", "int8/row", torch.nn.Linear(64, 32), x, written)
+        (call,) = [node for node in result.graph.nodes if node.target is torch.ops.qcompile_cpu.int8_linear.default]
+        assert (call.args[1] is not None) == written
 
 
 class _Siblings(torch.nn.Module):
