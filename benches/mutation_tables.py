@@ -1,6 +1,6 @@
 """The tables of docs/results/mutations.md, for update_docs.py, from benches/results/mutations.json.
 
-<!-- mutations -->           a row for each source file
+<!-- mutations -->           a row for each folder of sources
 <!-- mutations-unnoticed --> edits that no test noticed, with the reason where none could
 """
 
@@ -21,24 +21,29 @@ def rows() -> list[dict[str, object]]:
 
 
 def listed() -> collections.Counter[str]:
-    """How many edits each source file has in the lists."""
+    """How many edits each folder has in the lists."""
     tables = [tomllib.loads(path.read_text())["edit"] for path in sorted(LISTS.glob("*.toml"))]
-    return collections.Counter(edit["file"] for edits in tables for edit in edits)
+    return collections.Counter(folder(edit["file"]) for edits in tables for edit in edits)
 
 
-def by_file(_: str) -> str:
+def folder(file: str) -> str:
+    """Where a source file lies; `qcompile/passes` and `qcompile/codegen` are links."""
+    return str(Path(file.removeprefix("qcompile/")).parent)
+
+
+def by_folder(_: str) -> str:
     """Edits, and how many of those that were tried and that a test could notice were noticed."""
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for row in rows():
         kind = "equivalent" if row["equivalent"] else "unnoticed" if row["outcome"] == "survived" else "noticed"
-        counts[str(row["file"])][kind] += 1
-    lines = ["| file | noticed | unnoticed | change nothing | not tried yet |", "|---|---|---|---|---|"]
+        counts[folder(str(row["file"]))][kind] += 1
+    lines = ["| folder | noticed | unnoticed | change nothing | not tried yet |", "|---|---|---|---|---|"]
     total: collections.Counter[str] = collections.Counter()
-    for file, edits in sorted(listed().items()):
-        count = counts[file]
+    for place, edits in sorted(listed().items()):
+        count = counts[place]
         count["untried"] = edits - count.total()
         cells = [str(count[kind] or "") for kind in ("noticed", "unnoticed", "equivalent", "untried")]
-        lines.append(f"| {file} | {' | '.join(cells)} |")
+        lines.append(f"| {place} | {' | '.join(cells)} |")
         total += count
     share = total["noticed"] / max(1, total.total() - total["equivalent"])
     last = f"{total['unnoticed']} | {total['equivalent']} | {total['untried']}"
@@ -56,4 +61,4 @@ def unnoticed(_: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"mutations": by_file, "mutations-unnoticed": unnoticed}
+TABLES = {"mutations": by_folder, "mutations-unnoticed": unnoticed}
