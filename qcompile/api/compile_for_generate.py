@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from qcompile.backend.options import Options
 from qcompile.recipe.report import Report
@@ -67,17 +68,33 @@ def _forward_of(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
             model.forward = before
 
 
+def _wants_eager() -> bool:
+    """Whether the caller reads the model itself: torch.compile, an export, or what sets the stance to force_eager."""
+    from torch._dynamo import eval_frame
+
+    tracing = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    return tracing or eval_frame._stance.stance == "force_eager"
+
+
+def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward
+
+
 class _Forward:
     """The forward of a compiled causal LM: which call goes where."""
 
     def __init__(self, model: nn.Module, eager: Callable[..., Any], given: Mapping[str, Any], options: Options) -> None:
         self.model, self.eager, self.options = model, eager, options
+        self.__signature__ = inspect.signature(eager)
+        self.__code__ = inspect.unwrap(eager).__code__  # torch.export names the place by it
         self.compiled = torch.compile(eager, backend="qcompile", dynamic=True, options=dict(given))
         self.step: DecodeStep | None = None
         self.report = self._make_step()
         self.versions = self._weight_versions()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _wants_eager():
+            return self.eager(*args, **kwargs)
         cache = kwargs.get("past_key_values")
         if self.step is None or args or torch.is_grad_enabled() or cache is None:
             return self.compiled(*args, **kwargs)
@@ -89,12 +106,9 @@ class _Forward:
                 return found
         return self._prefill(cache, kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """The forward of the copied model, which is not compiled."""
-        copied = memo.get(id(self.model))
-        if copied is None or getattr(self.eager, "__self__", None) is not self.model:
-            return copy.deepcopy(self.eager, memo)
-        return type(copied).forward.__get__(copied)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or stored model is not compiled: its forward is the copy's own."""
+        return _itself, (self.eager,)
 
     def _prefill(self, cache: Any, kwargs: Mapping[str, Any]) -> Any:
         from qcompile.generation.growing_cache import as_dynamic, as_growing, obstacle_to_growing

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
@@ -78,10 +79,10 @@ def export_onnx(
         refuse_cache(model, chosen, contrib_ops=file.contrib_ops, encoder=is_encoder)
     if not is_encoder:  # what has no cache of keys and values is refused before it is quantized
         check_supported(model, file.contrib_ops)
-        with detached(model):
+        with torch.compiler.set_stance("force_eager"), detached(model):
             cache_layers(model)
 
-    with atomic_folder(folder) as work:
+    with torch.compiler.set_stance("force_eager"), atomic_folder(folder) as work:
         report = Report("as it is")
         if chosen is not None:
             model = copy.deepcopy(model)

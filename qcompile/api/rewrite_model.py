@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qcompile.analysis.facts import Facts
@@ -62,7 +63,7 @@ def rewrite_model(
     recipe.check()
     check_data(recipe, batches is not None)
     data = None if batches is None else read_batches(batches)
-    with evaluation_mode(model):
+    with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
         traced = TracedModel.of(model, recipe, data, example)
         program, flat = traced.program, traced.flat
         facts = Facts(program)

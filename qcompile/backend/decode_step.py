@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qcompile.backend.dynamo import compile_program
 from qcompile.backend.options import Options
 from qcompile.codegen.cpu.native_kernels import start_loading_native_kernels
-from qcompile.ir.capture import from_exported
+from qcompile.ir.capture import from_exported, quiet_frontends
 from qcompile.ir.node_meta import WEIGHT
 from qcompile.ir.program import Program
 
@@ -78,7 +78,7 @@ class DecodeStep:
         ids, positions, mask, *buffers = self._inputs
         dynamic = torch.export.Dim.DYNAMIC
         shapes = (None, None, {1: dynamic}, [{2: dynamic} for _ in buffers])
-        with torch.no_grad():
+        with torch.no_grad(), quiet_frontends():
             exported = torch.export.export(step, (ids, positions, mask, buffers), dynamic_shapes=shapes, strict=False)
         return from_exported(exported, step, "model.")
 
@@ -128,7 +128,7 @@ def _compile(program: Program, inputs: Sequence[Tensor]) -> tuple[Any, dict[str,
     """
     flat, dynamic = _Flat(program), torch.export.Dim.DYNAMIC
     shapes = {"inputs": (None, None, {1: dynamic}, *[{2: dynamic} for _ in inputs[3:]])}
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    with torch.no_grad(), quiet_frontends(), tempfile.TemporaryDirectory() as folder:
         exported = torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=False)
         path = torch._inductor.aoti_compile_and_package(
             exported,

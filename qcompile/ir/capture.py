@@ -66,7 +66,7 @@ def capture(
     shapes = tuple({d: auto for d in range(min(t.ndim, 2))} if dynamic else None for t in tensors)
     flat = _FlatCall(module, call)
     with (
-        _quiet(),
+        quiet_frontends(),
         contextlib.redirect_stderr(io.StringIO()),  # torch.export prints the graph up to where it fails
         _without_cache(module),
         torch.compiler.set_stance("force_eager"),
@@ -95,7 +95,7 @@ def run_as_captured(module: nn.Module, call: CallTree) -> tuple[list[Tensor], in
     Returns:
         The tensors in the order of the Program's outputs, and which of them the module calls logits (None: none).
     """
-    with _quiet(), _without_cache(module), torch.compiler.set_stance("force_eager"), torch.no_grad():
+    with quiet_frontends(), _without_cache(module), torch.compiler.set_stance("force_eager"), torch.no_grad():
         output = module(*call.args, **_uncached(call).kwargs)
     found = tensors_of(output)
     logits = getattr(output, "logits", None)
@@ -180,7 +180,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     if mode is None:
         raise CaptureError("the graph has no tensor input: nothing to quantize. Fix: compile it as it is")
     baked = _bake_scalars(graph_module, placeholders, example_inputs)
-    with torch.fx.traceback.preserve_node_meta(), mode, _quiet():
+    with torch.fx.traceback.preserve_node_meta(), mode, quiet_frontends():
         module = make_fx(graph_module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
     weights: dict[str, Tensor] = {}
     traced = list(module.graph.find_nodes(op="placeholder"))
@@ -260,7 +260,7 @@ def _configs(module: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_frontends() -> Iterator[None]:
     """The frontends warn about their own internals."""
     logs = [logging.getLogger(name) for name in _LOGS]
     levels = [log.level for log in logs]

@@ -93,6 +93,40 @@ def test_a_copy_is_a_model_that_is_not_compiled(models):
         assert not torch.equal(copied(input_ids=ids).logits, models[0](input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("how", ["compile_for_generate", "compile", "compile of the forward", "wrapper"])
+def test_what_reads_a_compiled_model_reads_the_model_itself(models, how, tmp_path):
+    """Not the compiled call, which would be traced as a whole, or compiled again for the weights of an export."""
+    plain, compiled = models[0], copy.deepcopy(models[0])
+    if how == "compile_for_generate":
+        compiled = models[1]
+    elif how == "compile":
+        compiled.compile(backend="qcompile", options=OPTIONS)
+    elif how == "compile of the forward":
+        compiled.forward = torch.compile(compiled.forward, backend="qcompile", options=OPTIONS)
+    else:
+        compiled = torch.compile(compiled, backend="qcompile", options=OPTIONS)
+    example = {"input_ids": torch.randint(90, (2, 5))}
+    want, got = (qcompile.capture(model, (), example) for model in (plain, compiled))
+    assert [str(n.target) for n in got.graph.nodes if n.args] == [str(n.target) for n in want.graph.nodes if n.args]
+    exported = qcompile.export_onnx(compiled, tmp_path / "encoder", example=example, progress=False)
+    assert exported.metrics["onnx relative error"] < 1e-5
+    assert len(qcompile.verify_model(compiled, example).sites) == 15
+    qcompile.save(compiled, tmp_path / "saved")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_pickled_and_quantized_as_the_model_itself(tmp_path):
+    model, example = llama(), {"input_ids": torch.randint(90, (2, 5))}
+    with torch.no_grad():
+        want = model(**example).logits
+    qcompile.compile_for_generate(model, "int8", **OPTIONS)
+    torch.save(model, tmp_path / "model.pt")
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(**example).logits, want)
+    assert qcompile.quantize(model, "w4a16", progress=False).passes[0].done
+    generated(model, example["input_ids"][:1])
+
+
 def test_what_has_no_step_says_why():
     model = llama()
     model.generation_config.use_cache = False
