@@ -3,6 +3,8 @@
 <!-- readme -->                   the first table of README.md
 <!-- compile MODEL -->            llm_cpu.json, of one of its models
 <!-- kernels ISA DTYPE -->        cpu_linear-ISA.json: time of the float matmul over time of the kernel
+<!-- decode-attention ISA -->     decode_attention-ISA.json: microseconds of one call
+<!-- decode-caches ISA -->        decode_attention-ISA.json: SmolLM2 over each kind of cache
 """
 
 from __future__ import annotations
@@ -112,4 +114,40 @@ def onnx_runtime() -> list[str]:
     return lines
 
 
-TABLES = {"readme": readme, "compile": compiled, "kernels": kernels}
+def decode_attention(isa: str) -> str:
+    """Attention of a token: PyTorch's own, over floats, over codes, and the time that the bytes of the last take."""
+    found = {(r["heads"], r["key_heads"], r["tokens"], r["cache"]): r for r in read(f"decode_attention-{isa}")["rows"]}
+    lines = [
+        "| heads | tokens | PyTorch | bfloat16 | 8 bits | 4 bits | bytes of 16 / 8 / 4 bits |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for heads, shared, tokens in dict.fromkeys(key[:3] for key in found):
+        own = [found[heads, shared, tokens, cache] for cache in ("PyTorch", "bfloat16", "8 bits", "4 bits")]
+        cells = " | ".join(f"{r['us']:.0f}" for r in own)
+        bounds = " / ".join(f"{r['bytes_us']:.0f}" for r in own[1:])
+        lines.append(f"| {heads}, {shared} of keys | {tokens} | {cells} | {bounds} |")
+    return "\n".join(lines)
+
+
+def decode_caches(isa: str) -> str:
+    """Tokens a second of a whole model behind contexts of several lengths."""
+    rows = read(f"decode_attention-{isa}")["models"]
+    contexts = sorted({r["context"] for r in rows})
+    lines = [
+        f"| cache | {' | '.join(f'behind {c} tokens, tokens/s' for c in contexts)} | MB of {contexts[-1]} tokens |",
+        "|---|" + "---|" * (len(contexts) + 1),
+    ]
+    for name in dict.fromkeys(r["cache"] for r in rows):
+        own = {r["context"]: r for r in rows if r["cache"] == name}
+        cells = " | ".join(f"{own[c]['rate']:.0f}" for c in contexts)
+        lines.append(f"| {name} | {cells} | {own[contexts[-1]]['megabytes']:.0f} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "readme": readme,
+    "compile": compiled,
+    "kernels": kernels,
+    "decode-attention": decode_attention,
+    "decode-caches": decode_caches,
+}

@@ -1,11 +1,14 @@
-"""SmolLM2 on a CPU in other engines: llama.cpp, OpenVINO, ONNX Runtime in float32, torch.compile in bfloat16.
+"""SmolLM2 on a CPU in other engines: llama.cpp, ik_llama.cpp, OpenVINO, GenAI, torchao, torch.compile in bfloat16.
 
-    pip install onnxruntime-genai gguf llama-cpp-python openvino
+    pip install onnxruntime-genai gguf llama-cpp-python openvino torchao
     python benches/engines_cpu.py [CALIBRATION_TEXT]      writes benches/results/engines_cpu-ISA.json
+        --ik-llama-bench PATH    the `llama-bench` of ik_llama.cpp, which is not in a package
+        --only TEXT ..           engines whose name has one of these in it; prints and writes no file
 
 An engine that is not installed is skipped with a message; llama-cpp-python is for the processor that CMAKE_ARGS names
 when it is built (docs/results/onnx-cpu.md). Each runs in a process of its own, interleaved, with a rest before each;
-all are started three times; medians.
+all are started three times; medians. ik_llama.cpp repacks its weights when it opens a file (`-rtr 1`). The last column
+is the share of the memory's read bandwidth, measured in the same run, that a decoded token's weights are read at.
 The GGUF file for llama.cpp is written here with the `gguf` package, in its own formats: Q4_0, and Q8_0 for the tied
 embedding (its tools take Q6_K there, which needs columns in multiples of 256). OpenVINO reads the file of standard
 operators that qcompile writes (contrib_ops=False), 4-bit codes in groups of 32, with its KV caches as state.
@@ -13,9 +16,11 @@ operators that qcompile writes (contrib_ops=False), 4-bit codes in groups of 32,
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +34,7 @@ import torch
 from onnx_cpu import BEST, CHUNK, NEW, PROMPT, Child, need_genai, run_builder
 from rich.console import Console
 from rich.table import Table
+from roofline import bandwidth, int8_rate
 
 import qcompile
 from qcompile.calibration.text import batches
@@ -41,7 +47,13 @@ from qcompile.numerics.int8_matmul import processor
 RESULTS = Path(__file__).parent / "results" / f"engines_cpu-{processor()}.json"
 PROCESSES, ROUNDS = 3, 3
 REST = 1.0  # seconds before each measurement: the idle threads of some engines spin on for a while
-NEEDS = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "openvino": "openvino"}  # skipped if absent
+NEEDS = {  # skipped if absent
+    "llama_cpp": "llama-cpp-python",
+    "gguf": "gguf",
+    "openvino": "openvino",
+    "torchao": "torchao",
+}
+STEPS = ("w4a8", "int8")  # recipes of compile_for_generate
 
 
 def answer(time_one: Callable[[np.ndarray, int], tuple[float, float]], before: int, opened: float) -> None:
@@ -114,18 +126,52 @@ def serve_openvino(path: str) -> None:
     answer(stepwise(step), before, time.perf_counter() - start)
 
 
-def serve_inductor(dtype: str) -> None:
-    """Child process: torch.compile's own backend."""
+def serve_inductor(kind: str) -> None:
+    """Child process: torch.compile's own backend, of a float model ("bfloat16") or of one by torchao ("torchao")."""
     torch._dynamo.config.recompile_limit = 256
     before, start = resident_bytes(), time.perf_counter()
-    model, _ = load_pretrained(dtype=getattr(torch, dtype))
-    compiled = torch.compile(model, dynamic=True)
+    model, _ = load_pretrained(dtype=torch.bfloat16)
+    if kind == "torchao":
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    answer(text_timer(torch.compile(model, dynamic=True)), before, time.perf_counter() - start)
+
+
+def serve_step(recipe: str) -> None:
+    """Child process: `qcompile.compile_for_generate`."""
+    torch._dynamo.config.recompile_limit = 256
+    before, start = resident_bytes(), time.perf_counter()
+    model, _ = load_pretrained(dtype=torch.bfloat16)
+    report = qcompile.compile_for_generate(model, recipe, verify=False, on_slow_kernel="quantize")
+    assert report.metrics["decode steps"] == 1, report.breaks
+    answer(text_timer(model), before, time.perf_counter() - start)
+
+
+def text_timer(model: Callable[..., Any]) -> Callable[[np.ndarray, int], tuple[float, float]]:
+    """Times a causal LM of transformers."""
 
     def time_one(prompt: np.ndarray, new: int) -> tuple[float, float]:
-        first, further = time_text(compiled, torch.from_numpy(prompt)[None], new)
-        return first, statistics.mean(further)
+        first, further = time_text(model, torch.from_numpy(prompt)[None], new)
+        return first, statistics.median(further)
 
-    answer(time_one, before, time.perf_counter() - start)
+    return time_one
+
+
+def serve_ik_llama(command: str) -> None:
+    """Child process: `llama-bench` of ik_llama.cpp and a GGUF file, as JSON; opened again for each measurement."""
+    program, path = json.loads(command)
+    threads = str(torch.get_num_threads())
+
+    def time_one(prompt: np.ndarray, new: int) -> tuple[float, float]:
+        length = str(len(prompt))
+        sizes = ["-p", length, "-n", "0", "-gp", f"{length},{new}"]
+        call = [program, "-m", path, *sizes, "-t", threads, "-r", "1", "-rtr", "1", "-o", "json"]
+        rows = json.loads(subprocess.run(call, check=True, capture_output=True, text=True).stdout)
+        rates = {"prompt" if row["n_gen"] == 0 else "new": row["avg_ts"] for row in rows}
+        return len(prompt) / rates["prompt"], 1 / rates["new"]
+
+    answer(time_one, resident_bytes(), 0.0)
 
 
 def write_gguf(model: torch.nn.Module, tokenizer: Any, path: Path) -> None:
@@ -166,72 +212,158 @@ def write_gguf(model: torch.nn.Module, tokenizer: Any, path: Path) -> None:
     writer.close()
 
 
-def build(work: Path, calibration: str | None, console: Console) -> dict[str, tuple[str, str]]:
-    """The engines: label -> (function of a child process, its argument)."""
+Engine = tuple[str, str, float]
+"""A function of a child process, its argument, and the megabytes of weights that a decoded token reads (0: unknown)."""
+
+
+def build(work: Path, given: argparse.Namespace, console: Console) -> dict[str, Engine]:
+    """The engines by their names, those that are wanted and installed."""
+
+    def wanted(name: str) -> bool:
+        return not given.only or any(text in name for text in given.only)
+
     missing = {package for module, package in NEEDS.items() if util.find_spec(module) is None}
     for package in sorted(missing):
         console.print(f"skipped, not installed: {package}")
     model, tokenizer = load_pretrained()
-    found = {"torch.compile, bfloat16": ("engines_cpu.serve_inductor", "bfloat16")}
-    model.save_pretrained(work / "model")
-    tokenizer.save_pretrained(work / "model")
-    last = "prune_lm_head=true"  # as in all others: logits of the last token only
-    for precision, options in (("fp32", [last]), ("int4", [last, "accuracy_level=4", "block_size=128"])):
-        if (refused := run_builder(work / "model", work / precision, precision, options)) is not None:
-            console.print(f"skipped: model builder, {precision}: {refused}")
-        else:
-            found[f"GenAI, {precision}"] = ("onnx_cpu.serve", str(work / precision))
-    if not missing & {"gguf", "llama-cpp-python"}:
-        write_gguf(model, tokenizer, work / "model.gguf")
-        found["llama.cpp, Q4_0"] = ("engines_cpu.serve_llama_cpp", str(work / "model.gguf"))
-    data = batches(tokenizer, calibration, count=64)
-    if "openvino" not in missing:
+    found: dict[str, Engine] = {}
+    floats = "torch.compile, bfloat16"
+    found |= {floats: ("engines_cpu.serve_inductor", "bfloat16", megabytes(model) / 2)} if wanted(floats) else {}
+    if "torchao" not in missing and wanted("torchao, int8"):
+        found["torchao, int8"] = ("engines_cpu.serve_inductor", "torchao", 0)
+    for recipe in STEPS:
+        if wanted(name := f"qcompile {recipe}, compile_for_generate"):
+            small = copy.deepcopy(model)
+            report = qcompile.quantize(small, recipe, verify=False, progress=False)
+            found[name] = ("engines_cpu.serve_step", recipe, sum(s.bytes_after for s in report.sites) / 1e6)
+    found |= _genai(work, model, tokenizer, wanted, console)
+    if "gguf" not in missing and (wanted("llama.cpp") or wanted("ik_llama.cpp")):
+        write_gguf(model, tokenizer, path := work / "model.gguf")
+        size = path.stat().st_size / 1e6
+        if "llama-cpp-python" not in missing and wanted("llama.cpp, Q4_0"):
+            found["llama.cpp, Q4_0"] = ("engines_cpu.serve_llama_cpp", str(path), size)
+        if given.ik_llama_bench is None:
+            console.print("skipped, no --ik-llama-bench: ik_llama.cpp")
+        elif wanted("ik_llama.cpp, Q4_0"):
+            command = json.dumps([str(given.ik_llama_bench), str(path)])
+            found["ik_llama.cpp, Q4_0"] = ("engines_cpu.serve_ik_llama", command, size)
+    data = batches(tokenizer, given.text, count=64)
+    if "openvino" not in missing and wanted("OpenVINO"):
         out, small = work / "standard", copy.deepcopy(model)
         qcompile.quantize(small, "int4-cpu", data)  # in groups of 32: OpenVINO wants them to divide the columns
         qcompile.export_onnx(small, out, tokenizer=tokenizer, contrib_ops=False, low_memory=True, last_logits=True)
-        found["OpenVINO, qcompile's standard operators"] = ("engines_cpu.serve_openvino", str(out / "model.onnx"))
-    qcompile.quantize(model, BEST, data)
-    qcompile.export_onnx(model, work / "ours", tokenizer=tokenizer, last_logits=True, chunk=CHUNK)
-    found[f"qcompile {BEST}, last logits, chunks"] = ("onnx_cpu.serve", str(work / "ours"))
+        found["OpenVINO, qcompile's standard operators"] = (
+            "engines_cpu.serve_openvino",
+            str(out / "model.onnx"),
+            folder_megabytes(out),
+        )
+    if wanted(name := f"qcompile {BEST}, last logits, chunks"):
+        qcompile.quantize(model, BEST, data)
+        qcompile.export_onnx(model, work / "ours", tokenizer=tokenizer, last_logits=True, chunk=CHUNK)
+        found[name] = ("onnx_cpu.serve", str(work / "ours"), folder_megabytes(work / "ours"))
     return found
+
+
+def _genai(
+    work: Path, model: torch.nn.Module, tokenizer: Any, wanted: Callable[[str], bool], console: Console
+) -> dict[str, Engine]:
+    """Folders of onnxruntime-genai's own model builder."""
+    found: dict[str, Engine] = {}
+    last = "prune_lm_head=true"  # as in all others: logits of the last token only
+    for precision, options in (("fp32", [last]), ("int4", [last, "accuracy_level=4", "block_size=128"])):
+        if not wanted(name := f"GenAI, {precision}"):
+            continue
+        need_genai()
+        if not (work / "model").exists():
+            model.save_pretrained(work / "model")
+            tokenizer.save_pretrained(work / "model")
+        if (refused := run_builder(work / "model", work / precision, precision, options)) is not None:
+            console.print(f"skipped: model builder, {precision}: {refused}")
+        else:
+            found[name] = ("onnx_cpu.serve", str(work / precision), folder_megabytes(work / precision))
+    return found
+
+
+def megabytes(model: torch.nn.Module) -> float:
+    """Of the parameters, tied ones once."""
+    return sum(p.nbytes for p in model.parameters()) / 1e6
+
+
+def folder_megabytes(folder: Path) -> float:
+    """Of the ONNX files in a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if ".onnx" in path.name) / 1e6
+
+
+def measure(engines: dict[str, Engine], console: Console) -> dict[str, list[list[float]]]:
+    """Answers of each engine: seconds to the first token, for each further one, resident bytes."""
+    times: dict[str, list[list[float]]] = {}
+    for _ in range(PROCESSES):
+        children = {}
+        for name, (function, argument, _) in engines.items():
+            try:
+                children[name] = Child(argument, function)
+            except ValueError:  # no answer
+                console.print(f"skipped, does not open: {name}")
+        try:
+            for step in range(ROUNDS + 1):  # the first warms up and compiles
+                for name, child in children.items():
+                    time.sleep(REST)
+                    found = child.ask(PROMPT, NEW)
+                    if step:
+                        times.setdefault(name, []).append(found)
+        finally:
+            for child in children.values():
+                child.process.kill()
+    return times
 
 
 def main() -> None:
     """Build, measure, print, write."""
-    need_genai()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", nargs="?", help="calibration text")
+    parser.add_argument("--ik-llama-bench", type=Path)
+    parser.add_argument("--only", nargs="+", default=[])
+    given = parser.parse_args()
+    if given.ik_llama_bench is not None and not given.ik_llama_bench.is_file():
+        parser.error(f"{given.ik_llama_bench} is not a file. Fix: the llama-bench that ik_llama.cpp's build made")
     console, rows = Console(width=120), []
+    limits = dict(read_GBs=bandwidth() / 1e9, int8_GMACs=int8_rate("s8") / 1e9)
     with tempfile.TemporaryDirectory() as place:
-        engines = build(Path(place), next(iter(sys.argv[1:]), None), console)
-        times: dict[str, list[list[float]]] = {}
-        for _ in range(PROCESSES):
-            children = {}
-            for name, (function, given) in engines.items():
-                try:
-                    children[name] = Child(given, function)
-                except ValueError:  # no answer
-                    console.print(f"skipped, does not open: {name}")
-            try:
-                for step in range(ROUNDS + 1):  # the first warms up and compiles
-                    for name, child in children.items():
-                        time.sleep(REST)
-                        found = child.ask(PROMPT, NEW)
-                        if step:
-                            times.setdefault(name, []).append(found)
-            finally:
-                for child in children.values():
-                    child.process.kill()
-    table = Table("engine", f"prefill of {PROMPT}, tokens/s", "decode, tokens/s", "open MB")
+        engines = build(Path(place), given, console)
+        times = measure(engines, console)
+    table = Table("engine", f"prefill of {PROMPT}, tokens/s", "decode, tokens/s", "open MB", "of the bandwidth")
     for name, found in times.items():
         first, further, memory = (statistics.median(column) for column in zip(*found, strict=True))
-        rows.append(dict(engine=name, prefill=PROMPT / first, decode=1 / further, memory_megabytes=memory / 1e6))
-        table.add_row(name, f"{PROMPT / first:.0f}", f"{1 / further:.1f}", f"{memory / 1e6:.0f}")
+        share = engines[name][2] / 1e3 / further / limits["read_GBs"] or None
+        rows.append(
+            dict(
+                engine=name,
+                prefill=PROMPT / first,
+                decode=1 / further,
+                memory_megabytes=memory / 1e6,
+                bandwidth_share=share,
+            )
+        )
+        shown = "" if share is None else f"{share:.0%}"
+        table.add_row(name, f"{PROMPT / first:.0f}", f"{1 / further:.1f}", f"{memory / 1e6:.0f}", shown)
+    console.print(f"{limits['read_GBs']:.1f} GB/s read, {limits['int8_GMACs']:.0f} G multiply-adds of int8 a second")
     console.print(table)
+    if given.only:
+        return
     present = ["onnxruntime-genai", *(package for module, package in NEEDS.items() if util.find_spec(module))]
     peers = {package: metadata.version(package) for package in present}
-    found = dict(
-        versions={**versions(), **peers}, prompt=PROMPT, new=NEW, processes=PROCESSES, rounds=ROUNDS, rows=rows
+    if given.ik_llama_bench is not None:
+        peers["ik_llama.cpp"] = "built from source"
+    result = dict(
+        versions={**versions(), **peers},
+        **limits,
+        prompt=PROMPT,
+        new=NEW,
+        processes=PROCESSES,
+        rounds=ROUNDS,
+        rows=rows,
     )
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
 torch.compile(model, backend="qcompile")                 # one line, data-free, runs here
 report = qcompile.quantize(model, "int8", batches)       # in place
 qcompile.export_onnx(model, "out/")                      # an ONNX folder for CPU runtimes
+qcompile.export(model, "out/", to="vllm")                # a folder that vLLM, SGLang and transformers read
 """
 
 from typing import TYPE_CHECKING, Any
 
 from qcompile.api.compile_for_generate import compile_for_generate
+from qcompile.api.export_model import export
 from qcompile.api.export_onnx import export_onnx
+from qcompile.api.load_package import load_package
+from qcompile.api.package_model import package
 from qcompile.api.quantize import quantize
 from qcompile.api.verify_model import verify_model
 from qcompile.calibration.statistics import CalibrationError
@@ -60,12 +64,15 @@ __all__ = [
     "calibration_batches",
     "capture",
     "compile_for_generate",
+    "export",
     "export_onnx",
     "find_recipe",
     "load",
     "load_adapter",
+    "load_package",
     "load_pretrained",
     "optim",
+    "package",
     "peft_config",
     "qa_lora",
     "quantize",

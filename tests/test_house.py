@@ -41,7 +41,7 @@ FLOOR = {folder: index for index, folders in enumerate(FLOORS) for folder in fol
 AT_THE_ROOT = {"__init__.py", "testing.py", "version.py"}  # the front, what users test with, and what all may read
 
 LAYER_NAMES = re.compile(
-    r"\b(llama|qwen\d?|gemma\d?|mistral|mixtral|gpt_?neox|gpt-?2|falcon|phi-?3|opt-|bert|whisper|"
+    r"\b(llama(?!\.cpp|-cli|-server)|qwen\d?|gemma\d?|mistral|mixtral|gpt_?neox|gpt-?2|falcon|phi-?3|opt-|bert|whisper|"
     r"[qkvo]_proj|gate_proj|up_proj|down_proj|embed_tokens|c_attn|fc[12])\b",
     re.IGNORECASE,
 )

@@ -62,12 +62,12 @@ def kernel_of(form: Format, act: str) -> str:
         act: format of x, "" where it is float.
     """
     if act and Format.parse(act).is_int8_rows:
-        if form == Format("int8"):
+        if form.is_int8_rows and form.per == "row":
             return "int8_linear"
         if takes_nibbles(form) and not form.is_float:
             return "dual_linear" if form.dual else "group_linear"
     if not act:
-        if form == Format("int8"):
+        if form.is_int8_rows and form.per == "row":
             return "int8_float_linear"
         if takes_nibbles(form):
             return "table_linear"

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from qcompile.codegen import aten_fallback
 from qcompile.codegen.cpu.attention_rows import lower_attentions
 from qcompile.codegen.cpu.cpu_kernel_choice import choose_cpu_kernel
+from qcompile.codegen.cpu.gelu_rows import fuse_gelu
 from qcompile.codegen.cpu.linear_weights import (
     center,
     dual_group,
@@ -27,6 +28,7 @@ from qcompile.codegen.cpu.linear_weights import (
     table_of,
 )
 from qcompile.codegen.cpu.native_kernels import load_native_kernels, ops
+from qcompile.codegen.cpu.short_attention import lower_short_attentions
 from qcompile.codegen.kernel_choice import KernelChoice
 from qcompile.codegen.prepared_weights import prepared_weights, stored_weight
 from qcompile.codegen.rows import rows_label, rows_of
@@ -51,6 +53,7 @@ def lower_to_cpu(program: Program, remember: Remember) -> dict[str, dict[str, st
     """
     load_native_kernels()
     share_quantizations(program)
+    fuse_gelu(program)
     chosen: dict[str, dict[str, str]] = {}
     for siblings in find_siblings(program):
         names = [site_name(program, node) for node in siblings.nodes]
@@ -60,6 +63,7 @@ def lower_to_cpu(program: Program, remember: Remember) -> dict[str, dict[str, st
         for name, node in zip(names, siblings.nodes, strict=True):
             chosen.setdefault(name, {})[rows_label(node)] = f"{choice}{together}"
     lower_attentions(program)
+    lower_short_attentions(program)
     aten_fallback.lower_rest(program)
     program.cleanup()
     return chosen

@@ -12,9 +12,6 @@ from qcompile.codegen.cpu.weight_packing import BLOCK, MAX_DUAL_GROUP, PAIR
 from qcompile.ir.op_checks import OpChecks, same_size
 from qcompile.numerics.int8_matmul import MAX_K
 
-MAX_QUERY_ROWS, MAX_HEAD_SIZE = 16, 256
-"""Queries for a key head, and the width of a head, that `attention` takes."""
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -107,67 +104,18 @@ def _check_groups(
             op.refuse("offset", offset, f"uint8 [{blocks}, {pairs}, {BLOCK}, 2]")
 
 
-def takes_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `attention` takes these: at most 16 rows for a key head, heads of whole vectors, a dtype that it reads.
-
-    Sizes must be known; a graph may have symbolic ones that fit.
-    """
-    sizes = query.shape[1], query.shape[2], query.shape[3], key.shape[1], value.shape[3]
-    return all(isinstance(size, int) for size in sizes) and _obstacle(query, key, value) is None
-
-
-def _obstacle(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """What `attention` demands and these are known not to be."""
-    heads, positions, width, shared, value_width = *query.shape[1:], key.shape[1], value.shape[3]
-    known = all(isinstance(size, int) for size in (heads, positions, shared))
-    if query.dtype not in (torch.float32, torch.bfloat16):
-        return "float32 or bfloat16"
-    if known and (not shared or heads % shared or heads // shared * positions > MAX_QUERY_ROWS):
-        return f"of up to {MAX_QUERY_ROWS} rows for a key head"
-    if any(isinstance(size, int) and (size % 16 or not 0 < size <= MAX_HEAD_SIZE) for size in (width, value_width)):
-        return f"of heads that are a multiple of 16, up to {MAX_HEAD_SIZE}"
-    return None
-
-
-def check_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    new_key: Tensor | None,
-    new_value: Tensor | None,
-    mask: Tensor | None,
-) -> None:
-    """Check the arguments of `attention`.
+def check_gelu_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Check the argument of `gelu_codes`.
 
     Args:
-        query: [B, H, S, D].
-        key: [B, G, T, D].
-        value: [B, G, T, E].
-        new_key: [B, G, N, D], or None.
-        new_value: [B, G, N, E], or None.
-        mask: broadcasts to [B, H, S, T + N], or None.
+        x: float32 or bfloat16 [.., K].
+
+    Returns:
+        Empty tensors: int8 [.., K] and float32 [.., 1].
+
+    Raises:
+        ValueError: another dtype, or no dimension.
     """
-    op = OpChecks("qcompile_cpu::attention")
-    if query.ndim != 4:
-        op.refuse("query", query, "float32 or bfloat16 [B, H, S, D]")
-    if (new_key is None) != (new_value is None):
-        op.refuse("new_key", new_key, "given with new_value")
-    parts = {"key": key, "value": value} | ({} if new_key is None else {"new_key": new_key, "new_value": new_value})
-    for name, part in parts.items():
-        assert part is not None
-        count = (key if name in ("key", "value") else new_key).shape[2]  # type: ignore[union-attr]
-        width = query.shape[3] if name.endswith("key") else value.shape[3]
-        same = part.ndim == 4 and part.dtype == query.dtype and part.device == query.device
-        sizes = (query.shape[0], key.shape[1], count, width)
-        if not same or not all(map(same_size, part.shape, sizes)):
-            op.refuse(name, part, f"{list(sizes)} of query's dtype and device")
-    obstacle = _obstacle(query, key, value)
-    if obstacle is not None:
-        op.refuse("query", query, obstacle)
-    if mask is not None:
-        keys = key.shape[2] + (0 if new_key is None else new_key.shape[2])
-        whole = (query.shape[0], query.shape[1], query.shape[2], keys)
-        pairs = zip(reversed(mask.shape), reversed(whole), strict=False)
-        fits = mask.ndim <= 4 and all(same_size(a, 1) or same_size(a, b) for a, b in pairs)
-        if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
-            op.refuse("mask", mask, f"bool or float, of a shape that broadcasts to {list(whole)}")
+    if not x.ndim or x.dtype not in (torch.float32, torch.bfloat16):
+        OpChecks("qcompile_cpu::gelu_codes").refuse("x", x, "float32 or bfloat16 [.., K]")
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)

@@ -12,6 +12,7 @@ Consumers decide: a linear layer whose result has other consumers keeps its own 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -94,8 +95,11 @@ def _linear_w(program: Program, node: fx.Node, call: QLinearCall, remember: Reme
 
 
 def _linear_a8(program: Program, node: fx.Node, call: QLinearCall, remember: Remember) -> fx.Node:
-    weight, form, k = call.weight, call.weight_format, call.columns
+    weight, scale, form, k = call.weight, call.scale, call.weight_format, call.columns
     assert call.x_scale is not None
+    if form.scale != "f32":
+        wide = functools.partial(_wide_scale, program, call)
+        (scale,) = prepared_weights(program, [call], "float32 scales", remember, wide)
     if form.dual:
         codes, _, zero, group_scale = stored_weight(program, call)
 
@@ -104,8 +108,12 @@ def _linear_a8(program: Program, node: fx.Node, call: QLinearCall, remember: Rem
 
         (weight,) = prepared_weights(program, [call], "int8", remember, make)
     return LinearA8Call(
-        call.x, call.x_scale, weight, call.scale, call.bias, residual=None, low=None, up=None, dtype=call.dtype
+        call.x, call.x_scale, weight, scale, call.bias, residual=None, low=None, up=None, dtype=call.dtype
     ).insert(program, before=node)
+
+
+def _wide_scale(program: Program, call: QLinearCall) -> tuple[Tensor]:
+    return (stored_weight(program, call)[1].float(),)
 
 
 def _fuse_epilogue(program: Program, node: fx.Node, kind: type[LinearWCall] | type[LinearA8Call]) -> None:

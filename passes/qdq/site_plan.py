@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import fx
+from torch import Tensor, fx
 
 from qcompile.analysis.network_ends import is_last
 from qcompile.analysis.sites import Site
 from qcompile.ir.aten_ops import CASTS, LINEAR, MOVES, PRODUCTS, aten
 from qcompile.ir.op_calls import OUR_PRODUCTS
 from qcompile.numerics.format import Format
-from qcompile.recipe.pass_config import PassConfig
+from qcompile.numerics.qparams import choose_qparams, min_max
+from qcompile.numerics.qtensor import group_columns
+from qcompile.recipe.pass_config import ONLY_WHERE_SET, PassConfig
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.report import PassReport
 from qcompile.recipe.rule import RecipeError, Rule
@@ -36,6 +38,8 @@ class Quantize(PassConfig):
     lm_head: Format | None = Format("int8")
     # Activation format of those sites; None: they stay float.
     lm_head_act: Format | None = None
+    # The sites that give the logits stay float, as servers of other programs expect; a rule's format goes before.
+    keep_lm_head: bool = field(default=False, metadata=ONLY_WHERE_SET)
     # Search the clip of each weight range that minimizes sum |e|^2.4, instead of taking the whole range.
     clip: bool = False
 
@@ -44,6 +48,11 @@ class Quantize(PassConfig):
         for act in (self.act, self.lm_head_act):
             if act is not None and act.two_level:
                 raise RecipeError(f"Quantize: activations have no second level of scales, got {act}")
+            if act is not None and act.scale != "f32":
+                raise RecipeError(
+                    f"Quantize: scales of activations are not stored and stay float32, got {act}. "
+                    f"Fix: drop {act.scale} from the activation"
+                )
         if self.weight.smooth:
             raise RecipeError(f"Quantize: runtime smoothing is for activations, not for weights, got {self.weight}")
 
@@ -66,7 +75,11 @@ class PlannedSite:
 
 
 def planned_sites(config: Quantize, context: PassContext, report: PassReport) -> list[PlannedSite]:
-    """The sites to quantize, in graph order; the others are skipped, with reasons."""
+    """The sites to quantize, in graph order; the others are skipped, with reasons.
+
+    Raises:
+        RecipeError: a weight whose scale is beyond the dtype that its format stores scales in.
+    """
     found = []
     sites = context.facts.sites
     for site in sites:
@@ -78,6 +91,8 @@ def planned_sites(config: Quantize, context: PassContext, report: PassReport) ->
             context.skip(report, site.name, context.keep_float[site.name])
         elif rule is not None and rule.keep:
             context.skip(report, site.name, f"kept float by the rule {rule.match!r}")
+        elif config.keep_lm_head and logits and (rule is None or rule.weight is None):
+            context.skip(report, site.name, "it gives the logits, which stay float (keep_lm_head)")
         elif rule is None and any(chooses_experts(other) for other in one_weight):
             reason = "its output chooses experts: one flipped choice costs more than its bytes"
             context.skip(report, site.name, reason)
@@ -87,7 +102,28 @@ def planned_sites(config: Quantize, context: PassContext, report: PassReport) ->
         else:
             is_lm_head = config.lm_head is not None and (rule is None or rule.weight is None) and logits
             found.append(PlannedSite(site, *formats_of(site, config, rule, logits), is_lm_head))
+            check_stored_scale(site, context.facts.program.weights[site.name], found[-1].weight)
     return found
+
+
+def check_stored_scale(site: Site, weight: Tensor, form: Format) -> None:
+    """Refuse a scale beyond float16, before any site is quantized.
+
+    Args:
+        site: the site, for the message.
+        weight: [N, K], or a stack [E, N, K] or [E, K, N].
+        form: its format.
+
+    Raises:
+        RecipeError: with the site, the scale and the fix.
+    """
+    if form.scale != "f16":
+        return
+    try:
+        rows = weight.float() if site.rows_first or site.kind == "linear" else weight.float().transpose(1, 2)
+        choose_qparams(*min_max(group_columns(rows, form), form), form)
+    except ValueError as error:
+        raise RecipeError(f"{site.name}: {error}") from error
 
 
 def formats_of(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
+from qcompile.numerics.qparams import storable_zero
 from qcompile.numerics.qtensor import QTensor, group_columns, ungroup_columns
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
@@ -91,7 +92,7 @@ def hqq(weight: Tensor, grid: QTensor, *, norm: float = 0.7, beta: float = 10.0,
     assert grid.zero is not None
     w = group_columns(weight.float(), form)  # [N, groups, G]
     inside = group_columns(torch.ones_like(weight, dtype=torch.float32), form)  # a ragged end does not count
-    s, z = grid.scale[..., None], grid.zero[..., None].clone()
+    s, z = grid.scale.float()[..., None], grid.zero[..., None].clone()
 
     def rounded(zero: Tensor) -> Tensor:
         return (w / s + zero).round_().clamp_(form.qmin, form.qmax)
@@ -103,7 +104,7 @@ def hqq(weight: Tensor, grid: QTensor, *, norm: float = 0.7, beta: float = 10.0,
     kept_zero, kept_codes, best = z.clone(), codes, size(w - (codes - z) * s)
     for _ in range(steps):
         error = shrink(w - (codes - z) * s, norm, beta)
-        z = best_zero(w - error, codes, s, inside)
+        z = storable_zero(best_zero(w - error, codes, s, inside), s, form)
         codes = rounded(z)
         now = size(w - (codes - z) * s)
         better = now < best

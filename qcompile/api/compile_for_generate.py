@@ -129,6 +129,7 @@ class _Forward:
 
         from qcompile.codegen.cpu.native_kernels import ops
         from qcompile.generation.growing_cache import GrowingLayer, as_growing
+        from qcompile.modules.kv_cache import QuantizedLayer
 
         step = self.step
         assert step is not None
@@ -138,16 +139,20 @@ class _Forward:
             mask = torch.ones(1, past + 1, dtype=torch.long)
         if positions is None:
             positions = torch.full((1, 1), past)
-        if all(type(layer) in (GrowingLayer, DynamicLayer) for layer in cache.layers):  # windows may have lost tokens
-            as_growing(cache)
-        layers = cache.layers
-        fits = len(layers) == step.layers and all(type(layer) is GrowingLayer for layer in layers)
-        if not fits or mask.shape != (1, past + 1) or positions.shape != (1, 1) or mask.dtype != torch.long:
+        if all(type(layer) in (GrowingLayer, DynamicLayer, QuantizedLayer) for layer in cache.layers):
+            as_growing(cache)  # windows may have lost tokens
+        if (
+            not step.takes(cache)
+            or mask.shape != (1, past + 1)
+            or positions.shape != (1, 1)
+            or mask.dtype != torch.long
+        ):
             return None
-        buffers = [part for layer in layers for part in layer.reserve(1)]
-        logits, *rows = step(ids, positions, mask, buffers)
-        ops.append_rows(buffers, rows, past)
-        for layer in layers:
+        buffers = [layer.reserve(1) for layer in cache.layers]
+        read = [part for layer, own in zip(cache.layers, buffers, strict=True) for part in (*layer.floats, *own)]
+        logits, *rows = step(ids, positions, mask, read)
+        ops.append_rows([part for own in buffers for part in own], rows, cache.layers[0].used)
+        for layer in cache.layers:
             layer.advance(1)
         output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
         return output if kwargs.get("return_dict", True) is not False else output.to_tuple()
@@ -159,8 +164,10 @@ class _Forward:
         self.step = None
         report = Report("no decode step")
         try:
-            cache = self._cache()
+            encodes = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+            cache = None if encodes else self._cache()
             obstacle = "it returns no cache of keys and values" if cache is None else obstacle_to_growing(cache)
+            obstacle = "its decoder reads an encoder's output" if encodes else obstacle
             if obstacle is None:
                 with _forward_of(self.model, self.eager):  # whose signature says whether it takes positions
                     self.step = DecodeStep(self.model, self.options)
@@ -175,9 +182,10 @@ class _Forward:
         return report
 
     def _cache(self) -> Any:
-        with torch.no_grad():
-            found = self.eager(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True)
-        return found.past_key_values if hasattr(found.past_key_values, "layers") else None
+        with torch.no_grad(), _forward_of(self.model, self.eager):  # with its hooks, which may quantize the cache
+            found = self.model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True)
+        cache = getattr(found, "past_key_values", None)
+        return cache if hasattr(cache, "layers") else None
 
     def _weight_versions(self) -> list[tuple[int, int]]:
         """What changes when a weight is written to or replaced."""

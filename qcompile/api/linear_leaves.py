@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcompile.ir.call_tree import CallTree, tensors_of
 from qcompile.ir.capture import capture
+from qcompile.ir.in_place import storage_identity
 from qcompile.ir.program import Program
 from qcompile.ir.trace_failure import CaptureError
 from qcompile.recipe.recipe import Recipe
@@ -172,7 +173,7 @@ class _Flow(TorchDispatchMode):
             rows = [2] * max(1, x.ndim - 1)
             self.inputs[module] = torch.zeros(*rows, x.shape[-1], dtype=x.dtype, device=x.device)
             self._widths[module] = result.shape[-1]
-            self._origins[_memory(result)] = (result, frozenset({module}))
+            self._origins[storage_identity(result)] = (result, frozenset({module}))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -187,18 +188,13 @@ class _Flow(TorchDispatchMode):
         if any(part in name for part in _CHOICES):
             self.choices |= {m for m in self._of(read[0]) if self._widths[m] == read[0].shape[-1]}
         for tensor in tensors_of(out):
-            self._origins[_memory(tensor)] = (tensor, self._of(tensor) | origins)
+            self._origins[storage_identity(tensor)] = (tensor, self._of(tensor) | origins)
         return out
 
     def _of(self, tensor: Tensor) -> frozenset[nn.Module]:
-        return self._origins.get(_memory(tensor), (tensor, frozenset[nn.Module]()))[1]
+        return self._origins.get(storage_identity(tensor), (tensor, frozenset[nn.Module]()))[1]
 
     def finish(self, outputs: list[Tensor]) -> None:
         """Find the heads, from what the model gives."""
         reaching = frozenset[nn.Module]().union(*[self._of(tensor) for tensor in outputs])
         self.heads = set(reaching - self._multiplied)
-
-
-def _memory(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
-    return address

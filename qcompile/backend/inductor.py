@@ -7,8 +7,9 @@ know, and copying them would cost as much as multiplying by them.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,9 +76,10 @@ def compile_graph(
     _make_first_caches_contiguous(graph_module.graph)
     graph_module.recompile()
     skipped = counters["inductor"]["cudagraph_skips"]
-    compiled: Any = inductor.compile_fx(
-        graph_module, list(inputs), inner_compile=inner, config_patches=dict(patches) or None
-    )
+    with _known_floats(inputs):
+        compiled: Any = inductor.compile_fx(
+            graph_module, list(inputs), inner_compile=inner, config_patches=dict(patches) or None
+        )
     if patches.get(GRAPHS) and counters["inductor"]["cudagraph_skips"] > skipped:
         warnings.warn(
             "qcompile: Inductor runs a graph without a CUDA graph, though they were requested; "
@@ -123,18 +125,38 @@ def make_floats_constant(graph_module: fx.GraphModule) -> None:
         TensorifyScalarRestartAnalysis: which Dynamo expects of a backend.
     """
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    if _specialize_floats([node.meta.get("example_value") for node in graph_module.graph.find_nodes(op="placeholder")]):
+        raise TensorifyScalarRestartAnalysis
+
+
+@contextlib.contextmanager
+def _known_floats(inputs: Sequence[Any]) -> Iterator[None]:
+    """Tell AOTAutograd that floats of Dynamo's graph are constants, as they are here.
+
+    Dynamo told it so while it compiled; a graph that is compiled again, for other weights, is compiled without Dynamo.
+    """
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    new = _specialize_floats(inputs)
+    try:
+        yield
+    finally:
+        TensorifyState.force_specializations.difference_update(new)
+
+
+def _specialize_floats(fakes: Sequence[Any]) -> list[str]:
+    """Mark the floats of fake tensors' symbols as constants. Returns those that were not."""
     from torch._dynamo.symbolic_convert import TensorifyState
     from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-    fakes = [node.meta.get("example_value") for node in graph_module.graph.find_nodes(op="placeholder")]
     mode = next((fake.fake_mode for fake in fakes if hasattr(fake, "fake_mode")), None)
     symbols = getattr(getattr(mode, "shape_env", None), "backed_var_to_val", {})
     floats = [str(symbol) for symbol in symbols if symbol_is_type(symbol, SymT.FLOAT)]
     new = [name for name in floats if not TensorifyState.should_specialize(name)]
     for name in new:
         TensorifyState.specialize(name)
-    if new:
-        raise TensorifyScalarRestartAnalysis
+    return new
 
 
 def needs_gpu(inputs: Sequence[Any]) -> str | None:

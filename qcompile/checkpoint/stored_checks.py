@@ -57,7 +57,7 @@ def stored_specs(format: Format, lead: Sequence[int], columns: int) -> dict[str,
     code_dtype = torch.uint8 if format.bits < 8 else format.code_dtype
     specs: dict[str, Spec] = {
         "codes": ((*lead, packed_columns(columns, format.bits)), (code_dtype,)),
-        "scale": ((*lead, 1) if format.two_level else shape, (torch.float32,)),
+        "scale": ((*lead, 1) if format.two_level else shape, (format.scale_dtype,)),
     }
     if format.zero != "none":
         specs["zero"] = shape, (torch.uint8 if format.zero == "int" else torch.float32,)

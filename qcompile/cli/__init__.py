@@ -22,6 +22,7 @@ from qcompile.cli import (  # noqa: F401  register commands
     bench,
     demo,
     evaluate,
+    export,
     generate,
     inspect_model,
     quantize_export,

@@ -189,6 +189,27 @@ def is_exported(model: str) -> bool:
     return (Path(model) / "model.onnx").is_file()
 
 
+def is_packaged(model: str) -> bool:
+    """Whether MODEL is a file that `qcompile package` wrote."""
+    return model.endswith(".pt2")
+
+
+def open_package(model: str) -> tuple[Any, Any]:
+    """A packaged causal LM and its tokenizer.
+
+    Raises:
+        ValueError: it is no package, it generates no text, or it has no tokenizer.
+    """
+    from qcompile.api.load_package import load_package
+
+    opened = load_package(model)
+    if not hasattr(opened, "generate"):
+        raise ValueError(f"{model} generates no text. Fix: call it from Python, qcompile.load_package")
+    if opened.tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer. Fix: package it with one, qcompile.package(.., tokenizer=..)")
+    return opened, opened.tokenizer
+
+
 def split_names(text: str) -> list[str]:
     """ "a, b" -> ["a", "b"]."""
     return [name.strip() for name in text.split(",")]

@@ -9,11 +9,11 @@ import numpy as np
 import typer
 
 from qcompile.calibration.context_length import context_length
-from qcompile.cli.arguments import app, finite, is_exported, load, not_empty
+from qcompile.cli.arguments import app, finite, is_exported, is_packaged, load, not_empty, open_package
 from qcompile.cli.output import console, note
 
 Runnable = Annotated[
-    str, typer.Argument(help="exported ONNX folder, or any MODEL", metavar="FOLDER", callback=not_empty)
+    str, typer.Argument(help="exported ONNX folder, package (.pt2), or any MODEL", metavar="FOLDER", callback=not_empty)
 ]
 Temperature = Annotated[float, typer.Option(help="of the sampling; 0 is greedy", min=0, callback=finite)]
 Seed = Annotated[int, typer.Option(help="of the sampling", min=0)]
@@ -35,6 +35,11 @@ def open_model(name: str, compiled: bool = False) -> tuple[Any, Any, set[int], i
 
         session, tokenizer = Session(name), load_tokenizer(name)
         return session.read, tokenizer, session.end_tokens | end_tokens(tokenizer), context_length(session, tokenizer)
+    if is_packaged(name):
+        if compiled:
+            raise ValueError(f"--compile is for a PyTorch model, and {name} is compiled. Fix: drop it")
+        model, tokenizer = open_package(name)
+        return step_function(model), tokenizer, end_tokens(tokenizer, model), context_length(model, tokenizer)
     model, tokenizer = load(name)
     if compiled:
         from qcompile.api.compile_for_generate import compile_for_generate

@@ -41,6 +41,14 @@ def output_file(value: str | Path) -> Path:
     return _writable(path)
 
 
+def output_package(value: str | Path) -> Path:
+    """A package to write."""
+    path = output_file(value)
+    if path.suffix != ".pt2":
+        raise typer.BadParameter(f"{path} is no name for a package. Fix: name a file that ends in .pt2")
+    return path
+
+
 def plotted_file(value: str | Path) -> Path:
     """A file to write, with a plot beside it that ends in .png."""
     path = output_file(value)

@@ -1,4 +1,4 @@
-"""Commands that write a model: quantize, export-onnx."""
+"""Commands that write a model: quantize, package, export-onnx."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from qcompile.cli.arguments import (
     load_encoder,
 )
 from qcompile.cli.interruption import kept
-from qcompile.cli.output import tell
-from qcompile.cli.path_checks import require_space, weight_bits, work_folder
+from qcompile.cli.output import console, tell
+from qcompile.cli.path_checks import output_package, require_space, weight_bits, work_folder
 from qcompile.codegen.onnx.onnx_options import OnnxOptions
 from qcompile.pipeline.find_recipe import find_recipe
 
@@ -54,6 +54,33 @@ def quantize(
         write(loaded, folder, tokenizer)
     tell(report)
     tell(f"written: {folder}")
+
+
+@app.command()
+def package(
+    model: Model,
+    file: Annotated[
+        Path, typer.Argument(help="file to write, which ends in .pt2", parser=output_package, metavar="FILE")
+    ],
+    recipe: RecipeName = "int8",
+    text: TextFile = None,
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Quantize and compile MODEL, a causal LM, and write it to one file that opens without compiling.
+
+    It runs by `qcompile generate FILE`, and from C++. A MODEL that is quantized already stays as it is.
+    """
+    from qcompile.api.package_model import package as write
+    from qcompile.api.quantize import quantize as run
+
+    check_recipes(recipe)
+    with kept(lambda: f"{file} was not written"):
+        loaded, tokenizer = load(model, dtype)
+        if getattr(loaded, "qcompile_recipe", None) is None:
+            tell(run(loaded, recipe, calibration_batches(recipe, loaded, tokenizer, text)))
+        with console.status("compiling"):
+            report = write(loaded, file, tokenizer=tokenizer)
+    tell(f"written: {file}  ({report.metrics['package bytes'] / 1e6:.0f} MB)")
 
 
 @app.command("export-onnx")

@@ -11,6 +11,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from qcompile.modules.kv_cache import QuantizedLayer
+from qcompile.modules.kv_states import PerTokenStates
+
 ROOM = 256  # tokens that a buffer is longer than what it holds
 
 
@@ -101,11 +104,21 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
             self._parts["values"].append(value_states)
         return self._parts["keys"].view(), self._parts["values"].view()
 
-    def reserve(self, tokens: int) -> tuple[Tensor, Tensor]:
+    @property
+    def floats(self) -> list[Tensor]:
+        """Nothing lies beside the buffers."""
+        return []
+
+    @property
+    def used(self) -> int:
+        """Tokens in the buffers."""
+        return self._parts["keys"].used if self._parts else 0
+
+    def reserve(self, tokens: int) -> list[Tensor]:
         """The buffers, with room for more tokens behind the `used` ones."""
         for part in self._parts.values():
             part.reserve(tokens)
-        return self._parts["keys"].buffer, self._parts["values"].buffer
+        return [part.buffer for part in self._parts.values()]
 
     def advance(self, tokens: int) -> None:
         """Count tokens that were written into the buffers."""
@@ -127,7 +140,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
 def obstacle_to_growing(cache: Cache) -> str | None:
     """Why the layers of a cache cannot grow in place; None if they can."""
     for index, layer in enumerate(cache.layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer):
+        if isinstance(layer, QuantizedLayer):
+            if not isinstance(layer.own_keys, PerTokenStates):
+                return f"layer {index} of the cache has static scales"
+        elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer):
             return f"layer {index} of the cache is a {type(layer).__name__}"
     return None
 
@@ -135,7 +151,7 @@ def obstacle_to_growing(cache: Cache) -> str | None:
 def as_dynamic(cache: Cache) -> None:
     """Let a cache hold plain layers, for what traces `update`, in place; masks hide what is beyond a window."""
     for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
+        if type(layer) is DynamicLayer or isinstance(layer, QuantizedLayer):
             continue
         plain = DynamicLayer()
         if layer.get_seq_length():
@@ -145,5 +161,6 @@ def as_dynamic(cache: Cache) -> None:
 
 
 def as_growing(cache: Cache) -> None:
-    """Let a cache hold growing layers, in place."""
-    cache.layers[:] = [layer if type(layer) is GrowingLayer else GrowingLayer.of(layer) for layer in cache.layers]
+    """Let a cache hold growing layers, in place; quantized ones grow already."""
+    grow = (GrowingLayer, QuantizedLayer)
+    cache.layers[:] = [layer if isinstance(layer, grow) else GrowingLayer.of(layer) for layer in cache.layers]

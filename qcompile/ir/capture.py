@@ -25,6 +25,7 @@ from qcompile.ir.node_meta import DYNAMO_INDEX, STATIC, WEIGHT
 from qcompile.ir.normalize import normalize
 from qcompile.ir.program import Program, copy_graph
 from qcompile.ir.trace_failure import CaptureError, failure
+from qcompile.ir.vmap_regions import expand_vmaps
 
 __all__ = ["CaptureError", "attribute_path", "capture", "capture_dynamo", "from_exported", "has_tensor_input"]
 
@@ -95,11 +96,16 @@ def run_as_captured(module: nn.Module, call: CallTree) -> tuple[list[Tensor], in
     Returns:
         The tensors in the order of the Program's outputs, and which of them the module calls logits (None: none).
     """
-    with quiet_frontends(), _without_cache(module), torch.compiler.set_stance("force_eager"), torch.no_grad():
-        output = module(*call.args, **_uncached(call).kwargs)
+    output = output_as_captured(module, call)
     found = tensors_of(output)
     logits = getattr(output, "logits", None)
     return found, next((index for index, tensor in enumerate(found) if tensor is logits), None)
+
+
+def output_as_captured(module: nn.Module, call: CallTree) -> Any:
+    """What a module in evaluation mode gives back for a call, as a graph captured from it does: without a cache."""
+    with quiet_frontends(), _without_cache(module), torch.compiler.set_stance("force_eager"), torch.no_grad():
+        return module(*call.args, **_uncached(call).kwargs)
 
 
 def _uncached(call: CallTree) -> CallTree:
@@ -144,6 +150,10 @@ def from_exported(
     own.update(module.named_buffers(remove_duplicate=False))
     constants = {s.arg.name: s.target for s in spec.input_specs if s.target and s.arg.name not in named}
     graph_module = exported.graph_module
+    values = (node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder"))
+    mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), contextlib.nullcontext())
+    with mode, quiet_frontends():
+        expand_vmaps(graph_module)
     weights: dict[str, Tensor] = {}
     for node in list(graph_module.graph.find_nodes(op="placeholder")):
         name = named.get(node.name) or constants.get(node.name)
@@ -180,6 +190,8 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     if mode is None:
         raise CaptureError("the graph has no tensor input: nothing to quantize. Fix: compile it as it is")
     baked = _bake_scalars(graph_module, placeholders, example_inputs)
+    with mode, quiet_frontends():
+        expand_vmaps(graph_module, "example_value")
     with torch.fx.traceback.preserve_node_meta(), mode, quiet_frontends():
         module = make_fx(graph_module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
     weights: dict[str, Tensor] = {}

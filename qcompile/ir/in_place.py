@@ -46,7 +46,15 @@ def memory_of(node: fx.Node) -> int | None:
         node = node.args[0]
     value = node.meta.get("val")
     value = value[0] if isinstance(value, (tuple, list)) and value else value
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    return storage_identity(value) if isinstance(value, Tensor) else None
+
+
+def storage_identity(tensor: Tensor) -> int:
+    """Of the memory that a tensor lies in, also where a vmap calls with a part of it; no address: fakes have none."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
 
 
 def is_off(node: fx.Node) -> bool:

@@ -155,6 +155,8 @@ def check_quantize(x: Tensor, format: str) -> Format:
         check.refuse("x", x, f"of at least one dimension for format {form}")
     if form.two_level:
         check.refuse("format", format, "one with a single level of scales: those of an activation")
+    if form.scale != "f32":
+        check.refuse("format", format, "one with float32 scales: those of an activation are not stored")
     return form
 
 
@@ -209,6 +211,8 @@ def check_qlinear(
         act_form = check.format("act", act)
         if act_form.two_level:
             check.refuse("act", act, "a format with a single level of scales")
+        if act_form.scale != "f32":
+            check.refuse("act", act, "a format with float32 scales")
         check.tensor("x", x, (act_form.code_dtype,), x, f"codes of {act}, {act_form.code_dtype}")
         check.codes("x_", x, x_scale, x_zero, None, act_form, columns)
     else:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -30,6 +33,25 @@ def write_whole(path: str | Path, text: str) -> None:
         os.replace(sibling, target)
     finally:
         sibling.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` when the block ends well, and vanishes otherwise.
+
+    It has the name of `path`, in a folder of its own beside it. Folders are made. A link stays and the file that it
+    names is replaced.
+
+    Raises:
+        OSError: the file cannot be written; what was there is unchanged.
+    """
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        yield Path(folder) / target.name
+        if target.exists():
+            shutil.copymode(target, Path(folder) / target.name)
+        os.replace(Path(folder) / target.name, target)
 
 
 def check_writable(path: str | Path) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from qcompile.ir.in_place import storage_identity
+
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _NO_WRITES = ("requires_grad_", "detach_")
 
@@ -38,10 +40,10 @@ class DequantizedWeight(Tensor):
         disabled: Any = torch._C.DisableTorchFunctionSubclass
         with disabled():
             result: Any = func(*args, **kwargs)
-            own = {_memory(leaf) for leaf in tree_leaves(args) if isinstance(leaf, DequantizedWeight)}
+            own = {storage_identity(leaf) for leaf in tree_leaves(args) if isinstance(leaf, DequantizedWeight)}
 
             def guarded(leaf: Any) -> Any:
-                is_view = isinstance(leaf, Tensor) and _memory(leaf) in own
+                is_view = isinstance(leaf, Tensor) and storage_identity(leaf) in own
                 return leaf.as_subclass(DequantizedWeight) if is_view else leaf
 
             return tree_map(guarded, result)
@@ -54,8 +56,3 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
     if in_place or name == "__setitem__" or func == _SET_DATA:
         yield from tree_leaves([*args, *kwargs.values()][:1])
     yield from tree_leaves(kwargs.get("out"))
-
-
-def _memory(tensor: Tensor) -> int:
-    found: int = tensor.untyped_storage()._cdata
-    return found

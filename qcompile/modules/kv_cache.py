@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from qcompile.modules.kv_states import PerChannelStates, PerTokenStates, States
+from qcompile.modules.kv_states import GrowingTensor, PerChannelStates, PerTokenStates, States
 from qcompile.numerics.format import Format
 
 
-class _Layer(CacheLayerMixin):
+class QuantizedLayer(CacheLayerMixin):
     """One layer of the cache; transformers calls `update`."""
 
     is_sliding = False
@@ -50,6 +50,32 @@ class _Layer(CacheLayerMixin):
         self.own_keys.append(key_states)
         self.own_values.append(value_states)
         return self.own_keys.read(self.dtype), self.own_values.read(self.dtype)
+
+    @property
+    def floats(self) -> list[Tensor]:
+        """The first keys and values [B, H, F, D], where they stay float."""
+        first = [states.sinks for states in (self.own_keys, self.own_values) if isinstance(states, PerTokenStates)]
+        return [tensor.read() for tensor in first if tensor.length]
+
+    @property
+    def growing(self) -> list[GrowingTensor]:
+        """What grows by every further token: codes and what belongs to them, of keys, then of values."""
+        both = self.own_keys, self.own_values
+        return [t for states in both for t in states.tensors[isinstance(states, PerTokenStates) :]]
+
+    def reserve(self, tokens: int) -> list[Tensor]:
+        """The buffers of `growing`, with room for more tokens behind the `used` ones."""
+        return [tensor.reserve(tokens) for tensor in self.growing]
+
+    @property
+    def used(self) -> int:
+        """Tokens in the buffers."""
+        return self.growing[0].length
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that were written into the buffers."""
+        for tensor in self.growing:
+            tensor.length += tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length with the new tokens, and offset, for the mask."""
@@ -130,13 +156,13 @@ class KVCache(Cache):
         form = Format("int4" if bits == 4 else "int8", "row", zero="int")
         self.bits, self.sink_tokens = bits, sink_tokens
 
-        def layer() -> _Layer:
+        def layer() -> QuantizedLayer:
             index = len(self.layers)
             if scales is not None:
                 of_keys, of_values = scales[index]
-                return _Layer(lambda: (PerChannelStates(of_keys), PerChannelStates(of_values)))
+                return QuantizedLayer(lambda: (PerChannelStates(of_keys), PerChannelStates(of_values)))
             center = None if centers is None else centers[index]
-            return _Layer(
+            return QuantizedLayer(
                 lambda: (
                     PerTokenStates(form, self.sink_tokens, hadamard, center),
                     PerTokenStates(form, self.sink_tokens, False, None),
@@ -161,8 +187,8 @@ class KVCache(Cache):
         return sum(elements) * dtype.itemsize
 
     @property
-    def _filled_layers(self) -> list[_Layer]:
-        return [layer for layer in self.layers if isinstance(layer, _Layer) and layer.is_initialized]
+    def _filled_layers(self) -> list[QuantizedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, QuantizedLayer) and layer.is_initialized]
 
     @property
     def _states(self) -> list[States]:

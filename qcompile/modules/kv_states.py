@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import qcompile.ir.ops  # noqa: F401  registers torch.ops.qcompile
+from qcompile.ir.cache_op import cached_values
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import random_rotation
 from qcompile.numerics.qparams import dequantize_with_qparams, quantize_with_qparams
-from qcompile.numerics.qtensor import QTensor
-from qcompile.numerics.rounding import quantize_tensor
+from qcompile.numerics.qtensor import pack_codes
 
 
 class GrowingTensor:
@@ -29,12 +30,22 @@ class GrowingTensor:
         """Append [B, H, S', n]."""
         length = self.length + new.shape[-2]
         if self.buffer is None or length > self.buffer.shape[-2]:
-            larger = new.new_empty(*new.shape[:-2], max(length, self.length * 5 // 4 + 16), new.shape[-1])
-            if self.buffer is not None:
-                larger[..., : self.length, :] = self.read()
-            self.buffer = larger
+            self.buffer = self._larger(new, length)
         self.buffer[..., self.length : length, :] = new
         self.length = length
+
+    def reserve(self, tokens: int) -> Tensor:
+        """The buffer, with room for more tokens behind the `length` that it holds."""
+        assert self.buffer is not None
+        if self.length + tokens > self.buffer.shape[-2]:
+            self.buffer = self._larger(self.buffer, self.length + tokens)
+        return self.buffer
+
+    def _larger(self, like: Tensor, tokens: int) -> Tensor:
+        larger = like.new_empty(*like.shape[:-2], max(tokens, self.length * 5 // 4 + 16), like.shape[-1])
+        if self.buffer is not None:
+            larger[..., : self.length, :] = self.read()
+        return larger
 
     def read(self) -> Tensor:
         """What was appended, [B, H, S, n], as a view."""
@@ -53,6 +64,12 @@ class GrowingTensor:
         return 0 if self.buffer is None else self.read().nbytes
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _rotation(width: int) -> Tensor:
+    rotation: Tensor = random_rotation(width, 0)[0].float()
+    return rotation
+
+
 class PerTokenStates:
     """Codes with a scale (float16) and a zero point for each head and token; the first tokens are float.
 
@@ -62,6 +79,7 @@ class PerTokenStates:
         hadamard: whether vectors are rotated before they are quantized.
         center: [H, 1, D], subtracted before and added when read; or None.
         sinks: the float tokens.
+        rotation: [D, D], once there are codes; None: not rotated.
     """
 
     def __init__(self, format: Format, sink_tokens: int, hadamard: bool, center: Tensor | None) -> None:
@@ -69,7 +87,7 @@ class PerTokenStates:
         self.center = None if center is None else center.float()[:, None]
         self.sinks, self.codes, self.scale, self.zero = (GrowingTensor() for _ in range(4))
         self.width = 0
-        self._rotation: Tensor | None = None
+        self.rotation: Tensor | None = None
 
     def append(self, new: Tensor) -> None:
         """Quantize and append [B, H, S, D]."""
@@ -80,23 +98,25 @@ class PerTokenStates:
         new = new[..., sinks:, :]
         if not new.shape[-2]:
             return
-        if self.hadamard and self._rotation is None:
-            self._rotation = random_rotation(self.width, 0)[0].float()
+        if self.hadamard and self.rotation is None:
+            self.rotation = _rotation(self.width)
+        for tensor, part in zip((self.codes, self.scale, self.zero), self.quantized(new), strict=True):
+            tensor.append(part)
+
+    def quantized(self, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Stored codes, scale and zero point of [B, H, S, D], as `cached_values` reads them."""
         values = new.float() if self.center is None else new.float() - self.center
-        q = quantize_tensor(values if self._rotation is None else values @ self._rotation, self.format)
-        assert q.zero is not None
-        self.codes.append(q.stored())
-        self.scale.append(q.scale.clamp(max=torch.finfo(torch.float16).max).half())
-        self.zero.append(q.zero)
+        values = values if self.rotation is None else values @ self.rotation
+        codes, scale, zero = torch.ops.qcompile.quantize(values, str(self.format))
+        most = torch.finfo(torch.float16).max
+        return pack_codes(codes, self.format), scale.clamp(max=most).half(), zero.to(torch.uint8)
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """All tokens, dequantized, [B, H, S, D]."""
         tokens = [self.sinks.read().to(dtype)] if self.sinks.length else []
         if self.codes.length:
-            parts = self.codes.read(), self.scale.read().float(), self.zero.read(), None
-            values = QTensor.from_stored(parts, self.format, self.width).dequantize()
-            values = values if self._rotation is None else values @ self._rotation.t()
-            tokens.append((values if self.center is None else values + self.center).to(dtype))
+            parts = self.codes.read(), self.scale.read(), self.zero.read()
+            tokens.append(cached_values(*parts, self.rotation, self.center, str(self.format), self.width, dtype))
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens, -2)
 
     def drop(self, count: int) -> None:

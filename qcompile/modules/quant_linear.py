@@ -93,7 +93,7 @@ class QuantLinear(FixedDtypeModule):
         low_dtype = torch.int8 if "low_in_scale" in has else torch.float32
         tensors: dict[str, Tensor | None] = {
             "codes": torch.empty(out_features, packed, dtype=code_dtype),
-            "scale": torch.empty((out_features, 1) if format.two_level else shape),
+            "scale": torch.empty((out_features, 1) if format.two_level else shape, dtype=format.scale_dtype),
             "zero": torch.empty(shape, dtype=zero_dtype),
             "group_scale": torch.empty(shape, dtype=torch.int8),
             "bias": torch.empty(out_features),

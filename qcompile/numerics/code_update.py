@@ -62,7 +62,13 @@ def add_to_codes(weight: QTensor, change: Tensor, decay: float = 0.0, noise: Ten
 
 def takes_updates(format: Format) -> bool:
     """Whether `add_to_codes` works on weights of a format."""
-    return not format.is_float and not format.two_level and not format.smooth and format.per != "tensor"
+    return (
+        not format.is_float
+        and not format.two_level
+        and not format.smooth
+        and format.per != "tensor"
+        and format.scale == "f32"
+    )
 
 
 def _dequantized_groups(weight: QTensor) -> Tensor:

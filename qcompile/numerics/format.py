@@ -16,6 +16,10 @@
 
 Scales are per tensor, per row of the last dimension (per output channel of a weight, per token of an
 activation) or per group of `group` columns; the last group may be ragged.
+
+The scale of a weight has the dtype that files store it in: float32, or with bf16 and f16 one of 16 bits. It is rounded
+to that dtype before codes are chosen, so every program that reads the file computes with the scale that the codes are
+for. Of float zero points the offset s z is rounded in the same way, which is what GGUF stores of them; z stays float32.
 """
 
 from __future__ import annotations
@@ -31,9 +35,11 @@ CodeType = Literal["int2", "int3", "int4", "int8", "fp4", "fp8"]
 Granularity = Literal["tensor", "row", "group"]
 ZeroPoint = Literal["none", "int", "float"]
 PowerScheme = Literal["", "m1", "m2", "m1ceil", "m2ceil"]
+ScaleType = Literal["f32", "bf16", "f16"]
 
 _BITS: dict[str, int] = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "fp4": 4, "fp8": 8}
 _POWERS = ("m1", "m2", "m1ceil", "m2ceil")
+_SCALES: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Format:
         dual: two-level scales: int8-valued groups under one float scale per row (int4 with groups).
         powers: power-of-two group scales and the rounding to them (fp4 with groups); "" for free scales.
         smooth: runtime smoothing of an activation (symmetric integers with groups).
+        scale: dtype of the stored scales: float32, or one of 16 bits (a single level of scales).
     """
 
     dtype: CodeType
@@ -57,6 +64,7 @@ class Format:
     dual: bool = False
     powers: PowerScheme = ""
     smooth: bool = False
+    scale: ScaleType = "f32"
 
     def __post_init__(self) -> None:
         if self.dtype not in _BITS:
@@ -88,16 +96,24 @@ class Format:
                 f"format {self.dtype}/{self.per} with dual=True: two-level scales are for int4 with groups, with "
                 "integer zero points or none. Fix: use int4/group128/zero/dual or int4/group128/dual"
             )
+        if self.scale not in _SCALES:
+            raise ValueError(f"format scale {self.scale!r} is unknown. Fix: use one of {', '.join(_SCALES)}")
+        if self.scale != "f32" and (self.two_level or self.smooth):
+            raise ValueError(
+                f"format {self.dtype}/{self.per} with two-level or smoothed scales and scale={self.scale!r}: their "
+                "scales are float32. Fix: drop it, or use a single level, as int4/group128/bf16"
+            )
 
     def __str__(self) -> str:
         parts = [self.dtype, f"group{self.group}" if self.per == "group" else self.per]
         parts += {"none": [], "int": ["zero"], "float": ["floatzero"]}[self.zero]
         parts += ["dual"] * self.dual + [self.powers] * bool(self.powers) + ["smooth"] * self.smooth
+        parts += [self.scale] * (self.scale != "f32")
         return "/".join(parts)
 
     @staticmethod
     def parse(text: str) -> Format:
-        """Read "int4/group128/zero", "int8/row", "fp8/row", "int4/group64/zero/dual", ...
+        """Read "int4/group128/zero", "int8/row", "fp8/row", "int4/group64/zero/dual", "int4/group32/f16", ...
 
         Raises:
             ValueError: an unknown word, or a combination that no format has.
@@ -106,6 +122,7 @@ class Format:
         per: Granularity = "row"
         zero: ZeroPoint = "none"
         powers: PowerScheme = ""
+        scale: ScaleType = "f32"
         group, dual, smooth = 0, False, False
         for part in parts:
             if part.startswith("group") and part[5:].isdigit():
@@ -120,12 +137,15 @@ class Format:
                 powers = cast(PowerScheme, part)  # one of _POWERS
             elif part == "smooth":
                 smooth = True
+            elif part in _SCALES:
+                scale = cast(ScaleType, part)  # one of _SCALES
             else:
                 raise ValueError(
                     f"format {text!r}: {part!r} is unknown. Fix: write dtype/granularity/zero point, as in "
-                    "int4/group128/zero, int8/row, fp8/row, int4/group128/floatzero, fp4/group128/m2"
+                    "int4/group128/zero, int8/row, fp8/row/bf16, int4/group128/floatzero, fp4/group128/m2"
                 )
-        return Format(cast(CodeType, dtype), per, group, zero, dual, powers, smooth)  # __post_init__ checks the dtype
+        # The dtype of codes is checked by __post_init__.
+        return Format(cast(CodeType, dtype), per, group, zero, dual, powers, smooth, scale)
 
     @property
     def is_float(self) -> bool:
@@ -148,6 +168,11 @@ class Format:
         if self.dtype == "fp8":
             return torch.float8_e4m3fn
         return torch.uint8 if self.zero != "none" or self.dtype == "fp4" else torch.int8
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype of stored scales."""
+        return _SCALES[self.scale]
 
     @property
     def max_value(self) -> float:

@@ -14,6 +14,7 @@ from qcompile.numerics.fp4 import decode_e2m1, encode_e2m1, power_of_two
 from qcompile.numerics.qtensor import QTensor, expand_groups
 
 MIN_SCALE = 1e-30  # a smaller scale becomes one: its values are zeros, and x / scale must stay finite
+_TINY_F16 = 2.0**-24  # the smallest positive float16
 MAX_INT8 = 127  # two-level codes times their group scale fit -127 .. 127
 
 
@@ -26,13 +27,53 @@ def min_max(groups: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 
 def choose_qparams(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point (None if symmetric) that map low..high onto the codes, float32; 0 is in the range."""
+    """Scale and zero point (None if symmetric) that map low..high onto the codes; 0 is in the range.
+
+    Both are float32 of values that the format can store.
+
+    Raises:
+        ValueError: a scale beyond the dtype that the format stores scales in.
+    """
     scale = high / format.max_value if format.zero == "none" else (high - low) / format.qmax
     scale = torch.where(scale.abs() > MIN_SCALE, scale, torch.ones_like(scale))
+    scale = storable_scale(scale, format)
     if format.zero == "none":
         return scale, None
     zero = -low / scale
-    return scale, zero.round() if format.zero == "int" else zero
+    if format.zero == "float":
+        return scale, storable_zero(zero, scale, format)
+    return scale, zero.round().clamp_(format.qmin, format.qmax)  # a scale that was rounded down leaves codes short
+
+
+def storable_scale(scale: Tensor, format: Format) -> Tensor:
+    """Float32 scales, rounded to the dtype that the format stores them in; none becomes zero.
+
+    Raises:
+        ValueError: a scale beyond that dtype.
+    """
+    if format.scale == "f32":
+        return scale
+    stored = scale.to(format.scale_dtype).float()
+    if format.scale == "f16":
+        stored = torch.where(stored == 0, _TINY_F16 * scale.sign(), stored)
+    if not bool(torch.isfinite(stored).all()):
+        dtype, end = str(format.scale_dtype).removeprefix("torch."), torch.finfo(format.scale_dtype).max
+        raise ValueError(
+            f"the scale {float(scale.abs().max()):.3g} of format {format} is beyond {dtype}, which ends at {end:.5g}. "
+            f"Fix: store float32 scales (drop {format.scale}), or bf16 ones"
+        )
+    return stored
+
+
+def storable_zero(zero: Tensor, scale: Tensor, format: Format) -> Tensor:
+    """Float zero points, float32, whose offsets s z are values of the dtype that the format stores scales in.
+
+    An offset beyond float16 keeps its zero point: a file of such scales cannot hold it, and its writer says so.
+    """
+    if format.scale == "f32":
+        return zero
+    offset = (scale * zero).to(format.scale_dtype).float()
+    return torch.where(torch.isfinite(offset), offset / scale, zero)
 
 
 def quantize_with_qparams(x: Tensor, scale: Tensor, zero: Tensor | None, format: Format) -> Tensor:
@@ -96,7 +137,7 @@ def expand_qparams(q: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None, Te
     if format.powers:
         assert q.group_scale is not None
         return q.scale * expand_groups(power_of_two(q.group_scale), format, q.columns), None, None, None
-    scale = expand_groups(q.scale, format, q.columns) if not format.dual else q.scale
+    scale = (expand_groups(q.scale, format, q.columns) if not format.dual else q.scale).float()
     zero = None if q.zero is None else expand_groups(q.zero, format, q.columns).float()
     zero = None if zero is None else zero.expand(shape)
     if not format.dual:

@@ -24,7 +24,8 @@ class QTensor:
 
     Attributes:
         codes: [.., K], unpacked, of `format.code_dtype`.
-        scale: float32; [] per tensor, [.., 1] per row, [.., groups] per group; [.., 1] of two-level formats.
+        scale: of `format.scale_dtype`; [] per tensor, [.., 1] per row, [.., groups] per group; [.., 1] of two-level
+            formats.
         zero: zero points of the shape of the scales (of the group scales in two-level formats), uint8 or float32;
             None in symmetric formats.
         group_scale: int8 [.., groups] of two-level formats: multipliers, or exponents of two; else None.

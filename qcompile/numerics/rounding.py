@@ -32,7 +32,8 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor
         Codes, scales and zero points on the device of x.
 
     Raises:
-        ValueError: x holds NaN or Inf, or float64 values beyond float32.
+        ValueError: x holds NaN or Inf, float64 values beyond float32, or values whose scale is beyond the dtype that
+            the format stores scales in.
     """
     if not x.numel():
         return _quantize_empty(x, format)
@@ -61,13 +62,13 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor
         codes, shape = ungroup_columns(codes, x.shape[-1]), scale.shape
     if zero is not None:
         zero = (zero.to(torch.uint8) if format.zero == "int" else zero).reshape(shape)
-    return QTensor(codes.contiguous(), scale.reshape(shape), zero, None, format)
+    return QTensor(codes.contiguous(), scale.reshape(shape).to(format.scale_dtype), zero, None, format)
 
 
 def _quantize_empty(x: Tensor, format: Format) -> QTensor:
     """No values: no codes, and scales of one where a row or the tensor has one."""
     shape = () if format.per == "tensor" else (*x.shape[:-1], format.groups(x.shape[-1]))
-    scale = x.new_ones((*shape[:-1], 1) if format.two_level else shape, dtype=torch.float32)
+    scale = x.new_ones((*shape[:-1], 1) if format.two_level else shape, dtype=format.scale_dtype)
     zero_dtype = torch.uint8 if format.zero == "int" else torch.float32
     zero = x.new_zeros(shape, dtype=zero_dtype) if format.zero != "none" else None
     group_scale = x.new_ones(shape, dtype=torch.int8) if format.two_level else None

@@ -36,7 +36,7 @@ def shift_groups(weight: QTensor, delta: Tensor) -> QTensor:
         delta: [N, groups].
 
     Returns:
-        The sum: the same codes (unsigned), the same scales, float zero points.
+        The sum: the same codes (unsigned), the same scales in float32, float zero points.
 
     Raises:
         ValueError: a format that cannot be shifted, or a delta of another shape.
@@ -52,4 +52,5 @@ def shift_groups(weight: QTensor, delta: Tensor) -> QTensor:
         codes = (codes.to(torch.int16) - form.qmin).to(torch.uint8)
         zero = torch.full_like(weight.scale, -float(form.qmin))
     wide = zero.double() - delta.double() / weight.scale.double()
-    return QTensor(codes, weight.scale, wide.to(weight.scale.dtype), None, dataclasses.replace(form, zero="float"))
+    scale = weight.scale.float()  # beside 16-bit scales the zero points would be rounded to what files store
+    return QTensor(codes, scale, wide.float(), None, dataclasses.replace(form, zero="float", scale="f32"))

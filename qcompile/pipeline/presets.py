@@ -26,6 +26,7 @@ from qcompile.passes import (
     SpinQuant,
     Untie,
 )
+from qcompile.pipeline.served_presets import SERVED_PRESETS
 from qcompile.recipe.pass_config import PassConfig
 from qcompile.recipe.recipe import Recipe
 
@@ -264,5 +265,6 @@ PRESETS: dict[str, Recipe] = {
             QuantizeKV(4, hadamard=True, sink_tokens=4, center=True),
         ),
         _recipe("exact", "every exact rewriting and no quantization: what `qcompile verify` runs", *_ROTATIONS),
+        *SERVED_PRESETS,
     )
 }

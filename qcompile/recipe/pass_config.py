@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import get_args, get_type_hints
 
 from qcompile.numerics.format import Format
+
+ONLY_WHERE_SET = MappingProxyType({"only where set": True})
+"""Metadata of a field that JSON names only where it is not the default, so that earlier versions read the others."""
 
 
 @dataclass(frozen=True)

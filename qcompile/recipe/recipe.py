@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.numerics.format import Format
-from qcompile.recipe.pass_config import PassConfig
+from qcompile.recipe.pass_config import ONLY_WHERE_SET, PassConfig
 from qcompile.recipe.registry import kinds, registered
 from qcompile.recipe.rule import RecipeError, Rule
 from qcompile.recipe.schema import UnknownSchema, stamp, upgraded_recipe
@@ -174,6 +174,8 @@ def _plain(config: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
+        if item.metadata == ONLY_WHERE_SET and value == item.default:
+            continue
         out[item.name] = str(value) if isinstance(value, Format) else value
     return out
 

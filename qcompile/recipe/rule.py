@@ -38,6 +38,11 @@ class Rule(PassConfig):
             raise RecipeError(
                 f"rule {self.match!r} keeps the site float and gives it a format too. Fix: drop keep, or the formats"
             )
+        if self.act is not None and self.act.scale != "f32":
+            raise RecipeError(
+                f"rule {self.match!r} gives activations {self.act}, whose scales are not stored. "
+                f"Fix: drop {self.act.scale}"
+            )
         if not (self.keep or self.weight or self.act):
             raise RecipeError(f"rule {self.match!r} does nothing. Fix: give keep=True, weight= or act=")
 

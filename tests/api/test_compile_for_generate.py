@@ -11,6 +11,8 @@ from transformers import MistralForCausalLM as Mistral
 
 import qcompile
 from qcompile.generation.growing_cache import GrowingLayer
+from qcompile.passes import Fuse, Quantize, QuantizeKV
+from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError
 
 OPTIONS = {"verify": False, "on_slow_kernel": "quantize"}
@@ -161,6 +163,36 @@ def test_other_models(make, recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("passes", [(QuantizeKV(8),), (QuantizeKV(4, hadamard=True, sink_tokens=4),)], ids=["8", "4"])
+def test_the_step_reads_codes_of_a_quantized_cache(passes):
+    plain = llama()
+    qcompile.quantize(plain, Recipe("kv", (*passes, Quantize(), Fuse())), progress=False, verify=False)
+    compiled = copy.deepcopy(plain)
+    report = qcompile.compile_for_generate(compiled, **OPTIONS)
+    assert report.metrics["decode steps"] == 1, report.breaks
+    calls = [str(node.target) for node in compiled.forward.step.program.graph.nodes if node.op == "call_function"]
+    assert calls.count("qcompile_cpu.code_attention.default") == 2
+    ids, logits = torch.randint(90, (1, 7)), []
+    for model in (plain, compiled):
+        with torch.no_grad():
+            cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+            rest = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in (5, 6)]
+        logits.append(torch.cat(rest))
+        assert cache.get_seq_length() == 7
+    assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
+    short = generated(compiled, ids[:, :2], do_sample=False)  # all tokens still float: decoded by the compiled forward
+    assert torch.equal(short, generated(plain, ids[:, :2], do_sample=False))
+
+
+def test_a_cache_with_static_scales_has_no_step():
+    model, batch = llama(), {"input_ids": torch.randint(90, (2, 9))}
+    recipe = Recipe("kv", (QuantizeKV(8, static=True), Quantize(), Fuse()))
+    qcompile.quantize(model, recipe, [batch], progress=False, verify=False)
+    report = qcompile.compile_for_generate(model, **OPTIONS)
+    assert report.metrics["decode steps"] == 0 and "static scales" in report.breaks[0]
+
+
+@pytest.mark.slow
 def test_weights_that_change_are_seen():
     plain, ids = llama(), torch.randint(90, (1, 9))
     qcompile.quantize(plain, "w4a16", progress=False, verify=False)
@@ -171,7 +203,7 @@ def test_weights_that_change_are_seen():
         for model in (plain, compiled):
             with torch.no_grad():
                 model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight.flip(0))
-    assert compiled.forward.step is not None and compiled.forward.step.takes_positions
+    assert compiled.forward.step is not None
 
 
 @pytest.mark.slow

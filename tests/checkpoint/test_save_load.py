@@ -236,3 +236,20 @@ def test_full_folder_is_refused_and_nothing_is_half_written(tmp_path, monkeypatc
     with pytest.raises(CheckpointError, match="new cannot be written .*No space left on device.*Fix: free some space"):
         qcompile.save(model, tmp_path / "new")
     assert sorted(os.listdir(tmp_path)) == ["full"] and os.listdir(tmp_path / "full") == ["x"]
+
+
+@pytest.mark.parametrize("form", ["int4/group32/bf16", "int8/row/f16", "int4/group32/floatzero/f16", "fp8/row/bf16"])
+def test_scales_are_stored_in_the_dtype_of_their_format(tmp_path, form):
+    model = build("mlp")
+    recipe = Recipe("w", (Quantize(Format.parse(form), None, lm_head=None), Fuse()))
+    qcompile.quantize(model, recipe, example=example("mlp"), progress=False)
+    qcompile.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    again = qcompile.load(tmp_path / "out", build("mlp"))
+    scales = [name for name in stored if name.endswith(".scale")]
+    assert scales and {stored[name].dtype for name in scales} == {Format.parse(form).scale_dtype}
+    for name, module in again.named_modules():
+        if isinstance(module, QuantLinear):
+            assert str(module.format) == form and torch.equal(module.weight, model.get_submodule(name).weight)
+    half = again.half()  # a cast leaves scales as they are
+    assert {m.scale.dtype for m in half.modules() if isinstance(m, QuantLinear)} == {Format.parse(form).scale_dtype}

@@ -15,6 +15,7 @@ FORMATS = [
     "int8", "int8/tensor", "int8/row/zero", "int8/group16", "int4/group16/zero", "int4/group16",
     "int4/group16/floatzero", "int3/group16/zero", "int2/group16/zero", "int4/group16/zero/dual", "int4/group16/dual",
     "fp8", "fp4/group16", "fp4/group16/m1", "fp4/group16/m2", "int4/group128/zero",
+    "int4/group16/f16", "int4/group16/floatzero/bf16", "int8/tensor/bf16", "fp8/row/f16",
 ]  # fmt: skip
 
 
@@ -134,3 +135,13 @@ def test_floats_without_nan():
         check_no_nan("x", torch.tensor([float("nan")]))
     with pytest.raises(CheckpointError, match=r"'x' is float32 \[2\], but must be int8 or uint8 \[3\]"):
         require("x", torch.ones(2), ((3,), (torch.int8, torch.uint8)))
+
+
+def test_scales_have_the_dtype_of_the_format():
+    form, parts = stored("int4/group16/f16")
+    assert parts["scale"].dtype == torch.float16
+    with pytest.raises(CheckpointError, match="'site.scale' is float32 .*, but must be float16"):
+        check_stored("site", {**parts, "scale": parts["scale"].float()}, form, (12,), 40)
+    form, parts = stored("int4/group16")
+    with pytest.raises(CheckpointError, match="'site.scale' is bfloat16 .*, but must be float32"):
+        check_stored("site", {**parts, "scale": parts["scale"].bfloat16()}, form, (12,), 40)

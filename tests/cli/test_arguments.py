@@ -10,7 +10,18 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from qcompile.cli.arguments import calibration_batches, cap_length, flags_of, is_exported, load, needs_text, split_names
+from qcompile.api import load_package
+from qcompile.cli.arguments import (
+    calibration_batches,
+    cap_length,
+    flags_of,
+    is_exported,
+    is_packaged,
+    load,
+    needs_text,
+    open_package,
+    split_names,
+)
 
 
 @dataclass
@@ -89,3 +100,16 @@ def test_names_and_folders(tmp_path):
     assert not is_exported(str(tmp_path))
     (tmp_path / "model.onnx").touch()
     assert is_exported(str(tmp_path))
+
+
+def test_a_package_that_the_commands_cannot_use(monkeypatch):
+    assert is_packaged("a/b.pt2") and not is_packaged("a/b.pt")
+    opened = SimpleNamespace(generate=len, tokenizer="a tokenizer")
+    monkeypatch.setattr(load_package, "load_package", lambda path: opened)
+    assert open_package("m.pt2") == (opened, "a tokenizer")
+    opened.tokenizer = None
+    with pytest.raises(ValueError, match="m.pt2 has no tokenizer. Fix: package it with one"):
+        open_package("m.pt2")
+    del opened.generate
+    with pytest.raises(ValueError, match="m.pt2 generates no text. Fix"):
+        open_package("m.pt2")

@@ -51,3 +51,26 @@ def test_the_flags_reach_the_exporter(folder, tmp_path, call, monkeypatch):
 def test_bad_options_are_refused_before_the_model_is_loaded(flags, words, tmp_path, call):
     with pytest.raises(RecipeError, match=words):
         call("export-onnx", "no/such/model", tmp_path / "o", *flags)
+
+
+def test_a_package_is_refused_before_the_model_is_read(tmp_path, fail):
+    assert "ends in .pt2" in fail("package", "nowhere", tmp_path / "m.pt")
+    assert "unknown recipe 'w5'" in fail("package", "nowhere", tmp_path / "m.pt2", "-r", "w5")
+    assert "is a folder" in fail("package", "nowhere", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_package_is_run_by_the_other_commands(folder, tmp_path, call, fail):
+    quantized, packaged = tmp_path / "q", tmp_path / "m.pt2"
+    call("quantize", folder, quantized, "--recipe", "w4a16")
+    printed = call("package", quantized, packaged)
+    assert f"written: {packaged}" in " ".join(printed.split()) and "MB" in printed
+    options = "--prompt", "the of", "--tokens", 6
+    assert call("generate", packaged, *options) == call("generate", quantized, *options)
+    assert "--compile is for a PyTorch model" in fail("generate", packaged, *options, "--compile")
+    few = ["--prompt", 8, "--tokens", 2, "--rounds", 1]
+    out = call("bench", packaged, "--against", packaged, *few, "--out", tmp_path / "b.json")
+    assert "decode" in out and (tmp_path / "b.json").is_file()
+    assert "--recipe is for a PyTorch model" in fail("bench", packaged, "--recipe", "int8")
+    assert "is no package" in fail("bench", packaged, "--against", folder)
+    assert "no chat template" in fail("chat", packaged)

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from qcompile.memory import atomic_file
-from qcompile.memory.atomic_file import check_writable, write_whole
+from qcompile.memory.atomic_file import check_writable, whole_file, write_whole
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="links and pipes of Unix")
 
@@ -67,3 +67,25 @@ def test_what_cannot_be_written_is_said_with_the_reason(tmp_path):
         with pytest.raises(ValueError, match="cannot be written: .+. Fix: choose another place"):
             check_writable(path)
     assert {p.name for p in tmp_path.iterdir()} == {"file", "loop"}
+
+
+def test_a_file_written_in_pieces_appears_whole(tmp_path):
+    path = tmp_path / "new" / "a.pt2"
+    for content in (b"one", b"another"):
+        with whole_file(path) as work:
+            assert work.name == path.name and work.parent.parent == path.parent
+            work.write_bytes(content)
+            assert path.exists() == (content != b"one")
+            before = path.stat().st_ino if path.exists() else None
+        assert path.read_bytes() == content and path.stat().st_ino != before
+        path.chmod(0o640)
+    assert path.stat().st_mode & 0o777 == 0o640 and list(path.parent.iterdir()) == [path]
+
+
+def test_a_failure_while_a_file_is_written_in_pieces(tmp_path):
+    path = tmp_path / "a.pt2"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as work:
+        work.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

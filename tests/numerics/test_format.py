@@ -9,7 +9,7 @@ from numerics_formats import FORMATS
 from qcompile.numerics.format import Format
 
 
-@pytest.mark.parametrize("text", [*FORMATS, "int4/group32/smooth"])
+@pytest.mark.parametrize("text", [*FORMATS, "int4/group32/smooth", "int4/group16/floatzero/f16", "int8/tensor/bf16"])
 def test_text_round_trip(text):
     assert str(Format.parse(text)) == text
     assert Format.parse(str(Format.parse(text))) == Format.parse(text)
@@ -82,3 +82,24 @@ def test_a_group_beyond_the_row_is_one_group_of_the_row():
     assert (form.groups(64), form.width(64), form.groups(0), form.width(0)) == (1, 64, 0, 1)
     form = Format("int4", "group", 48)
     assert (form.groups(100), form.width(100), form.groups(48), form.width(48)) == (3, 48, 1, 48)
+
+
+@pytest.mark.parametrize(
+    "text, dtype",
+    [("int4/group32/f16", torch.float16), ("fp8/row/bf16", torch.bfloat16), ("int8/row", torch.float32)],
+)
+def test_a_format_says_the_dtype_of_its_stored_scales(text, dtype):
+    form = Format.parse(text)
+    assert str(form) == text and form.scale_dtype == dtype
+    assert str(Format.parse("int8/row/f32")) == "int8/row"  # the default is not written
+
+
+@pytest.mark.parametrize("text", ["int4/group16/dual/bf16", "fp4/group16/m2/f16", "int4/group16/smooth/f16"])
+def test_two_levels_of_scales_are_float32(text):
+    with pytest.raises(ValueError, match="their scales are float32"):
+        Format.parse(text)
+
+
+def test_an_unknown_scale_is_refused():
+    with pytest.raises(ValueError, match="scale 'f8' is unknown"):
+        Format("int8", scale="f8")

@@ -168,3 +168,63 @@ def test_no_values_are_no_codes(text, shape):
 def test_float64_beyond_float32_is_refused():
     with pytest.raises(ValueError, match="1 NaN or Inf of 2"):
         quantize_tensor(torch.tensor([[1.0, 1e300]], dtype=torch.float64), Format("int8"))
+
+
+STORED = [
+    f"{form}/{scale}"
+    for form in (
+        "int8/row", "int8/tensor", "int8/row/zero", "int4/group16", "int4/group16/zero", "int4/group16/floatzero",
+        "int3/group32/zero", "int2/row", "fp8/row", "fp4/group16",
+    )
+    for scale in ("bf16", "f16")
+]  # fmt: skip
+
+
+@given(weights(), st.sampled_from(STORED), st.booleans())
+def test_codes_are_the_nearest_for_the_scale_that_is_stored(w, text, clip):
+    form = Format.parse(text)
+    try:
+        q = quantize_tensor(w, form, clip=clip)
+    except ValueError as error:
+        assert form.scale == "f16" and "is beyond float16" in str(error) and float(w.abs().max()) > 65000
+        return
+    assert q.scale.dtype == form.scale_dtype and bool((q.scale != 0).all()) and bool(torch.isfinite(q.scale).all())
+    scale, zero, _, _ = expand_qparams(q)
+    assert scale.dtype == torch.float32
+    # What a reader of the file computes, in float32 of the stored bits.
+    if form.is_float:
+        table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        table = torch.from_numpy(E2M1) if form.dtype == "fp4" else table[torch.isfinite(table)]
+    else:
+        table = torch.arange(form.qmin, form.qmax + 1).float()
+    step = scale if zero is None else scale.clone()
+    candidates = (table - (0 if zero is None else zero[..., None])) * step[..., None]
+    nearest = (candidates - w[..., None]).abs().amin(-1)
+    error = (q.dequantize() - w).abs()
+    # The scale and the quotient are rounded to float32 on the way: ties may fall to either side.
+    assert bool((error <= nearest * (1 + 1e-4) + scale.abs() * 2e-4).all())
+
+
+@given(weights(), st.sampled_from([text for text in STORED if "floatzero" in text]))
+def test_offsets_of_float_zero_points_are_values_of_the_stored_dtype(w, text):
+    form = Format.parse(text)
+    try:
+        q = quantize_tensor(w, form)
+    except ValueError:
+        return
+    offset = q.scale.float() * q.zero
+    stored = offset.to(form.scale_dtype).float()
+    assert q.zero.dtype == torch.float32
+    inside = torch.isfinite(stored)
+    assert bool(((offset - stored).abs() <= 2**-22 * offset.abs())[inside].all())
+
+
+def test_a_tiny_scale_stays_above_zero_in_float16():
+    q = quantize_tensor(torch.tensor([[1e-9, -1e-9]]), Format.parse("int8/row/f16"))
+    assert q.scale.tolist() == [[2.0**-24]] and not q.dequantize().any()
+
+
+def test_a_scale_beyond_float16_is_refused_with_its_value():
+    with pytest.raises(ValueError, match=r"the scale 7.87e\+04 of format int8/row/f16 is beyond float16.*Fix"):
+        quantize_tensor(torch.tensor([[1e7, 0.0]]), Format.parse("int8/row/f16"))
+    assert torch.isfinite(quantize_tensor(torch.tensor([[1e7, 0.0]]), Format.parse("int8/row/bf16")).scale).all()

@@ -13,7 +13,8 @@ from qcompile.numerics.rounding import quantize_tensor
 from qcompile.numerics.zero_shift import shift_groups, shift_obstacle
 
 FORMATS = ["int4/group32/zero", "int4/group32", "int4/group48/floatzero", "int8/group32", "int8/group32/zero",
-           "int3/group32/zero", "int2/group16", "int3/group200"]  # fmt: skip
+           "int3/group32/zero", "int2/group16", "int3/group200", "int4/group32/f16",
+           "int4/group32/floatzero/bf16"]  # fmt: skip
 
 
 @given(st.sampled_from(FORMATS), st.integers(1, 6), st.integers(1, 130), st.floats(1e-3, 10))
@@ -24,7 +25,8 @@ def test_a_shifted_weight_is_the_weight_plus_the_shift(text, n, k, size):
     shifted = shift_groups(weight, delta)
     want = weight.dequantize().double() + expand_groups(delta, form, k)
     assert torch.allclose(shifted.dequantize().double(), want, rtol=0, atol=2e-6 * float(want.abs().max()))
-    assert torch.equal(shifted.scale, weight.scale) and shifted.format.zero == "float"
+    assert torch.equal(shifted.scale, weight.scale.float()) and shifted.format.zero == "float"
+    assert shifted.format.scale == "f32", "its zero points are not those of a 16-bit format"
     assert torch.equal(shifted.codes.int(), weight.codes.int() - form.qmin), "no code moves"
 
 

@@ -88,3 +88,10 @@ def test_a_file_that_is_no_recipe(tmp_path):
     recipe = find_recipe("int8-smooth")
     (tmp_path / "r.json").write_text(json.dumps(recipe.to_json()))
     assert Recipe.read(tmp_path / "r.json") == recipe == find_recipe(str(tmp_path / "r.json"))
+
+
+def test_a_new_field_is_written_only_where_it_is_set():
+    """So that earlier versions read recipes that do not use it."""
+    plain, kept = (Recipe("r", (Quantize(keep_lm_head=keep),)) for keep in (False, True))
+    assert "keep_lm_head" not in plain.to_json()["passes"][0] and kept.to_json()["passes"][0]["keep_lm_head"] is True
+    assert Recipe.from_json(plain.to_json()) == plain and Recipe.from_json(kept.to_json()) == kept

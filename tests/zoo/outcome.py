@@ -33,6 +33,10 @@ class Fault(AssertionError):
     """A wrong result."""
 
 
+class Declined(Exception):
+    """What was asked for is not done; the report says so, and the result is right."""
+
+
 def tensors(found: Any) -> list[Tensor]:
     """The floating-point tensors of a model's output, logits first; caches are skipped."""
     if isinstance(found, Tensor):

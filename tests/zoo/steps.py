@@ -27,7 +27,7 @@ import qcompile
 from qcompile.api.verify_model import verify_model
 from qcompile.pipeline.find_recipe import find_recipe
 from zoo import ARCHITECTURES, brief, build, example
-from zoo.outcome import FAULT, PASS, REFUSED, Fault, Outcome, distance, one_line, same, tensors
+from zoo.outcome import FAULT, PASS, REFUSED, Declined, Fault, Outcome, distance, one_line, same, tensors
 
 # What the formats allow on random tiny models, all sites quantized. int8 rounds to 1/254 of a row's maximum: up to 1 %
 # of a product. 4 bits have 15 levels for groups as wide as the model: a tenth of a product. Errors of two layers add
@@ -184,26 +184,45 @@ def can_be_pickled(model: nn.Module) -> bool:
     return True
 
 
-def generates(case: Case) -> float:
-    """`generate` of the quantized model, eager and compiled: the same tokens, up to ties that rounding decides."""
-    torch._dynamo.reset()
-    given = {k: v for k, v in case.inputs.items() if k != "decoder_input_ids"}
-    options = dict(
-        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True,
-        output_logits=True, **case.architecture.options,
-    )  # fmt: skip
-    case.fresh().generate(**given, **options)  # an architecture that cannot is no fault of ours
-    eager = case.int8.generate(**given, **options)
-    model = copy.deepcopy(case.int8)
-    model.compile(backend="qcompile")
-    compiled = model.generate(**given, **options)
+def written(model: nn.Module, case: Case, given: dict[str, Any]) -> Any:
+    """What `generate` gives, with the logits of each token."""
+    options: dict[str, Any] = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    options |= dict(return_dict_in_generate=True, output_logits=True, **case.architecture.options)
+    return model.generate(**given, **options)
+
+
+def apart(found: Any, want: Any) -> float:
+    """The largest distance of the logits of two texts, up to the first token that differs by a tie."""
     worst = 0.0
-    for step, (a, b) in enumerate(zip(compiled.logits, eager.logits, strict=True)):
+    for step, (a, b) in enumerate(zip(found.logits, want.logits, strict=True)):
         worst = max(worst, distance([a], [b]))
         if worst > 0.05:
             raise Fault(f"compiled logits of token {step} differ by {worst:.3f}")
         if not torch.equal(a.argmax(-1), b.argmax(-1)):
             break
+    return worst
+
+
+def generates(case: Case) -> float:
+    """`generate` of the quantized model, eager and compiled: the same tokens, up to ties that rounding decides."""
+    torch._dynamo.reset()
+    given = {k: v for k, v in case.inputs.items() if k != "decoder_input_ids"}
+    written(case.fresh(), case, given)  # an architecture that cannot is no fault of ours
+    model = copy.deepcopy(case.int8)
+    model.compile(backend="qcompile")
+    return apart(written(model, case, given), written(case.int8, case, given))
+
+
+def decodes(case: Case) -> float:
+    """`compile_for_generate`: the tokens of one text, those of the quantized model up to ties."""
+    torch._dynamo.reset()
+    given = {k: v[:1] if isinstance(v, Tensor) else v for k, v in case.inputs.items() if k != "decoder_input_ids"}
+    eager = written(case.int8, case, given)
+    model = copy.deepcopy(case.int8)
+    report = qcompile.compile_for_generate(model, on_slow_kernel="quantize")
+    worst = apart(written(model, case, given), eager)
+    if report.metrics["decode steps"] == 0:
+        raise Declined(report.breaks[0])
     return worst
 
 
@@ -230,12 +249,13 @@ STEPS: dict[str, Callable[[Case], float | None]] = {
     "save w4a16-rotated": partial(saves, "w4a16-rotated"),
     "copy": copies,
     "generate": generates,
+    "decode step": decodes,
 }
 
 
 def applies(step: str, name: str) -> bool:
     """Whether an architecture has a step."""
-    return step != "generate" or ARCHITECTURES[name].generates
+    return step not in ("generate", "decode step") or ARCHITECTURES[name].generates
 
 
 def attempt(step: Callable[[Case], float | None], case: Case) -> Outcome:
@@ -251,6 +271,8 @@ def attempt(step: Callable[[Case], float | None], case: Case) -> Outcome:
             return outcome(PASS, step(case))
         except Fault as wrong:
             return outcome(FAULT, text=one_line(wrong))
+        except Declined as reason:
+            return outcome(REFUSED, text=one_line(reason))
         except Exception as error:
             if ours(error):
                 return outcome(REFUSED, text=f"{type(error).__name__}: {one_line(error)}")

@@ -3,6 +3,9 @@
 // The query heads that share a key head, and their positions, are rows over the same keys, each of which is read once. A
 // task is a run of keys of one key head; it keeps, for each row, the largest score, the sum of exponentials and the sum
 // of values that they weigh, and tasks of one head are put together last (FlashDecoding). Everything is float32.
+//
+// Keys and values are floats, or codes c of s (c - z) with a scale and a zero point for each head and token: then
+// q . k = s (q . c - z sum(q)), and values are summed as codes that p s weighs, less the sum of p s z.
 
 #pragma once
 
@@ -22,15 +25,27 @@ struct Strided {  // [batch, heads, positions, head size], of which the last is 
   i64 batch, head, position;
 };
 
+enum class Element { f32, bf16, u8, u4 };  // of u4 two in a byte, the first in its low half
+
+struct Scales {  // of codes: float16, and zero points; [batch, heads, positions]
+  const uint16_t* scale;
+  const u8* zero;
+  i64 batch, head, position;  // strides of both
+};
+
 struct Keys {  // and their values
   Strided key, value;
-  i64 count;
+  i64 count = 0;
+  Element element;
+  Scales key_scales, value_scales;
 };
 
 struct Attention {
   i64 batch, heads, shared, positions, width, value_width;  // `shared` key heads
   Strided query;
-  Keys past, fresh;  // what a cache holds, and what comes behind it
+  Keys parts[3];  // one behind the other, as the mask counts: tokens that stay float, what a cache holds, what is new
+  Strided code_query;  // float32, what multiplies codes of keys: the query, rotated as they are; or none, the query itself
+  const float* code_bias;  // [batch, heads, positions], dense: added to it, times the scale; or none
   bool is_bf16;
   const void* mask;  // added to scores, float32; or which keys to see, bool
   bool mask_is_bool;
@@ -40,6 +55,7 @@ struct Attention {
 
   i64 group() const { return heads / shared; }
   int rows() const { return int(group() * positions); }
+  i64 keys() const { return parts[0].count + parts[1].count + parts[2].count; }
 };
 
 // e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial (Cephes' expf); e^-87 below.
@@ -61,15 +77,32 @@ inline Floats exp_of(const Floats& given) {
   return times_power_of_two(y, n);
 }
 
-template <bool BF16>
+template <Element E>
 inline Floats load16(const void* row, i64 at) {
-  return BF16 ? load_bf16(static_cast<const uint16_t*>(row) + at) : load_floats(static_cast<const float*>(row) + at);
+  if constexpr (E == Element::bf16) return load_bf16(static_cast<const uint16_t*>(row) + at);
+  else if constexpr (E == Element::f32) return load_floats(static_cast<const float*>(row) + at);
+  else if constexpr (E == Element::u8) return load_floats(static_cast<const u8*>(row) + at);
+  else {
+    alignas(16) u8 codes[16];
+    const u8* pairs = static_cast<const u8*>(row) + at / 2;
+#if defined(__SSE2__)
+    const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(pairs)), low = _mm_set1_epi8(15);
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(both, 4), low);
+    _mm_store_si128(reinterpret_cast<__m128i*>(codes), _mm_unpacklo_epi8(_mm_and_si128(both, low), high));
+#else
+    for (int i = 0; i < 8; i++) codes[2 * i] = pairs[i] & 15, codes[2 * i + 1] = pairs[i] >> 4;
+#endif
+    return load_floats(codes);
+  }
 }
 
-template <bool BF16>
+template <Element E>
 inline const void* row_of(const Strided& x, i64 batch, i64 head, i64 position) {
-  return static_cast<const u8*>(x.data) + (batch * x.batch + head * x.head + position * x.position) * (BF16 ? 2 : 4);
+  constexpr int size = E == Element::f32 ? 4 : E == Element::bf16 ? 2 : 1;
+  return static_cast<const u8*>(x.data) + (batch * x.batch + head * x.head + position * x.position) * size;
 }
+
+inline float from_half(uint16_t bits) { return c10::detail::fp16_ieee_to_fp32_value(bits); }
 
 // What a task knows of a row: the largest score, the sum of e^(score - largest), and values weighed with these.
 struct Partial {
@@ -88,34 +121,62 @@ inline void mask_scores(const Attention& a, i64 batch, i64 head, i64 position, i
 
 struct Queries {  // of a key head, times the scale
   alignas(64) float query[most_query_rows][most_head_size];
+  float sum[most_query_rows], bias[most_query_rows];  // what codes need besides
 };
 
-template <bool BF16>
-void start(const Attention& a, i64 batch, i64 shared_head, Queries& rows, Partial& part) {
+template <Element E>
+void load_queries(const Attention& a, const Strided& from, const float* bias, i64 batch, i64 shared_head, Queries& rows) {
   for (int r = 0; r < a.rows(); r++) {
-    const void* from = row_of<BF16>(a.query, batch, shared_head * a.group() + r / a.positions, r % a.positions);
-    for (i64 d = 0; d < a.width; d += 16) store_floats(rows.query[r] + d, multiply(load16<BF16>(from, d), floats(a.scale)));
-    part.most[r] = -std::numeric_limits<float>::infinity(), part.sum[r] = 0;
-    std::memset(part.values + r * a.value_width, 0, a.value_width * sizeof(float));
+    const i64 head = shared_head * a.group() + r / a.positions, position = r % a.positions;
+    const void* row = row_of<E>(from, batch, head, position);
+    Floats sum = floats(0);
+    for (i64 d = 0; d < a.width; d += 16) {
+      const Floats scaled = multiply(load16<E>(row, d), floats(a.scale));
+      store_floats(rows.query[r] + d, scaled), sum = add(sum, scaled);
+    }
+    rows.sum[r] = sum_of(sum);
+    rows.bias[r] = bias ? bias[(batch * a.heads + head) * a.positions + position] * a.scale : 0;
+  }
+}
+
+inline void start(const Attention& a, Partial& part) {
+  for (int r = 0; r < a.rows(); r++) part.most[r] = -std::numeric_limits<float>::infinity(), part.sum[r] = 0;
+  std::memset(part.values, 0, a.rows() * a.value_width * sizeof(float));
+}
+
+inline void load_scales(const Scales& from, i64 batch, i64 head, i64 first, i64 count, float* scale, float* zero) {
+  for (i64 j = 0; j < count; j++) {
+    const i64 at = batch * from.batch + head * from.head + (first + j) * from.position;
+    scale[j] = from_half(from.scale[at]), zero[j] = from.zero[at];
   }
 }
 
 // Keys first .. last of `k`, of which the mask counts from `offset`.
-template <bool BF16>
+template <Element E>
 void attend(const Attention& a, const Keys& k, i64 batch, i64 shared_head, i64 first, i64 last, i64 offset, const Queries& q,
             Partial& part) {
+  constexpr bool coded = E == Element::u8 || E == Element::u4;
   const int rows = a.rows();
   alignas(64) float scores[most_query_rows][keys_at_a_time];
+  float scale[keys_at_a_time], zero[keys_at_a_time];
   for (i64 key = first; key < last; key += keys_at_a_time) {
     const i64 count = std::min<i64>(keys_at_a_time, last - key);
+    if constexpr (coded) load_scales(k.key_scales, batch, shared_head, key, count, scale, zero);
     for (i64 j = 0; j < count; j++) {
-      const void* from = row_of<BF16>(k.key, batch, shared_head, key + j);
-      for (int r = 0; r < rows; r++) {
-        Floats sum = floats(0);
-        for (i64 d = 0; d < a.width; d += 16) multiply_add(sum, load16<BF16>(from, d), load_floats(q.query[r] + d));
-        scores[r][j] = sum_of(sum);
+      const void* from = row_of<E>(k.key, batch, shared_head, key + j);
+      for (int r = 0; r < rows; r += 4) {
+        const int some = std::min(4, rows - r);
+        Floats sums[4] = {floats(0), floats(0), floats(0), floats(0)};
+        for (i64 d = 0; d < a.width; d += 16) {
+          const Floats x = load16<E>(from, d);
+          for (int i = 0; i < some; i++) multiply_add(sums[i], x, load_floats(q.query[r + i] + d));
+        }
+        for (int i = 0; i < some; i++) scores[r + i][j] = sum_of(sums[i]);
       }
+      if constexpr (coded)
+        for (int r = 0; r < rows; r++) scores[r][j] = scale[j] * (scores[r][j] - zero[j] * q.sum[r]) + q.bias[r];
     }
+    if constexpr (coded) load_scales(k.value_scales, batch, shared_head, key, count, scale, zero);
     for (int r = 0; r < rows; r++) {
       if (a.mask) mask_scores(a, batch, shared_head * a.group() + r / a.positions, r % a.positions, offset + key, count,
                               scores[r]);
@@ -133,8 +194,14 @@ void attend(const Attention& a, const Keys& k, i64 batch, i64 shared_head, i64 f
       const float sum = sum_of(sums);
       const float before = nothing || part.sum[r] == 0 ? 0 : std::exp(part.most[r] - most);
       part.sum[r] = part.sum[r] * before + sum, part.most[r] = most;
+      float* values = part.values + r * a.value_width;
       if (before != 1)
-        for (i64 d = 0; d < a.value_width; d++) part.values[r * a.value_width + d] *= before;
+        for (i64 d = 0; d < a.value_width; d++) values[d] *= before;
+      if constexpr (coded) {
+        float shift = 0;
+        for (i64 j = 0; j < count; j++) scores[r][j] *= scale[j], shift += scores[r][j] * zero[j];
+        for (i64 d = 0; d < a.value_width; d++) values[d] -= shift;
+      }
     }
     for (i64 d = 0; d < a.value_width; d += 16)
       for (int r = 0; r < rows; r += 4) {
@@ -142,7 +209,7 @@ void attend(const Attention& a, const Keys& k, i64 batch, i64 shared_head, i64 f
         Floats sums[4];
         for (int i = 0; i < some; i++) sums[i] = load_floats(part.values + (r + i) * a.value_width + d);
         for (i64 j = 0; j < count; j++) {
-          const Floats value = load16<BF16>(row_of<BF16>(k.value, batch, shared_head, key + j), d);
+          const Floats value = load16<E>(row_of<E>(k.value, batch, shared_head, key + j), d);
           for (int i = 0; i < some; i++) multiply_add(sums[i], value, floats(scores[r + i][j]));
         }
         for (int i = 0; i < some; i++) store_floats(part.values + (r + i) * a.value_width + d, sums[i]);
@@ -171,17 +238,25 @@ inline void combine(const Attention& a, i64 batch, i64 shared_head, const Partia
   }
 }
 
-template <bool BF16>
+template <Element E>  // of the query
 void attend_run(const Attention& a, i64 batch, i64 shared_head, i64 first, i64 last, Partial& part) {
-  Queries rows;
-  start<BF16>(a, batch, shared_head, rows, part);
-  const i64 past = a.past.count;
-  attend<BF16>(a, a.past, batch, shared_head, first, std::min(last, past), 0, rows, part);
-  attend<BF16>(a, a.fresh, batch, shared_head, std::max<i64>(first - past, 0), last - past, past, rows, part);
+  Queries rows, code_rows;
+  load_queries<E>(a, a.query, nullptr, batch, shared_head, rows);
+  if (a.code_query.data) load_queries<Element::f32>(a, a.code_query, a.code_bias, batch, shared_head, code_rows);
+  else load_queries<E>(a, a.query, a.code_bias, batch, shared_head, code_rows);
+  start(a, part);
+  i64 offset = 0;
+  for (const Keys& k : a.parts) {
+    const i64 from = std::max<i64>(first - offset, 0), to = std::min(last - offset, k.count);
+    if (k.element == Element::u8) attend<Element::u8>(a, k, batch, shared_head, from, to, offset, code_rows, part);
+    else if (k.element == Element::u4) attend<Element::u4>(a, k, batch, shared_head, from, to, offset, code_rows, part);
+    else attend<E>(a, k, batch, shared_head, from, to, offset, rows, part);
+    offset += k.count;
+  }
 }
 
 inline void attention(const Attention& a) {
-  const i64 heads = a.batch * a.shared, threads = at::get_num_threads(), keys = a.past.count + a.fresh.count;
+  const i64 heads = a.batch * a.shared, threads = at::get_num_threads(), keys = a.keys();
   // As many runs of keys as let every thread have as much; none of fewer than 128 keys.
   const i64 runs = heads % threads == 0 ? 1 : std::clamp<i64>(keys / 128, 1, threads);
   const i64 span = (keys + runs - 1) / runs;
@@ -190,8 +265,8 @@ inline void attention(const Attention& a) {
   at::parallel_for(0, heads * runs, std::max<i64>(1, 50000 / work), [&](i64 first, i64 last) {
     for (i64 task = first; task < last; task++) {
       const i64 head = task / runs, from = task % runs * span, to = std::min(keys, from + span);
-      if (a.is_bf16) attend_run<true>(a, head / a.shared, head % a.shared, from, to, parts[task]);
-      else attend_run<false>(a, head / a.shared, head % a.shared, from, to, parts[task]);
+      if (a.is_bf16) attend_run<Element::bf16>(a, head / a.shared, head % a.shared, from, to, parts[task]);
+      else attend_run<Element::f32>(a, head / a.shared, head % a.shared, from, to, parts[task]);
     }
   });
   for (i64 head = 0; head < heads; head++) combine(a, head / a.shared, head % a.shared, &parts[head * runs], runs);

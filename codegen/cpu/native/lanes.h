@@ -88,12 +88,16 @@ inline Floats load_bf16(const uint16_t* at) {
 inline void store_floats(float* at, const Floats& x) { _mm512_storeu_ps(at, x.v); }
 inline float sum_of(const Floats& x) { return _mm512_reduce_add_ps(x.v); }
 inline void store_bf16(uint16_t* at, const Floats& x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)at, (__m256i)_mm512_cvtneps_pbh(x.v));  // subnormal floats, below 1.2e-38, are zero
+#else
   const __m512i bits = _mm512_castps_si512(x.v), high = _mm512_srli_epi32(bits, 16);
   const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7FFF), _mm512_and_si512(high, _mm512_set1_epi32(1)));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
   const __m512i words = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
   _mm256_storeu_si256((__m256i*)at, _mm512_cvtepi32_epi16(words));
+#endif
 }
 inline Floats add(const Floats& a, const Floats& b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Floats multiply(const Floats& a, const Floats& b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -101,6 +105,15 @@ inline void multiply_add(Floats& sum, const Floats& a, const Floats& b) { sum.v 
 
 inline Floats maximum(const Floats& a, const Floats& b) { return {_mm512_max_ps(a.v, b.v)}; }  // NaN in b stays
 inline float max_of(const Floats& x) { return _mm512_reduce_max_ps(x.v); }
+inline Floats largest_magnitude(const Floats& most, const Floats& x) {  // most >= 0; NaN is the largest
+  const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7FFFFFFF));
+  return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(most.v), bits))};
+}
+inline Floats divide(const Floats& a, const Floats& b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats subtract(const Floats& a, const Floats& b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline void store_rounded(int8_t* at, const Floats& x) {  // to nearest even; -127 to 127
+  _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
 inline Floats times_power_of_two(const Floats& x, const Floats& n) {  // n: its lowest bits, as an integer
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_slli_epi32(_mm512_castps_si512(n.v), 23)))};
 }
@@ -256,6 +269,25 @@ inline float max_of(const Floats& x) {
   four = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
+inline Floats largest_magnitude(const Floats& most, const Floats& x) {
+  Floats y;
+  HALVES {
+    const __m256i bits = _mm256_and_si256(_mm256_castps_si256(x.v[h]), _mm256_set1_epi32(0x7FFFFFFF));
+    y.v[h] = _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(most.v[h]), bits));
+  }
+  return y;
+}
+inline Floats divide(const Floats& a, const Floats& b) {
+  return {{_mm256_div_ps(a.v[0], b.v[0]), _mm256_div_ps(a.v[1], b.v[1])}};
+}
+inline Floats subtract(const Floats& a, const Floats& b) {
+  return {{_mm256_sub_ps(a.v[0], b.v[0]), _mm256_sub_ps(a.v[1], b.v[1])}};
+}
+inline void store_rounded(int8_t* at, const Floats& x) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.v[0]), _mm256_cvtps_epi32(x.v[1]));
+  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xD8);
+  _mm_storeu_si128((__m128i*)at, _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+}
 inline Floats times_power_of_two(const Floats& x, const Floats& n) {
   Floats y;
   HALVES y.v[h] = _mm256_castsi256_ps(
@@ -345,6 +377,20 @@ inline void multiply_add(Floats& sum, const Floats& a, const Floats& b) {
 }
 inline Floats maximum(const Floats& a, Floats b) { CHANNELS b.v[c] = a.v[c] > b.v[c] ? a.v[c] : b.v[c]; return b; }
 inline float max_of(const Floats& x) { float most = x.v[0]; CHANNELS most = x.v[c] > most ? x.v[c] : most; return most; }
+inline Floats largest_magnitude(const Floats& most, const Floats& x) {
+  Floats y;
+  CHANNELS {
+    const uint32_t bits = read<uint32_t>(x.v + c) & 0x7FFFFFFF, before = read<uint32_t>(most.v + c);
+    std::memcpy(y.v + c, bits > before ? &bits : &before, 4);
+  }
+  return y;
+}
+inline Floats divide(Floats a, const Floats& b) { CHANNELS a.v[c] /= b.v[c]; return a; }
+inline Floats subtract(Floats a, const Floats& b) { CHANNELS a.v[c] -= b.v[c]; return a; }
+inline void store_rounded(int8_t* at, const Floats& x) {
+  constexpr float whole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  CHANNELS at[c] = int8_t(int32_t(x.v[c] + whole - whole));
+}
 inline Floats times_power_of_two(Floats x, const Floats& n) {
   CHANNELS {
     const uint32_t bits = read<uint32_t>(x.v + c) + (read<uint32_t>(n.v + c) << 23);

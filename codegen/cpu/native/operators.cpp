@@ -13,7 +13,9 @@
 #include <string>
 
 #include "attention.h"
+#include "gelu_codes.h"
 #include "product.h"
+#include "short_attention_call.h"
 
 namespace qcompile {
 namespace {
@@ -134,15 +136,17 @@ class Call {
   const float* as_floats(const Tensor& rows, at::ScalarType type, i64 row) {
     if (type == at::kFloat) return static_cast<const float*>(rows.data_ptr()) + row * l.k;
     auto* out = reinterpret_cast<float*>(row_scratch.get(l.k * 5 + 64));
+    const i64 k = l.k, whole = k / 16 * 16;
     if (type == at::kBFloat16) {
-      const auto* from = static_cast<const uint16_t*>(rows.data_ptr()) + row * l.k;
-      for (i64 c = 0; c < l.k; c++) {
+      const auto* from = static_cast<const uint16_t*>(rows.data_ptr()) + row * k;
+      for (i64 c = 0; c < whole; c += 16) store_floats(out + c, load_bf16(from + c));
+      for (i64 c = whole; c < k; c++) {
         const uint32_t bits = uint32_t(from[c]) << 16;
         std::memcpy(out + c, &bits, 4);
       }
     } else {
-      const auto* from = static_cast<const c10::Half*>(rows.data_ptr()) + row * l.k;
-      for (i64 c = 0; c < l.k; c++) out[c] = float(from[c]);
+      const auto* from = static_cast<const c10::Half*>(rows.data_ptr()) + row * k;
+      for (i64 c = 0; c < k; c++) out[c] = float(from[c]);
     }
     return out;
   }
@@ -199,67 +203,145 @@ Tensor int8_float_linear(const Tensor& x, const Tensor& codes, const Tensor& sca
   return call(x, std::nullopt, dtype);
 }
 
-template <class... Words>
-void demand_of_attention(bool holds, const char* argument, const Tensor& value, const Words&... words) {
-  if (!holds)
-    C10_THROW_ERROR(ValueError, c10::str("qcompile_cpu::attention: ", argument, " is ", describe(value), ", but must be ",
-                                         words...));
-}
-
 Strided strided(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 Tensor dense_rows(const Tensor& x) { return x.stride(3) == 1 || x.numel() == 0 ? x : x.contiguous(); }
 
-void check_keys(const char* name, const Tensor& x, const Tensor& query, at::IntArrayRef sizes, const char* letters) {
-  demand_of_attention(x.scalar_type() == query.scalar_type() && x.is_cpu() && x.sizes() == sizes, name, x, letters, " = ",
-                      sizes, " of query's dtype");
-}
+// An attention at work: its arguments, checked one by one.
+class AttentionCall {
+ public:
+  // query [B, H, S, D], key [B, G, ..], value [.., E].
+  AttentionCall(const char* name, const Tensor& query, const Tensor& key, const Tensor& value, double scale) : name_(name) {
+    const auto type = query.scalar_type();
+    demand(query.dim() == 4 && query.is_cpu() && (type == at::kFloat || type == at::kBFloat16), "query", query,
+           "float32 or bfloat16 [B, H, S, D]");
+    a.batch = query.size(0), a.heads = query.size(1), a.positions = query.size(2), a.width = query.size(3);
+    demand(key.dim() == 4 && key.size(1) > 0 && a.heads % key.size(1) == 0, "key", key,
+           "[B, G, T, D] with H a multiple of G");
+    demand(value.dim() == 4, "value", value, "[B, G, T, E]");
+    a.shared = key.size(1), a.value_width = value.size(3), a.scale = float(scale), a.is_bf16 = type == at::kBFloat16;
+    demand(a.group() * a.positions <= most_query_rows, "query", query, "up to ", most_query_rows, " rows for a key head");
+    demand(a.width % 16 == 0 && a.width <= most_head_size, "query", query, "D a multiple of 16, up to ", most_head_size);
+    demand(a.value_width % 16 == 0 && a.value_width <= most_head_size, "value", value, "E a multiple of 16, up to ",
+           most_head_size);
+    query_ = query, a.query = strided(keep(query));
+  }
 
-// query [B, H, S, D], keys [B, G, T, D] and values [B, G, T, E] of a cache, those behind it [B, G, N, ..], mask broadcasts to
-// [B, H, S, T + N] -> [B, H, S, E], whose memory is [B, S, H, E], as torch's own attention has it.
+  // Keys [B, G, T, D] and values [B, G, T, E] of the query's dtype.
+  void keys(int part, const char* names[2], const Tensor& key, const Tensor& value) {
+    Keys& k = a.parts[part];
+    k.count = key.dim() == 4 ? key.size(2) : -1, k.element = a.is_bf16 ? Element::bf16 : Element::f32;
+    const auto of = [&](const char* name, const Tensor& x, i64 width) {
+      const at::DimVector sizes{a.batch, a.shared, k.count, width};
+      demand(x.scalar_type() == query_.scalar_type() && x.is_cpu() && x.sizes() == at::IntArrayRef(sizes), name, x,
+             at::IntArrayRef(sizes), " of query's dtype");
+      return strided(keep(x));
+    };
+    k.key = of(names[0], key, a.width), k.value = of(names[1], value, a.value_width);
+  }
+
+  // Codes u8 [B, G, T, D or D / 2], their scales float16 and zero points u8 [B, G, T, 1].
+  Strided codes(const char* name, const Tensor& x, i64 width) {
+    Keys& k = a.parts[1];
+    const at::DimVector sizes{a.batch, a.shared, k.count, k.element == Element::u4 ? width / 2 : width};
+    demand(x.scalar_type() == at::kByte && x.is_cpu() && x.sizes() == at::IntArrayRef(sizes), name, x, "uint8 ",
+           at::IntArrayRef(sizes));
+    return strided(keep(x));
+  }
+  Scales scales(const char* name, const Tensor& scale, const Tensor& zero) {
+    const at::DimVector sizes{a.batch, a.shared, a.parts[1].count, 1};
+    demand(scale.scalar_type() == at::kHalf && scale.is_cpu() && scale.sizes() == at::IntArrayRef(sizes), name, scale,
+           "float16 ", at::IntArrayRef(sizes));
+    demand(zero.scalar_type() == at::kByte && zero.is_cpu() && zero.sizes() == at::IntArrayRef(sizes) &&
+               zero.strides() == scale.strides(),
+           name, zero, "uint8 ", at::IntArrayRef(sizes), " laid out as its scales");
+    return {static_cast<const uint16_t*>(scale.const_data_ptr()), zero.const_data_ptr<u8>(), scale.stride(0),
+            scale.stride(1), scale.stride(2)};
+  }
+
+  void mask(const Optional& given) {
+    if (!given) return;
+    const at::DimVector sizes{a.batch, a.heads, a.positions, a.keys()};
+    demand(given->is_cpu() && (given->scalar_type() == at::kBool || given->is_floating_point()) && given->dim() <= 4 &&
+               at::is_expandable_to(given->sizes(), sizes),
+           "mask", *given, "bool or float, of a shape that broadcasts to ", at::IntArrayRef(sizes));
+    a.mask_is_bool = given->scalar_type() == at::kBool;
+    const Tensor whole = (a.mask_is_bool ? *given : given->to(at::kFloat)).expand(sizes);
+    kept_.push_back(whole);
+    a.mask = whole.const_data_ptr(), a.mask_batch = whole.stride(0), a.mask_head = whole.stride(1);
+    a.mask_position = whole.stride(2), a.mask_key = whole.stride(3);
+  }
+
+  // [B, H, S, E], whose memory is [B, S, H, E], as torch's own attention has it.
+  Tensor run() {
+    const Tensor out =
+        at::empty({a.batch, a.positions, a.heads, a.value_width}, query_.options().requires_grad(false));
+    a.out = out.data_ptr();
+    if (out.numel()) attention(a);
+    return out.transpose(1, 2);
+  }
+
+  template <class... Words>
+  void demand(bool holds, const char* argument, const Tensor& value, const Words&... words) const {
+    if (!holds)
+      C10_THROW_ERROR(ValueError, c10::str("qcompile_cpu::", name_, ": ", argument, " is ", describe(value),
+                                           ", but must be ", words...));
+  }
+
+  const Tensor& keep(const Tensor& x) {  // dense along the last dimension
+    kept_.push_back(x.stride(-1) == 1 || x.numel() == 0 ? x : x.contiguous());
+    return kept_.back();
+  }
+
+  Attention a{};
+
+ private:
+  const char* name_;
+  Tensor query_;
+  c10::SmallVector<Tensor, 12> kept_;  // what `a` points into
+};
+
+// Keys and values of a cache, those behind it [B, G, N, ..], mask broadcasts to [B, H, S, T + N].
 Tensor attention_of_rows(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& new_key,
                          const Optional& new_value, const Optional& mask, double scale) {
-  const auto type = query.scalar_type();
-  demand_of_attention(query.dim() == 4 && (type == at::kFloat || type == at::kBFloat16), "query", query,
-                      "float32 or bfloat16 [B, H, S, D]");
-  const i64 batch = query.size(0), heads = query.size(1), positions = query.size(2), width = query.size(3);
-  demand_of_attention(key.dim() == 4 && key.size(1) > 0 && heads % key.size(1) == 0, "key", key,
-                      "[B, G, T, D] with H a multiple of G");
-  demand_of_attention(value.dim() == 4, "value", value, "[B, G, T, E]");
-  const i64 shared = key.size(1), keys = key.size(2), value_width = value.size(3);
-  check_keys("key", key, query, {batch, shared, keys, width}, "[B, G, T, D]");
-  check_keys("value", value, query, {batch, shared, keys, value_width}, "[B, G, T, E]");
-  demand_of_attention(heads / shared * positions <= most_query_rows, "query", query, "up to ", most_query_rows,
-                      " rows for a key head");
-  demand_of_attention(width % 16 == 0 && width <= most_head_size, "key", key, "D a multiple of 16, up to ", most_head_size);
-  demand_of_attention(value_width % 16 == 0 && value_width <= most_head_size, "value", value,
-                      "E a multiple of 16, up to ", most_head_size);
-  demand_of_attention(new_key.has_value() == new_value.has_value(), "query", query, "called with both new_key and new_value");
-  const Tensor q = dense_rows(query), k = dense_rows(key), v = dense_rows(value);
-  Tensor out = at::empty({batch, positions, heads, value_width}, query.options().requires_grad(false));
-  Attention a{batch, heads, shared, positions, width, value_width, strided(q), {strided(k), strided(v), keys}};
-  Tensor fresh_k, fresh_v;
-  if (new_key) {
-    demand_of_attention(new_key->dim() == 4, "new_key", *new_key, "[B, G, N, D]");
-    a.fresh.count = new_key->size(2);
-    check_keys("new_key", *new_key, query, {batch, shared, a.fresh.count, width}, "[B, G, N, D]");
-    check_keys("new_value", *new_value, query, {batch, shared, a.fresh.count, value_width}, "[B, G, N, E]");
-    fresh_k = dense_rows(*new_key), fresh_v = dense_rows(*new_value);
-    a.fresh.key = strided(fresh_k), a.fresh.value = strided(fresh_v);
+  AttentionCall call("attention", query, key, value, scale);
+  const char *names[] = {"key", "value"}, *new_names[] = {"new_key", "new_value"};
+  call.keys(1, names, key, value);
+  call.demand(new_key.has_value() == new_value.has_value(), "query", query, "called with both new_key and new_value");
+  if (new_key) call.keys(2, new_names, *new_key, *new_value);
+  call.mask(mask);
+  return call.run();
+}
+
+// As `attention`, of a cache of codes: `code_query` float32 [B, H, S, D] multiplies its keys, `code_bias` float32 [B, H, S] is added
+// to that product; `first` keys and values [B, G, F, ..] are floats before the codes.
+Tensor attention_of_codes(const Tensor& query, const Optional& code_query, const Optional& code_bias,
+                          const Optional& first_key, const Optional& first_value, const Tensor& key, const Tensor& key_scale,
+                          const Tensor& key_zero, const Tensor& value, const Tensor& value_scale, const Tensor& value_zero,
+                          const Tensor& new_key, const Tensor& new_value, const Optional& mask, double scale) {
+  AttentionCall call("code_attention", query, key, new_value, scale);
+  Attention& a = call.a;
+  Keys& past = a.parts[1];
+  past.count = key.size(2), past.element = key.size(3) * 2 == a.width ? Element::u4 : Element::u8;
+  past.key = call.codes("key", key, a.width), past.value = call.codes("value", value, a.value_width);
+  past.key_scales = call.scales("key_scale", key_scale, key_zero);
+  past.value_scales = call.scales("value_scale", value_scale, value_zero);
+  if (code_query) {
+    call.demand(code_query->sizes() == query.sizes() && code_query->scalar_type() == at::kFloat && code_query->is_cpu(),
+                "code_query", *code_query, "float32 ", query.sizes());
+    a.code_query = strided(call.keep(*code_query));
   }
-  a.is_bf16 = type == at::kBFloat16, a.scale = float(scale), a.out = out.data_ptr();
-  Tensor whole;
-  if (mask) {
-    const at::DimVector sizes{batch, heads, positions, keys + a.fresh.count};
-    demand_of_attention(mask->is_cpu() && (mask->scalar_type() == at::kBool || mask->is_floating_point()) &&
-                            mask->dim() <= 4 && at::is_expandable_to(mask->sizes(), sizes),
-                        "mask", *mask, "bool or float, of a shape that broadcasts to ", at::IntArrayRef(sizes));
-    whole = (mask->scalar_type() == at::kBool ? *mask : mask->to(at::kFloat)).expand(sizes);
-    a.mask = whole.const_data_ptr(), a.mask_is_bool = mask->scalar_type() == at::kBool;
-    a.mask_batch = whole.stride(0), a.mask_head = whole.stride(1), a.mask_position = whole.stride(2);
-    a.mask_key = whole.stride(3);
+  if (code_bias) {
+    call.demand(code_bias->scalar_type() == at::kFloat && code_bias->is_cpu() &&
+                    code_bias->sizes() == query.sizes().slice(0, 3),
+                "code_bias", *code_bias, "float32 ", query.sizes().slice(0, 3));
+    a.code_bias = call.keep(code_bias->contiguous()).const_data_ptr<float>();
   }
-  if (out.numel()) attention(a);
-  return out.transpose(1, 2);
+  const char *first_names[] = {"first_key", "first_value"}, *new_names[] = {"new_key", "new_value"};
+  call.demand(first_key.has_value() == first_value.has_value(), "query", query, "called with both first_key and first_value");
+  if (first_key) call.keys(0, first_names, *first_key, *first_value);
+  call.keys(2, new_names, new_key, new_value);
+  call.mask(mask);
+  return call.run();
 }
 
 // buffers [B, G, C, ..] <- rows [B, G, N, ..] from position `at` on, for each of a cache's tensors.
@@ -298,7 +380,10 @@ TORCH_LIBRARY_IMPL(qcompile_cpu, CPU, m) {
   m.impl("table_linear", qcompile::table_linear);
   m.impl("int8_float_linear", qcompile::int8_float_linear);
   m.impl("attention", qcompile::attention_of_rows);
+  m.impl("code_attention", qcompile::attention_of_codes);
   m.impl("append_rows", qcompile::append_rows);
+  m.impl("short_attention", qcompile::short_attention_of);
+  m.impl("gelu_codes", qcompile::gelu_codes_of);
 }
 
 extern "C" const char* qcompile_lanes() { return qcompile::lanes_name; }

@@ -41,6 +41,43 @@ inline int panel_size(i64 rows) {
   return rows_of_tile;
 }
 
+// The bits of the largest magnitude: they are ordered as magnitudes are, with NaN above all.
+inline uint32_t bits_of_lanes(const Floats& most) {
+  alignas(64) float of_lanes[16];
+  store_floats(of_lanes, most);
+  uint32_t bits = 0;
+  for (const float& lane : of_lanes) bits = std::max(bits, read<uint32_t>(&lane));
+  return bits;
+}
+
+inline uint32_t largest_bits(const float* x, i64 k) {
+  Floats most = floats(0);
+  i64 c = 0;
+  for (; c + 16 <= k; c += 16) most = largest_magnitude(most, load_floats(x + c));
+  uint32_t bits = bits_of_lanes(most);
+  for (; c < k; c++) bits = std::max(bits, read<uint32_t>(x + c) & 0x7FFFFFFF);
+  return bits;
+}
+
+// Codes of x / scale to nearest even, with the scale max|x| / 127, as qcompile::quantize has it; gives the scale, which is
+// NaN where x has one. A quotient is that of a division: x times 1 / scale, with its error put right by an exact remainder
+// (Markstein 1990, Computation of elementary functions on the IBM RISC System/6000 processor).
+inline float quantize_row(const float* x, uint32_t largest, i64 k, int8_t* codes) {
+  float scale = read<float>(&largest) / 127.0f;
+  if (!(scale > min_scale)) scale = 1;
+  const Floats inverse = floats(1 / scale), minus_scale = floats(-scale);
+  i64 c = 0;
+  for (; c + 16 <= k; c += 16) {
+    const Floats values = load_floats(x + c);
+    Floats quotient = multiply(values, inverse), remainder = values;
+    multiply_add(remainder, quotient, minus_scale), multiply_add(quotient, remainder, inverse);
+    store_rounded(codes + c, quotient);
+  }
+  constexpr float whole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  for (; c < k; c++) codes[c] = int8_t(int32_t(x[c] / scale + whole - whole));
+  return largest > 0x7F800000 ? read<float>(&largest) : scale;
+}
+
 // How rows are cut into panels, and where each part of a panel lies in one piece of memory.
 class Rows {
  public:
@@ -74,19 +111,20 @@ class Rows {
 
   void put_codes(i64 row, const int8_t* x, float scale) const {
     const Panel panel = (*this)[row / most_];
+    const i64 k = l_.k, whole = k / 4;  // bytes may alias anything, so that members would be read again for each quad
     const int R = panel_size(panel.rows), r = int(row % most_);
     const_cast<float*>(panel.scale)[r] = scale;
     u8* out = const_cast<u8*>(panel.quads) + r * quad_bytes;
-    if (!l_.k) {  // no memory behind x, and no group
+    if (!k) {  // no memory behind x, and no group
       if (l_.kind == Kind::bytes_int8) const_cast<int32_t*>(panel.group_sums)[r] = 0;
       return;
     }
     i64 q = 0;
-    if (R == 1 && quad_bytes == 4) q = l_.k / 4, std::memcpy(out, x, q * 4);
-    for (; q < l_.k / 4; q++) store_quad(out + q * R * quad_bytes, x + 4 * q);
-    if (l_.k % 4) {
+    if (R == 1 && quad_bytes == 4) q = whole, std::memcpy(out, x, q * 4);
+    for (; q < whole; q++) store_quad(out + q * R * quad_bytes, x + 4 * q);
+    if (k % 4) {
       int8_t last[4] = {};
-      std::memcpy(last, x + 4 * q, l_.k % 4);
+      std::memcpy(last, x + 4 * q, k % 4);
       store_quad(out + q * R * quad_bytes, last);
     }
     const i64 span = l_.kind == Kind::bytes_int8 ? l_.columns() : l_.group;
@@ -94,23 +132,17 @@ class Rows {
     auto* pairs = const_cast<int16_t*>(panel.pair_sums);
     for (i64 g = 0, first = 0; first < l_.columns(); g++, first += span) {
       int32_t sum = 0;
-      for (i64 c = first; c < std::min(l_.k, first + span); c++) sum += x[c];
+      for (i64 c = first, last = std::min(k, first + span); c < last; c++) sum += x[c];
       sums[g * R + r] = sum;
       if (l_.kind == Kind::dual_int8) pairs[(g / 2 * R + r) * 2 + g % 2] = int16_t(-sum);
     }
     if (l_.kind == Kind::dual_int8 && l_.groups() % 2) pairs[(l_.groups() / 2 * R + r) * 2 + 1] = 0;
   }
 
-  // max|x| / 127, and x / scale to nearest even, as qcompile::quantize has it.
   void put_quantized(i64 row, const float* x) const {
-    uint32_t most = 0;  // magnitudes are ordered as their bits are, with NaN above all
-    for (i64 c = 0; c < l_.k; c++) most = std::max(most, read<uint32_t>(x + c) & 0x7FFFFFFF);
-    float scale = read<float>(&most) / 127.0f;
-    if (!(scale > min_scale)) scale = 1;
-    auto* codes = reinterpret_cast<int8_t*>(row_scratch.get(l_.k * 5)) + l_.k * 4;
-    constexpr float whole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
-    for (i64 c = 0; c < l_.k; c++) codes[c] = int8_t(int32_t(x[c] / scale + whole - whole));
-    put_codes(row, codes, most > 0x7F800000 ? read<float>(&most) : scale);
+    const i64 k = l_.k;
+    auto* codes = reinterpret_cast<int8_t*>(row_scratch.get(k * 5)) + k * 4;
+    put_codes(row, codes, quantize_row(x, largest_bits(x, k), k, codes));
   }
 
   // float32, or bfloat16 where products take it.

@@ -22,7 +22,6 @@ from qcompile.codegen.onnx.tracing.onnx_support import has_int4_and_int8_kernels
 from qcompile.codegen.onnx.tracing.weight_layouts import block_size_of, to_dequantize_linear, to_matmul_nbits, weight_of
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
 from qcompile.modules.static_quant import StaticQuantLinear, round_to_codes
-from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import hadamard_factors, hadamard_matrix
 
 ops = torch.ops.qcompile_onnx
@@ -68,7 +67,8 @@ class OnnxLinear(nn.Module):
         self.hadamard = None if source.signs is None else HadamardTransform(source.signs)
         self.factors = nn.ParameterList(source.factors(torch.float32)).requires_grad_(False)
         self.register_buffer("bias", None if source.bias is None else source.bias.float())
-        self.is_int8 = source.format == Format("int8") and self.act is not None and self.act.dtype == "int8"
+        rows = source.format.is_int8_rows and source.format.per == "row"
+        self.is_int8 = rows and self.act is not None and self.act.dtype == "int8"
         self.is_dual = two_kernels and contrib_ops
         if self.is_int8:
             codes = source.codes.t().contiguous()

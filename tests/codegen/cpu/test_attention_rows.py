@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from qcompile.codegen.cpu.attention_rows import lower_attentions
 from qcompile.codegen.cpu.native_kernels import load_native_kernels, ops
 from qcompile.ir.capture import capture
+from qcompile.numerics.format import Format
+from qcompile.numerics.qtensor import QTensor
+from qcompile.numerics.rounding import quantize_tensor
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -67,6 +70,58 @@ def test_attention_is_that_of_float64(batch, heads, positions, keys, widths, kin
         assert (found.double() - want).abs().max() <= bound * (want.abs().max() + 1e-6)
 
 
+CODES = {bits: Format.parse(f"int{bits}/row/zero") for bits in (8, 4)}
+
+
+def quantized(x, bits):
+    """The parts of a quantized cache, and what they are worth."""
+    q = quantize_tensor(x, CODES[bits])
+    parts = q.stored(), q.scale.half(), q.zero
+    return parts, QTensor.from_stored(
+        (parts[0], parts[1].float(), parts[2], None), CODES[bits], x.shape[-1]
+    ).dequantize()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([1, 2]),
+    st.sampled_from([(1, 1), (3, 3), (2, 4)]),
+    st.integers(1, 2),
+    st.sampled_from([0, 1, 31, 32, 33, 257]),
+    st.sampled_from([(16, 16), (64, 64), (80, 48)]),
+    st.sampled_from([8, 4]),
+    st.sampled_from([0, 4]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_attention_over_codes_is_that_of_what_they_are_worth(
+    batch, heads, positions, past, widths, bits, first, rotated, masked, dtype
+):
+    (shared, group), width = heads, widths[0]
+    torch.manual_seed(past)
+    q = torch.randn(batch, shared * group, positions, width).to(dtype)
+    own, new = (
+        [torch.randn(batch, shared, count, w).to(dtype) for w in widths] if count else [None, None]
+        for count in (first, positions)
+    )
+    stored, worth = zip(*(quantized(torch.randn(batch, shared, past, w) + 0.3, bits) for w in widths), strict=True)
+    bias, code_query, keys = None, None, worth[0].double()
+    if rotated:  # keys are stored rotated and less their mean
+        rotation = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))[0]
+        center = torch.randn(shared, 1, width)
+        keys = keys @ rotation.t() + center
+        code_query = (q.double() @ rotation).float()
+        bias = (q.float() @ center.repeat_interleave(group, 0).mT)[..., 0]
+    parts = [own, (keys, worth[1].double()), new]
+    k, v = (torch.cat([p[i].double() for p in parts if p[i] is not None], 2) for i in (0, 1))
+    mask = torch.randn(1, 1, positions, first + past + positions) if masked else None
+    got = ops.code_attention(q, code_query, bias, *own, *stored[0], *stored[1], *new, mask, 0.2)
+    want = expected(q, k, v, mask, 0.2)
+    bound = 1e-5 if dtype == torch.float32 else 5e-3
+    assert got.dtype == dtype and (got.double() - want).abs().max() <= bound * (want.abs().max() + 0.1)
+
+
 def test_large_scores_and_runs_of_hidden_keys():
     """Exponentials of differences only: nothing overflows, and a run of keys that nobody sees adds nothing."""
     q, k, v = torch.randn(1, 4, 1, 64) * 100, torch.randn(1, 2, 700, 64) * 10, torch.randn(1, 2, 700, 64)
@@ -85,36 +140,9 @@ def test_not_a_number_spreads_to_its_own_row_only():
     assert got[0, 1].isnan().all() and not got[0, 0].isnan().any()
 
 
-@pytest.mark.parametrize(
-    "argument,value,says",
-    [
-        ("query", torch.zeros(1, 4, 1, 64, dtype=torch.float16), "query is float16"),
-        ("query", torch.zeros(4, 1, 64), "query is float32"),
-        ("query", torch.zeros(1, 4, 9, 64), "up to 16 rows"),
-        ("key", torch.zeros(1, 3, 5, 64), "key is float32"),
-        ("new_key", torch.zeros(1, 2, 1, 64), "new_value"),
-        ("key", torch.zeros(1, 2, 5, 63), "key is float32"),
-        ("value", torch.zeros(1, 2, 6, 64), "value is float32"),
-        ("value", torch.zeros(1, 2, 5, 8), "E a multiple of 16"),
-        ("mask", torch.zeros(4), "mask is float32"),
-        ("mask", torch.zeros(5, dtype=torch.int64), "mask is int64"),
-    ],
-)
-def test_what_it_does_not_take_is_refused(argument, value, says):
-    call = {"query": torch.zeros(1, 4, 1, 64), "key": torch.zeros(1, 2, 5, 64), "value": torch.zeros(1, 2, 5, 64)}
-    with pytest.raises(ValueError, match=f"qcompile_cpu::attention: .*{says}"):
-        ops.attention(**call | NONE | {argument: value})
-    with pytest.raises(ValueError, match="qcompile_cpu::attention: "), torch._subclasses.FakeTensorMode() as mode:
-        fake = {n: mode.from_tensor(t) for n, t in (call | {argument: value}).items()}
-        ops.attention(**NONE | fake)
-
-
 def test_the_operator_is_well_behaved():
     call = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 7, 32), torch.randn(2, 2, 7, 16), None, None, torch.randn(7), 0.3
     torch.library.opcheck(ops.attention.default, call, test_utils=("test_schema", "test_faketensor"))
-
-
-NONE = {"new_key": None, "new_value": None, "mask": None, "scale": 1.0}
 
 
 class _Attention(torch.nn.Module):
@@ -167,6 +195,35 @@ def test_causal_attention_is_left():
     """torch counts its diagonal from the first key, not from the last."""
     inputs = tuple(torch.randn(3, 2, 32) for _ in range(3))
     assert not any(lower_attentions(capture(_Causal(), inputs)).values())
+
+
+class _Cached(torch.nn.Module):
+    """One token behind a quantized cache, as the decode step reads it."""
+
+    def __init__(self, rotation, center, form):
+        super().__init__()
+        self.rotation, self.center, self.form = rotation, center, form
+
+    def forward(self, q, first, key, key_scale, key_zero, value, value_scale, value_zero, new):
+        read = torch.ops.qcompile.read_cache
+        keys = read(key, key_scale, key_zero, self.rotation, self.center, self.form, 32, q.dtype)
+        values = read(value, value_scale, value_zero, None, None, self.form, 32, q.dtype)
+        k, v = (torch.cat([first, part, new], -2) for part in (keys, values))
+        return SDPA(q, k, v, scale=0.3, enable_gqa=True)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_quantized_cache_is_read_as_codes(bits, rotated):
+    rotation = torch.linalg.qr(torch.randn(32, 32))[0] if rotated else None
+    model = _Cached(rotation, torch.randn(2, 1, 32) if rotated else None, f"int{bits}/row/zero")
+    stored = [part for _ in range(2) for part in quantized(torch.randn(1, 2, 19, 32), bits)[0]]
+    inputs = torch.randn(1, 6, 1, 32), torch.randn(1, 2, 3, 32), *stored, torch.randn(1, 2, 1, 32)
+    program = capture(model, inputs, dynamic=False)
+    assert lower_attentions(program)["attention"] == 1
+    called = [str(node.target) for node in program.graph.nodes]
+    assert "qcompile_cpu.code_attention.default" in called and "qcompile.read_cache.default" not in called
+    assert torch.allclose(program(*inputs)[0], model(*inputs), rtol=1e-4, atol=1e-5)
 
 
 class _WrittenLater(torch.nn.Module):

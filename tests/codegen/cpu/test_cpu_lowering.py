@@ -52,6 +52,10 @@ def lowered(weight, act, model, x, written=False):
         ("int2/row/zero", None, "table_linear"),
         ("fp4/group32", None, "table_linear"),
         ("fp4/group32/m2", None, "table_linear"),
+        ("int8/row/bf16", "int8/row", "int8_linear"),
+        ("int8/row/f16", None, "int8_float_linear"),
+        ("int4/group32/bf16", "int8/row", "group_linear"),
+        ("int4/group32/floatzero/f16", None, "table_linear"),
         ("fp4/group32", "int8/row", "dequant_mm"),
         ("int4/group20", None, "dequant_mm"),
         ("fp8/row", "fp8/row", "dequant_mm"),
@@ -62,7 +66,8 @@ def test_the_kernel_computes_what_the_dialect_means(weight, act, kernel, bias):
     program, result, chosen, prepared = lowered(weight, act, model, x)
     ((site, by_rows),) = chosen.items()
     assert site == "weight" and all(text.startswith(kernel) for text in by_rows.values())
-    assert len(prepared) == (kernel != "dequant_mm")
+    widened = kernel.startswith("int8") and weight != "int8/row"  # a scale of 16 bits, in float32 for the kernel
+    assert len(prepared) == (kernel != "dequant_mm") + widened
     if act not in ("fp8/row", "int8/tensor"):  # whose quantize stays a call of the dialect
         assert not any(node.target in OUR_OPS for node in result.graph.nodes)
     for m in (1, 5, 40):
@@ -93,8 +98,10 @@ class _Siblings(torch.nn.Module):
     [
         ("int8/row", "int8/row"),
         ("int8/row", None),
+        ("int8/row/bf16", "int8/row"),
         ("int4/group32/dual", "int8/row"),
         ("int4/group24/zero", "int8/row"),
+        ("int4/group32/f16", None),
         ("int4/group32/zero", None),
         ("fp4/group32/m2", None),
         ("fp8/row", "fp8/row"),

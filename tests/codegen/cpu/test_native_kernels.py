@@ -160,6 +160,22 @@ def test_floats_are_quantized_as_the_dialect_does(op, x):
         assert_same(call(op, a), call(op, a | {"x": codes, "x_scale": scale}))
 
 
+@given(st.integers(1, 2**17 - 1), st.integers(-60, 60), st.integers(1, 40), st.integers(0, 2**30))
+def test_ties_of_any_scale(mantissa, exponent, k, seed):
+    """Values halfway between two codes, and the nearest floats on both sides: the codes of a division."""
+    torch.manual_seed(seed)
+    scale = torch.tensor(float(mantissa)) * 2.0**exponent  # times 127 or n + 1/2 it is a float32
+    x = (torch.randint(-127, 127, (3, k)) + 0.5) * scale
+    x = torch.stack(
+        (x[0], torch.nextafter(x[1], torch.tensor(torch.inf)), torch.nextafter(x[2], torch.tensor(-torch.inf)))
+    )
+    x = torch.cat((torch.full((3, 1), 127.0) * scale, x), dim=1)
+    codes, scales, _ = torch.ops.qcompile.quantize(x, "int8/row")
+    k, one = x.shape[1], pack_bytes(torch.eye(x.shape[1], dtype=torch.int8))
+    got = torch.ops.qcompile_cpu.int8_linear(x, None, one, torch.ones(k), None, k, torch.float32)
+    assert_same(got, codes.float() * scales)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("op", OPS)
 def test_a_row_of_no_finite_values_leaves_the_others_alone(op, bad):
@@ -333,3 +349,22 @@ def test_what_was_compiled_is_what_the_processor_has():
     assert native.lanes() in BUILDS
     if "avx512_vnni" in processor_flags():
         assert native.lanes() == "AVX512-VNNI"
+
+
+def test_the_library_of_a_package_is_used_where_none_is_loaded(tmp_path, monkeypatch):
+    library, loaded = native.native_library(), []
+    assert library[1:4] == b"ELF"
+    native.load_native_library(b"another")  # nothing happens: ours is loaded
+    monkeypatch.setattr(native, "_loaded", loaded)
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(OSError, match="libqcompile_cpu"):
+        native.load_native_library(b"another")
+    assert not loaded and not list(tmp_path.iterdir())
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: Path(path).read_bytes())
+    native.load_native_library(library)
+    assert loaded == [library] == [native.load_native_kernels()]
+
+
+def test_the_digest_is_of_the_text():
+    assert len(native.operators_digest()) == 16 and native.operators_digest() == native.operators_digest()
+    assert all(f'library->def("{native._schema(name)}");' in native.native_source() for name in native._DEFINITIONS)

@@ -45,6 +45,8 @@ def test_models_compute_the_same(name, recipe):
         ("llama", "w4a16", dict(linear_w=15, residual=4)),
         ("gpt2", "w4a8", dict(row_quant=8, layer=4, none=4, linear_a8=8, linear_w=1, residual=4)),
         ("llama", "fp8", dict(row_quant=8, rms=4, gate=2, none=2, linear_a8=14, linear_w=1, residual=4)),
+        # scales of 16 bits become float32 for the kernels
+        ("llama", "serve-fp8", dict(row_quant=8, rms=4, gate=2, none=2, linear_a8=14, residual=4)),
         # norms behind the sums: what is quantized is read by the sum too, so the kernel writes both
         ("bert", "int8", dict(row_quant=8, layer=4, value=4, none=4, linear_a8=12, linear_w=1, residual=4)),
     ],

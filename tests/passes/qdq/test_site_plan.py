@@ -185,3 +185,38 @@ def test_formats_that_no_site_can_have_are_refused():
             Quantize(**act)
     with pytest.raises(RecipeError, match="runtime smoothing is for activations"):
         Quantize("int4/group32/smooth")
+
+
+def test_a_scale_beyond_float16_is_refused_with_its_site_before_any_work():
+    model = Decoder(shape(layers=1))
+    name = find_sites(capture(model, (model.example(),)))[2].name
+    with torch.no_grad():
+        model.get_parameter(name)[1, 5] = 3e6
+    form = Format.parse("int4/group32/f16")
+    with pytest.raises(RecipeError, match=rf"{name}: the scale 4.29e\+05 of format int4/group32/f16 is beyond float16"):
+        planned_sites(Quantize(form, None), PassContext.of(capture(model, (model.example(),))), PassReport("Quantize"))
+    assert planned_sites(
+        Quantize(Format.parse("int4/group32/bf16"), None),
+        PassContext.of(capture(model, (model.example(),))),
+        PassReport("Quantize"),
+    )
+
+
+def test_activations_have_no_stored_scales():
+    with pytest.raises(RecipeError, match="scales of activations are not stored.*Fix: drop bf16"):
+        Quantize(INT4, Format.parse("int8/row/bf16"))
+    with pytest.raises(RecipeError, match="rule '.*' gives activations int8/row/f16.*Fix: drop f16"):
+        Rule("*", act="int8/row/f16")
+
+
+def test_the_logits_may_stay_float():
+    program, report = decoder(), PassReport("Quantize")
+    config = Quantize(INT4, None, keep_lm_head=True)
+    planned = planned_sites(config, PassContext.of(program), report)
+    assert "head.weight" not in [entry.site.name for entry in planned] and len(planned) == len(find_sites(program)) - 1
+    assert [(s.site, s.reason) for s in report.skipped] == [
+        ("head.weight", "it gives the logits, which stay float (keep_lm_head)")
+    ]
+    rule = Rule("head.*", weight=INT8)
+    context = PassContext.of(program, rules={"head.weight": rule})
+    assert planned_sites(config, context, report)[-1].weight == INT8

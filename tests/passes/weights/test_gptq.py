@@ -27,6 +27,9 @@ FORMATS = [
     "int4/group32/dual",
     "int3/group32/zero",
     "fp8",
+    "int8/row/f16",
+    "int4/group32/bf16",
+    "int4/group32/floatzero/f16",
 ]
 
 

@@ -122,3 +122,14 @@ def test_a_whole_row_with_a_float_zero_point_is_rounded_to_nearest():
     (report,) = rewrite(program, HQQ(lm_head=row), batches=[[x]])
     assert torch.equal(program.weights["weight.zero"], quantize_tensor(layer.weight, row).zero)
     assert report.notes == ["rounded to nearest, their format has no float zero points in groups: weight"]
+
+
+@pytest.mark.parametrize("scale", ["bf16", "f16"])
+def test_offsets_of_its_zero_points_are_values_of_the_stored_dtype(scale):
+    weight, form = heavy(3), Format("int4", "group", 64, "float", scale=scale)
+    nearest = quantize_tensor(weight, form)
+    found = hqq(weight, nearest)
+    assert not torch.equal(found.zero, nearest.zero) and found.scale.dtype == form.scale_dtype
+    offset = found.scale.float() * found.zero
+    stored = offset.to(form.scale_dtype).float()
+    assert bool(((offset - stored).abs() <= 2**-22 * offset.abs()).all())

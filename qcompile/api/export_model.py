@@ -1,0 +1,226 @@
+"""`export(model, folder, to=..)`: quantize a copy if there is a recipe, and write it in a format that others serve."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from qcompile.api.export_onnx import export_onnx
+from qcompile.api.quantize import quantize
+from qcompile.api.served_formats import check_recipe, check_siblings, fitted
+from qcompile.checkpoint.atomic_folder import atomic_folder
+from qcompile.checkpoint.writers.awq_layout import TARGET as AWQ
+from qcompile.checkpoint.writers.awq_layout import awq_layout
+from qcompile.checkpoint.writers.compressed_tensors_layout import TARGET as COMPRESSED_TENSORS
+from qcompile.checkpoint.writers.compressed_tensors_layout import compressed_layout
+from qcompile.checkpoint.writers.compressed_tensors_proof import can_reopen, prove_compressed
+from qcompile.checkpoint.writers.export_refusals import (
+    ExportError,
+    check_class,
+    check_modules,
+    quantized_linears,
+    require_transformers,
+)
+from qcompile.checkpoint.writers.gguf_blocks import TARGET as GGUF
+from qcompile.checkpoint.writers.gguf_file import write_gguf
+from qcompile.checkpoint.writers.gguf_template import GgufTemplate
+from qcompile.checkpoint.writers.gptq_layout import TARGET as GPTQ
+from qcompile.checkpoint.writers.gptq_layout import gptq_layout
+from qcompile.checkpoint.writers.model_card import write_card
+from qcompile.checkpoint.writers.served_folder import ServedLayout, write_served_folder
+from qcompile.modules.wrappers import unwrapped
+from qcompile.pipeline.find_recipe import find_recipe
+from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.report import PassReport, Report, SiteReport
+from qcompile.recipe.rule import RecipeError
+
+ENGINES = {
+    "vllm": COMPRESSED_TENSORS,
+    "sglang": COMPRESSED_TENSORS,
+    "transformers": COMPRESSED_TENSORS,
+    "llama.cpp": GGUF,
+}
+"""Programs that serve models -> the format that is written for them."""
+
+
+@dataclass
+class Job:
+    """One export.
+
+    Attributes:
+        model: quantized.
+        work: the folder to write into.
+        tokenizer: saved beside it, or None.
+        template: (gguf) what the file is made after, read before any work; else None.
+        shard: the largest size of one file.
+        report: of the export; filled in.
+    """
+
+    model: Any
+    work: Path
+    tokenizer: Any
+    template: GgufTemplate | None
+    shard: int | str
+    report: PassReport
+
+
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    recipe: str | Recipe | dict[str, object] | None = None,
+    batches: Iterable[Any] | None = None,
+    *,
+    to: str = COMPRESSED_TENSORS,
+    tokenizer: Any = None,
+    template: str | Path | None = None,
+    shard: int | str = "5GB",
+    example: Any = None,
+    progress: bool = True,
+) -> Report:
+    """Write a folder that another program serves, with the very codes and scales that were chosen.
+
+    Where the package that reads the format is installed, it reads every weight back before the folder appears, and all
+    are compared bit for bit.
+
+    Args:
+        model: of transformers, float or already quantized; not changed.
+        folder: must not exist, or be empty.
+        recipe: quantize a copy first; None: the model is quantized.
+        batches: calibration data for the recipe.
+        to: "compressed-tensors", "gguf", "gptq" or "awq", or the name of a program: vllm, sglang, transformers,
+            llama.cpp; "onnx" is `export_onnx`.
+        tokenizer: saved beside the model.
+        template: (gguf) a GGUF file of the same model, whose names and metadata are taken.
+        shard: the largest size of one file, in bytes or as "5GB".
+        example: inputs to trace with; transformers' models bring their own.
+        progress: show progress bars and a spinner.
+
+    Returns:
+        The report of the recipe, or of the model as it is; its last pass says what was compared.
+
+    Raises:
+        ValueError: (as ExportError, RecipeError, CheckpointError) what the format cannot say, with the site and the
+            fix, or a folder that cannot be written. Nothing is written then.
+    """
+    target = target_of(to)
+    if template is not None and target != GGUF:
+        raise ExportError(f"export to {target} takes no template, and {template} was given. Fix: drop it, or to='gguf'")
+    _check_shard(shard)
+    if target == "onnx":
+        return export_onnx(model, folder, recipe, batches, example=example, tokenizer=tokenizer, progress=progress)
+    model = unwrapped(model)
+    require_transformers(model)
+    named = None if recipe is None else find_recipe(recipe, model, data=batches is not None)
+    chosen = None if named is None else fitted(named, model)
+    if chosen is not None:
+        check_recipe(chosen, model, target)
+    else:
+        check_modules(model, target)
+    read = _template(template, target)
+    with atomic_folder(folder, 0 if chosen is not None else _size(model)) as work:
+        if chosen is not None:
+            model = copy.deepcopy(model)
+            report = quantize(model, chosen, batches, example=example, progress=progress)
+        else:
+            report = _as_it_is(model)
+        check_modules(model, target)
+        written = PassReport(f"export to {target}", done=list(quantized_linears(model)))
+        if chosen != named:
+            written.notes.append("groups and scales of the preset were fitted to the model, as the formats above say")
+        with Console(stderr=True, quiet=not progress).status("writing and reading back"):
+            WRITERS[target](Job(model, work, tokenizer, read, shard, written))
+        report.passes.append(written)
+        write_card(work, Path(folder), model, report, target)
+    return report
+
+
+def target_of(to: str) -> str:
+    """The format for a program or of its own name. Raises RecipeError if it is unknown."""
+    target = ENGINES.get(to, to)
+    if target not in (*WRITERS, "onnx"):
+        raise RecipeError(f"export to {to!r} is unknown. Fix: use one of {', '.join([*WRITERS, 'onnx', *ENGINES])}")
+    return target
+
+
+def _compressed_tensors(job: Job) -> None:
+    check_class(job.model, COMPRESSED_TENSORS)
+    check_siblings(job.model, COMPRESSED_TENSORS)
+    tensors, config, schemes = compressed_layout(job.model)
+    write_served_folder(
+        job.model, ServedLayout(COMPRESSED_TENSORS, tensors, config), job.work, job.tokenizer, job.shard
+    )
+    if can_reopen():
+        count = prove_compressed(job.work, job.model, schemes)
+        job.report.notes.append(f"{count} weights read back by compressed-tensors, equal bit for bit")
+    else:
+        job.report.notes.append("not read back: compressed-tensors is not installed (torch-qcompile[serve])")
+
+
+def _gguf(job: Job) -> None:
+    check_class(job.model, GGUF)
+    assert job.template is not None
+    count = write_gguf(job.model, job.template, job.work / "model.gguf")
+    job.report.notes.append(f"{count} weights read back by gguf, equal (Q4_1: but for one rounding of float32)")
+
+
+def _gptq(job: Job) -> None:
+    _write_layout(job, gptq_layout(job.model))
+
+
+def _awq(job: Job) -> None:
+    _write_layout(job, awq_layout(job.model))
+
+
+def _write_layout(job: Job, layout: ServedLayout) -> None:
+    """A layout whose readers run on GPUs only: its bytes are read back, and no other package reads them."""
+    check_class(job.model, layout.target)
+    write_served_folder(job.model, layout, job.work, job.tokenizer, job.shard)
+    job.report.notes.append(f"the files are what was written; no program that reads {layout.target} ran here")
+
+
+WRITERS: dict[str, Callable[[Job], None]] = {
+    COMPRESSED_TENSORS: _compressed_tensors,
+    GGUF: _gguf,
+    GPTQ: _gptq,
+    AWQ: _awq,
+}
+"""Format -> what writes it."""
+
+
+def _template(path: str | Path | None, target: str) -> GgufTemplate | None:
+    """The template of a GGUF file, read. Raises ExportError if it is missing."""
+    if target == GGUF and path is None:
+        raise ExportError("export to gguf needs a template. Fix: give template=<a GGUF file of the same model>")
+    return None if path is None else GgufTemplate(Path(path))
+
+
+def _check_shard(shard: int | str) -> None:
+    """Refuse a size that is none. Raises ExportError."""
+    text = str(shard).strip()
+    if re.fullmatch(r"[1-9]\d*|[1-9]\d*(\.\d+)?\s*[KMGTkmgt]?[Bb]", text) is None:
+        raise ExportError(f"shard is {shard!r}, which is no size of a file. Fix: give bytes, or a text as '5GB'")
+
+
+def _size(model: nn.Module) -> int:
+    """Bytes of all tensors of a model."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _as_it_is(model: nn.Module) -> Report:
+    """The report of a model that was quantized before."""
+    recipe = getattr(model, "qcompile_recipe", None)
+    report = Report(recipe["name"] if isinstance(recipe, dict) and "name" in recipe else "as it is")
+    for path, linear in quantized_linears(model).items():
+        size = 2 * linear.out_features * linear.in_features
+        site = SiteReport(f"{path}.weight", linear.out_features, linear.in_features, bytes_before=size)
+        stored = sum(part.nbytes for part in (linear.codes, linear.scale, linear.zero) if part is not None)
+        site.set_quantized(linear.format, linear.act, stored)
+        report.sites.append(site)
+    return report
