@@ -18,13 +18,17 @@ from qcompile.numerics.qtensor import dequantize_codes, unpack_codes
 def lower_rest(program: Program) -> None:
     """Lower the calls that no kernel took, for Inductor to fuse; in place.
 
-    These are quantize (int8, per token), hadamard and dequantize; other formats of quantize stay calls of the dialect.
+    These are quantize (int8 per token; 4 and 8 bits with zero points per token), hadamard and dequantize; other formats
+    of quantize stay calls of the dialect.
     """
     for node in list(program.graph.nodes):
         if QuantizeCall.matches(node) and node.users:
             quantize = QuantizeCall.of(node)
             if quantize.format == "int8/row":
                 replace_quantize(node, *program.inline(quantize_int8_rows, (quantize.x,), before=node))
+            elif quantize.format in ("int4/row/zero", "int8/row/zero"):
+                rows = functools.partial(quantize_rows_with_zero, largest=Format.parse(quantize.format).qmax)
+                replace_quantize(node, *program.inline(rows, (quantize.x,), before=node))
         elif HadamardCall.matches(node):
             transform = HadamardCall.of(node)
             node.replace_all_uses_with(program.inline(hadamard, (transform.x, transform.signs), before=node))
@@ -35,12 +39,12 @@ def lower_rest(program: Program) -> None:
             node.replace_all_uses_with(program.inline(run, stored, before=node))
 
 
-def replace_quantize(node: fx.Node, codes: fx.Node, scale: fx.Node) -> None:
-    """Let consumers of a quantize without zero point read `codes` and `scale` instead."""
+def replace_quantize(node: fx.Node, *parts: fx.Node) -> None:
+    """Let consumers of a quantize read codes, scale and, where there is one, zero point from other nodes instead."""
     for user in list(node.users):
         index = user.args[1] if user.target is operator.getitem else None
-        if isinstance(index, int) and index < 2:
-            user.replace_all_uses_with((codes, scale)[index])
+        if isinstance(index, int) and index < len(parts):
+            user.replace_all_uses_with(parts[index])
 
 
 def inline_qlinear(program: Program, node: fx.Node, call: QLinearCall) -> fx.Node:
@@ -103,3 +107,13 @@ def quantize_int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = wide.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
     return (wide / scale).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def quantize_rows_with_zero(x: Tensor, *, largest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [.., K] -> uint8 codes 0 .. largest, float32 scales and zero points [.., 1]: as qcompile::quantize, in ATen."""
+    wide = x.float().contiguous()
+    low, high = wide.amin(-1, keepdim=True).clamp_max(0), wide.amax(-1, keepdim=True).clamp_min(0)
+    scale = (high - low) / largest
+    scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
+    zero = (-low / scale).round().clamp(0, largest)
+    return ((wide / scale).round() + zero).clamp(0, largest).to(torch.uint8), scale, zero

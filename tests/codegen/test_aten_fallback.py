@@ -20,6 +20,15 @@ def test_activation_codes_are_the_reference():
     assert torch.equal(codes, want[0]) and torch.equal(scale, want[1])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shift", [-5.0, 0.0, 0.3, 5.0])
+def test_codes_with_a_zero_point_are_the_reference(bits, shift):
+    x = torch.cat([torch.randn(5, 24) + shift, torch.zeros(1, 24)])
+    want = torch.ops.qcompile.quantize(x, f"int{bits}/row/zero")
+    found = aten_fallback.quantize_rows_with_zero(x, largest=2**bits - 1)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 def test_a_row_of_zeros_has_a_scale_of_one():
     codes, scale = aten_fallback.quantize_int8_rows(torch.zeros(2, 8))
     assert not codes.any() and scale.tolist() == [[1.0], [1.0]]

@@ -13,6 +13,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "rows.h"
 
@@ -151,6 +152,15 @@ inline void load_scales(const Scales& from, i64 batch, i64 head, i64 first, i64 
   }
 }
 
+// Calls with a constant, so that what is kept of each row stays in registers.
+template <class Call>
+inline void with_rows(int rows, const Call& call) {
+  if (rows == 4) call(std::integral_constant<int, 4>());
+  else if (rows == 3) call(std::integral_constant<int, 3>());
+  else if (rows == 2) call(std::integral_constant<int, 2>());
+  else call(std::integral_constant<int, 1>());
+}
+
 // Keys first .. last of `k`, of which the mask counts from `offset`.
 template <Element E>
 void attend(const Attention& a, const Keys& k, i64 batch, i64 shared_head, i64 first, i64 last, i64 offset, const Queries& q,
@@ -164,15 +174,16 @@ void attend(const Attention& a, const Keys& k, i64 batch, i64 shared_head, i64 f
     if constexpr (coded) load_scales(k.key_scales, batch, shared_head, key, count, scale, zero);
     for (i64 j = 0; j < count; j++) {
       const void* from = row_of<E>(k.key, batch, shared_head, key + j);
-      for (int r = 0; r < rows; r += 4) {
-        const int some = std::min(4, rows - r);
-        Floats sums[4] = {floats(0), floats(0), floats(0), floats(0)};
-        for (i64 d = 0; d < a.width; d += 16) {
-          const Floats x = load16<E>(from, d);
-          for (int i = 0; i < some; i++) multiply_add(sums[i], x, load_floats(q.query[r + i] + d));
-        }
-        for (int i = 0; i < some; i++) scores[r + i][j] = sum_of(sums[i]);
-      }
+      for (int r = 0; r < rows; r += 4)
+        with_rows(std::min(4, rows - r), [&](auto some) {
+          Floats sums[some];
+          EACH(int i = 0; i < some; i++) sums[i] = floats(0);
+          for (i64 d = 0; d < a.width; d += 16) {
+            const Floats x = load16<E>(from, d);
+            EACH(int i = 0; i < some; i++) multiply_add(sums[i], x, load_floats(q.query[r + i] + d));
+          }
+          EACH(int i = 0; i < some; i++) scores[r + i][j] = sum_of(sums[i]);
+        });
       if constexpr (coded)
         for (int r = 0; r < rows; r++) scores[r][j] = scale[j] * (scores[r][j] - zero[j] * q.sum[r]) + q.bias[r];
     }
@@ -204,16 +215,16 @@ void attend(const Attention& a, const Keys& k, i64 batch, i64 shared_head, i64 f
       }
     }
     for (i64 d = 0; d < a.value_width; d += 16)
-      for (int r = 0; r < rows; r += 4) {
-        const int some = std::min(4, rows - r);
-        Floats sums[4];
-        for (int i = 0; i < some; i++) sums[i] = load_floats(part.values + (r + i) * a.value_width + d);
-        for (i64 j = 0; j < count; j++) {
-          const Floats value = load16<E>(row_of<E>(k.value, batch, shared_head, key + j), d);
-          for (int i = 0; i < some; i++) multiply_add(sums[i], value, floats(scores[r + i][j]));
-        }
-        for (int i = 0; i < some; i++) store_floats(part.values + (r + i) * a.value_width + d, sums[i]);
-      }
+      for (int r = 0; r < rows; r += 4)
+        with_rows(std::min(4, rows - r), [&](auto some) {
+          Floats sums[some];
+          EACH(int i = 0; i < some; i++) sums[i] = load_floats(part.values + (r + i) * a.value_width + d);
+          for (i64 j = 0; j < count; j++) {
+            const Floats value = load16<E>(row_of<E>(k.value, batch, shared_head, key + j), d);
+            EACH(int i = 0; i < some; i++) multiply_add(sums[i], value, floats(scores[r + i][j]));
+          }
+          EACH(int i = 0; i < some; i++) store_floats(part.values + (r + i) * a.value_width + d, sums[i]);
+        });
   }
 }
 
