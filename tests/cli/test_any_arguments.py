@@ -132,7 +132,7 @@ def test_brackets_in_names_come_out_whole(name, nothing_is_loaded, tmp_path):
     for words, command in COMMANDS.items():
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         if arguments and words[0] != "kernels" and not (tmp_path / name).exists():
-            rest = ["new"] if len(arguments) > 1 else []
+            rest = ["new.pt2" if words == ("package",) else "new"] if len(arguments) > 1 else []
             rest += ["--prompt", "x"] if words[0] == "generate" else []
             code, _, lines = run(*words, f"/no/{name}", *rest)
             assert code == 2 and (name in lines[-1] or REACHED in lines[-1]), (words, lines)
