@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qcompile.backend.ahead_of_time import compile_ahead
 from qcompile.backend.cached_graph import capture_step
@@ -19,6 +19,7 @@ from qcompile.backend.dynamo import compile_program
 from qcompile.backend.options import Options
 from qcompile.codegen.cpu.native_kernels import start_loading_native_kernels
 from qcompile.modules.kv_cache import QuantizedLayer
+from qcompile.modules.kv_states import PerTokenStates
 
 
 class DecodeStep:
@@ -37,19 +38,17 @@ class DecodeStep:
         """
         start_loading_native_kernels()
         graph = capture_step(model)
-        self._floats = [[part.shape for part in getattr(layer, "floats", [])] for layer in graph.cache.layers]
-        self._quantized = [isinstance(layer, QuantizedLayer) for layer in graph.cache.layers]
+        self._cache = graph.cache
         self.program, self.report = compile_program(graph.program, graph.inputs, options)
         self._graph = compile_ahead(self.program, options.inductor)  # whose weights the library reads where they are
         self._run = self._graph.open()
 
     def takes(self, cache: Cache) -> bool:
-        """Whether the layers of a cache are those that the step reads."""
-        layers = cache.layers
-        kinds = [isinstance(layer, QuantizedLayer) for layer in layers]
-        used = {getattr(layer, "used", 0) for layer in layers}  # those that do not grow in place have no count
-        floats = [[part.shape for part in layer.floats] for layer in layers] if 0 not in used else None
-        return kinds == self._quantized and floats == self._floats and len(used) == 1
+        """Whether the layers of a cache hold what the step reads: a caller's own may have another format."""
+        used = {getattr(layer, "used", 0) for layer in cache.layers}  # those that do not grow in place have no count
+        if len(cache.layers) != len(self._cache.layers) or len(used) != 1 or 0 in used:
+            return False
+        return all(_reads_as(one, like) for one, like in zip(cache.layers, self._cache.layers, strict=True))
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, buffers: Sequence[Tensor]) -> list[Tensor]:
         """Run the step.
@@ -65,3 +64,16 @@ class DecodeStep:
         """
         found: list[Tensor] = self._run([ids, positions, mask, *buffers])
         return found
+
+
+def _reads_as(layer: CacheLayerMixin, like: CacheLayerMixin) -> bool:
+    """Whether the buffers of a layer mean what those of another do."""
+    if isinstance(like, QuantizedLayer):
+        if not isinstance(layer, QuantizedLayer) or layer.dtype != like.dtype:
+            return False
+        states = (layer.own_keys, like.own_keys), (layer.own_values, like.own_values)
+        return all(isinstance(own, PerTokenStates) and own.reads_as(other) for own, other in states)
+    if isinstance(layer, QuantizedLayer):
+        return False
+    pairs = (layer.keys, like.keys), (layer.values, like.values)
+    return all((a.dtype, a.shape[1], a.shape[3]) == (b.dtype, b.shape[1], b.shape[3]) for a, b in pairs)

@@ -7,6 +7,7 @@ each region is traced on its own, below, and takes its own place.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,7 +76,7 @@ def _insert(
                 for old, new in zip(outputs, node.args[0], strict=True):
                     old.replace_all_uses_with(memo[new])
             elif node.op == "get_attr":
-                name = f"_vmap_constant_{len(graph_module.graph.nodes)}"
+                name = next(n for i in itertools.count() if not hasattr(graph_module, n := f"_vmap_constant_{i}"))
                 graph_module.register_buffer(name, getattr(traced, str(node.target)))
                 memo[node] = graph_module.graph.get_attr(name)
             elif node.op != "placeholder":

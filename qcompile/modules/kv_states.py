@@ -111,6 +111,14 @@ class PerTokenStates:
         most = torch.finfo(torch.float16).max
         return pack_codes(codes, self.format), scale.clamp(max=most).half(), zero.to(torch.uint8)
 
+    def reads_as(self, other: States) -> bool:
+        """Whether codes of this mean what they mean in another: format, rotation, center, and float first tokens."""
+        if not isinstance(other, PerTokenStates) or (self.center is None) != (other.center is None):
+            return False
+        same = (self.format, self.hadamard, self.width) == (other.format, other.hadamard, other.width)
+        centered = self.center is None or other.center is None or torch.equal(self.center, other.center)
+        return same and centered and self.sinks.length == other.sinks.length
+
     def read(self, dtype: torch.dtype) -> Tensor:
         """All tokens, dequantized, [B, H, S, D]."""
         tokens = [self.sinks.read().to(dtype)] if self.sinks.length else []

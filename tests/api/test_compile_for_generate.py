@@ -11,6 +11,7 @@ from transformers import MistralForCausalLM as Mistral
 
 import qcompile
 from qcompile.generation.growing_cache import GrowingLayer
+from qcompile.modules.kv_cache import KVCache
 from qcompile.passes import Fuse, Quantize, QuantizeKV
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError
@@ -182,6 +183,25 @@ def test_the_step_reads_codes_of_a_quantized_cache(passes):
     assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
     short = generated(compiled, ids[:, :2], do_sample=False)  # all tokens still float: decoded by the compiled forward
     assert torch.equal(short, generated(plain, ids[:, :2], do_sample=False))
+
+
+@pytest.mark.slow
+def test_a_cache_of_the_caller_that_means_something_else_is_read_as_it_is():
+    """Codes of other bits, other rotations or other centers have the shapes of those that the step reads, or nearly."""
+    plain, ids = llama(), torch.randint(90, (1, 8))
+    qcompile.quantize(plain, Recipe("kv", (QuantizeKV(8), Quantize(), Fuse())), progress=False, verify=False)
+    compiled = copy.deepcopy(plain)
+    qcompile.compile_for_generate(compiled, **OPTIONS)
+    others = KVCache(8), KVCache(4), KVCache(8, hadamard=True), KVCache(8, centers=[torch.randn(2, 16)] * 2)
+    for own in (*others, KVCache(8, sink_tokens=2), DynamicCache(config=plain.config)):
+        logits = []
+        for model in (plain, compiled):
+            cache = copy.deepcopy(own)
+            with torch.no_grad():
+                model(input_ids=ids[:, :6], past_key_values=cache, use_cache=True)
+                step = [model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True) for i in (6, 7)]
+            logits.append(torch.cat([out.logits for out in step]))
+        assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cache_with_static_scales_has_no_step():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.checkpoint.writers.export_refusals import quantized_linears, refuse
-from qcompile.checkpoint.writers.float_tensors import model_dtype
+from qcompile.checkpoint.writers.float_tensors import SHORT, model_dtype
 from qcompile.checkpoint.writers.int32_words import pack_words, unsigned_stream, words
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.format import Format
@@ -27,7 +27,6 @@ from qcompile.numerics.format import Format
 TARGET = "compressed-tensors"
 _VERSION = "0.17.0"  # of the format: the oldest whose schema this is
 _STRATEGIES = {"row": "channel", "tensor": "tensor", "group": "group"}
-_SHORT = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 Scheme = dict[str, Any]
 """One entry of config_groups without its targets: weights, input_activations, output_activations, format."""
@@ -48,8 +47,8 @@ def scheme_of(site: str, form: Format, act: Format | None, columns: int, dtype: 
     """
     _check_weight(site, form, columns)
     kind = _kind(site, form, act)
-    if kind == "pack-quantized" and dtype in _SHORT and form.scale != _SHORT[dtype]:
-        text = f"{str(form).removesuffix(f'/{form.scale}')}/{_SHORT[dtype]}"
+    if kind == "pack-quantized" and dtype in SHORT and form.scale != SHORT[dtype]:
+        text = f"{str(form).removesuffix(f'/{form.scale}')}/{SHORT[dtype]}"
         what = f"scales of {form} that a {str(dtype).removeprefix('torch.')} model stores in its own dtype"
         refuse(TARGET, site, what, f"quantize to {text}, or export a float32 model")
     weights = _arguments(form, dynamic=False) | {"strategy": _STRATEGIES[form.per]}

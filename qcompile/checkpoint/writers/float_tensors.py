@@ -9,6 +9,9 @@ from torch import Tensor
 
 from qcompile.checkpoint.writers.export_refusals import quantized_linears, refuse
 
+SHORT = {torch.bfloat16: "bf16", torch.float16: "f16"}
+"""A model's dtype of 16 bits -> its name as `Format.scale`."""
+
 
 def float_tensors(model: Any, target: str) -> dict[str, Tensor]:
     """Everything but the quantized linears, each once, on the CPU.

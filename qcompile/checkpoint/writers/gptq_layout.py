@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.checkpoint.writers.export_refusals import quantized_linears, refuse
-from qcompile.checkpoint.writers.float_tensors import model_dtype
+from qcompile.checkpoint.writers.float_tensors import SHORT, model_dtype
 from qcompile.checkpoint.writers.int32_words import pack_words, unsigned_stream, words
 from qcompile.checkpoint.writers.served_folder import ServedLayout
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.format import Format
 
 TARGET = "gptq"
-SHORT = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _LANES = 32  # channels that a word may hold a part of
 
 
