@@ -26,7 +26,7 @@ _DEFAULTS = {
     "aot_inductor.enable_line_tables": False,
     "aot_inductor.enable_frame_pointer": False,
 }
-"""The wrapper only calls, in one function of thousands of lines: docs/design/package.md has what g++ needs for it."""
+"""The wrapper only calls, in one function of thousands of lines: docs/design/package.md says what each flag costs."""
 
 
 @dataclass(frozen=True)
