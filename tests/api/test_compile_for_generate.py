@@ -16,6 +16,9 @@ from qcompile.passes import Fuse, Quantize, QuantizeKV
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError
 
+# No codes of activations: there a last bit, which is another in a compiled graph, decides between two of them. It does so
+# in a cache too, where it moves the logits by 1e-4; codes that are read as something else move them by more than 1e-2.
+WEIGHTS = Quantize("int4/group32/zero", None)
 OPTIONS = {"verify": False, "on_slow_kernel": "quantize"}
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 90}
 
@@ -23,6 +26,11 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 def llama():
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).eval()
+
+
+def relative(want, got):
+    """The distance between two runs, as a share of the first."""
+    return float((got - want).norm() / want.norm())
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +123,9 @@ def test_what_reads_a_compiled_model_reads_the_model_itself(models, how, tmp_pat
     assert exported.metrics["onnx relative error"] < 1e-5
     assert len(qcompile.verify_model(compiled, example).sites) == 15
     qcompile.save(compiled, tmp_path / "saved")
+    step = getattr(compiled.forward, "step", None)
+    qcompile.export_onnx(compiled, tmp_path / "decoder", progress=False)
+    assert getattr(compiled.forward, "step", None) is step  # not made again for the weights of an export
 
 
 @pytest.mark.slow
@@ -167,7 +178,7 @@ def test_other_models(make, recipe):
 @pytest.mark.parametrize("passes", [(QuantizeKV(8),), (QuantizeKV(4, hadamard=True, sink_tokens=4),)], ids=["8", "4"])
 def test_the_step_reads_codes_of_a_quantized_cache(passes):
     plain = llama()
-    qcompile.quantize(plain, Recipe("kv", (*passes, Quantize(), Fuse())), progress=False, verify=False)
+    qcompile.quantize(plain, Recipe("kv", (*passes, WEIGHTS, Fuse())), progress=False, verify=False)
     compiled = copy.deepcopy(plain)
     report = qcompile.compile_for_generate(compiled, **OPTIONS)
     assert report.metrics["decode steps"] == 1, report.breaks
@@ -180,7 +191,7 @@ def test_the_step_reads_codes_of_a_quantized_cache(passes):
             rest = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in (5, 6)]
         logits.append(torch.cat(rest))
         assert cache.get_seq_length() == 7
-    assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
+    assert relative(*logits) < 2e-3
     short = generated(compiled, ids[:, :2], do_sample=False)  # all tokens still float: decoded by the compiled forward
     assert torch.equal(short, generated(plain, ids[:, :2], do_sample=False))
 
@@ -189,7 +200,7 @@ def test_the_step_reads_codes_of_a_quantized_cache(passes):
 def test_a_cache_of_the_caller_that_means_something_else_is_read_as_it_is():
     """Codes of other bits, other rotations or other centers have the shapes of those that the step reads, or nearly."""
     plain, ids = llama(), torch.randint(90, (1, 8))
-    qcompile.quantize(plain, Recipe("kv", (QuantizeKV(8), Quantize(), Fuse())), progress=False, verify=False)
+    qcompile.quantize(plain, Recipe("kv", (QuantizeKV(8), WEIGHTS, Fuse())), progress=False, verify=False)
     compiled = copy.deepcopy(plain)
     qcompile.compile_for_generate(compiled, **OPTIONS)
     others = KVCache(8), KVCache(4), KVCache(8, hadamard=True), KVCache(8, centers=[torch.randn(2, 16)] * 2)
@@ -201,7 +212,7 @@ def test_a_cache_of_the_caller_that_means_something_else_is_read_as_it_is():
                 model(input_ids=ids[:, :6], past_key_values=cache, use_cache=True)
                 step = [model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True) for i in (6, 7)]
             logits.append(torch.cat([out.logits for out in step]))
-        assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
+        assert relative(*logits) < 2e-3, type(own).__name__
 
 
 def test_a_cache_with_static_scales_has_no_step():

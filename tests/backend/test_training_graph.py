@@ -47,10 +47,10 @@ class Wrapped(nn.Module):
         return self.inner(x)
 
 
-def train(model, parameters, steps=3):
+def train(model, parameters, x, steps=3):
     optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9)
     for _ in range(steps):
-        loss = functional.cross_entropy(model(X), TARGET)
+        loss = functional.cross_entropy(model(x), TARGET)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -62,15 +62,16 @@ def compiled(model, recipe="int4-train", **options):
 
 
 def test_it_is_the_run_of_a_model_that_was_prepared():
-    model = Net()
+    """In float64: in float32 the last bit of an activation, which Inductor adds up otherwise, picks another code."""
+    model, x = Net().double(), X.double()
     prepared = copy.deepcopy(model)
-    qcompile.train(prepared, QUANTILE, example=X, progress=False)
+    qcompile.train(prepared, QUANTILE, example=x, progress=False)
     run = compiled(model)
-    train(run, model.parameters())
-    train(prepared, prepared.parameters())
+    train(run, model.parameters(), x)
+    train(prepared, prepared.parameters(), x)
     expected = dict(prepared.named_parameters())
     for name, parameter in model.named_parameters():
-        assert torch.allclose(parameter, expected[name], rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(parameter, expected[name], rtol=1e-10, atol=1e-10), name
     report = dynamo.reports[-1]
     assert {site.name for site in report.sites if site.weight == "int4/tensor"} == {"conv.weight", "hidden.weight"}
     assert not any(name.endswith("gamma") for name in model.state_dict()), "no state in the model"

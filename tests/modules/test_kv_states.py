@@ -48,3 +48,26 @@ def test_sizes():
     assert sum(t.nbytes for t in channels.tensors) == x.numel()
     # two float tokens; five of 16 codes in 8 bytes, a float16 scale and a byte of zero point
     assert sum(t.nbytes for t in tokens.tensors) == 5 * 3 * (2 * 16 * 4 + 5 * (8 + 2 + 1))
+
+
+def states(bits=8, hadamard=False, center=None, sinks=0, tokens=4):
+    one = PerTokenStates(Format.parse(f"int{bits}/row/zero"), sinks, hadamard, center)
+    one.append(torch.randn(1, 2, tokens, 16))
+    return one
+
+
+CENTERS = torch.full((2, 16), 0.5), torch.full((2, 16), 0.25)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"bits": 4}, {"hadamard": True}, {"center": CENTERS[0]}, {"sinks": 2}],
+    ids=["bits", "rotation", "center", "float tokens"],
+)
+def test_codes_of_another_meaning_are_not_read_as_ones_own(other):
+    assert states().reads_as(states()) and states(**other).reads_as(states(**other, tokens=6))
+    assert not states().reads_as(states(**other)) and not states(**other).reads_as(states())
+
+
+def test_another_center_is_another_meaning():
+    assert not states(center=CENTERS[0]).reads_as(states(center=CENTERS[1]))
