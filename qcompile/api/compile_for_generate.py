@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from qcompile.backend.options import Options
+from qcompile.modules.cache_argument import NAMES, cache_name, given_cache, returned_cache
 from qcompile.recipe.report import Report
 from qcompile.recipe.rule import RecipeError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from qcompile.backend.decode_step import DecodeStep
 
 _PLAIN = frozenset(
-    ("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep")
+    (*NAMES, "input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep")
 )
 """Arguments of a forward that the step knows; with any other the model runs as torch.compile has it."""
 
@@ -95,7 +96,7 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _wants_eager():
             return self.eager(*args, **kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         if self.step is None or args or torch.is_grad_enabled() or cache is None:
             return self.compiled(*args, **kwargs)
         ids = kwargs.get("input_ids")
@@ -154,7 +155,7 @@ class _Forward:
         ops.append_rows([part for own in buffers for part in own], rows, cache.layers[0].used)
         for layer in cache.layers:
             layer.advance(1)
-        output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(logits=logits, **{cache_name(): cache})
         return output if kwargs.get("return_dict", True) is not False else output.to_tuple()
 
     def _make_step(self) -> Report:
@@ -184,7 +185,7 @@ class _Forward:
     def _cache(self) -> Any:
         with torch.no_grad(), _forward_of(self.model, self.eager):  # with its hooks, which may quantize the cache
             found = self.model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True)
-        cache = getattr(found, "past_key_values", None)
+        cache = returned_cache(found)
         return cache if hasattr(cache, "layers") else None
 
     def _weight_versions(self) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ from qcompile.codegen.cpu.native_kernels import load_native_kernels, start_loadi
 from qcompile.ir.call_tree import CallTree, tensors_of
 from qcompile.ir.capture import output_as_captured
 from qcompile.memory.atomic_file import check_writable
+from qcompile.modules.cache_argument import returned_cache
 from qcompile.modules.generation_hooks import hooks_of
 from qcompile.modules.training_module import refuse_training
 from qcompile.recipe.recipe import Recipe
@@ -140,7 +141,7 @@ def _obstacle(model: nn.Module) -> str | None:
     """Why a causal LM's cache cannot be read by a step; None if it can."""
     from qcompile.generation.growing_cache import obstacle_to_growing
 
-    cache = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
+    cache = returned_cache(model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True))
     if not hasattr(cache, "layers"):
         return "it returns no cache of keys and values"
     return obstacle_to_growing(cache)

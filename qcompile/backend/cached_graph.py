@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qcompile.ir.capture import from_exported, quiet_frontends
 from qcompile.ir.program import Program
+from qcompile.modules.cache_argument import returned_cache, with_cache
 from qcompile.modules.kv_cache import QuantizedLayer
 from qcompile.modules.step_cache import step_cache
 
@@ -75,7 +76,7 @@ def _cache(model: nn.Module) -> Cache:
     tokens = 2
     while True:
         with torch.no_grad():
-            cache = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+            cache = returned_cache(model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True))
         quantized = [layer for layer in cache.layers if isinstance(layer, QuantizedLayer)]
         if tokens > 2 or all(layer.used for layer in quantized):
             return cache
@@ -113,5 +114,6 @@ class _Reading(nn.Module):
         more: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
         if self.takes_last:
             more["logits_to_keep"] = 1
-        out = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
+        more |= {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+        out = self.model(**with_cache(self.model, more, cache))
         return out.logits[:, -1:], [part for layer in cache.layers for part in layer.new]

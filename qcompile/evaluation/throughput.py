@@ -21,6 +21,7 @@ from qcompile.api.compile_for_generate import compile_for_generate
 from qcompile.backend import dynamo as backend
 from qcompile.memory.atomic_file import write_whole
 from qcompile.memory.environment import versions
+from qcompile.modules.cache_argument import cache_name, returned_cache
 from qcompile.pipeline.find_recipe import find_recipe
 
 
@@ -65,7 +66,7 @@ def time_models(
     """Prefill a prompt and decode tokens greedily with each model, interleaved.
 
     Args:
-        models: name -> module or compiled module with the `(input_ids, past_key_values)` interface of a causal LM. The
+        models: name -> module or compiled module with the `(input_ids, cache)` interface of a causal LM. The
             first call of each compiles and is not counted.
         ids: the prompt, int64 [1, T].
         new: tokens to decode.
@@ -106,7 +107,7 @@ def time_text(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[f
         start = time.perf_counter()
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         prefill = time.perf_counter() - start
-        for layer in getattr(out.past_key_values, "layers", ()):
+        for layer in getattr(returned_cache(out), "layers", ()):
             # Inductor's prefill returns transposed views as caches, its decode steps dense ones: without this it would
             # compile decoding twice.
             layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
@@ -114,7 +115,7 @@ def time_text(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[f
         for _ in range(new):
             token = out.logits[:, -1:].argmax(-1)
             start = time.perf_counter()
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            out = model(input_ids=token, use_cache=True, logits_to_keep=1, **{cache_name(): returned_cache(out)})
             decode.append(time.perf_counter() - start)
     return prefill, decode
 

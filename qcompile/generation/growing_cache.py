@@ -1,6 +1,6 @@
 """A KV cache in buffers with room: a new token is written behind the others, nothing is copied.
 
-transformers' DynamicCache (5.23) makes a new tensor of the whole past for each token. A GrowingLayer is a DynamicLayer,
+transformers' DynamicCache (5.24) makes a new tensor of the whole past for each token. A GrowingLayer is a DynamicLayer,
 so beams, cropping, copies and reordering work as they do there; it holds a view of a buffer that grows by half.
 """
 
@@ -72,7 +72,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
         """A layer with the same keys and values."""
         grown = GrowingLayer()
         if layer.is_initialized and layer.keys.numel():
-            grown.dtype, grown.device, grown.is_initialized = layer.dtype, layer.device, True
+            grown.dtype, grown.device, grown.is_initialized = layer.keys.dtype, layer.keys.device, True
             grown.keys, grown.values = layer.keys, layer.values
         return grown
 
@@ -155,7 +155,7 @@ def as_dynamic(cache: Cache) -> None:
             continue
         plain = DynamicLayer()
         if layer.get_seq_length():
-            plain.dtype, plain.device, plain.is_initialized = layer.dtype, layer.device, True
+            plain.dtype, plain.device, plain.is_initialized = layer.keys.dtype, layer.keys.device, True
             plain.keys, plain.values = layer.keys, layer.values
         cache.layers[index] = plain
 

@@ -11,6 +11,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qcompile.generation.growing_cache import GrowingLayer, as_growing, obstacle_to_growing
+from qcompile.modules.cache_argument import cache_name
 
 Graph = Callable[[list[Tensor]], list[Tensor]]
 """ids, positions, mask, keys and values of each layer -> logits, new keys and values; backend/cached_graph.py."""
@@ -63,6 +64,7 @@ class PackagedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc] 
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 1,
@@ -75,7 +77,8 @@ class PackagedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc] 
             input_ids: int64 [1, N].
             attention_mask: 0 at padding, [1, T + N]; None for no padding.
             position_ids: int64 [1, N]; None counts tokens.
-            past_key_values: a DynamicCache of T tokens; None for none.
+            cache: a DynamicCache of T tokens; None for none.
+            past_key_values: the same, as transformers calls it before 5.24.
             use_cache: False: return no cache.
             logits_to_keep: 1.
             return_dict: False: a tuple.
@@ -96,7 +99,8 @@ class PackagedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc] 
                 f"logits_to_keep={logits_to_keep}: a packaged model gives the logits of the last token. Fix: leave it "
                 "at 1, without assisted decoding"
             )
-        cache = DynamicCache() if past_key_values is None else past_key_values
+        cache = past_key_values if cache is None else cache
+        cache = DynamicCache() if cache is None else cache
         past, tokens = cache.get_seq_length(), ids.shape[1]
         self._let_grow(cache, past)
         positions = torch.arange(past, past + tokens)[None] if position_ids is None else position_ids
@@ -105,7 +109,7 @@ class PackagedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc] 
             if tensor.shape != (1, size):
                 raise ValueError(f"{name} is {list(tensor.shape)}, and {tokens} tokens behind {past} need [1, {size}]")
         logits = self._read(ids, positions.long().contiguous(), mask.long().contiguous(), cache, past)
-        output = CausalLMOutputWithPast(logits=logits, past_key_values=None if use_cache is False else cache)
+        output = CausalLMOutputWithPast(logits=logits, **{cache_name(): None if use_cache is False else cache})
         return output.to_tuple() if return_dict is False else output
 
     def _read(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any, past: int) -> Tensor:

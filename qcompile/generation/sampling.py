@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from qcompile.modules.cache_argument import returned_cache, with_cache
+
 Step = Callable[[np.ndarray, Any], tuple[np.ndarray, Any]]
 """Token ids [1, S] int64 and a cache (None: empty) -> logits [1, .., V] and the cache with these tokens."""
 
@@ -89,8 +91,8 @@ def step_function(model: torch.nn.Module) -> Step:
 
     def step(ids: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
         with torch.no_grad():
-            out = model(input_ids=torch.from_numpy(ids), past_key_values=cache, use_cache=True)
-        return out.logits[:, -1:].float().numpy(), out.past_key_values
+            out = model(**with_cache(model, {"input_ids": torch.from_numpy(ids), "use_cache": True}, cache))
+        return out.logits[:, -1:].float().numpy(), returned_cache(out)
 
     return step
 

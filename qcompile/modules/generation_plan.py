@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qcompile.modules.cache_argument import cache_argument, cache_name, returned_cache, with_cache
 from qcompile.modules.generation_hooks import attach
 from qcompile.modules.kv_constants import Centers, Prefix, Scales
 from qcompile.modules.recurrent_layers import recurrent_layers
@@ -142,27 +143,26 @@ def _heads_of_cache(
 ) -> list[tuple[int, int]]:
     """Of every layer. alone: also of a model that fills a cache and does not hand it on, as encoders do."""
     parameters = inspect.signature(model.forward).parameters
-    if "past_key_values" in parameters:
+    if cache_argument(model) is not None:
         from qcompile.modules.kv_cache import KVCache
 
         cache = KVCache(8)
-        with_cache = {**kwargs, "past_key_values": cache}
+        filled = with_cache(model, kwargs, cache)
         if "use_cache" in parameters:
-            with_cache["use_cache"] = True
+            filled["use_cache"] = True
         try:
             with torch.no_grad():
-                out = model(*args, **with_cache)
+                out = model(*args, **filled)
         except Exception as error:  # the model's own, of whatever kind
-            own = with_cache | {"past_key_values": None}
-            reason = _recurrent_states(model, args, own) or (
+            reason = _recurrent_states(model, args, with_cache(model, filled, None)) or (
                 f"{type(model).__name__} does not run with a cache of keys and values only "
                 f"({type(error).__name__}: {error})"
             )
             raise DoesNotFit(reason, f"drop {who}", who) from error
-        if cache.get_seq_length() and (alone or getattr(out, "past_key_values", None) is not None):
+        if cache.get_seq_length() and (alone or returned_cache(out) is not None):
             return cache.heads
     raise DoesNotFit(
-        f"{type(model).__name__} puts nothing into past_key_values, where keys and values are cached",
+        f"{type(model).__name__} puts nothing into {cache_name()}, where keys and values are cached",
         f"drop {who}; torch.compile(model, backend='qcompile') can round them in the graph",
         who,
     )
@@ -172,7 +172,7 @@ def _recurrent_states(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     """What a hybrid model caches beside keys and values, as a reason; "" if it caches nothing else."""
     try:
         with torch.no_grad():
-            layers = model(*args, **kwargs).past_key_values.layers
+            layers = returned_cache(model(*args, **kwargs)).layers
     except Exception:  # it does not run with a cache of its own either
         return ""
     found = recurrent_layers(layers)

@@ -20,6 +20,7 @@ from qcompile.codegen.onnx.tracing.signature import (
     TensorSignature,
     TracedModule,
 )
+from qcompile.modules.cache_argument import returned_cache, with_cache
 from qcompile.modules.kv_constants import Scales
 
 
@@ -27,7 +28,7 @@ class CachedDecoder(TracedModule):
     """A causal LM whose KV cache is a list of tensors.
 
     Args:
-        model: takes input_ids, attention_mask, past_key_values and use_cache, as transformers' models do.
+        model: takes input_ids, attention_mask, a cache and use_cache, as transformers' models do.
         positions: how many tokens it takes at most.
 
     Attributes:
@@ -71,9 +72,10 @@ class CachedDecoder(TracedModule):
             Logits [B, S, V] ([B, 1, V] with `last_logits_only`), and the cache of P + S tokens.
         """
         cache = open_cache(past, self.int8_scales, self.rounds_cache)
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
+        out = self.model(**with_cache(self.model, tokens, cache), use_cache=True)
         logits = out.logits[:, -1:] if self.last_logits_only else out.logits
-        return logits, close_cache(out.past_key_values, self.int8_scales)
+        return logits, close_cache(returned_cache(out), self.int8_scales)
 
     def expand_scales(self, scales: Scales) -> ChannelScales:
         """The scales of a recipe as [G, D] of keys and of values in every layer."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.codegen.onnx.tracing.onnx_support import OnnxUnsupportedError
+from qcompile.modules.cache_argument import cache_name, returned_cache
 from qcompile.modules.recurrent_layers import recurrent_layers
 
 _WITHOUT = "Fix: pass example={'input_ids': ids} for a file without a cache, which reads the whole text in each call"
@@ -31,10 +32,10 @@ def cache_layers(model: nn.Module) -> list[Any]:
                 f"{name} is not called as a causal LM is, with input_ids and use_cache ({type(error).__name__}: "
                 f"{error}). Fix: pass example=, the inputs that it takes"
             ) from error
-    layers = getattr(getattr(out, "past_key_values", None), "layers", None)
+    layers = getattr(returned_cache(out), "layers", None)
     if not layers:
         raise OnnxUnsupportedError(
-            f"{name} returns no keys and values in past_key_values, where a causal LM has its cache. {_WITHOUT}"
+            f"{name} returns no keys and values in {cache_name()}, where a causal LM has its cache. {_WITHOUT}"
         )
     recurrent = [f"layer {index} ({kind})" for index, kind in recurrent_layers(layers).items()]
     if recurrent:
