@@ -8,7 +8,8 @@ logits and the new keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from qcompile.backend.ahead_of_time import compile_ahead
 from qcompile.backend.cached_graph import capture_step
 from qcompile.backend.dynamo import compile_program
+from qcompile.backend.library_calls import OtherStrides, compile_calls, cut_program
 from qcompile.backend.options import Options
 from qcompile.codegen.cpu.native_kernels import start_loading_native_kernels
 from qcompile.modules.kv_cache import QuantizedLayer
@@ -40,8 +42,16 @@ class DecodeStep:
         graph = capture_step(model)
         self._cache = graph.cache
         self.program, self.report = compile_program(graph.program, graph.inputs, options)
+        self._run = self._compile(graph.inputs, options)
+
+    def _compile(self, inputs: list[Tensor], options: Options) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Equal blocks by one library, the rest by others; or the whole by one."""
+        blocked = cut_program(self.program) if options.compile_blocks else None
+        if blocked is not None:
+            with contextlib.suppress(OtherStrides):
+                return compile_calls(self.program, blocked, inputs, options.inductor, compile_ahead)
         self._graph = compile_ahead(self.program, options.inductor)  # whose weights the library reads where they are
-        self._run = self._graph.open()
+        return self._graph.open()
 
     def takes(self, cache: Cache) -> bool:
         """Whether the layers of a cache hold what the step reads: a caller's own may have another format."""

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from qcompile.analysis.facts import Facts
 from qcompile.backend.float_fallback import float_fallback_sites
 from qcompile.backend.inductor import GRAPHS, compile_graph, make_floats_constant, needs_gpu
+from qcompile.backend.inductor_calls import compile_in_blocks
 from qcompile.backend.options import Options
 from qcompile.backend.training_graph import compile_for_training
 from qcompile.codegen.cpu.cpu_lowering import lower_to_cpu
@@ -179,7 +180,11 @@ class _Compiled:
                 node.meta["val"] = lowered.fake_mode.from_tensor(tensor, static_shapes=True)
         examples = [n.meta["val"] for n in lowered.placeholders]
         static = [i for i, n in enumerate(lowered.placeholders) if WEIGHT in n.meta or STATIC in n.meta]
-        call = compile_graph(lowered.graph_module, examples, self.options.inductor, static)
+        patches, cut = self.options.inductor, self.options.compile_blocks and not self.options.inductor.get(GRAPHS)
+        if cut:
+            call = compile_in_blocks(lowered.graph_module, examples, patches, static, compile_graph)
+        else:
+            call = compile_graph(lowered.graph_module, examples, patches, static)
         models = [weakref.ref(args[index]) for index in list(versions)[:1]]
         made = _Variant(versions, models, order, call, lowered.alive)
         addresses = [address for address, _ in versions.values()]

@@ -16,6 +16,7 @@ OPTIONS = {
     "verify": "certify exact passes on the first inputs; default True",
     "on_slow_kernel": "'keep_float' (default): a site stays float where no kernel reaches float speed; or 'quantize'",
     "rows": "rows of x that 'keep_float' compares kernels at (in decoding the batch); default: those of the first call",
+    "compile_blocks": "compile equal blocks of a graph once, and call that for each; default True; on CPUs",
     "mode": "'reduce-overhead' runs every graph as a CUDA graph, which needs a GPU; also as torch.compile(mode=...)",
     "inductor": "options passed on to Inductor",
     "dump": "folder for the graph before and after every pass, as text with diffs; of the graph compiled last",
@@ -34,6 +35,7 @@ class Options:
         rows: M at which kernels are compared; None: that of the first call.
         inductor: options of Inductor.
         dump: folder for graphs before and after every pass.
+        compile_blocks: whether equal blocks of a graph are compiled once.
     """
 
     recipe: Recipe
@@ -43,6 +45,7 @@ class Options:
     rows: int | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
     dump: str | None = None
+    compile_blocks: bool = True
 
     @staticmethod
     def read(options: dict[str, Any] | None) -> Options:
@@ -71,6 +74,9 @@ class Options:
             raise RecipeError(
                 f"option rows={rows!r} is no integer of at least 1. Fix: give M, as 8 for decoding a batch of 8"
             )
+        compile_blocks = given.get("compile_blocks", True)
+        if not isinstance(compile_blocks, bool):
+            raise RecipeError(f"option compile_blocks={compile_blocks!r} is no bool. Fix: give True or False")
         try:
             inductor = patches_of(given.get("mode", "default"), given.get("inductor", {}))
         except ValueError as error:
@@ -85,5 +91,6 @@ class Options:
                 f"  torch.compile(model, backend='qcompile')"
             )
         return Options(
-            recipe, rules, bool(given.get("verify", True)), on_slow_kernel, rows, inductor, given.get("dump")
-        )
+            recipe, rules, bool(given.get("verify", True)), on_slow_kernel, rows, inductor, given.get("dump"),
+            compile_blocks,
+        )  # fmt: skip

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompile
+from qcompile.backend import decode_step
 from qcompile.backend.decode_step import DecodeStep
 from qcompile.backend.options import Options
 
@@ -69,3 +72,26 @@ def test_the_library_reads_the_weights_where_they_are(model, step):
     after = step(*inputs)[0].clone()
     scale.div_(2)
     assert torch.allclose(after, 2 * before, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_layers_that_are_equal_are_compiled_once(monkeypatch):
+    """The step of blocks is the step of the whole graph, over buffers of any length."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=90)  # fmt: skip
+    model, programs = LlamaForCausalLM(config).eval(), []
+    qcompile.quantize(model, "w4a16", progress=False, verify=False)
+    compile_ahead = decode_step.compile_ahead
+    monkeypatch.setattr(decode_step, "compile_ahead", lambda *given: programs.append(given[0]) or compile_ahead(*given))
+    steps = [DecodeStep(model, dataclasses.replace(OPTIONS, compile_blocks=blocks)) for blocks in (True, False)]
+    assert len(programs) == 4  # the first part, the block, the last part; the whole
+    for past, room in ((1, 2), (7, 60)):
+        buffers = [torch.randn(1, 2, past + room + layer, 16) for layer in range(6) for _ in range(2)]
+        inputs = (
+            torch.zeros(1, 1, dtype=torch.long),
+            torch.full((1, 1), past),
+            torch.ones(1, past + 1, dtype=torch.long),
+        )
+        got, want = (step(*inputs, buffers) for step in steps)
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, want, strict=True))

@@ -26,6 +26,7 @@ def mlp():
         ({"recipe": "int8-smooth"}, "needs calibration data for SmoothQuant"),
         ({"on_slow_kernel": "maybe"}, "use 'keep_float' or 'quantize'"),
         ({"rows": 0}, "at least 1"),
+        ({"compile_blocks": "no"}, "is no bool. Fix: give True or False"),
         ({"rules": [{"match": "nothing.*", "keep": True}]}, "matches no site; nearest"),
     ],
 )
@@ -44,7 +45,7 @@ def test_defaults():
         True,
         "keep_float",
     )
-    assert (options.rows, options.inductor, options.dump) == (None, {}, None)
+    assert (options.rows, options.inductor, options.dump, options.compile_blocks) == (None, {}, None, True)
 
 
 def test_every_option_is_described_and_read(tmp_path):
@@ -52,12 +53,13 @@ def test_every_option_is_described_and_read(tmp_path):
     given = dict(
         recipe=recipe, rules=[Rule("a.*", keep=True), {"match": "b.*", "act": "int8"}], verify=False, rows=8,
         on_slow_kernel="quantize", mode="reduce-overhead", inductor={"max_autotune": True}, dump=str(tmp_path),
+        compile_blocks=False,
     )  # fmt: skip
     assert set(given) == set(OPTIONS)
     options = Options.read(given)
     assert options.recipe is recipe and options.rules == (Rule("a.*", keep=True), Rule("b.*", act=Format("int8")))
     assert (options.verify, options.on_slow_kernel, options.rows, options.dump) == (False, "quantize", 8, str(tmp_path))
-    assert options.inductor == {GRAPHS: True, "max_autotune": True}
+    assert options.inductor == {GRAPHS: True, "max_autotune": True} and not options.compile_blocks
 
 
 @pytest.mark.parametrize("rows", [0, -1, 1.5, True, "8"])

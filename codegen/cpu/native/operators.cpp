@@ -14,6 +14,7 @@
 
 #include "attention.h"
 #include "gelu_codes.h"
+#include "library_calls.h"
 #include "product.h"
 #include "short_attention_call.h"
 
