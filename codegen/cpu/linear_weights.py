@@ -14,6 +14,7 @@ from qcompile.codegen.cpu.weight_packing import (
 )
 from qcompile.numerics.format import Format
 from qcompile.numerics.fp4 import decode_e2m1, power_of_two
+from qcompile.numerics.k_scales import single_level
 from qcompile.numerics.qtensor import StoredParts, unpack_codes
 
 
@@ -51,7 +52,7 @@ def grouped_weight(parts: StoredParts, form: Format, columns: int) -> tuple[Tens
         codes, step, dual_zero = _dual_parts(parts, form, columns)
         has_zero = parts[2] is not None or bool((dual_zero != 8).any())
         return pack_nibbles(codes), pack_groups(step), pack_groups(dual_zero) if has_zero else None
-    stored, scale, zero, exponent = parts
+    stored, scale, zero, exponent = single_level(*parts) if form.k6 else parts
     step = power_of_two(exponent) if form.powers and exponent is not None else scale
     if zero is not None and zero.dtype != torch.uint8:
         zero = zero.float()
@@ -61,7 +62,7 @@ def grouped_weight(parts: StoredParts, form: Format, columns: int) -> tuple[Tens
 
 def has_row_scale(form: Format) -> bool:
     """Whether `grouped_weight` leaves a scale of rows to be multiplied last."""
-    return form.two_level
+    return form.two_level and not form.k6
 
 
 def table_of(form: Format) -> Tensor:

@@ -11,6 +11,8 @@ Law:    k ~ s (q - z) within s for each channel of a head and token; with `hadam
         that grows with the position, so the largest |a| of short texts is not that of long ones; the
         norm is: s = sqrt(max a^2 + max b^2) / 127 for both. (Ours. SmolLM2 calibrated on texts of 512 tokens, read
         2048: perplexity 24.15 float, 24.22 so, 25.61 with max |a| / 127; benches/static_kv_scales.py.)
+        With `fp8` k ~ s e4m3(k / s), s a 448th of the largest such peak of the layer or of the head, rounded up to
+        bfloat16: what servers' caches read from checkpoints.
 Keeps:  nothing exactly. In a graph the rounding stands before the attention; on a module it is done by the cache
         that every call then gets (qcompile/modules/kv_cache.py).
 Needs:  nothing; with `center` the mean key of every head, with `static` the absmax of each channel.
@@ -19,7 +21,8 @@ Skips:  nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +33,8 @@ from qcompile.ir.aten_ops import aten
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import random_rotation
-from qcompile.recipe.pass_config import PassConfig
+from qcompile.numerics.qparams import dequantize_with_qparams, quantize_with_qparams
+from qcompile.recipe.pass_config import ONLY_WHERE_SET, PassConfig
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import KVConstants, PassReport
@@ -56,6 +60,9 @@ class QuantizeKV(PassConfig):
     # For a model without a cache, and in a file whose runtime cannot read a quantized one: keep the cache float and
     # say so in the report, instead of refusing.
     optional: bool = False
+    # With static: e4m3 codes with one scale for the keys of a layer and one for its values ("tensor"), or for each head
+    # ("head"), as servers have them. "": int8 with a scale for each channel.
+    fp8: Literal["", "tensor", "head"] = field(default="", metadata=ONLY_WHERE_SET)
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -66,6 +73,11 @@ class QuantizeKV(PassConfig):
             raise RecipeError(
                 "QuantizeKV: static scales are of 8 bits, and go with none of hadamard, center, sink_tokens. "
                 "Fix: QuantizeKV(8, static=True)"
+            )
+        if self.fp8 not in ("", "tensor", "head") or (self.fp8 and not self.static):
+            raise RecipeError(
+                f"QuantizeKV: fp8={self.fp8!r} with static={self.static}. "
+                "Fix: QuantizeKV(8, static=True, fp8='tensor'), or fp8='head'"
             )
 
     @property
@@ -84,7 +96,7 @@ def quantize_kv(program: Program, config: QuantizeKV, context: PassContext) -> P
     """Insert the rounding before every attention, in place."""
     report = PassReport("QuantizeKV")
     attentions = context.facts.attentions
-    scales = [_static_scales(program, attention, context, report) for attention in attentions] if config.static else []
+    scales = [_static_scales(program, a, config, context, report) for a in attentions] if config.static else []
     centers = [context.statistics.key_means[attention.keys.name] for attention in attentions] if config.center else []
     for index, attention in enumerate(attentions):
         keys, values = attention.keys, attention.values
@@ -92,8 +104,9 @@ def quantize_kv(program: Program, config: QuantizeKV, context: PassContext) -> P
             keys = program.insert(aten.transpose.int, (keys, -1, -2), before=attention.node)
         if config.static:
             key_scale, value_scale = scales[index]
-            keys = _round_static(program, keys, f"cache.{index}.key_scale", key_scale, attention.node)
-            values = _round_static(program, values, f"cache.{index}.value_scale", value_scale, attention.value_product)
+            at, of_value = attention.node, attention.value_product
+            keys = _round_static(program, keys, f"cache.{index}.key_scale", key_scale, at, config)
+            values = _round_static(program, values, f"cache.{index}.value_scale", value_scale, of_value, config)
         else:
             center = None
             if config.center:
@@ -110,6 +123,7 @@ def quantize_kv(program: Program, config: QuantizeKV, context: PassContext) -> P
         centers=tuple(centers), key_scales=tuple(k for k, _ in scales), value_scales=tuple(v for _, v in scales)
     )
     kind = "int8, a static scale for each channel" if config.static else str(config.format)
+    kind = f"fp8, a static scale for each {config.fp8}" if config.fp8 else kind
     report.notes.append(f"{len(report.done)} attentions, {kind}")
     return report
 
@@ -124,15 +138,35 @@ def static_scale(absmax: Tensor, mixed: Tensor | None = None) -> Tensor:
     Returns:
         [H, D] float32; 1 / 127 for channels that are 0.
     """
+    peak = _peak(absmax, mixed)
+    return (torch.where(peak > 0, peak, torch.ones_like(peak)) / 127).float()
+
+
+def served_scale(absmax: Tensor, mixed: Tensor | None, per: str) -> Tensor:
+    """Scales of e4m3 codes; arguments as of `static_scale`.
+
+    Returns:
+        [H, D] float32 of values of bfloat16, all the same ("tensor") or the same within a head ("head").
+    """
+    peak = _peak(absmax, mixed)
+    largest = (peak.amax() if per == "tensor" else peak.amax(-1, keepdim=True)) / Format("fp8").max_value
+    exact = torch.where(largest > 0, largest, torch.ones_like(largest)).float()
+    short = exact.bfloat16()
+    above = (short.view(torch.int16) + 1).view(torch.bfloat16).float()  # the next value, of positive ones
+    return torch.where(short.float() < exact, above, short.float()).expand_as(peak).contiguous()
+
+
+def _peak(absmax: Tensor, mixed: Tensor | None) -> Tensor:
+    """The largest value that a channel can have, float64 [H, D]."""
     peak = absmax.double()
     if mixed is not None:
         same = (mixed[:, :, None] == mixed[:, None, :]).double()  # within a head
         peak = (same @ peak.square()[..., None]).squeeze(-1).sqrt()
-    return (torch.where(peak > 0, peak, torch.ones_like(peak)) / 127).float()
+    return peak
 
 
 def _static_scales(
-    program: Program, attention: AttentionMatmul, context: PassContext, report: PassReport
+    program: Program, attention: AttentionMatmul, config: QuantizeKV, context: PassContext, report: PassReport
 ) -> tuple[Tensor, Tensor]:
     """Of keys and of values; found before anything is inserted, which the analysis would meet."""
     mixed: Tensor | None = None
@@ -144,15 +178,24 @@ def _static_scales(
     else:
         mixed = found
     absmax = context.statistics.cached
-    return static_scale(absmax[attention.keys.name], mixed), static_scale(absmax[attention.values.name])
+    keys, values = absmax[attention.keys.name], absmax[attention.values.name]
+    if config.fp8:
+        return served_scale(keys, mixed, config.fp8), served_scale(values, None, config.fp8)
+    return static_scale(keys, mixed), static_scale(values)
 
 
-def _round_static(program: Program, x: torch.fx.Node, name: str, scale: Tensor, before: torch.fx.Node) -> torch.fx.Node:
+def _round_static(
+    program: Program, x: torch.fx.Node, name: str, scale: Tensor, before: torch.fx.Node, config: QuantizeKV
+) -> torch.fx.Node:
     stored = program.add_weight(name, scale.to(x.meta["val"].device))
     dtype = x.meta["val"].dtype
 
     def run(x: Tensor, scale: Tensor) -> Tensor:
         by_channel = scale[:, None]  # [H, 1, D]
+        if config.fp8:
+            form = Format("fp8")
+            codes = quantize_with_qparams(x.float(), by_channel, None, form)
+            return dequantize_with_qparams(codes, by_channel, None, form).to(dtype)
         return ((x.float() / by_channel).round().clamp(-128, 127) * by_channel).to(dtype)
 
     done: torch.fx.Node = program.inline(run, (x, stored), before=before)

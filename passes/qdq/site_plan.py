@@ -11,6 +11,7 @@ from qcompile.analysis.sites import Site
 from qcompile.ir.aten_ops import CASTS, LINEAR, MOVES, PRODUCTS, aten
 from qcompile.ir.op_calls import OUR_PRODUCTS
 from qcompile.numerics.format import Format
+from qcompile.numerics.k_quants import check_k6_range
 from qcompile.numerics.qparams import choose_qparams, min_max
 from qcompile.numerics.qtensor import group_columns
 from qcompile.recipe.pass_config import ONLY_WHERE_SET, PassConfig
@@ -42,6 +43,8 @@ class Quantize(PassConfig):
     keep_lm_head: bool = field(default=False, metadata=ONLY_WHERE_SET)
     # Search the clip of each weight range that minimizes sum |e|^2.4, instead of taking the whole range.
     clip: bool = False
+    # Format of weights whose columns are no multiple of 256, where theirs is in blocks of 256 (k6). None: refused.
+    undivided: Format | None = field(default=None, metadata=ONLY_WHERE_SET)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +56,8 @@ class Quantize(PassConfig):
                     f"Quantize: scales of activations are not stored and stay float32, got {act}. "
                     f"Fix: drop {act.scale} from the activation"
                 )
+        if self.undivided is not None and not self.undivided.fits(1):
+            raise RecipeError(f"Quantize: {self.undivided} is in blocks of 256 too. Fix: undivided='int4/group32/f16'")
         if self.weight.smooth:
             raise RecipeError(f"Quantize: runtime smoothing is for activations, not for weights, got {self.weight}")
 
@@ -102,8 +107,18 @@ def planned_sites(config: Quantize, context: PassContext, report: PassReport) ->
         else:
             is_lm_head = config.lm_head is not None and (rule is None or rule.weight is None) and logits
             found.append(PlannedSite(site, *formats_of(site, config, rule, logits), is_lm_head))
+            check_columns(site, found[-1].weight)
             check_stored_scale(site, context.facts.program.weights[site.name], found[-1].weight)
     return found
+
+
+def check_columns(site: Site, form: Format) -> None:
+    """Refuse columns that the format's blocks do not divide, before any site is quantized. Raises RecipeError."""
+    if not form.fits(site.K):
+        raise RecipeError(
+            f"{site.name}: {site.K} columns are no whole blocks of 256, which {form} has. Fix: name a format for such "
+            "weights, undivided='int4/group32/floatzero/f16', or give this one a rule"
+        )
 
 
 def check_stored_scale(site: Site, weight: Tensor, form: Format) -> None:
@@ -121,6 +136,9 @@ def check_stored_scale(site: Site, weight: Tensor, form: Format) -> None:
         return
     try:
         rows = weight.float() if site.rows_first or site.kind == "linear" else weight.float().transpose(1, 2)
+        if form.k6:
+            check_k6_range(rows, form)
+            return
         choose_qparams(*min_max(group_columns(rows, form), form), form)
     except ValueError as error:
         raise RecipeError(f"{site.name}: {error}") from error
@@ -133,6 +151,8 @@ def formats_of(
     weight, act = config.weight, config.act
     if config.lm_head is not None and (writes_output(site) if logits is None else logits):
         weight, act = config.lm_head, config.lm_head_act
+    if config.undivided is not None and not weight.fits(site.K):
+        weight = config.undivided
     if rule is not None:
         weight, act = rule.weight or weight, rule.act or act
     return weight, None if site.kind == "experts" else act

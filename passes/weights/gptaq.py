@@ -23,8 +23,7 @@ from torch import Tensor
 
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
-from qcompile.numerics.rounding import quantize_tensor
-from qcompile.passes.weights.gptq import GPTQ, compensate
+from qcompile.passes.weights.gptq import GPTQ, compensate, grid_of
 from qcompile.passes.weights.sequential import Choice, quantize_sequentially
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
@@ -67,7 +66,7 @@ def gptaq(program: Program, config: GPTAQ, context: PassContext) -> PassReport:
     """Quantize every planned site, in the order of the graph, towards the float model's output."""
 
     def choose(weight: Tensor, hessian: Tensor, form: Format) -> Choice:
-        return compensate(weight, hessian, quantize_tensor(weight, form, clip=config.clip), config)
+        return compensate(weight, hessian, grid_of(weight, hessian, form, config), config)
 
     def aim(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
         return towards_float(weight, hessian, cross, config.damp_percent, config.strength)

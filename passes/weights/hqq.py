@@ -47,7 +47,7 @@ class HQQ(Quantize):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weight.zero != "float" or self.weight.per != "group":
+        if not _moves_zero_points(self.weight):
             raise RecipeError(
                 f"HQQ finds float zero points for groups, and the format is {self.weight}. Fix: int4/group64/floatzero"
             )
@@ -55,6 +55,11 @@ class HQQ(Quantize):
             raise RecipeError(
                 f"HQQ: 0 < norm < 1, beta > 0 and steps >= 1 are needed, got {self.norm}, {self.beta} and {self.steps}"
             )
+
+
+def _moves_zero_points(form: Format) -> bool:
+    """Whether a format stores a float zero point for each group."""
+    return form.zero == "float" and form.per == "group" and not form.two_level
 
 
 def shrink(error: Tensor, norm: float, beta: float) -> Tensor:
@@ -124,7 +129,7 @@ def hqq_sites(program: Program, config: HQQ, context: PassContext) -> PassReport
     for planned in planned_sites(config, context, report):
         weight = matrix_of(program, planned.site)
         q = quantize_tensor(weight, planned.weight, clip=config.clip)
-        if planned.weight.zero == "float" and planned.weight.per == "group":
+        if _moves_zero_points(planned.weight):
             q = hqq(weight, q, norm=config.norm, beta=config.beta, steps=config.steps)
         else:
             plain.append(planned.site.name)

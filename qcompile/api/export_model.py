@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch import nn
 
 from qcompile.api.export_onnx import export_onnx
 from qcompile.api.quantize import quantize
+from qcompile.api.served_attentions import attention_paths
 from qcompile.api.served_formats import check_recipe, check_siblings, fitted
-from qcompile.checkpoint.atomic_folder import atomic_folder
+from qcompile.checkpoint.atomic_folder import atomic_folder, require_empty
 from qcompile.checkpoint.writers.awq_layout import TARGET as AWQ
 from qcompile.checkpoint.writers.awq_layout import awq_layout
 from qcompile.checkpoint.writers.compressed_tensors_layout import TARGET as COMPRESSED_TENSORS
@@ -33,8 +35,10 @@ from qcompile.checkpoint.writers.gguf_file import write_gguf
 from qcompile.checkpoint.writers.gguf_template import GgufTemplate
 from qcompile.checkpoint.writers.gptq_layout import TARGET as GPTQ
 from qcompile.checkpoint.writers.gptq_layout import gptq_layout
+from qcompile.checkpoint.writers.kv_cache_scales import cache_layout, stores_cache
 from qcompile.checkpoint.writers.model_card import write_card
 from qcompile.checkpoint.writers.served_folder import ServedLayout, write_served_folder
+from qcompile.memory.atomic_file import whole_file
 from qcompile.modules.wrappers import unwrapped
 from qcompile.pipeline.find_recipe import find_recipe
 from qcompile.recipe.recipe import Recipe
@@ -57,6 +61,7 @@ class Job:
     Attributes:
         model: quantized.
         work: the folder to write into.
+        name: (gguf) of the file in it.
         tokenizer: saved beside it, or None.
         template: (gguf) what the file is made after, read before any work; else None.
         shard: the largest size of one file.
@@ -65,6 +70,7 @@ class Job:
 
     model: Any
     work: Path
+    name: str
     tokenizer: Any
     template: GgufTemplate | None
     shard: int | str
@@ -91,7 +97,7 @@ def export(
 
     Args:
         model: of transformers, float or already quantized; not changed.
-        folder: must not exist, or be empty.
+        folder: must not exist, or be empty; with to="gguf" also a name that ends in .gguf: that file alone is written.
         recipe: quantize a copy first; None: the model is quantized.
         batches: calibration data for the recipe.
         to: "compressed-tensors", "gguf", "gptq" or "awq", or the name of a program: vllm, sglang, transformers,
@@ -124,7 +130,10 @@ def export(
     else:
         check_modules(model, target)
     read = _template(template, target)
-    with atomic_folder(folder, 0 if chosen is not None else _size(model)) as work:
+    if read is not None:
+        read.check(model)
+    file = Path(folder).name if target == GGUF and Path(folder).suffix == ".gguf" else ""
+    with _place(folder, file, 0 if chosen is not None else _size(model)) as work:
         if chosen is not None:
             model = copy.deepcopy(model)
             report = quantize(model, chosen, batches, example=example, progress=progress)
@@ -135,9 +144,10 @@ def export(
         if chosen != named:
             written.notes.append("groups and scales of the preset were fitted to the model, as the formats above say")
         with Console(stderr=True, quiet=not progress).status("writing and reading back"):
-            WRITERS[target](Job(model, work, tokenizer, read, shard, written))
+            WRITERS[target](Job(model, work, file or "model.gguf", tokenizer, read, shard, written))
         report.passes.append(written)
-        write_card(work, Path(folder), model, report, target)
+        if not file:
+            write_card(work, Path(folder), model, report, target)
     return report
 
 
@@ -153,6 +163,10 @@ def _compressed_tensors(job: Job) -> None:
     check_class(job.model, COMPRESSED_TENSORS)
     check_siblings(job.model, COMPRESSED_TENSORS)
     tensors, config, schemes = compressed_layout(job.model)
+    if stores_cache(job.model):
+        scales, config["kv_cache_scheme"] = cache_layout(job.model, attention_paths(job.model), COMPRESSED_TENSORS)
+        tensors |= scales
+        job.report.notes.append(f"{len(scales)} scales of an fp8 key/value cache")
     write_served_folder(
         job.model, ServedLayout(COMPRESSED_TENSORS, tensors, config), job.work, job.tokenizer, job.shard
     )
@@ -166,7 +180,7 @@ def _compressed_tensors(job: Job) -> None:
 def _gguf(job: Job) -> None:
     check_class(job.model, GGUF)
     assert job.template is not None
-    count = write_gguf(job.model, job.template, job.work / "model.gguf")
+    count = write_gguf(job.model, job.template, job.work / job.name)
     job.report.notes.append(f"{count} weights read back by gguf, equal (Q4_1: but for one rounding of float32)")
 
 
@@ -192,6 +206,21 @@ WRITERS: dict[str, Callable[[Job], None]] = {
     AWQ: _awq,
 }
 """Format -> what writes it."""
+
+
+@contextmanager
+def _place(folder: str | Path, file: str, size: int) -> Iterator[Path]:
+    """A folder to write into that becomes `folder`; or, where that is a file, out of which `file` takes its place."""
+    if not file:
+        with atomic_folder(folder, size) as work:
+            yield work
+        return
+    if Path(folder).is_dir():
+        raise ExportError(f"{folder} is a folder. Fix: name a file in it, or a folder without .gguf")
+    require_empty(folder, size)
+    with whole_file(folder) as path:
+        yield path.parent
+        require_empty(folder)  # another run may have written it meanwhile
 
 
 def _template(path: str | Path | None, target: str) -> GgufTemplate | None:

@@ -11,7 +11,7 @@ from torch import nn
 from qcompile.api.model_checks import check_model
 from qcompile.api.model_wrappers import inner_model
 from qcompile.api.rewrite_model import rewrite_model
-from qcompile.checkpoint.foreign_save import forbid_save_pretrained
+from qcompile.checkpoint.save_as_pretrained import give_save_pretrained
 from qcompile.modules.generation_plan import with_own_prefix
 from qcompile.modules.training_module import refuse_training
 from qcompile.pipeline.find_recipe import find_recipe
@@ -64,6 +64,6 @@ def quantize(
         raise RecipeError(f"recipe {chosen.name!r} trains. Fix: qcompile.train(model, {chosen.name!r})")
     report, ran = rewrite_model(model, chosen, batches, example=example, verify=verify, progress=progress, dump=dump)
     object.__setattr__(model, "qcompile_recipe", ran.to_json())  # an attribute of ours, for `save`
-    forbid_save_pretrained(model)
+    give_save_pretrained(model)
     model.requires_grad_(False)
     return report

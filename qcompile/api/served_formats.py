@@ -14,6 +14,7 @@ from qcompile.checkpoint.writers.awq_layout import TARGET as AWQ
 from qcompile.checkpoint.writers.awq_layout import check_awq
 from qcompile.checkpoint.writers.compressed_tensors_layout import TARGET as COMPRESSED_TENSORS
 from qcompile.checkpoint.writers.compressed_tensors_layout import scheme_of
+from qcompile.checkpoint.writers.expert_linears import stack_columns
 from qcompile.checkpoint.writers.export_refusals import ExportError, quantized_linears, refuse
 from qcompile.checkpoint.writers.float_tensors import model_dtype
 from qcompile.checkpoint.writers.gguf_blocks import TARGET as GGUF
@@ -49,8 +50,9 @@ def check_recipe(recipe: Recipe, model: nn.Module, target: str) -> None:
         for kind, what in _PASSES.items():
             if isinstance(config, kind):
                 refuse(target, f"recipe {recipe.name!r}", what, f"drop {kind.__name__}")
-        if isinstance(config, QuantizeKV) and not config.optional:
-            fix = "drop QuantizeKV, and choose the server's own quantized cache"
+        served = target == COMPRESSED_TENSORS and isinstance(config, QuantizeKV) and config.fp8
+        if isinstance(config, QuantizeKV) and not config.optional and not served:
+            fix = "drop QuantizeKV, or for vLLM use QuantizeKV(8, static=True, fp8='tensor')"
             refuse(target, f"recipe {recipe.name!r}", "a key/value cache of ours", fix)
         if isinstance(config, PerTensorActivations):
             refuse(target, f"recipe {recipe.name!r}", "one scale for all tokens", "drop PerTensorActivations")
@@ -71,9 +73,18 @@ def check_recipe(recipe: Recipe, model: nn.Module, target: str) -> None:
             continue
         if module is head and config.lm_head is not None:
             form, act = config.lm_head, config.lm_head_act
+        if config.undivided is not None and not form.fits(module.in_features):
+            form = config.undivided
         if rule is not None:
             form, act = rule.weight or form, rule.act or act
         check(path, form, act, module.in_features, model_dtype(model))
+    for name, columns in stack_columns(model).items():
+        rule = next((rule for rule in recipe.rules if rule.matches(name)), None)
+        if rule is None or not rule.keep:
+            if target != COMPRESSED_TENSORS:
+                refuse(target, name, "a quantized stack of experts", f"keep it float, Rule({name!r}, keep=True)")
+            form = (rule and rule.weight) or quantizing[0].weight
+            check(name, form, None, columns, model_dtype(model))
 
 
 def fitted(recipe: Recipe, model: nn.Module) -> Recipe:
@@ -89,6 +100,7 @@ def fitted(recipe: Recipe, model: nn.Module) -> Recipe:
     if recipe not in SERVED_PRESETS:
         return recipe
     columns = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
+    columns += stack_columns(model).values()
     size = next((size for size in (128, 64, 32) if all(k % size == 0 for k in columns)), 128)
     scale: ScaleType = "f16" if model_dtype(model) == torch.float16 else "bf16"
 

@@ -128,7 +128,7 @@ class OpChecks:
                 self.refuse(f"{prefix}scale", scale, f"a single value for format {form}")
             self.tensor(f"{prefix}scale", scale, FLOATS, codes, "a float")
         else:
-            self.qparams(f"{prefix}scale", scale, FLOATS, codes, lead, 1 if form.two_level else groups)
+            self.qparams(f"{prefix}scale", scale, FLOATS, codes, lead, form.stored_scales(columns))
         for name, part, dtypes, present in (
             (f"{prefix}zero", zero, ZEROS, form.zero != "none"),
             (f"{prefix}group_scale", group_scale, (torch.int8,), form.two_level),

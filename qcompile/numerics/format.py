@@ -11,6 +11,8 @@
     fp4           e2m1 of w / s                                     s = max|w| / 6
     fp4 m1, m2    power-of-two group scales, w ~ s 2^k e2m1: s is the float scale of a row, k <= 0 the integer
                   exponent of a group (fp4.py)
+    k6            K-quants of llama.cpp, w ~ d sc q - dmin m: sc and m are integers of six bits of a group of 32, d
+                  and dmin float16 of 256 columns (k_quants.py; Q4_K of GGUF)
     smooth        runtime smoothing of an activation: group scales are s_t r_g, with one s per token and
                   one r per group of channels (Rotated Runtime Smooth, arXiv:2409.20361)
 
@@ -37,6 +39,8 @@ ZeroPoint = Literal["none", "int", "float"]
 PowerScheme = Literal["", "m1", "m2", "m1ceil", "m2ceil"]
 ScaleType = Literal["f32", "bf16", "f16"]
 
+K_GROUP, K_BLOCK = 32, 256  # columns of a group and of a block of k6 formats
+
 _BITS: dict[str, int] = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "fp4": 4, "fp8": 8}
 _POWERS = ("m1", "m2", "m1ceil", "m2ceil")
 _SCALES: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -54,7 +58,8 @@ class Format:
         dual: two-level scales: int8-valued groups under one float scale per row (int4 with groups).
         powers: power-of-two group scales and the rounding to them (fp4 with groups); "" for free scales.
         smooth: runtime smoothing of an activation (symmetric integers with groups).
-        scale: dtype of the stored scales: float32, or one of 16 bits (a single level of scales).
+        scale: dtype of the stored scales: float32, or one of 16 bits (a single level of scales, or k6).
+        k6: six-bit scales and offsets of groups under two float16 of 256 columns (int4 in groups of 32).
     """
 
     dtype: CodeType
@@ -65,6 +70,7 @@ class Format:
     powers: PowerScheme = ""
     smooth: bool = False
     scale: ScaleType = "f32"
+    k6: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _BITS:
@@ -96,9 +102,15 @@ class Format:
                 f"format {self.dtype}/{self.per} with dual=True: two-level scales are for int4 with groups, with "
                 "integer zero points or none. Fix: use int4/group128/zero/dual or int4/group128/dual"
             )
+        parts = self.dtype, self.group, self.zero, self.scale, self.dual or self.smooth
+        if self.k6 and parts != ("int4", K_GROUP, "float", "f16", False):
+            raise ValueError(
+                f"format {self.dtype}/{self.per} with k6=True: six-bit scales are for int4 in groups of {K_GROUP}, "
+                "with float16 scales and offsets, and nothing else. Fix: use int4/group32/k6"
+            )
         if self.scale not in _SCALES:
             raise ValueError(f"format scale {self.scale!r} is unknown. Fix: use one of {', '.join(_SCALES)}")
-        if self.scale != "f32" and (self.two_level or self.smooth):
+        if self.scale != "f32" and not self.k6 and (self.two_level or self.smooth):
             raise ValueError(
                 f"format {self.dtype}/{self.per} with two-level or smoothed scales and scale={self.scale!r}: their "
                 "scales are float32. Fix: drop it, or use a single level, as int4/group128/bf16"
@@ -106,6 +118,8 @@ class Format:
 
     def __str__(self) -> str:
         parts = [self.dtype, f"group{self.group}" if self.per == "group" else self.per]
+        if self.k6:
+            return "/".join([*parts, "k6"])
         parts += {"none": [], "int": ["zero"], "float": ["floatzero"]}[self.zero]
         parts += ["dual"] * self.dual + [self.powers] * bool(self.powers) + ["smooth"] * self.smooth
         parts += [self.scale] * (self.scale != "f32")
@@ -123,7 +137,7 @@ class Format:
         zero: ZeroPoint = "none"
         powers: PowerScheme = ""
         scale: ScaleType = "f32"
-        group, dual, smooth = 0, False, False
+        group, dual, smooth, k6 = 0, False, False, False
         for part in parts:
             if part.startswith("group") and part[5:].isdigit():
                 per, group = "group", int(part[5:])
@@ -137,6 +151,8 @@ class Format:
                 powers = cast(PowerScheme, part)  # one of _POWERS
             elif part == "smooth":
                 smooth = True
+            elif part == "k6":
+                k6, zero, scale = True, "float", "f16"
             elif part in _SCALES:
                 scale = cast(ScaleType, part)  # one of _SCALES
             else:
@@ -145,7 +161,7 @@ class Format:
                     "int4/group128/zero, int8/row, fp8/row/bf16, int4/group128/floatzero, fp4/group128/m2"
                 )
         # The dtype of codes is checked by __post_init__.
-        return Format(cast(CodeType, dtype), per, group, zero, dual, powers, smooth, scale)
+        return Format(cast(CodeType, dtype), per, group, zero, dual, powers, smooth, scale, k6)
 
     @property
     def is_float(self) -> bool:
@@ -154,8 +170,8 @@ class Format:
 
     @property
     def two_level(self) -> bool:
-        """Whether a row has a float scale and a group an integer one (a multiplier, or an exponent of two)."""
-        return self.dual or bool(self.powers)
+        """Whether a group has an integer scale (a multiplier, or an exponent of two) under a float one."""
+        return self.dual or bool(self.powers) or self.k6
 
     @property
     def is_int8_rows(self) -> bool:
@@ -173,6 +189,11 @@ class Format:
     def scale_dtype(self) -> torch.dtype:
         """The dtype of stored scales."""
         return _SCALES[self.scale]
+
+    @property
+    def zero_dtype(self) -> torch.dtype:
+        """The dtype of stored zero points; of k6 those are the integers m."""
+        return torch.uint8 if self.zero == "int" or self.k6 else torch.float32
 
     @property
     def max_value(self) -> float:
@@ -197,6 +218,16 @@ class Format:
     def groups(self, columns: int) -> int:
         """Number of scales in a row of `columns`."""
         return -(-columns // self.group) if self.per == "group" else 1
+
+    def stored_scales(self, columns: int) -> int:
+        """Number of stored float scales in a row of `columns`: of two levels one, of k6 d and dmin of each block."""
+        if self.k6:
+            return 2 * (columns // K_BLOCK)
+        return 1 if self.two_level else self.groups(columns)
+
+    def fits(self, columns: int) -> bool:
+        """Whether rows of `columns` can be stored: blocks of 256 must be whole, groups need not."""
+        return not self.k6 or columns % K_BLOCK == 0
 
     def width(self, columns: int) -> int:
         """Columns of one group in a row of `columns`: a group beyond the row is one group of the whole row."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qcompile.numerics.format import Format
 from qcompile.numerics.fp4 import decode_e2m1, encode_e2m1, power_of_two
+from qcompile.numerics.k_scales import single_level
 from qcompile.numerics.qtensor import QTensor, expand_groups
 
 MIN_SCALE = 1e-30  # a smaller scale becomes one: its values are zeros, and x / scale must stay finite
@@ -134,6 +135,10 @@ def expand_qparams(q: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None, Te
     tightly than the format's own (dual with zero points).
     """
     shape, format = q.codes.shape, q.format
+    if format.k6:
+        _, step, offset, _ = single_level(*q.parts)
+        assert offset is not None
+        return expand_groups(step, format, q.columns), expand_groups(offset, format, q.columns), None, None
     if format.powers:
         assert q.group_scale is not None
         return q.scale * expand_groups(power_of_two(q.group_scale), format, q.columns), None, None, None

@@ -11,6 +11,7 @@ from torch import Tensor
 from qcompile.numerics.bit_packing import pack, unpack
 from qcompile.numerics.format import Format
 from qcompile.numerics.fp4 import decode_e2m1, power_of_two
+from qcompile.numerics.k_scales import steps_and_offsets
 
 PARTS = ("codes", "scale", "zero", "group_scale")
 
@@ -25,9 +26,9 @@ class QTensor:
     Attributes:
         codes: [.., K], unpacked, of `format.code_dtype`.
         scale: of `format.scale_dtype`; [] per tensor, [.., 1] per row, [.., groups] per group; [.., 1] of two-level
-            formats.
-        zero: zero points of the shape of the scales (of the group scales in two-level formats), uint8 or float32;
-            None in symmetric formats.
+            formats, of k6 [.., 2 K / 256]: d and dmin of each block alternating.
+        zero: zero points of the shape of the scales (of the group scales in two-level formats), of
+            `format.zero_dtype`; of k6 the six-bit m of offsets; None in symmetric formats.
         group_scale: int8 [.., groups] of two-level formats: multipliers, or exponents of two; else None.
         format: the format.
     """
@@ -113,6 +114,9 @@ def dequantize_codes(
 ) -> Tensor:
     """Unpacked codes [.., K] -> float32 values; the parts of a QTensor one by one, for code that is traced."""
     columns = codes.shape[-1]
+    if format.k6:
+        step, offset = (expand_groups(part, format, columns) for part in steps_and_offsets(scale, zero, group_scale))
+        return codes.to(torch.float32) * step - offset
     value = decode_e2m1(codes) if format.dtype == "fp4" else codes.to(torch.float32)
     if zero is not None:
         value = value - expand_groups(zero, format, columns).to(torch.float32)

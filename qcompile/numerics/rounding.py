@@ -12,6 +12,7 @@ from torch import Tensor
 from qcompile.numerics.clip_search import search_clip
 from qcompile.numerics.format import Format
 from qcompile.numerics.fp4 import power_of_two, power_of_two_scales
+from qcompile.numerics.k_quants import quantize_k6
 from qcompile.numerics.qparams import MIN_SCALE, choose_qparams, min_max, quantize_with_qparams
 from qcompile.numerics.qtensor import QTensor, group_columns, ungroup_columns
 from qcompile.numerics.two_level import quantize_two_level
@@ -19,14 +20,16 @@ from qcompile.numerics.two_level import quantize_two_level
 _MASSIVE = 8.0  # a massive-activation token has a maximum this many times the median token's
 
 
-def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor:
+def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False, importance: Tensor | None = None) -> QTensor:
     """Quantize, rounding to nearest.
 
     Args:
         x: float [.., K].
         format: the format; its scales are chosen from the range of the values.
-        clip: shrink each range to the one of 20 that minimizes sum |e|^2.4 (clip_search.py); no effect on smooth
-            formats.
+        clip: shrink each range to the one of 20 that minimizes sum |e|^2.4 (clip_search.py), of k6 search the grid
+            (k_quants.py); no effect on smooth formats.
+        importance: [K] how much the error of a column counts in the search of k6 grids; None: all alike. Other formats
+            take no notice.
 
     Returns:
         Codes, scales and zero points on the device of x.
@@ -44,6 +47,8 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor
             f"the tensor holds {int((~finite).sum())} NaN or Inf of {x.numel()} values, which no scale can cover. "
             "Fix: repair or replace them"
         )
+    if format.k6:
+        return quantize_k6(values, format, clip, importance)
     if format.dual:
         return quantize_two_level(values, format, clip)
     if format.smooth:
@@ -68,9 +73,9 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False) -> QTensor
 def _quantize_empty(x: Tensor, format: Format) -> QTensor:
     """No values: no codes, and scales of one where a row or the tensor has one."""
     shape = () if format.per == "tensor" else (*x.shape[:-1], format.groups(x.shape[-1]))
-    scale = x.new_ones((*shape[:-1], 1) if format.two_level else shape, dtype=format.scale_dtype)
-    zero_dtype = torch.uint8 if format.zero == "int" else torch.float32
-    zero = x.new_zeros(shape, dtype=zero_dtype) if format.zero != "none" else None
+    stored = shape if format.per == "tensor" else (*x.shape[:-1], format.stored_scales(x.shape[-1]))
+    scale = x.new_ones(stored, dtype=format.scale_dtype)
+    zero = x.new_zeros(shape, dtype=format.zero_dtype) if format.zero != "none" else None
     group_scale = x.new_ones(shape, dtype=torch.int8) if format.two_level else None
     return QTensor(x.new_empty(x.shape, dtype=format.code_dtype), scale, zero, group_scale, format)
 

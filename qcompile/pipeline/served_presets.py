@@ -7,7 +7,7 @@ groups where 128 do not divide the columns of every weight, and float16 scales f
 from __future__ import annotations
 
 from qcompile.numerics.format import Format
-from qcompile.passes import GPTQ, FoldNorm, Fuse, Quantize, Rotate, SmoothQuant, Untie
+from qcompile.passes import GPTQ, FoldNorm, Fuse, Quantize, QuantizeKV, Rotate, SmoothQuant, Untie
 from qcompile.recipe.pass_config import PassConfig
 from qcompile.recipe.recipe import Recipe
 
@@ -17,6 +17,7 @@ _INT8 = Format.parse("int8/row/bf16")
 _Q8_0 = Format.parse("int8/group32/f16")
 _Q4_0 = Format.parse("int4/group32/f16")
 _Q4_1 = Format.parse("int4/group32/floatzero/f16")
+_Q4_K = Format.parse("int4/group32/k6")
 
 
 def _recipe(name: str, source: str, *passes: PassConfig) -> Recipe:
@@ -35,6 +36,12 @@ SERVED_PRESETS: tuple[Recipe, ...] = (
         Untie(),
         FoldNorm(),
         Rotate(),
+        GPTQ(_INT4, None, keep_lm_head=True, clip=True),
+    ),
+    _recipe(
+        "serve-w4a16-kv8",
+        "serve-w4a16 with an fp8 key/value cache: one static scale for the keys of a layer and one for its values",
+        QuantizeKV(8, static=True, fp8="tensor"),
         GPTQ(_INT4, None, keep_lm_head=True, clip=True),
     ),
     _recipe(
@@ -68,5 +75,10 @@ SERVED_PRESETS: tuple[Recipe, ...] = (
         "gguf-q4_1",
         "Q4_1 of GGUF by GPTQ: int4 in groups of 32 with an offset, float16 scales; the logits in Q8_0",
         GPTQ(_Q4_1, None, lm_head=_Q8_0, clip=True),
+    ),
+    _recipe(
+        "gguf-q4_k",
+        "Q4_K of GGUF by GPTQ: six-bit scales of groups of 32; Q4_1 where 256 do not divide K; the logits in Q8_0",
+        GPTQ(_Q4_K, None, lm_head=_Q8_0, clip=True, undivided=_Q4_1),
     ),
 )

@@ -16,8 +16,8 @@ from qcompile.passes import Fuse, Quantize, QuantizeKV
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError
 
-# No codes of activations: there a last bit, which is another in a compiled graph, decides between two of them. It does so
-# in a cache too, where it moves the logits by 1e-4; codes that are read as something else move them by more than 1e-2.
+# No codes of activations: there a last bit, which is another in a compiled graph, decides between two of them. It does
+# so in a cache too, where it moves the logits by 1e-4; codes that are read as something else move them by over 1e-2.
 WEIGHTS = Quantize("int4/group32/zero", None)
 OPTIONS = {"verify": False, "on_slow_kernel": "quantize"}
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 90}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from served_models import FLOAT_LOGITS, decoder, quantized, recipe
+from zoo import build
 
 from qcompile.api.served_formats import check_recipe, check_siblings, fitted, shared_inputs
 from qcompile.checkpoint.writers.export_refusals import ExportError
@@ -67,3 +68,12 @@ def test_siblings_in_two_formats_are_refused_and_others_may_differ():
     rules = (Rule("*.down_proj.*", weight="int8/row"), *FLOAT_LOGITS)
     check_siblings(quantized("int4/group32", rules=rules), "compressed-tensors")
     check_siblings(quantized("int4/group32", rules=()), "compressed-tensors")
+
+
+def test_groups_are_fitted_to_experts_too():
+    model = build("mixtral").bfloat16()
+    assert {m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear)} == {64}
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        experts.down_proj = torch.nn.Parameter(torch.randn(4, 64, 96).bfloat16())
+    assert str(fitted(PRESETS["serve-w4a16"], model).passes[0].weight) == "int4/group32/bf16"

@@ -8,8 +8,10 @@ from numerics_formats import FORMATS
 
 from qcompile.numerics.format import Format
 
+OTHERS = ["int4/group32/smooth", "int4/group16/floatzero/f16", "int8/tensor/bf16", "int4/group32/k6"]
 
-@pytest.mark.parametrize("text", [*FORMATS, "int4/group32/smooth", "int4/group16/floatzero/f16", "int8/tensor/bf16"])
+
+@pytest.mark.parametrize("text", [*FORMATS, *OTHERS])
 def test_text_round_trip(text):
     assert str(Format.parse(text)) == text
     assert Format.parse(str(Format.parse(text))) == Format.parse(text)
@@ -33,6 +35,13 @@ def test_text_round_trip(text):
         "int4/group16/floatzero/dual",
         "int4/group16/dual/smooth",
         "fp4/group16/dual",
+        "int4/group64/k6",
+        "int4/k6",
+        "int3/group32/k6",
+        "int4/group32/k6/dual",
+        "int4/group32/k6/zero",
+        "int4/group32/k6/bf16",
+        "int4/group32/k6/smooth",
     ],
 )
 def test_impossible_formats_are_refused(text):
@@ -65,6 +74,7 @@ def test_parts_that_no_text_says_are_refused(parts, words):
         ("int4/group16/floatzero", torch.uint8, (0, 15), 15.0, False, False, False),
         ("int4/group16/dual", torch.int8, (-8, 7), 7.0, False, True, False),
         ("int3/group16/zero", torch.uint8, (0, 7), 7.0, False, False, False),
+        ("int4/group32/k6", torch.uint8, (0, 15), 15.0, False, True, False),
         ("fp4/row", torch.uint8, (0, 15), 6.0, True, False, False),
         ("fp4/group16/m1", torch.uint8, (0, 15), 6.0, True, True, False),
         ("fp8/row", torch.float8_e4m3fn, None, 448.0, True, False, False),
@@ -103,3 +113,34 @@ def test_two_levels_of_scales_are_float32(text):
 def test_an_unknown_scale_is_refused():
     with pytest.raises(ValueError, match="scale 'f8' is unknown"):
         Format("int8", scale="f8")
+
+
+def test_k6_says_its_other_parts():
+    form = Format.parse("int4/group32/k6")
+    assert form == Format("int4", "group", 32, zero="float", scale="f16", k6=True)
+    assert Format.parse("int4/group32/floatzero/k6/f16") == form
+    assert (form.scale_dtype, form.zero_dtype) == (torch.float16, torch.uint8)
+    with pytest.raises(ValueError, match="six-bit scales are for int4 in groups of 32"):
+        Format("int4", "group", 32, k6=True)
+
+
+@pytest.mark.parametrize(
+    "text, columns, count, fits",
+    [
+        ("int4/group32/k6", 512, 4, True),
+        ("int4/group32/k6", 576, 4, False),
+        ("int4/group32", 576, 18, True),
+        ("int4/group128", 576, 5, True),
+        ("int4/group32/dual", 576, 1, True),
+        ("fp4/group32/m1", 576, 1, True),
+        ("int8/row", 576, 1, True),
+    ],
+)
+def test_how_many_scales_a_row_stores(text, columns, count, fits):
+    form = Format.parse(text)
+    assert (form.stored_scales(columns), form.fits(columns)) == (count, fits)
+
+
+@pytest.mark.parametrize("text, dtype", [("int4/group32/zero", torch.uint8), ("int4/group32/floatzero", torch.float32)])
+def test_a_format_says_the_dtype_of_its_stored_zero_points(text, dtype):
+    assert Format.parse(text).zero_dtype == dtype

@@ -8,6 +8,7 @@ from torch import Tensor
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.bit_packing import pack, unpack
 from qcompile.numerics.format import Format
+from qcompile.numerics.k_scales import single_level
 from qcompile.numerics.qtensor import QTensor
 
 
@@ -32,6 +33,9 @@ def to_matmul_nbits(weight: QTensor) -> tuple[Tensor, Tensor, Tensor | None]:
         [N, ceil(blocks bits / 8)] or float32 [N, blocks], or None for the middle of the codes.
     """
     form, k = weight.format, weight.columns
+    if form.k6:
+        plain = Format("int4", "group", form.group, zero="float")
+        return to_matmul_nbits(QTensor(*single_level(*weight.parts), plain))
     block = block_size_of(form, k)
     blocks = -(-k // block)
     padding = blocks * block - k

@@ -46,7 +46,7 @@ class WeightLayout:
 
 def layout_of(form: Format) -> WeightLayout | None:
     """The layout of a format's codes; None if there is no kernel for it."""
-    if form.dtype not in ("int2", "int3", "int4", "int8") or form.per == "tensor":
+    if form.dtype not in ("int2", "int3", "int4", "int8") or form.per == "tensor" or form.k6:
         return None
     chunk = _CHUNKS[form.bits]
     while form.group % chunk:

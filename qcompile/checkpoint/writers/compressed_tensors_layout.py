@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile.checkpoint.writers.export_refusals import quantized_linears, refuse
+from qcompile.checkpoint.writers.expert_linears import served_linears
+from qcompile.checkpoint.writers.export_refusals import refuse
 from qcompile.checkpoint.writers.float_tensors import SHORT, model_dtype
 from qcompile.checkpoint.writers.int32_words import pack_words, unsigned_stream, words
 from qcompile.modules.quant_linear import QuantLinear
@@ -83,7 +84,7 @@ def stored_tensors(linear: QuantLinear, scheme: Scheme, dtype: torch.dtype) -> d
 
 
 def compressed_layout(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Scheme]]:
-    """All quantized linears of a model.
+    """All quantized linears of a model, those of experts too.
 
     Returns:
         Their tensors by name, the quantization_config of config.json, and the scheme of every path.
@@ -92,7 +93,7 @@ def compressed_layout(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, An
         ExportError: a format that cannot be said.
     """
     dtype = model_dtype(model)
-    linears = quantized_linears(model)
+    linears = served_linears(model, TARGET)
     schemes = {path: scheme_of(path, m.format, m.act, m.in_features, dtype) for path, m in linears.items()}
     tensors = {
         f"{path}.{name}": tensor

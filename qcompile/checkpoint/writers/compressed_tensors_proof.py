@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile.checkpoint.writers.compressed_tensors_layout import Scheme
-from qcompile.checkpoint.writers.export_refusals import ExportError, quantized_linears
+from qcompile.checkpoint.writers.compressed_tensors_layout import TARGET, Scheme
+from qcompile.checkpoint.writers.expert_linears import served_linears
+from qcompile.checkpoint.writers.export_refusals import ExportError
 from qcompile.checkpoint.writers.shard_reader import ShardReader
 from qcompile.recipe.strict_json import read_json
 
@@ -41,13 +42,14 @@ def prove_compressed(folder: Path, model: nn.Module, schemes: dict[str, Scheme])
 
     reader = ShardReader(folder)
     config = QuantizationConfig.model_validate(read_json(folder / "config.json")["quantization_config"])
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) or path in schemes:
-            found = _matched(config, path)
-            want = QuantizationScheme(targets=["Linear"], **schemes[path]) if path in schemes else None
-            if (found is None) != (want is None) or (found and want and _plain(found) != _plain(want)):
-                raise ExportError(f"{path}: compressed-tensors reads {found} of config.json, not {want}")
-    for path, linear in quantized_linears(model).items():
+    linears = served_linears(model, TARGET)
+    floats = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for path in (*floats, *linears):
+        found = _matched(config, path)
+        want = QuantizationScheme(targets=["Linear"], **schemes[path]) if path in schemes else None
+        if (found is None) != (want is None) or (found and want and _plain(found) != _plain(want)):
+            raise ExportError(f"{path}: compressed-tensors reads {found} of config.json, not {want}")
+    for path, linear in linears.items():
         scheme = QuantizationScheme(targets=["Linear"], **schemes[path])
         compressor = BaseCompressor.get_value_from_registry(schemes[path]["format"])
         names = [name for name in compressor.compression_param_names(scheme) if name != "weight_zero_point"]

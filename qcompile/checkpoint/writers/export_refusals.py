@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.module_entries import describe
 from qcompile.modules.generation_hooks import hooks_of
-from qcompile.modules.quant_experts import STACK_SUFFIX, QuantStack
+from qcompile.modules.kv_constants import SCALES
+from qcompile.modules.quant_experts import STACK_SUFFIX, QuantStack, float_class
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.modules.static_quant import StaticQuantConv, StaticQuantLinear
 from qcompile.modules.training_module import refuse_training
@@ -49,11 +50,12 @@ def check_modules(model: nn.Module, target: str) -> None:
     hooks = hooks_of(model)
     if hooks.prefix is not None:
         refuse(target, "the model", "the float keys and values of a prefix (IntactKV)", "quantize without IntactKV")
-    if hooks.config is not None and not hooks.config.optional:
-        fix = "quantize without QuantizeKV, and choose the server's own quantized cache"
+    served = target == "compressed-tensors" and hooks.config is not None and hooks.config.fp8
+    if hooks.config is not None and not hooks.config.optional and not served:
+        fix = "quantize without QuantizeKV, or for vLLM with QuantizeKV(8, static=True, fp8='tensor')"
         refuse(target, "the model", f"a {hooks.config.bits}-bit key/value cache of ours", fix)
     for path, module in model.named_modules():
-        if isinstance(module, QuantStack):
+        if isinstance(module, QuantStack) and target != "compressed-tensors":
             stack = path.removesuffix(STACK_SUFFIX)
             refuse(target, stack, "a quantized stack of experts", f"keep it float, Rule({stack!r}, keep=True)")
         if isinstance(module, StaticQuantLinear | StaticQuantConv):
@@ -67,7 +69,7 @@ def check_modules(model: nn.Module, target: str) -> None:
                 refuse(target, path, "an online Hadamard transform of its input", "quantize without OnlineHadamard")
             if module.low_in is not None:
                 refuse(target, path, "a low-rank correction (LoRC)", "quantize without LoRC, in smaller groups")
-    if not quantized_linears(model):
+    if not quantized_linears(model) and not any(isinstance(module, QuantStack) for module in model.modules()):
         raise ExportError(
             f"no linear of {type(model).__name__} is quantized, so there is nothing for {target} to say. "
             "Fix: give a recipe, as recipe='serve-w4a16'"
@@ -98,11 +100,12 @@ def check_class(model: Any, target: str) -> None:
             if not isinstance(other, nn.Linear) or type(other).forward is not nn.Linear.forward:
                 what = f"codes for a {type(other).__name__}, which is no plain Linear"
                 refuse(target, path, what, f"keep it float, Rule('{path}.*', keep=True)")
-        elif type(mine) is not type(other):
+        elif mine is None or float_class(mine) is not type(other):
             fix = "quantize without the pass that replaced it (FoldNorm of a norm with a mean)"
             refuse(target, path, f"a {type(mine).__name__} in the place of a {type(other).__name__}", fix)
-    names = {name for name in model.state_dict() if name.rpartition(".")[0] not in quantized}
-    names |= {f"{path}.weight" for path in quantized}
+    stacks = {path for path, module in ours.items() if isinstance(module, QuantStack)}
+    names = {name for name in model.state_dict() if name.rpartition(".")[0] not in {*quantized, *stacks, SCALES}}
+    names |= {f"{path}.weight" for path in quantized} | {path.removesuffix(STACK_SUFFIX) for path in stacks}
     names |= {f"{path}.bias" for path, linear in quantized.items() if linear.bias is not None}
     expected = set(built.state_dict())
     if names != expected:

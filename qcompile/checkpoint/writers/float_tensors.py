@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcompile.checkpoint.writers.export_refusals import quantized_linears, refuse
+from qcompile.modules.kv_constants import SCALES
+from qcompile.modules.quant_experts import QuantStack
+from qcompile.modules.quant_linear import QuantLinear
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "f16"}
 """A model's dtype of 16 bits -> its name as `Format.scale`."""
@@ -26,12 +29,13 @@ def float_tensors(model: Any, target: str) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
     quantized = quantized_linears(model)
+    codes = _stored_as_codes(model)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = model.state_dict()
     kept = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
-        if name.rpartition(".")[0] not in quantized and not (name in tied and tied[name] in state)
+        if name.rpartition(".")[0] not in codes and not (name in tied and tied[name] in state)
     }
     for path, linear in quantized.items():
         name, like = f"{path}.weight", torch.empty(linear.out_features, linear.in_features, device="meta")
@@ -44,13 +48,22 @@ def float_tensors(model: Any, target: str) -> dict[str, Tensor]:
 
 
 def stores_otherwise(model: Any) -> bool:
-    """Whether checkpoints name or cut float tensors otherwise than the model does, as stacks of experts."""
+    """Whether checkpoints name or cut tensors otherwise than the model does, as stacks of experts."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    quantized = quantized_linears(model)
-    named = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in quantized}
+    if any(isinstance(module, QuantStack) for module in model.modules()):
+        return True
+    codes = _stored_as_codes(model)
+    named = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in codes}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in named.items()}
     return set(revert_weight_conversion(model, shapes)) != set(named)
+
+
+def _stored_as_codes(model: nn.Module) -> set[str]:
+    """Paths of the modules whose buffers are codes, or scales of a cache."""
+    return {SCALES} | {
+        path for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear | QuantStack)
+    }
 
 
 def model_dtype(model: Any) -> torch.dtype:

@@ -27,8 +27,8 @@ def write_gguf(model: Any, template: GgufTemplate, path: Path) -> int:
         path: the file.
 
     Returns:
-        How many quantized weights were compared. Those of Q8_0 and Q4_0 are equal bit for bit; Q4_1 adds its offset
-        where qcompile subtracts a zero point, which rounds float32 once more.
+        How many quantized weights were compared. Those of Q8_0, Q4_0 and Q4_K are equal bit for bit; Q4_1 adds its
+        offset where qcompile subtracts a zero point, which rounds float32 once more.
 
     Raises:
         ExportError: a weight that GGUF cannot say, or that reads otherwise than it was written.
@@ -37,6 +37,7 @@ def write_gguf(model: Any, template: GgufTemplate, path: Path) -> int:
 
     embedding = _embedding_name(model)
     linears = quantized_linears(model)
+    template.check(model)
     writer = gguf.GGUFWriter(str(path), template.architecture)
     kinds: dict[str, str] = {}
     try:
@@ -54,7 +55,8 @@ def write_gguf(model: Any, template: GgufTemplate, path: Path) -> int:
             if stored.name in template.extra and stored.name not in {t for shard in writer.tensors for t in shard}:
                 writer.add_tensor(stored.name, stored.data, raw_dtype=stored.tensor_type)
         common = max(kinds.values(), key=list(kinds.values()).count)
-        _copy_metadata(writer, template, int(getattr(gguf.LlamaFileType, f"MOSTLY_{common}")))
+        file_type = "MOSTLY_Q4_K_S" if common == "Q4_K" else f"MOSTLY_{common}"
+        _copy_metadata(writer, template, int(getattr(gguf.LlamaFileType, file_type)))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -119,7 +121,7 @@ def _compare(model: Any, template: GgufTemplate, path: Path, embedding: str) -> 
         tensor = stored[place.name]
         read = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
         ours = place.arranged(linear.weight.cpu())
-        if linear.zero is None:
+        if linear.zero is None or linear.format.k6:
             require_same(owner, read, ours, "gguf")
         elif not bool(((read - ours).abs() <= _rounding(linear)).all()):
             raise ExportError(f"{owner}: gguf reads other weights of the written file than the model's")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompile.checkpoint.writers.export_refusals import ExportError
+from qcompile.checkpoint.writers.export_refusals import ExportError, quantized_linears
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class GgufTemplate:
         reader: the package's reader of the file.
         architecture: as the file calls it.
         places: name of a parameter of the model -> its place.
+        shapes: name of a parameter of the model -> its shape.
         extra: names of tensors that no parameter of the model is, as tables of frequencies.
     """
 
@@ -65,6 +66,7 @@ class GgufTemplate:
         self._names = gguf.get_tensor_name_map(kind, int(count.contents()))
         tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         self.places: dict[str, Place] = {}
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         for name, parameter in model.named_parameters():
             stored = tensors.get(self.name_of(name))
             if stored is None:
@@ -78,6 +80,27 @@ class GgufTemplate:
             self.places[name] = Place(stored.name, *_arrangement(name, found, parameter.detach().float(), like))
         used = {place.name for place in self.places.values()}
         self.extra = [name for name in tensors if name not in used]
+
+    def check(self, model: Any) -> None:
+        """Refuse a model of other sizes than the template's, or with fewer layers; it may have more tensors.
+
+        Args:
+            model: float or quantized.
+
+        Raises:
+            ExportError: with the first tensor that differs.
+        """
+        ours = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        for path, linear in quantized_linears(model).items():
+            ours[f"{path}.weight"] = [linear.out_features, linear.in_features]
+            if linear.bias is not None:
+                ours[f"{path}.bias"] = [linear.out_features]
+        for name, shape in self.shapes.items():
+            if ours.get(name) != list(shape):
+                raise ExportError(
+                    f"{name}: the template holds it as {list(shape)}, the model as {ours.get(name, 'nothing')}: it is "
+                    "of another model. Fix: give a GGUF file of the same model"
+                )
 
     def name_of(self, parameter: str) -> str:
         """The name that the file gives a parameter of the model; "" if there is none."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qcompile.checkpoint.writers.expert_linears import quantized_stacks
 from qcompile.checkpoint.writers.export_refusals import quantized_linears
 from qcompile.checkpoint.writers.float_tensors import model_dtype, stores_otherwise
 from qcompile.recipe.report import Report
@@ -88,7 +89,7 @@ def caveats(model: nn.Module, target: str) -> list[str]:
         found.append("vLLM runs int4 weights with fp8 activations on NVIDIA GPUs of compute capability 9.0 only.")
     if stores_otherwise(model):
         found.append(
-            "Float tensors are cut and named as in checkpoints of this class (stacks of experts expert by expert). "
+            "Tensors are cut and named as in checkpoints of this class (stacks of experts expert by expert). "
             "transformers 5.23 does not read them beside weights of compressed-tensors."
         )
     if model_dtype(model) != torch.float32 and any(m.format.scale == "f32" for m in linears):
@@ -100,9 +101,9 @@ def caveats(model: nn.Module, target: str) -> list[str]:
 
 
 def _formats(model: nn.Module) -> Counter[str]:
-    return Counter(
-        f"weight {m.format}, activation {m.act or 'float'}" for m in dict.fromkeys(quantized_linears(model).values())
-    )
+    linears = dict.fromkeys(quantized_linears(model).values())
+    found = Counter(f"weight {m.format}, activation {m.act or 'float'}" for m in linears)
+    return found + Counter(f"stack of experts in {stack.format}" for stack in quantized_stacks(model).values())
 
 
 def _auto_class(model: Any) -> str:

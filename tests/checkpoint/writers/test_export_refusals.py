@@ -53,6 +53,11 @@ def test_a_quantized_stack_of_experts():
     qcompile.quantize(model, recipe("int4/group32", rules=()), example=example("mixtral"), progress=False)
     with pytest.raises(ExportError, match=r"experts.*: a quantized stack of experts, which a format cannot say. Fix"):
         check_modules(model, "a format")
+    check_modules(model, "compressed-tensors")
+    check_class(model, "compressed-tensors")
+    del model.model.layers[0].mlp.experts.down_proj_codes
+    with pytest.raises(ExportError, match="other tensors than those of its class"):
+        check_class(model, "compressed-tensors")
 
 
 def test_a_float_linear_behind_a_transform():

@@ -77,3 +77,26 @@ def test_a_zero_point_that_was_moved_afterwards_is_refused():
     module.zero = module.zero + 0.001
     with pytest.raises(ExportError, match="layer: scales that are no values of float16"):
         blocks_of("layer", module)
+
+
+@given(st.integers(0, 2**20), st.sampled_from([None, False, True]))
+def test_weights_of_q4_k_are_read_bit_for_bit(seed, clip):
+    """Quantized, to nearest and searched, and of parts that use every bit of the six."""
+    module = linear("int4/group32/k6", seed, columns=512, clip=bool(clip))
+    if clip is None:
+        generator = torch.Generator().manual_seed(seed)
+        module.codes = torch.randint(0, 256, module.codes.shape, generator=generator).to(torch.uint8)
+        module.zero = torch.randint(0, 64, module.zero.shape, generator=generator).to(torch.uint8)
+        module.group_scale = torch.randint(1, 64, module.zero.shape, generator=generator).to(torch.int8)
+    kind, blocks = blocks_of("layer", module)
+    assert (kind, blocks.shape) == ("Q4_K", (6, 2 * 144))
+    assert torch.equal(read(kind, blocks), module.weight)
+
+
+def test_q4_k_has_whole_blocks():
+    form = Format.parse("int4/group32/k6")
+    assert block_type("layer", form, None, 1536) == "Q4_K"
+    with pytest.raises(ExportError, match="^layer: 576 columns, which are no whole blocks of 256.*floatzero/f16"):
+        block_type("layer", form, None, 576)
+    with pytest.raises(ExportError, match="activations in int8/row.*or use a preset gguf-"):
+        block_type("layer", form, Format("int8"), 1536)

@@ -143,3 +143,14 @@ def test_float64_stays_exact():
     model, x = torch.nn.Linear(64, 40).double(), torch.randn(3, 64, dtype=torch.float64)
     program, result, _, prepared = lowered("int8/row", "int8/row", model, x)
     assert not prepared and torch.equal(result(x)[0], program(x)[0])
+
+
+@pytest.mark.parametrize("act, kernel", [(None, "table_linear"), ("int8/row", "group_linear")])
+def test_k6_has_the_kernels_of_float_zero_points(act, kernel):
+    program, _, chosen, _ = lowered("int4/group32/k6", act, torch.nn.Linear(512, 40), torch.randn(5, 512))
+    result = lowered("int4/group32/k6", act, torch.nn.Linear(512, 40), torch.randn(5, 512))
+    assert all(text.startswith(kernel) for text in chosen["weight"].values())
+    program, lowered_program = result[0], result[1]
+    for m in (1, 5, 40):
+        x = torch.randn(m, 512)
+        assert torch.allclose(lowered_program(x)[0], program(x)[0], rtol=1e-4, atol=1e-4), m

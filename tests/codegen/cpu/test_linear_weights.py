@@ -47,6 +47,13 @@ def test_grouped_weights(text, columns):
     assert torch.allclose(meaning(q), q.dequantize(torch.float64), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("columns", [256, 512])
+def test_grouped_weights_of_k6_have_one_level(columns):
+    q = quantized("int4/group32/k6", columns)
+    assert not linear_weights.has_row_scale(q.format) and linear_weights.takes_nibbles(q.format)
+    assert torch.allclose(meaning(q), q.dequantize(torch.float64), rtol=0, atol=2e-6)
+
+
 def test_powers_of_two_are_steps():
     q = quantized("fp4/group32/m2", 96)
     step = linear_weights.grouped_weight(q.stored_parts, q.format, 96)[1]

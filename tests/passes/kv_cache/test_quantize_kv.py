@@ -19,7 +19,7 @@ from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import random_rotation
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import Fuse, Quantize, QuantizeKV
-from qcompile.passes.kv_cache.quantize_kv import quantize_kv, static_scale
+from qcompile.passes.kv_cache.quantize_kv import quantize_kv, served_scale, static_scale
 from qcompile.pipeline.run import run
 from qcompile.recipe.certificate import relative_error
 from qcompile.recipe.pass_context import PassContext
@@ -61,6 +61,26 @@ def test_a_static_scale_is_the_norm_of_what_mixes_in_a_head():
     assert torch.allclose(static_scale(absmax)[:, :3], absmax[:, :3] / 127)
 
 
+def test_scales_of_servers_are_of_a_layer_or_a_head_and_rounded_up_to_bfloat16():
+    absmax = torch.tensor([[3.0, 1.0, 4.0, 0.0], [6.0, 2.0, 8.0, 0.0]])
+    mixed = torch.tensor([[0, 1, 0, 3], [0, 1, 0, 3]])
+    for per, peaks in (("tensor", [10, 10]), ("head", [5, 10])):
+        found = served_scale(absmax, mixed, per)
+        assert found.shape == (2, 4) and found.dtype == torch.float32 and torch.equal(found, found[:, :1].expand(2, 4))
+        exact = torch.tensor(peaks) / 448
+        assert torch.equal(found[:, 0], found[:, 0].bfloat16().float()) and bool((found[:, 0] >= exact).all())
+        assert bool((found[:, 0] <= exact * (1 + 2**-7)).all())
+    powers = served_scale(torch.tensor([[448.0], [224.0]]), None, "head")
+    assert powers.tolist() == [[1.0], [0.5]], "values of bfloat16 stay"
+    assert served_scale(torch.tensor([[0.0, 0.0], [448.0, 0.0]]), None, "head").tolist() == [[1.0] * 2, [1.0] * 2]
+
+
+@pytest.mark.parametrize("bad", [dict(fp8="row", static=True), dict(fp8="tensor"), dict(fp8="head", bits=4)])
+def test_e4m3_codes_have_static_scales_of_a_layer_or_a_head(bad):
+    with pytest.raises(RecipeError, match="QuantizeKV: fp8=.*Fix: QuantizeKV.8, static=True, fp8='tensor'"):
+        QuantizeKV(**{"bits": 8, **bad})
+
+
 class Attentions(nn.Module):
     """Two attentions whose heads differ in number and size; `change` may replace keys and values of each."""
 
@@ -90,6 +110,8 @@ class Attentions(nn.Module):
         (QuantizeKV(4, hadamard=True, center=True, sink_tokens=1), True, torch.float32),
         (QuantizeKV(8, static=True), False, torch.bfloat16),
         (QuantizeKV(8, static=True), True, torch.float32),
+        (QuantizeKV(8, static=True, fp8="tensor"), False, torch.bfloat16),
+        (QuantizeKV(8, static=True, fp8="head"), True, torch.float32),
     ],
 )
 def test_keys_and_values_are_rounded_by_hand(config, decomposed, dtype):
@@ -103,6 +125,13 @@ def test_keys_and_values_are_rounded_by_hand(config, decomposed, dtype):
 
     def change(layer, k, v):
         _, keys, values = attentions[layer]
+        if config.fp8:
+            peaks = [statistics.cached[name] for name in (keys, values)]
+            scales = [served_scale(peak, None, config.fp8)[:, None] for peak in peaks]
+            return [
+                ((z.float() / s).clamp(-448, 448).to(torch.float8_e4m3fn).float() * s).to(dtype)
+                for z, s in zip((k, v), scales, strict=True)
+            ]
         if config.static:
             scales = [static_scale(statistics.cached[name])[:, None] for name in (keys, values)]
             return [
@@ -128,6 +157,7 @@ CACHES = {
     "tokens": QuantizeKV(4, hadamard=True, sink_tokens=1),
     "centered": QuantizeKV(4, hadamard=True, sink_tokens=1, center=True),
     "channels": QuantizeKV(8, static=True),
+    "e4m3": QuantizeKV(8, static=True, fp8="head"),
 }
 
 

@@ -81,6 +81,32 @@ def test_a_rule_replaces_what_it_names(rule, formats):
     assert formats_of(inner, Quantize(INT8, "fp8"), rule) == (weight, act)
 
 
+def test_columns_that_are_no_blocks_get_a_format_of_their_own_or_are_refused():
+    k6, q4_1 = Format.parse("int4/group32/k6"), Format.parse("int4/group32/floatzero/f16")
+    wide = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    program = capture(wide, (torch.randn(3, 64),))
+
+    def formats(config, rules=None):
+        planned = planned_sites(config, PassContext.of(program, rules=rules or {}), PassReport("Quantize"))
+        return [entry.weight for entry in planned]
+
+    assert formats(Quantize(k6, None, lm_head=INT8, undivided=q4_1)) == [q4_1, k6, INT8]
+    assert formats(Quantize(k6, None, lm_head=None, undivided=q4_1)) == [q4_1, k6, q4_1]
+    rules = {"0.weight": Rule("0.*", weight=INT4), "2.weight": Rule("2.*", weight=INT8)}
+    assert formats(Quantize(k6, None, lm_head=None, undivided=q4_1), rules) == [INT4, INT8, q4_1]
+    with pytest.raises(RecipeError, match="^0.weight: 64 columns are no whole blocks of 256, which int4/group32/k6"):
+        formats(Quantize(k6, None))
+    with pytest.raises(RecipeError, match="4.weight: 64 columns"):
+        formats(Quantize(INT4, None), {"4.weight": Rule("4.*", weight=k6)})
+    with pytest.raises(RecipeError, match="is in blocks of 256 too"):
+        Quantize(k6, None, undivided=k6)
+    wide[2].weight.data[0, 0] = 1e9
+    with pytest.raises(RecipeError, match="^2.weight: a scale of .* is beyond float16"):
+        formats(Quantize(k6, None, undivided=INT4))
+    wide[2].weight.data[0, 0] = 1e6  # a scale of one level would be beyond float16
+    assert formats(Quantize(k6, None, lm_head=None, undivided=INT4)) == [INT4, k6, INT4]
+
+
 def test_sites_that_stay_float_say_why():
     program, report = decoder(), PassReport("Quantize")
     rules = {"blocks.0.up.weight": Rule("*.up.*", keep=True), "head.weight": Rule("head*", weight=INT4)}

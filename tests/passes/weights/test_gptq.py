@@ -15,7 +15,7 @@ from qcompile.numerics.hadamard import random_orthogonal
 from qcompile.numerics.qparams import expand_qparams
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.weights import gptq as gptq_module
-from qcompile.passes.weights.gptq import GPTQ, compensate, gptq, inverse_factor, loss
+from qcompile.passes.weights.gptq import GPTQ, compensate, gptq, grid_of, inverse_factor, loss
 from qcompile.recipe.recipe import Recipe
 
 FORMATS = [
@@ -188,3 +188,24 @@ def test_bad_input():
         Recipe("two", (GPTQ(), qcompile.passes.Quantize())).check()
     again = Recipe.from_json(qcompile.find_recipe("w4a16-gptq").to_json())
     assert again == qcompile.find_recipe("w4a16-gptq")
+
+
+@given(st.integers(0, 2**20))
+def test_grids_of_k6_are_never_left_and_are_chosen_for_the_inputs(seed):
+    form, generator = Format.parse("int4/group32/k6"), torch.Generator().manual_seed(seed)
+    weight = torch.randn(24, 512, generator=generator)
+    size = 1 + 10 * torch.rand(512, generator=generator, dtype=torch.float64) ** 6  # some channels are larger
+    x = torch.randn(700, 512, generator=generator, dtype=torch.float64) * size
+    x += 0.3 * x.mean(1, keepdim=True) * size
+    hessian = x.t() @ x
+    even = quantize_tensor(weight, form, clip=True)
+    aimed = grid_of(weight, hessian, form, GPTQ(form, None, clip=True))
+    choices = [compensate(weight, hessian, grid, GPTQ(form, None)).codes for grid in (even, aimed)]
+    of_even, of_aimed = (loss(weight, q.dequantize(), hessian) for q in choices)
+    assert bool((of_even <= loss(weight, even.dequantize(), hessian) * (1 + 1e-9)).all())
+    assert of_aimed.sum() < 0.9 * of_even.sum()
+    for grid, choice in zip((even, aimed), choices, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(grid.parts[1:], choice.parts[1:], strict=True))
+    plain = grid_of(weight, hessian, form, GPTQ(form, None))
+    assert torch.equal(plain.codes, quantize_tensor(weight, form).codes)
+    assert torch.equal(grid_of(weight, torch.zeros_like(hessian), form, GPTQ(form, None, clip=True)).codes, even.codes)

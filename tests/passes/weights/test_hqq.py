@@ -133,3 +133,13 @@ def test_offsets_of_its_zero_points_are_values_of_the_stored_dtype(scale):
     offset = found.scale.float() * found.zero
     stored = offset.to(form.scale_dtype).float()
     assert bool(((offset - stored).abs() <= 2**-22 * offset.abs()).all())
+
+
+def test_six_bit_scales_have_no_zero_points_to_move():
+    form = Format.parse("int4/group32/k6")
+    with pytest.raises(ValueError, match="HQQ finds float zero points for groups, and the format is int4/group32/k6"):
+        HQQ(form, None)
+    model, x = nn.Sequential(nn.Linear(256, 8)), torch.randn(3, 256)
+    passes = (HQQ("int4/group32/floatzero", None, lm_head=form), Fuse())
+    report = qcompile.quantize(model, Recipe("hqq", passes), example=x, progress=False)
+    assert "rounded to nearest, their format has no float zero points in groups: 0.weight" in str(report)

@@ -33,6 +33,14 @@ def test_blocks_dequantize_to_the_weight(form, columns):
         assert not values[:, columns:].any(), "padding must add nothing to a sum"
 
 
+def test_six_bit_scales_become_float_scales_and_zero_points():
+    module = linear("int4/group32/k6", "", 512)
+    codes, scales, zeros = to_matmul_nbits(weight_of(module))
+    assert scales.dtype == zeros.dtype == torch.float32 and scales.shape == zeros.shape == (24, 16)
+    values = dequantize_blocks(codes, scales, zeros, 4, 32)
+    assert torch.allclose(values, module.weight, rtol=0, atol=2e-6 * float(module.weight.abs().max()))
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_transposed_stream_multiplies_alike(form):
     module, x = linear(form, "", 80), torch.randn(3, 80)

@@ -25,6 +25,11 @@ def test_a_byte_has_the_same_column_of_every_chunk():
     assert packed[0, 5] == codes[0, 5] | codes[0, 64 + 5] << 4
 
 
+def test_six_bit_scales_have_no_kernel():
+    assert layout_of(Format.parse("int4/group32/floatzero")) is not None
+    assert layout_of(Format.parse("int4/group32/k6")) is None
+
+
 def test_formats_have_the_largest_chunk_that_their_groups_allow():
     chunks = {"int4/group128": 64, "int4/group32": 32, "int3/group64": 16, "int2/group64": 32, "int8/row": 64}
     assert {text: layout_of(Format.parse(text)).chunk for text in chunks} == chunks

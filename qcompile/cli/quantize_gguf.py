@@ -1,0 +1,95 @@
+"""`qcompile quantize IN.gguf OUT.gguf`: one file into another, for llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.table import Table
+
+from qcompile.cli.arguments import calibration_batches, load
+from qcompile.cli.interruption import kept
+from qcompile.cli.output import note, print_table, tell
+from qcompile.cli.path_checks import output_file, output_folder
+
+SUFFIX = ".gguf"
+_COLUMNS = 256  # a multiple of every block: what a format is checked with before the model is read
+
+
+def output_model(value: str | Path) -> Path:
+    """A folder to write that does not exist or is empty, or a .gguf file that does not exist."""
+    if Path(value).suffix != SUFFIX:
+        return output_folder(value)
+    path = output_file(value)
+    if path.exists():
+        raise typer.BadParameter(f"{path} exists. Fix: choose another name, or remove it")
+    return path
+
+
+def quantize_file(model: str, file: Path, recipe: str, text: Path | None) -> None:
+    """Quantize a GGUF file into another, whose names and metadata are those of the first.
+
+    Args:
+        model: a .gguf file, or "embedded".
+        file: to write.
+        recipe: weight-only, in formats that GGUF has.
+        text: to calibrate on, or None.
+
+    Raises:
+        ValueError: MODEL is no GGUF file, or the recipe is none for one.
+    """
+    from qcompile.api.export_model import export
+    from qcompile.checkpoint.writers.gguf_summary import quantized_types
+    from qcompile.generation.pretrained import embedded
+
+    source = embedded() if model == "embedded" else Path(model)
+    if source.suffix != SUFFIX:
+        raise ValueError(
+            f"{file} is made after a GGUF file, and {model} is none. Fix: name a folder to write, or "
+            f"qcompile export {model} FOLDER --to llama.cpp --template FILE.gguf"
+        )
+    check_gguf_recipe(recipe)
+    with kept(lambda: f"{file} was not written"):
+        loaded, tokenizer = load(model)
+        stored = quantized_types(source)
+        if stored:
+            note(
+                f"{source.name} holds {', '.join(stored)} already: what was rounded is rounded again. "
+                "Fix: take the F16 or BF16 file"
+            )
+        batches = calibration_batches(recipe, loaded, tokenizer, text)
+        report = export(loaded, file, recipe, batches, to="gguf", template=source)
+    tell(report)
+    print_table(type_table(file))
+    before, after = (path.stat().st_size / 1e6 for path in (source, file))
+    tell(f"written: {file}  ({after:.1f} MB, from {before:.1f} MB)")
+
+
+def check_gguf_recipe(name: str) -> None:
+    """Refuse a recipe whose formats no block of GGUF has, before a model is read. Raises ValueError."""
+    from qcompile.checkpoint.writers.gguf_blocks import block_type
+    from qcompile.passes import Quantize
+    from qcompile.pipeline.find_recipe import find_recipe
+
+    if name == "auto":
+        raise ValueError("recipe 'auto' chooses formats for PyTorch. Fix: -r gguf-q4_k, or another gguf-* preset")
+    recipe = find_recipe(name)
+    recipe.check()
+    for config in recipe.passes:
+        if isinstance(config, Quantize):
+            block_type(f"recipe {recipe.name!r}", config.weight, config.act, _COLUMNS)
+            if config.lm_head is not None:
+                block_type(f"recipe {recipe.name!r}, logits", config.lm_head, config.lm_head_act, _COLUMNS)
+
+
+def type_table(path: Path) -> Table:
+    """The tensors of a GGUF file by type."""
+    from qcompile.checkpoint.writers.gguf_summary import stored_types
+
+    rows = stored_types(path)
+    table = Table("type", "tensors", "MB", "bits a value")
+    for row in rows:
+        table.add_row(row.name, str(row.tensors), f"{row.nbytes / 1e6:.1f}", f"{row.bits:.2f}")
+    values, size = sum(row.values for row in rows), sum(row.nbytes for row in rows)
+    table.add_row("all", str(sum(row.tensors for row in rows)), f"{size / 1e6:.1f}", f"{8 * size / max(1, values):.2f}")
+    return table
