@@ -43,7 +43,7 @@ def require_empty(folder: str | Path, size: int = 0) -> None:
         CheckpointError: it exists and is not empty, or is a mount point or the current folder.
         WriteError: it cannot be written, or has no space for `size` bytes.
     """
-    with _as_write_error(folder):
+    with as_write_error(folder):
         target = Path(folder)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise CheckpointError(f"{target} exists and is not empty. Fix: choose another folder or remove it")
@@ -70,7 +70,7 @@ def atomic_folder(folder: str | Path, size: int = 0) -> Iterator[Path]:
     """
     require_empty(folder, size)
     target = _resolved(Path(folder))  # the folder that a link names, not the link
-    with _as_write_error(folder), _made(target.parent):
+    with as_write_error(folder), _made(target.parent):
         lock = FileLock(target.parent / f".{target.name}.lock")
         try:
             lock.acquire(timeout=0)
@@ -142,6 +142,20 @@ def _try_to_write(target: Path, size: int) -> None:
             file.write(bytes(_PROBE_BYTES))
             file.flush()
             os.fsync(file.fileno())
+    require_space(target, place, size)
+
+
+def require_space(target: Path, place: Path, size: int) -> None:
+    """Check that the disk of a folder has space.
+
+    Args:
+        target: what will be written, for the message.
+        place: a folder that exists, on the same disk.
+        size: bytes that will be written.
+
+    Raises:
+        WriteError: it has not.
+    """
     free = shutil.disk_usage(place).free
     if free < size:
         raise WriteError(
@@ -151,7 +165,7 @@ def _try_to_write(target: Path, size: int) -> None:
 
 
 @contextmanager
-def _as_write_error(folder: str | Path) -> Iterator[None]:
+def as_write_error(folder: str | Path) -> Iterator[None]:
     """What the system says, as one line that names the folder."""
     try:
         yield

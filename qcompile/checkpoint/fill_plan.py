@@ -87,7 +87,7 @@ class FillPlan:
             path, _, leaf = name.rpartition(".")
             owner = self.model.get_submodule(path)
             if name in self.meta.computed:
-                owner.register_buffer(leaf, tensor, persistent=False)
+                put_computed(owner, leaf, tensor)
             else:
                 setattr(owner, leaf, parameter(tensor))
         for path, module in self.modules.items():
@@ -183,9 +183,18 @@ class FillPlan:
         except AttributeError:
             return False
         if name in self.meta.computed:
-            return leaf.isidentifier() and not hasattr(owner, leaf)
+            return leaf.isidentifier() and getattr(owner, leaf, None) is None  # what a call leaves there
         is_bias = leaf == "bias" and hasattr(owner, "bias") and owner.bias is None
         return is_bias and tensor.ndim == 1 and tensor.is_floating_point()
+
+
+def put_computed(owner: nn.Module, leaf: str, value: Tensor) -> None:
+    """Put a tensor that no state_dict has into a module: where a plain attribute is, as such, else as a buffer."""
+    if leaf in vars(owner):
+        vars(owner)[leaf] = value
+    else:
+        owner._buffers.pop(leaf, None)
+        owner.register_buffer(leaf, value, persistent=False)
 
 
 def _parents(name: str) -> list[str]:

@@ -8,17 +8,22 @@ modules            path -> entry of a module that the float model does not have 
 computed           tensors that no state_dict has: buffers that are not persistent, and attributes
 scalars            path of a module that has such tensors -> its attributes that are plain values
 implementations    which of transformers' implementations of attention and experts ran
+weights            the file with the tensors, or the index of several files; model.safetensors if it is not named
 tensors            name -> digest (tensor_file.py)
 files              name of another file of the folder -> digest of its content
 digest             of all the above but the stamp
 
-A folder that was written without digests (and then without the last six keys) is read without checking them.
+A folder that was written without digests (and then without the keys after "modules") is read without checking them.
+
+In the folder of a model of transformers, config.json has the same data as its `quantization_config`, without "files":
+what transformers_plugin/ opens the folder by, which a hub gives it alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +37,7 @@ from qcompile.recipe.strict_json import DamagedJson, read_json
 
 META = "qcompile.json"
 _FIX = "Fix: save the model again, or restore the file from a copy"
+_WEIGHTS = re.compile(r"[\w-]+\.safetensors(\.index\.json)?")
 
 Scalars = Mapping[str, bool | int | float]
 
@@ -50,6 +56,7 @@ class FolderMeta:
         implementations: path of a config -> name of an attribute -> its value.
         tensors: name -> digest; None of a folder that was written without.
         files: name of a file -> digest of its content.
+        weights: the file with the tensors, or the index of several files.
     """
 
     recipe: dict[str, Any] | None
@@ -61,9 +68,10 @@ class FolderMeta:
     implementations: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     tensors: Mapping[str, str] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    weights: str = "model.safetensors"
 
-    def write(self, root: Path) -> None:
-        """Write qcompile.json into a folder whose other files are there."""
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with its digest."""
         data = {
             **stamp(),
             "recipe": self.recipe,
@@ -73,10 +81,15 @@ class FolderMeta:
             "computed": sorted(self.computed),
             "scalars": dict(self.scalars),
             "implementations": dict(self.implementations),
+            "weights": self.weights,
             "tensors": self.tensors,
             "files": dict(self.files),
         }
-        text = json.dumps({**data, "digest": _digest_of(data)}, indent=1, allow_nan=False)
+        return {**data, "digest": _digest_of(data)}
+
+    def write(self, root: Path) -> None:
+        """Write qcompile.json into a folder whose other files are there."""
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
         (root / META).write_text(text + "\n", encoding="utf-8")
 
     def parsed_recipe(self) -> Recipe | None:
@@ -114,7 +127,8 @@ def content_digest(data: Any) -> str:
 
 
 def _digest_of(data: Mapping[str, Any]) -> str:
-    return content_digest({key: value for key, value in data.items() if key not in (*stamp(), "digest")})
+    left_out = (*stamp(), "digest", "quant_method")
+    return content_digest({key: value for key, value in data.items() if key not in left_out})
 
 
 def read_meta(root: Path) -> FolderMeta:
@@ -123,19 +137,31 @@ def read_meta(root: Path) -> FolderMeta:
     Raises:
         CheckpointError: it is damaged, changed, or of an unknown schema.
     """
-    path = root / META
-    data = _read(path)
+    return parse_meta(_read(root / META), root / META, root)
+
+
+def parse_meta(data: Any, path: Path, source: Path) -> FolderMeta:
+    """What `FolderMeta.to_json` gave, checked.
+
+    Args:
+        data: plain data.
+        path: the file that it is from, for messages.
+        source: the folder, for messages.
+
+    Raises:
+        CheckpointError: it is damaged, changed, or of an unknown schema.
+    """
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not of a checkpoint. Fix: name a folder that qcompile.save wrote")
     if data.get("schema") not in (1, SCHEMA):
-        _upgraded(root, data)
+        _upgraded(source, path, data)
     missing = [key for key in ("recipe", "class", "shared", "modules") if key not in data]
     if missing:
         raise CheckpointError(f"{path} is damaged: it has no {', '.join(missing)}. {_FIX}")
     _check_types(path, data)
     _check_digest(path, data)
     return FolderMeta(
-        _upgraded(root, data),
+        _upgraded(source, path, data),
         data["class"],
         data["shared"],
         data["modules"],
@@ -144,19 +170,20 @@ def read_meta(root: Path) -> FolderMeta:
         data.get("implementations", {}),
         data.get("tensors"),
         data.get("files", {}),
+        data.get("weights", "model.safetensors"),
     )
 
 
-def _upgraded(root: Path, data: Mapping[str, Any]) -> dict[str, Any] | None:
+def _upgraded(source: Path, path: Path, data: Mapping[str, Any]) -> dict[str, Any] | None:
     """The recipe in the present schema, with a warning where it was of an older one."""
     try:
         recipe: dict[str, Any] | None = data.get("recipe")
-        older = needs_upgrade(data, str(root))
+        older = needs_upgrade(data, str(source))
         return upgrade(recipe) if older and recipe is not None else recipe
     except UnknownSchema as error:
         raise CheckpointError(str(error)) from None
     except (TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"the recipe in {root / META} is damaged ({error}). {_FIX}") from error
+        raise CheckpointError(f"the recipe in {path} is damaged ({error}). {_FIX}") from error
 
 
 def _read(path: Path) -> Any:
@@ -173,7 +200,7 @@ def _check_types(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _check_digest(path: Path, data: Mapping[str, Any]) -> None:
-    newer = [key for key in ("computed", "scalars", "implementations", "tensors", "files") if key in data]
+    newer = [key for key in ("computed", "scalars", "implementations", "weights", "tensors", "files") if key in data]
     if "digest" not in data and not newer:
         return
     if data.get("digest") != _digest_of(data) or "tensors" not in data:
@@ -202,6 +229,7 @@ _TYPES = {
     "computed": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
     "scalars": _is_scalars,
     "implementations": lambda value: _is_dicts(value) and all(_is_names(item) for item in value.values()),
+    "weights": lambda value: isinstance(value, str) and bool(_WEIGHTS.fullmatch(value)),
     "tensors": _is_names,
     "files": _is_names,
 }

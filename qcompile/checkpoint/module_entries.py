@@ -171,7 +171,8 @@ def _prefix(path: str, entry: Entry, tensors: Mapping[str, Tensor], inner: nn.Mo
     _require_described(entry, tensors)
     ids, logits = tensors["ids"], tensors["logits"]
     require(f"{path}.ids", ids, ((ids.numel(),), (torch.int64,)))
-    if logits.ndim != 3 or not ids.numel() or int(ids.min()) < 0 or int(ids.max()) >= logits.shape[2]:
+    in_range = ids.is_meta or (ids.numel() and 0 <= int(ids.min()) <= int(ids.max()) < logits.shape[-1])
+    if logits.ndim != 3 or not ids.numel() or not in_range:
         refuse(f"{path}.ids", "are not tokens of the logits beside them")
     require(f"{path}.logits", logits, ((1, len(ids), logits.shape[2]), FLOATS))
     layers = [(tensors[f"keys{i}"], tensors[f"values{i}"]) for i in range(len(tensors) // 2 - 1)]

@@ -1,8 +1,9 @@
-"""Checkpoints: one safetensors file and JSON, written whole or not at all; nothing is unpickled.
+"""Checkpoints: safetensors files and JSON, written whole or not at all; nothing is unpickled.
 
-model.safetensors   every parameter and buffer, packed codes included
-qcompile.json       schema, recipe, tied tensors, digests, and what differs from the float model (folder_meta.py)
-config.json ...     the model's own configuration and tokenizer, when it has them (transformers_folder.py)
+qcompile.safetensors   every parameter and buffer, packed codes included; of a model that is none of transformers, or
+                       that transformers reads as it is: model.safetensors. Several files have an index beside them
+qcompile.json          schema, recipe, tied tensors, digests, and what differs from the float model (folder_meta.py)
+config.json ...        the model's own configuration and tokenizer, when it has them (transformers_folder.py)
 """
 
 from __future__ import annotations
@@ -10,30 +11,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from qcompile.checkpoint.atomic_folder import CheckpointError, atomic_folder
 from qcompile.checkpoint.fill_plan import FillPlan
-from qcompile.checkpoint.folder_meta import META, FolderMeta, read_meta
-from qcompile.checkpoint.foreign_save import forbid_save_pretrained
-from qcompile.checkpoint.model_state import ModelState
-from qcompile.checkpoint.tensor_file import digests, read_tensors
-from qcompile.checkpoint.transformers_folder import build_model, describe_folder, implementations, write_files
+from qcompile.checkpoint.folder_content import FolderContent
+from qcompile.checkpoint.folder_meta import META, read_meta
+from qcompile.checkpoint.save_as_pretrained import give_save_pretrained
+from qcompile.checkpoint.tensor_file import DEFAULT_SHARD, read_tensors
+from qcompile.checkpoint.transformers_folder import build_model, describe_folder
 from qcompile.modules.generation_hooks import attach_loaded
-from qcompile.modules.training_module import refuse_training
 from qcompile.modules.wrappers import unwrapped
 
-_TENSORS = "model.safetensors"
 
-
-def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
+def save(
+    model: nn.Module, folder: str | Path, tokenizer: Any = None, *, max_shard_size: int | str = DEFAULT_SHARD
+) -> Path:
     """Write a quantized (or float) model to a new folder.
+
+    A folder of a model of transformers is also opened by its `from_pretrained`, once qcompile is imported.
 
     Args:
         model: the model; one behind torch.compile, DataParallel or DistributedDataParallel is saved without them.
         folder: the folder, which may exist if it is empty.
         tokenizer: of transformers, saved beside the model; None for none.
+        max_shard_size: the largest size of one file of tensors, in bytes or as "5GB"; a larger tensor has its own file.
 
     Returns:
         The folder.
@@ -42,35 +44,14 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         CheckpointError: the folder exists and is not empty or cannot be written (a WriteError), or the model has
             something that no checkpoint can store. Nothing is then left there.
     """
-    inner = unwrapped(model)
-    try:
-        refuse_training(inner, "qcompile.save")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    state = ModelState.of(inner)
-    recipe = getattr(model, "qcompile_recipe", None)
-    with atomic_folder(folder, sum(tensor.nbytes for tensor in state.tensors.values())) as work:
-        # The format says "pt" only where transformers reads what was saved.
-        tied = getattr(inner, "all_tied_weights_keys", None) or {}
-        known = {*tied, *tied.values(), *state.computed}
-        of_transformers = recipe is None and not state.modules and state.shared.keys() <= known
-        save_file(state.tensors, str(work / _TENSORS), metadata={"format": "pt" if of_transformers else "qcompile"})
-        FolderMeta(
-            recipe,
-            type(inner).__name__,
-            state.shared,
-            state.modules,
-            frozenset(state.computed),
-            state.scalars,
-            implementations(inner),
-            digests(state.tensors),
-            write_files(inner, tokenizer, work, mark=not of_transformers),
-        ).write(work)
+    content = FolderContent.of(model, max_shard_size)
+    with atomic_folder(folder, content.size) as work:
+        content.write(work, tokenizer)
     return Path(folder)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Read a folder that `save` wrote.
+    """Read a folder that `save`, or `save_pretrained` of a quantized model, wrote.
 
     Everything is checked before the model is changed: the digest of every tensor, names, shapes and dtypes against the
     model and the formats, and the range of scales, zero points and codes.
@@ -92,12 +73,12 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise CheckpointError(f"{root} {describe_folder(root)}")
     meta = read_meta(root)
     recipe = meta.parsed_recipe()
-    tensors = read_tensors(root / _TENSORS, meta.tensors)
+    tensors = read_tensors(root / meta.weights, meta.tensors)
     result = model if model is not None else build_model(root, meta)
     target = unwrapped(result)
     FillPlan.of(target, meta, tensors, root).apply()
     setattr(target, "qcompile_recipe", meta.recipe)  # noqa: B010  not an attribute that nn.Module declares
-    forbid_save_pretrained(target)
     if recipe is not None:
         attach_loaded(target, recipe)
+    give_save_pretrained(target)
     return result.requires_grad_(False).eval()

@@ -1,6 +1,7 @@
 """What a format demands of the tensors that a checkpoint stores: dtypes, shapes, and the range of every value.
 
 A digest says that a file is the one that was written; these checks say that it can be computed with, whoever wrote it.
+On the meta device, where tensors have no values yet, only dtypes and shapes are checked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from qcompile.numerics.bit_packing import packed_columns
 from qcompile.numerics.format import Format
 from qcompile.numerics.fp4 import MIN_EXPONENT
 from qcompile.numerics.hadamard import hadamard_factors
+from qcompile.numerics.k_quants import MAX_MULTIPLIER
 from qcompile.numerics.qparams import MAX_INT8
 from qcompile.numerics.qtensor import group_columns, unpack_codes
 from qcompile.numerics.two_level import MAX_GROUP_SCALE
@@ -57,10 +59,10 @@ def stored_specs(format: Format, lead: Sequence[int], columns: int) -> dict[str,
     code_dtype = torch.uint8 if format.bits < 8 else format.code_dtype
     specs: dict[str, Spec] = {
         "codes": ((*lead, packed_columns(columns, format.bits)), (code_dtype,)),
-        "scale": ((*lead, 1) if format.two_level else shape, (format.scale_dtype,)),
+        "scale": (shape if format.per == "tensor" else (*lead, format.stored_scales(columns)), (format.scale_dtype,)),
     }
     if format.zero != "none":
-        specs["zero"] = shape, (torch.uint8 if format.zero == "int" else torch.float32,)
+        specs["zero"] = shape, (format.zero_dtype,)
     if format.two_level:
         specs["group_scale"] = shape, (torch.int8,)
     return specs
@@ -86,13 +88,17 @@ def check_stored(path: str, parts: Mapping[str, Tensor], format: Format, lead: S
         )
     for name, spec in specs.items():
         require(f"{path}.{name}", parts[name], spec)
+    if parts["codes"].is_meta:
+        return
     if format.zero == "none" and not format.is_float and format.bits < 8 and not format.two_level:
         check_positive(f"{path}.scale", parts["scale"].abs())  # negative ones use the extra code below zero
+    elif format.k6:
+        _check_blocks(path, parts)
     else:
         check_positive(f"{path}.scale", parts["scale"])
     _check_zero(f"{path}.zero", parts.get("zero"), format)
     _check_codes(f"{path}.codes", parts["codes"], format, columns)
-    if format.two_level:
+    if format.two_level and not format.k6:
         _check_group_scale(f"{path}.group_scale", parts["group_scale"], format)
     if format.dual:
         _check_products(path, parts, format, columns)
@@ -104,7 +110,7 @@ def check_positive(name: str, scale: Tensor) -> None:
     Raises:
         CheckpointError: it is not.
     """
-    if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+    if not scale.is_meta and not bool(((scale > 0) & torch.isfinite(scale)).all()):
         refuse(name, "holds scales that are not finite and positive")
 
 
@@ -114,7 +120,7 @@ def check_no_nan(name: str, tensor: Tensor) -> None:
     Raises:
         CheckpointError: it does.
     """
-    if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+    if not tensor.is_meta and tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
         refuse(name, "holds NaN")
 
 
@@ -125,10 +131,22 @@ def check_signs(name: str, signs: Tensor, size: int) -> None:
         CheckpointError: another size or dtype, no signs, or a size that has no transform.
     """
     require(name, signs, ((size,), FLOATS))
-    if not bool((signs.abs() == 1).all()):
+    if not signs.is_meta and not bool((signs.abs() == 1).all()):
         refuse(name, "holds signs that are not 1 or -1")
     if hadamard_factors(size) is None:
         refuse(name, f"has {size} signs: of that size no Hadamard matrix is known")
+
+
+def _check_blocks(path: str, parts: Mapping[str, Tensor]) -> None:
+    """Ranges of k6: d is positive, dmin not negative, sc 1 to 63, m 0 to 63."""
+    d, dmin = parts["scale"][..., 0::2], parts["scale"][..., 1::2]
+    check_positive(f"{path}.scale", d)
+    if not bool(((dmin >= 0) & torch.isfinite(dmin)).all()):
+        refuse(f"{path}.scale", "holds scales of offsets that are not finite, or negative")
+    for name, low in (("group_scale", 1), ("zero", 0)):
+        part = parts[name]
+        if part.numel() and (int(part.min()) < low or int(part.max()) > MAX_MULTIPLIER):
+            refuse(f"{path}.{name}", f"holds values that are not {low} to {MAX_MULTIPLIER}")
 
 
 def _check_zero(name: str, zero: Tensor | None, format: Format) -> None:

@@ -2,13 +2,13 @@
 
 A loader that does not know quantized modules would build the float class and fill it with random weights. So
 config.json names the method "qcompile", which other programs refuse, and transformers itself stops at
-`transformers_weights`.
+`transformers_weights`, unless qcompile is imported: then transformers_plugin/ reads what `quantization_config` says.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,16 @@ from qcompile.checkpoint.folder_meta import META, FolderMeta, content_digest
 from qcompile.recipe.strict_json import read_json
 
 CONFIG, _GENERATION = "config.json", "generation_config.json"
-_MARKS = {
-    "quantization_config": {"quant_method": "qcompile"},
-    "transformers_weights": "none for transformers: read this folder with qcompile.load",
-}
+METHOD = "qcompile"
+WEIGHTS = "transformers_weights"
+_STOP = "none for transformers alone: import qcompile before, or read this folder with qcompile.load"
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 _GIVE = "Fix: pass the float model, load(folder, model)"
 
 
-def write_files(model: nn.Module, tokenizer: Any, work: Path, *, mark: bool) -> dict[str, str]:
+def write_files(
+    model: nn.Module, tokenizer: Any, work: Path, *, mark: bool, stored: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """Write a model's configuration and tokenizer, where it has them.
 
     Args:
@@ -36,6 +37,7 @@ def write_files(model: nn.Module, tokenizer: Any, work: Path, *, mark: bool) -> 
         tokenizer: of transformers; None for none.
         work: the folder.
         mark: whether to make config.json one that only qcompile reads.
+        stored: what it then says of the quantized model (FolderMeta.to_json).
 
     Returns:
         Name of a file -> digest of its content, of the files that decide what the model computes.
@@ -49,7 +51,11 @@ def write_files(model: nn.Module, tokenizer: Any, work: Path, *, mark: bool) -> 
         return {}
     data = read_json(path)
     data["architectures"] = [type(model).__name__]
-    data |= _MARKS if mark else {}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if dtype is not None:
+        data["dtype"] = str(dtype).removeprefix("torch.")
+    if mark:
+        data |= {"quantization_config": {"quant_method": METHOD, **(stored or {})}, WEIGHTS: _STOP}
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return {CONFIG: content_digest(data)}
 
@@ -83,9 +89,9 @@ def build_model(root: Path, meta: FolderMeta) -> nn.Module:
         raise CheckpointError(f"transformers has no class {meta.model_class}. {_GIVE}")
     try:
         config = transformers.AutoConfig.from_pretrained(str(root), trust_remote_code=False)
-        for name in _MARKS:
+        for name in ("quantization_config", WEIGHTS):
             config.__dict__.pop(name, None)
-        _set_implementations(config, meta)
+        set_implementations(config, meta)
         with torch.random.fork_rng(devices=[]):  # random weights are replaced, and the caller's generator is his own
             built: nn.Module = cls(config)
         if (root / _GENERATION).is_file() and hasattr(built, "generation_config"):
@@ -107,6 +113,9 @@ def describe_folder(root: Path) -> str:
     if (root / "model.onnx").is_file():
         return f"is an exported ONNX folder and holds no {META}. Fix: run it with `qcompile generate`, or ONNX Runtime"
     if (root / CONFIG).is_file():
+        method = _method_of(root / CONFIG)
+        if method not in (None, METHOD):
+            return f"is quantized by {method!r}. Fix: read it with transformers, or quantize the float model"
         return (
             f"holds no {META}: it is a folder of transformers. Fix: read it with qcompile.load_pretrained, or name a "
             "folder that qcompile.save wrote"
@@ -114,6 +123,14 @@ def describe_folder(root: Path) -> str:
     if not any(root.iterdir()):
         return f"is empty: it holds no {META}. Fix: name a folder that qcompile.save wrote"
     return f"holds no {META}. Fix: name a folder that qcompile.save wrote"
+
+
+def _method_of(path: Path) -> Any:
+    """The quantization method that a config.json names; None for none."""
+    try:
+        return read_json(path)["quantization_config"]["quant_method"]
+    except (ValueError, TypeError, LookupError):
+        return None
 
 
 def _configs(config: Any) -> Iterator[tuple[str, Any]]:
@@ -126,9 +143,19 @@ def _configs(config: Any) -> Iterator[tuple[str, Any]]:
             yield f"{key}.{path}".removesuffix("."), inner
 
 
-def _set_implementations(config: Any, meta: FolderMeta) -> None:
-    """In the order of _configs: setting one of a configuration sets those inside it too."""
-    for path, inner in _configs(config):
-        for name, value in meta.implementations.get(path, {}).items():
-            if name in _IMPLEMENTATIONS:
-                setattr(inner, name, value)
+def set_implementations(config: Any, meta: FolderMeta, *, only_unset: bool = False) -> None:
+    """Give a configuration, and those inside it, the implementations that ran.
+
+    Args:
+        config: of transformers, changed in place.
+        meta: of the folder.
+        only_unset: leave those that somebody chose.
+    """
+    found = [
+        (inner, name, value)
+        for path, inner in _configs(config)
+        for name, value in meta.implementations.get(path, {}).items()
+        if name in _IMPLEMENTATIONS and not (only_unset and getattr(inner, f"{name}_internal", None) is not None)
+    ]
+    for inner, name, value in found:  # in the order of _configs: setting one sets those inside it too
+        setattr(inner, name, value)

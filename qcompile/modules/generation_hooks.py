@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.modules.cache_argument import given_cache, with_cache
 from qcompile.modules.kv_constants import CENTERS, PREFIX, SCALES, Centers, Prefix, Scales
 from qcompile.passes.kv_cache.quantize_kv import QuantizeKV
 from qcompile.recipe.recipe import Recipe
@@ -52,16 +53,16 @@ class GenerationHooks:
 
         if not self.enabled:
             return args, kwargs
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length()):
             return args, kwargs
         ids = args[0] if args else kwargs.get("input_ids")
         if self.prefix is not None and isinstance(ids, Tensor) and self.prefix.starts(ids):
-            return self._behind_prefix(self.prefix, ids, args, kwargs)
-        return (args, {**kwargs, "past_key_values": self._cache()}) if self.config is not None else (args, kwargs)
+            return self._behind_prefix(model, self.prefix, ids, args, kwargs)
+        return (args, with_cache(model, kwargs, self._cache())) if self.config is not None else (args, kwargs)
 
     def _behind_prefix(
-        self, prefix: Prefix, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: nn.Module, prefix: Prefix, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         p = len(prefix.ids)
         cache = self._cache()
@@ -70,7 +71,7 @@ class GenerationHooks:
             if self.config is not None:
                 cache.sink_tokens = max(cache.sink_tokens, p)
             cache.update(keys, values, index)
-        kwargs = {**kwargs, "past_key_values": cache}
+        kwargs = with_cache(model, kwargs, cache)
         for name in ("position_ids", "cache_position", "token_type_ids"):
             if isinstance(kwargs.get(name), Tensor):
                 kwargs[name] = kwargs[name][..., p:]
@@ -91,11 +92,12 @@ class GenerationHooks:
             sink_tokens=self.config.sink_tokens,
             centers=None if self.centers is None else self.centers.all,
             scales=None if self.scales is None else self.scales.all,
+            fp8=bool(self.config.fp8),
         )
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Put the prefix's logits before those of the rest, where all were requested."""
-        cache = kwargs.get("past_key_values")  # as the model was called, so one of another call has no such attribute
+        cache = given_cache(kwargs)  # as the model was called, so one of another call has no such attribute
         from_prefix = getattr(cache, "qcompile_from_prefix", 0)
         if cache is not None and from_prefix:
             cache.qcompile_from_prefix = 0
@@ -154,6 +156,11 @@ def refuse_cache(model: nn.Module, recipe: Recipe | None, *, contrib_ops: bool, 
             continue
         if not config.static:
             raise RecipeError(_NO_ONNX_FORM)
+        if config.fp8:
+            raise RecipeError(
+                "this QuantizeKV has no form in ONNX: its codes are e4m3, and ONNX Runtime's attention reads int8. "
+                "Fix: use QuantizeKV(8, static=True)"
+            )
         if encoder and not config.optional:
             raise RecipeError("QuantizeKV: the file of an encoder (example=..) has no cache. Fix: drop QuantizeKV")
         if not contrib_ops and not config.optional:

@@ -130,6 +130,7 @@ class KVCache(Cache):
         sink_tokens: tokens at the start that stay float: they have the largest values and most of the attention.
         centers: the mean key [H, D] of each layer, from calibration.
         scales: static scales of keys and of values [H, D] of each layer, from calibration.
+        fp8: e4m3 codes, with static scales.
 
     Raises:
         ValueError: another number of bits, or options that exclude one another.
@@ -143,6 +144,7 @@ class KVCache(Cache):
         sink_tokens: int = 0,
         centers: Sequence[Tensor] | None = None,
         scales: Sequence[tuple[Tensor, Tensor]] | None = None,
+        fp8: bool = False,
     ) -> None:
         if bits not in (4, 8):
             raise ValueError(f"KVCache: {bits} bits are not supported. Fix: bits=4 or bits=8")
@@ -153,14 +155,17 @@ class KVCache(Cache):
                 f"KVCache: static scales go with 8 bits (got {bits}), and not with hadamard, sink_tokens or centers. "
                 "Fix: use KVCache(8, scales=..), or drop scales"
             )
+        if fp8 and scales is None:
+            raise ValueError("KVCache: fp8 codes need static scales. Fix: give scales=.., or use KVCache(8)")
         form = Format("int4" if bits == 4 else "int8", "row", zero="int")
+        static = Format("fp8") if fp8 else Format("int8")
         self.bits, self.sink_tokens = bits, sink_tokens
 
         def layer() -> QuantizedLayer:
             index = len(self.layers)
             if scales is not None:
                 of_keys, of_values = scales[index]
-                return QuantizedLayer(lambda: (PerChannelStates(of_keys), PerChannelStates(of_values)))
+                return QuantizedLayer(lambda: (PerChannelStates(of_keys, static), PerChannelStates(of_values, static)))
             center = None if centers is None else centers[index]
             return QuantizedLayer(
                 lambda: (

@@ -160,21 +160,28 @@ class PerTokenStates:
 
 
 class PerChannelStates:
-    """int8 codes with a static scale [H, D] for each channel, without zero points."""
+    """Codes with a static scale [H, D] for each channel, without zero points.
 
-    format = Format("int8")
+    Attributes:
+        format: of the codes: int8, or fp8, whose scales are the same within a head.
+        scale: [H, 1, D].
+        codes: int8, or the bits of fp8 as uint8.
+    """
 
-    def __init__(self, scale: Tensor) -> None:
-        self.scale = scale.float()[:, None]  # [H, 1, D]
+    def __init__(self, scale: Tensor, format: Format = Format("int8")) -> None:  # noqa: B008  frozen
+        self.format = format
+        self.scale = scale.float()[:, None]
         self.codes = GrowingTensor()
 
     def append(self, new: Tensor) -> None:
         """Quantize and append [B, H, S, D]."""
-        self.codes.append(quantize_with_qparams(new.float(), self.scale, None, self.format))
+        codes = quantize_with_qparams(new.float(), self.scale, None, self.format)
+        self.codes.append(codes.view(torch.uint8) if self.format.is_float else codes)
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """All tokens, dequantized, [B, H, S, D]."""
-        return dequantize_with_qparams(self.codes.read(), self.scale, None, self.format).to(dtype)
+        codes = self.codes.read().view(self.format.code_dtype)
+        return dequantize_with_qparams(codes, self.scale, None, self.format).to(dtype)
 
     def drop(self, count: int) -> None:
         """Drop the last tokens."""

@@ -143,6 +143,12 @@ def _reading_class(cls: type[nn.Module], leaf: str) -> type[nn.Module]:
     return _reading_classes[cls, leaf]
 
 
+def float_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before parameters of it were replaced by stacks of codes."""
+    base: type[nn.Module] = getattr(type(module), _DERIVED, (type(module),))[0]
+    return base
+
+
 def _reduce_owner(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
     return _blank_owner, getattr(self, _DERIVED), self.__getstate__()
 
@@ -151,3 +157,19 @@ def _blank_owner(base: type[nn.Module], leaves: Sequence[str]) -> nn.Module:
     """An owner without state, as pickle and copy make them before they fill them."""
     cls = functools.reduce(_reading_class, leaves, base)
     return cls.__new__(cls)
+
+
+def restore_parameter(owner: nn.Module, leaf: str, weight: Tensor) -> None:
+    """Put a float parameter back in the place of a stack: the inverse of `replace_parameter`.
+
+    Args:
+        owner: the module that had the parameter; changed in place.
+        leaf: the parameter's name.
+        weight: its value.
+    """
+    if f"{leaf}{STACK_SUFFIX}" not in owner._modules:
+        return  # under another path
+    base, leaves = getattr(type(owner), _DERIVED)
+    del owner._modules[f"{leaf}{STACK_SUFFIX}"]
+    owner.__class__ = functools.reduce(_reading_class, [name for name in leaves if name != leaf], base)
+    owner.register_parameter(leaf, nn.Parameter(weight, requires_grad=False))

@@ -87,14 +87,14 @@ class QuantLinear(FixedDtypeModule):
         """
         groups = format.groups(in_features)
         shape = () if format.per == "tensor" else (out_features, groups if format.per == "group" else 1)
+        scales = () if format.per == "tensor" else (out_features, format.stored_scales(in_features))
         packed = packed_columns(in_features, format.bits)
         code_dtype = torch.uint8 if format.bits < 8 else format.code_dtype
-        zero_dtype = torch.uint8 if format.zero == "int" else torch.float32
         low_dtype = torch.int8 if "low_in_scale" in has else torch.float32
         tensors: dict[str, Tensor | None] = {
             "codes": torch.empty(out_features, packed, dtype=code_dtype),
-            "scale": torch.empty((out_features, 1) if format.two_level else shape, dtype=format.scale_dtype),
-            "zero": torch.empty(shape, dtype=zero_dtype),
+            "scale": torch.empty(scales, dtype=format.scale_dtype),
+            "zero": torch.empty(shape, dtype=format.zero_dtype),
             "group_scale": torch.empty(shape, dtype=torch.int8),
             "bias": torch.empty(out_features),
             "signs": torch.empty(in_features),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from qcompile.api.model_wrappers import inner_model
-from qcompile.checkpoint.foreign_save import forbid_save_pretrained
+from qcompile.checkpoint.save_as_pretrained import give_save_pretrained
 from qcompile.modules.take_place import take_place
 from qcompile.modules.training_module import TrainingModule, refuse_training
 from qcompile.recipe.rule import RecipeError
@@ -35,7 +35,7 @@ def settle(model: nn.Module) -> None:
     settled = [(module, _settled(path, module)) for path, module in training.items()]
     for old, new in settled:
         take_place(model, old, new)
-    forbid_save_pretrained(model)
+    give_save_pretrained(model)
     model.requires_grad_(False)
 
 

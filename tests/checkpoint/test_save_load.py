@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from zoo import build, example
 
 import qcompile
-from qcompile.checkpoint import save_load
+from qcompile.checkpoint import tensor_file
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.modules.kv_cache import KVCache
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
@@ -196,13 +196,13 @@ def test_save_and_load(name, recipe, tmp_path):
 def test_same_input_same_bytes(tmp_path):
     for part in "ab":
         qcompile.save(quantized("llama", "w4a4-rotated"), tmp_path / part)
-    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert (tmp_path / "a/qcompile.safetensors").read_bytes() == (tmp_path / "b/qcompile.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "missing", "schema", "other model"])
 def test_damaged_checkpoints(damage, tmp_path):
     qcompile.save(quantized(), tmp_path / "m")
-    file, meta = tmp_path / "m/model.safetensors", tmp_path / "m/qcompile.json"
+    file, meta = tmp_path / "m/qcompile.safetensors", tmp_path / "m/qcompile.json"
     target = None
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-50])
@@ -232,7 +232,7 @@ def test_full_folder_is_refused_and_nothing_is_half_written(tmp_path, monkeypatc
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(save_load, "save_file", full_disk)
+    monkeypatch.setattr(tensor_file, "save_file", full_disk)
     with pytest.raises(CheckpointError, match="new cannot be written .*No space left on device.*Fix: free some space"):
         qcompile.save(model, tmp_path / "new")
     assert sorted(os.listdir(tmp_path)) == ["full"] and os.listdir(tmp_path / "full") == ["x"]

@@ -145,3 +145,30 @@ def test_scales_have_the_dtype_of_the_format():
     form, parts = stored("int4/group16")
     with pytest.raises(CheckpointError, match="'site.scale' is bfloat16 .*, but must be float32"):
         check_stored("site", {**parts, "scale": parts["scale"].bfloat16()}, form, (12,), 40)
+
+
+def k6_parts():
+    form = Format.parse("int4/group32/k6")
+    return form, dict(zip(PARTS, quantize_tensor(torch.randn(4, 512), form).stored_parts, strict=True))
+
+
+def test_k6_passes_and_is_checked_part_by_part():
+    form, parts = k6_parts()
+    check_stored("site", parts, form, (4,), 512)
+    check_stored("site", {name: part.unflatten(0, (2, 2)) for name, part in parts.items()}, form, (2, 2), 512)
+    for name, at, value, words in (
+        ("scale", 0, 0.0, "finite and positive"),
+        ("scale", 2, float("nan"), "finite and positive"),
+        ("scale", 1, -1.0, "scales of offsets that are not finite, or negative"),
+        ("scale", 3, float("inf"), "scales of offsets"),
+        ("group_scale", 0, 0, "not 1 to 63"),
+        ("group_scale", 5, 64, "not 1 to 63"),
+        ("zero", 5, 64, "not 0 to 63"),
+    ):
+        form, parts = k6_parts()
+        parts[name].view(-1)[at] = value
+        with pytest.raises(CheckpointError, match=f"site.{name}' holds .*{words}"):
+            check_stored("site", parts, form, (4,), 512)
+    form, parts = k6_parts()
+    parts["scale"][0, 1] = 0  # no offsets in a block
+    check_stored("site", parts, form, (4,), 512)

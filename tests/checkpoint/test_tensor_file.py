@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 from qcompile.checkpoint.atomic_folder import CheckpointError
-from qcompile.checkpoint.tensor_file import digest, digests, read_tensors
+from qcompile.checkpoint.tensor_file import (
+    digest,
+    digests,
+    read_empty,
+    read_named,
+    read_tensors,
+    shard_bytes,
+    write_tensors,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool,
           torch.float8_e4m3fn]  # fmt: skip
@@ -59,3 +68,68 @@ def test_no_file_is_no_file(tmp_path):
     for name in ("pipe", "nothing", "."):
         with pytest.raises(CheckpointError, match="cannot be read .it is missing, or no file"):
             read_tensors(tmp_path / name, None)
+
+
+TENSORS = {"a": torch.randn(4, 4), "b": torch.randn(3), "c": torch.randn(100), "d": torch.zeros(0)}
+
+
+def test_shards_hold_what_fits_in_the_order_of_names(tmp_path):
+    name = write_tensors(TENSORS, tmp_path, "model", 80, {"format": "pt"})
+    assert name == "model.safetensors.index.json"
+    index = json.loads((tmp_path / name).read_text())
+    assert index == {
+        "metadata": {"total_size": sum(t.nbytes for t in TENSORS.values())},
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00001-of-00002.safetensors",
+            "c": "model-00002-of-00002.safetensors",
+            "d": "model-00002-of-00002.safetensors",
+        },
+    }
+    read = read_tensors(tmp_path / name, digests(TENSORS))
+    assert all(torch.equal(read[key], tensor) for key, tensor in TENSORS.items())
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert read_named(files, {"b", "unknown"}).keys() == {"b"}
+    empty = read_empty(files)
+    assert {n: (t.shape, t.dtype, t.is_meta) for n, t in empty.items()} == {
+        n: (t.shape, t.dtype, True) for n, t in TENSORS.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_has_an_empty_tensor(dtype, tmp_path):
+    save_file({"a": torch.zeros(2, 3).to(dtype)}, tmp_path / "x.safetensors")
+    assert read_empty([tmp_path / "x.safetensors"])["a"].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "text, count", [(7, 7), ("5GB", 5 * 10**9), ("1.5 kb", 1500), ("2MiB", 2**21), ("1TB", 10**12)]
+)
+def test_sizes(text, count):
+    assert shard_bytes(text) == count
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "", "5", "GB", "5 bytes", None, True, "0KB"])
+def test_what_is_no_size(size):
+    with pytest.raises(CheckpointError, match="is no size of a file. Fix: bytes, or a text as '5GB'"):
+        shard_bytes(size)
+
+
+@pytest.mark.parametrize(
+    "index, words",
+    [
+        ({"weight_map": {"a": "../x.safetensors"}}, "names no safetensors files of its folder"),
+        ({"weight_map": {"a": 3}}, "names no safetensors files of its folder"),
+        ({"weight_map": {}}, "names no safetensors files of its folder"),
+        ({"weight_map": 3}, "is no index"),
+        ({}, "is no index"),
+        ([], "is no index"),
+        ({"weight_map": {"a": "missing.safetensors"}}, "missing.safetensors cannot be read"),
+    ],
+)
+def test_a_damaged_index_ends_in_one_line(index, words, tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        read_tensors(path, None)
+    assert "Fix: " in str(caught.value) and "\n" not in str(caught.value)

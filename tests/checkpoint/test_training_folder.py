@@ -52,11 +52,11 @@ def test_a_settled_model_and_the_config_are_free_of_marks(tmp_path):
     assert not hasattr(model.config, "transformers_weights")
     assert "transformers_weights" in json.loads((tmp_path / "a" / "config.json").read_text())
     qcompile.settle(model)
-    with pytest.raises(CheckpointError, match="qcompile.save"):
-        model.save_pretrained(tmp_path / "b")
+    model.save_pretrained(tmp_path / "b")
     qcompile.save(model, tmp_path / "c")
     ids = torch.arange(8)[None]
-    assert torch.equal(qcompile.load(tmp_path / "c")(ids).logits, model(ids).logits)
+    for folder in "bc":
+        assert torch.equal(qcompile.load(tmp_path / folder)(ids).logits, model(ids).logits)
 
 
 def test_settled_to_float_it_is_a_model_of_transformers_again(tmp_path):

@@ -24,18 +24,22 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("cls", [tf.AutoModelForCausalLM, tf.AutoModel, tf.LlamaForCausalLM])
-def test_transformers_refuses_the_folder_of_a_quantized_model(cls, saved):
-    with pytest.raises(ValueError, match="read this folder with qcompile.load"):
-        cls.from_pretrained(saved)
-    assert json.loads((saved / "config.json").read_text())["quantization_config"] == {"quant_method": "qcompile"}
+@pytest.mark.parametrize("cls", [tf.AutoModelForCausalLM, tf.LlamaForCausalLM])
+def test_a_class_of_transformers_reads_the_folder_of_a_quantized_model(cls, saved):
+    """Once qcompile is imported; tests/transformers_plugin/test_registration.py has the rest."""
+    with torch.no_grad():
+        expected = qcompile.load(saved)(**example("llama")).logits
+        assert torch.equal(cls.from_pretrained(saved)(**example("llama")).logits, expected)
+    config = json.loads((saved / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "qcompile"
+    assert "read this folder with qcompile.load" in config["transformers_weights"]
 
 
 def test_the_marks_are_in_the_file_only(saved, tmp_path):
     model = qcompile.load(saved)
     assert not {"quantization_config", "transformers_weights"} & set(model.config.to_dict())
     qcompile.save(model, tmp_path / "again")
-    for name in ("config.json", "qcompile.json", "model.safetensors"):
+    for name in ("config.json", "qcompile.json", "qcompile.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes(), name
 
 

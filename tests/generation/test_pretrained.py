@@ -156,8 +156,8 @@ def test_folders_of_ours_that_are_not_whole(tokenizer, tmp_path):
     qcompile.save(model, tmp_path / "m")
     with pytest.raises(ModelNotFound, match="the tokenizer of .* could not be loaded"):
         load_pretrained(str(tmp_path / "m"))
-    (tmp_path / "m/model.safetensors").rename(tmp_path / "m/other")
-    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+    (tmp_path / "m/qcompile.safetensors").rename(tmp_path / "m/other")
+    with pytest.raises(ValueError, match="qcompile.safetensors cannot be read"):
         load_pretrained(str(tmp_path / "m"))
     (tmp_path / "m/qcompile.json").unlink()
     with pytest.raises(ModelNotFound, match="its qcompile.json is missing"):

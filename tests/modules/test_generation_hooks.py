@@ -108,6 +108,7 @@ def test_a_model_without_hooks_has_hooks_that_give_nothing():
     [
         (QuantizeKV(4), {}, "has no form in ONNX.*Fix: use QuantizeKV.8, static=True."),
         (QuantizeKV(8, static=True), {"encoder": True}, "an encoder .example=... has no cache. Fix: drop QuantizeKV"),
+        (QuantizeKV(8, static=True, fp8="head"), {}, "codes are e4m3.*reads int8. Fix: use QuantizeKV.8, static=True."),
         (
             QuantizeKV(8, static=True),
             {"contrib_ops": False},

@@ -105,6 +105,24 @@ def test_prefill_and_decode_agree(name):
     assert 1e-4 < relative_error([whole], [float_logits]) < 0.2
 
 
+def test_e4m3_codes_with_static_scales():
+    scale = torch.tensor([[0.5], [0.25]]).expand(2, 16)
+    k = torch.randn(3, 2, 40, 16) * 30
+    k[0, 1, 7, 3] = 1000.0  # beyond the range: the largest code
+    cache = KVCache(8, scales=[(scale, 2 * scale)], fp8=True)
+    keys, values = cache.update(k, k, 0)
+    for found, s in ((keys, scale), (values, 2 * scale)):
+        s = s[:, None]
+        assert torch.equal(found, (k / s).clamp(-448, 448).to(torch.float8_e4m3fn).float() * s)
+    assert keys[0, 1, 7, 3] == 112 and cache.nbytes == 2 * k.numel()
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    cache.crop(-4)
+    again, _ = cache.update(k[:, :, :1], k[:, :, :1], 0)
+    assert torch.equal(again[:, :, :36], keys[[2, 0, 0], :, :36]) and again.shape[2] == 37
+    with pytest.raises(ValueError, match="fp8 codes need static scales. Fix: give scales"):
+        KVCache(8, fp8=True)
+
+
 @pytest.mark.parametrize("bad", [dict(bits=3), dict(sink_tokens=-1)])
 def test_impossible_options_are_refused(bad):
     with pytest.raises(ValueError):

@@ -66,6 +66,19 @@ def test_an_empty_one_takes_the_tensors_of_the_saved(text):
     assert torch.equal(empty(x), module(x))
 
 
+def test_an_empty_one_of_k6_takes_the_tensors_of_the_saved():
+    form = Format.parse("int4/group32/k6")
+    q = quantize_tensor(torch.randn(N, 512), form)
+    module = QuantLinear(512, N, form, None, dict(zip(PARTS, q.stored_parts, strict=True)))
+    empty = QuantLinear.empty(512, N, form, None, set(PARTS))
+    assert [getattr(empty, n).shape for n in PARTS] == [getattr(module, n).shape for n in PARTS]
+    assert [getattr(empty, n).dtype for n in PARTS] == [getattr(module, n).dtype for n in PARTS]
+    empty.load_state_dict(module.state_dict(), strict=True, assign=True)
+    x = torch.randn(2, 512, requires_grad=True)
+    assert torch.equal(empty(x), module(x)) and torch.allclose(module(x), x @ q.dequantize().t(), atol=1e-4)
+    assert torch.allclose(torch.autograd.grad(module(x).sum(), x)[0], q.dequantize().sum(0).expand(2, -1), atol=1e-4)
+
+
 def test_a_cast_keeps_codes_and_scales():
     module, q = quant_linear("fp8/row", bias=torch.randn(N))
     module.bfloat16()

@@ -1,0 +1,1 @@
+"""Quantized models in transformers: `quantization_config=QCompileConfig(..)`, `save_pretrained`, `from_pretrained`."""
