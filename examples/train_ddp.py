@@ -1,4 +1,4 @@
-"""Q-GaLore on several processes: torchrun --nproc-per-node 2 docs/examples/train_ddp.py [MODEL] [STEPS]
+"""Q-GaLore on several processes: torchrun --nproc-per-node 2 examples/train_ddp.py [MODEL] [STEPS]
 
 Every process reads windows of its own; gradients are averaged by DistributedDataParallel, and a new basis comes from
 the gradient of all. Their weights stay equal bit for bit, which the last line checks.

@@ -38,12 +38,16 @@ from qcompile.training.adapters import qa_lora
 from qcompile.training.peft_adapters import load_adapter, peft_config
 from qcompile.training.settle import settle
 from qcompile.training.train import train
-from qcompile.version import VERSION
+from qcompile.transformers_plugin.registration import register_when_imported
+from qcompile.version import VERSION, refuse_other_distribution
 
 if TYPE_CHECKING:
     from qcompile.modules.kv_cache import KVCache
+    from qcompile.transformers_plugin.qcompile_config import QCompileConfig
 
 __version__ = VERSION
+register_when_imported()
+refuse_other_distribution()
 
 __all__ = [
     "PRESETS",
@@ -55,6 +59,7 @@ __all__ = [
     "NothingToQuantize",
     "OnnxOptions",
     "Program",
+    "QCompileConfig",
     "QTensor",
     "QuantLinear",
     "Recipe",
@@ -85,9 +90,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """KVCache, when it is first used: it is a class of transformers, which takes a second to import."""
+    """KVCache and QCompileConfig, when they are first used: classes of transformers, which takes seconds to import."""
     if name == "KVCache":
         from qcompile.modules.kv_cache import KVCache
 
         return KVCache
+    if name == "QCompileConfig":
+        from qcompile.transformers_plugin.qcompile_config import QCompileConfig
+
+        return QCompileConfig
     raise AttributeError(f"module 'qcompile' has no attribute {name!r}")

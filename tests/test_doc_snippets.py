@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-import transformers
 from doc_pages import PAGES, ROOT, blocks
+from tiny_text_models import one_layer_llama
 from zoo import SIZES, build, example
 
 from qcompile.calibration import text
@@ -27,17 +24,9 @@ WHOLE = [
 PREAMBLE = "import qcompile\nfrom qcompile.calibration.text import batches\n"
 
 
-def tiny(vocabulary: int):
-    """A decoder of one layer."""
-    torch.manual_seed(0)
-    sizes = {**SIZES, "vocab_size": vocabulary, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(tie_word_embeddings=True, **sizes)
-    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
 @pytest.mark.parametrize("page", ALGORITHMS, ids=lambda p: p.stem)
 def test_snippets_run(page):
-    model = tiny(SIZES["vocab_size"])
+    model = one_layer_llama(SIZES["vocab_size"])
     ids = [torch.randint(3, 128, (1, 24)) for _ in range(2)]
     space = {"model": model, "batches": [{"input_ids": x} for x in ids], "windows": ids}
     assert blocks(page), "an algorithm is shown in a few lines"
@@ -51,14 +40,14 @@ def test_pages_run(page, smollm2, tmp_path, monkeypatch):
     """All blocks of a page in order, on a small model and in a folder of their own."""
     tokenizer = smollm2[1]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrained, "load_pretrained", lambda *_, **__: (tiny(len(tokenizer)), tokenizer))
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda *_, **__: (one_layer_llama(len(tokenizer)), tokenizer))
     brief = functools.partial(text.batches, count=2, length=64)
     monkeypatch.setattr(text, "batches", lambda *args, **sizes: brief(*args, **{**sizes, "length": 64}))
     space = {
-        "model": tiny(len(tokenizer)),
+        "model": one_layer_llama(len(tokenizer)),
         "tokenizer": tokenizer,
         "inputs": tokenizer("The capital of France is", return_tensors="pt"),
-        "build_model": lambda: tiny(len(tokenizer)),
+        "build_model": lambda: one_layer_llama(len(tokenizer)),
         "weight": torch.randn(8, 256),
         "encoder": build("bert"),
         "sentences": [{**example("bert"), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}],
@@ -66,20 +55,4 @@ def test_pages_run(page, smollm2, tmp_path, monkeypatch):
     for block in blocks(page):
         exec(compile(PREAMBLE + block, str(page), "exec"), space)
         if page in GUIDES and hasattr(space["model"], "qcompile_recipe"):
-            space["model"] = tiny(len(tokenizer))  # a page of alternatives: each starts from a float model
-
-
-@pytest.mark.slow
-def test_the_distributed_example_runs(smollm2, tmp_path):
-    tokenizer = smollm2[1]
-    for part in (tiny(len(tokenizer)), tokenizer):
-        part.save_pretrained(tmp_path / "model")
-    script = ROOT / "docs" / "examples" / "train_ddp.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "model"), "3"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "step 3: loss" in done.stdout and "2 processes have the same weights; written: trained" in done.stdout
-    assert (tmp_path / "trained" / "qcompile.json").is_file()
+            space["model"] = one_layer_llama(len(tokenizer))  # a page of alternatives: each starts from a float model

@@ -33,7 +33,7 @@ FLOORS = [
     {"checkpoint", "codegen"},
     {"backend", "generation"},
     {"api"},
-    {"evaluation"},
+    {"evaluation", "transformers_plugin"},
     {"training"},
     {"cli"},
 ]

@@ -1,8 +1,9 @@
-"""A causal LM of two layers, quantized in its weights: its compiled graphs agree with it to the last token."""
+"""Small causal LMs. One is quantized in its weights: its compiled graphs agree with it to the last token."""
 
 from __future__ import annotations
 
 import torch
+import zoo
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompile
@@ -16,6 +17,13 @@ def quantized_llama(recipe: str = "w4a16") -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).eval()
     qcompile.quantize(model, recipe, progress=False, verify=False)
     return model
+
+
+def one_layer_llama(vocabulary: int) -> LlamaForCausalLM:
+    """A float model with tied logits, the same at every call."""
+    torch.manual_seed(0)
+    config = LlamaConfig(tie_word_embeddings=True, **{**zoo.SIZES, "vocab_size": vocabulary, "num_hidden_layers": 1})
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 def greedy(model, ids, tokens=12, **options):

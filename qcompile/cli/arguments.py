@@ -16,7 +16,7 @@ from rich.text import Text
 
 from qcompile.cli.interruption import Commands
 from qcompile.cli.output import console, note, tell
-from qcompile.cli.path_checks import output_folder, text_file
+from qcompile.cli.path_checks import html_file, output_folder, text_file
 from qcompile.version import VERSION
 
 app = typer.Typer(
@@ -77,6 +77,10 @@ RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="preset (see `qc
 TextFile = Annotated[Path | None, text_option("--text", "text file; default: the embedded text")]
 CalibrationFile = Annotated[
     Path | None, text_option("--calibration", "text to calibrate on, where a recipe needs it; default: embedded")
+]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option("--report", help="HTML file to write: tables, certificates, plots", parser=html_file, metavar="FILE"),
 ]
 Windows = Annotated[int, typer.Option(help="windows of the text", min=1, max=1_000_000)]
 Length = Annotated[

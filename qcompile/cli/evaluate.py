@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from qcompile.cli.arguments import (
     Dtype,
     Length,
     Model,
+    ReportFile,
     TextFile,
     Windows,
     app,
@@ -28,7 +29,7 @@ from qcompile.cli.arguments import (
     split_names,
 )
 from qcompile.cli.interruption import kept, rows_of
-from qcompile.cli.output import console, print_table, tell, write_plot
+from qcompile.cli.output import console, print_table, tell, write_plot, write_report
 from qcompile.cli.path_checks import continued_file, plotted_file
 from qcompile.memory.atomic_file import write_whole
 
@@ -41,13 +42,23 @@ def evaluate(
     windows: Windows = 4,
     length: Length = 2048,
     dtype: Dtype = "float32",
+    tasks: Annotated[
+        str | None, typer.Option(help="tasks of lm-eval, separated by commas, in place of a text", callback=not_empty)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="samples of each task; default: all", min=1)] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="folder with YAML files of tasks", exists=True, file_okay=False, metavar="DIR")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON to write, of tasks", metavar="FILE")] = None,
 ) -> None:
-    """Measure the perplexity of MODEL, or of an exported ONNX folder, on a text."""
+    """Measure MODEL, or an exported ONNX folder: perplexity on a text, or tasks of lm-eval."""
     from qcompile.api.quantize import quantize as run
     from qcompile.calibration.text import read_text
     from qcompile.calibration.text import windows as cut
     from qcompile.evaluation.perplexity import perplexity
 
+    names = None if tasks is None else split_names(tasks)
+    _check_task_flags(names, text, limit, include_path, out)
     if is_exported(model):
         from qcompile.generation.onnx_session import Session, load_tokenizer
 
@@ -55,15 +66,18 @@ def evaluate(
             raise ValueError(f"--recipe is for a PyTorch model, and {model} is exported. Fix: omit --recipe")
         loaded, tokenizer = Session(model), load_tokenizer(model)
         length = cap_length(length, loaded, tokenizer)
-        pieces = cut(tokenizer, read_text(text), length=length, count=windows)
+        pieces = [] if names else cut(tokenizer, read_text(text), length=length, count=windows)
     else:
         if recipe is not None:
             check_recipes(recipe)
         loaded, tokenizer = load(model, dtype)
         length = cap_length(length, loaded, tokenizer)
-        pieces = cut(tokenizer, read_text(text), length=length, count=windows)
+        pieces = [] if names else cut(tokenizer, read_text(text), length=length, count=windows)
         if recipe is not None:
             tell(run(loaded, recipe, calibration_batches(recipe, loaded, tokenizer, None)))
+    if names is not None:
+        _run_tasks(loaded, tokenizer, names, include_path, limit, length, out, {"model": model, "recipe": recipe})
+        return
     value = perplexity(loaded, pieces)
     tell(f"perplexity {value:.4f}  ({windows} windows of {length} tokens of {text or 'the embedded text'})")
 
@@ -86,6 +100,7 @@ def compare(
             help="JSON to write and to continue; the plot goes beside it", parser=continued_file, metavar="FILE"
         ),
     ] = None,
+    report_file: ReportFile = None,
 ) -> None:
     """Compare recipes: perplexity, KL divergence to float, size, time. Continues where it was interrupted."""
     from qcompile.calibration.text import batches, read_text
@@ -110,6 +125,8 @@ def compare(
     if out is not None:
         tell(f"written: {out}")
         write_plot(functools.partial(plot, rows), out.with_suffix(".png"))
+    drawings = {"Perplexity by bytes of quantized weights": functools.partial(plot, rows)}
+    write_report(report_file, f"Recipes on {label}", rows=rows, drawings=drawings)
 
 
 @app.command()
@@ -128,6 +145,7 @@ def tune(
             help="JSON to write and to continue; the plot goes beside it", parser=continued_file, metavar="FILE"
         ),
     ] = Path("tune.json"),
+    report_file: ReportFile = None,
 ) -> None:
     """Try recipes, the smallest first, until one keeps the perplexity. Continues where it was interrupted."""
     from qcompile.calibration.text import batches, read_text
@@ -149,7 +167,10 @@ def tune(
         found = search(Comparison(loaded, pieces, data, out, label), max_loss=share, recipes=names, tell=tell)
     print_table(table(found.rows))
     tell(f"written: {out}")
-    write_plot(functools.partial(plot_frontier, found.rows, share), out.with_suffix(".png"))
+    draw = functools.partial(plot_frontier, found.rows, share)
+    write_plot(draw, out.with_suffix(".png"))
+    caption = f"Loss of perplexity by bytes of quantized weights; the goal is {share:.1%}"
+    write_report(report_file, f"Recipes on {label}", rows=found.rows, drawings={caption: draw})
     if found.chosen is None:
         tell(f"no recipe stays within {share:.1%}; nearest: {found.nearest.recipe}", "red")
         raise typer.Exit(1)
@@ -176,6 +197,7 @@ def sensitivity(
     out: Annotated[
         Path, typer.Option(help="the mixed recipe; the plot goes beside it", parser=plotted_file, metavar="FILE")
     ] = Path("mixed.json"),
+    report_file: ReportFile = None,
 ) -> None:
     """Measure the damage of each site in each format, and write a recipe that mixes formats."""
     from qcompile.api.example_inputs import flat_inputs, widen_batch
@@ -196,13 +218,48 @@ def sensitivity(
     logits = hasattr(loaded, "get_output_embeddings") and loaded.get_output_embeddings() is not None
     damages = measure(program, [flat_inputs(program, d, data[0]) for d in data], choices, logits=logits)
     print_table(table(damages))
-    write_plot(functools.partial(plot, damages), out.with_suffix(".png"))
+    draw = functools.partial(plot, damages)
+    write_plot(draw, out.with_suffix(".png"))
+    caption = "KL divergence to the float model with one site quantized, in the order of the graph"
+    write_report(report_file, f"Sites of {model}", damages=damages, drawings={caption: draw})
     if bits:
         weights = sum(s.numel() for s in (program.weights[name] for name in {d.site for d in damages}))
         chosen = mix(damages, nbytes=int(bits * weights / 8))
         write_whole(out, json.dumps(mixed_recipe(base, chosen).to_json(), indent=1) + "\n")
         counts = ", ".join(f"{sum(c == choice for c in chosen.values())} x {choice}" for choice in choices)
         tell(f"written: {out}  ({counts})")
+
+
+def _check_task_flags(
+    names: list[str] | None, text: Path | None, limit: int | None, include_path: Path | None, out: Path | None
+) -> None:
+    """Refuse flags of tasks without tasks, a text with them, and unknown tasks, before a model is loaded."""
+    if names is None:
+        flags = {"--limit": limit, "--include-path": include_path, "--out": out}
+        for flag, value in flags.items():
+            if value is not None:
+                raise ValueError(f"{flag} is of tasks. Fix: give --tasks, or omit {flag}")
+        return
+    if text is not None:
+        raise ValueError("a text and tasks are measured one at a time. Fix: omit --text, or --tasks")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ValueError(f"--out {out} is no file in a folder that exists. Fix: name a file there")
+    from qcompile.evaluation.lm_eval_tasks import check_tasks
+
+    check_tasks(names, include_path)
+
+
+def _run_tasks(
+    model: Any, tokenizer: Any, names: list[str], include_path: Path | None, limit: int | None, length: int,
+    out: Path | None, about: dict[str, str | None],
+) -> None:  # fmt: skip
+    from qcompile.evaluation.lm_eval_tasks import evaluate_tasks, table
+
+    result = evaluate_tasks(model, tokenizer, names, include_path=include_path, limit=limit, max_length=length, batch=8)
+    print_table(table(result))
+    if out is not None:
+        result.write(out, **about)
+        tell(f"written: {out}")
 
 
 def parse_share(text: str) -> float:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -76,6 +77,15 @@ def write_plot(draw: Callable[[Path], None], path: Path) -> None:
         tell(f"written: {path}")
     else:
         tell(f"no {path.name}: {plots.NEEDS}")
+
+
+def write_report(path: Path | None, title: str, **parts: Any) -> None:
+    """Write what a command found as one HTML file, if one was asked for; `parts` are those of HTMLReport."""
+    if path is not None:
+        from qcompile.evaluation.html_report import HTMLReport
+
+        HTMLReport(title, **parts).write(path)
+        tell(f"written: {path}")
 
 
 def _one_line(text: object) -> str:

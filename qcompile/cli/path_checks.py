@@ -49,6 +49,14 @@ def output_package(value: str | Path) -> Path:
     return path
 
 
+def html_file(value: str | Path) -> Path:
+    """A report to write."""
+    path = output_file(value)
+    if path.suffix != ".html":
+        raise typer.BadParameter(f"{path} is no name for a report. Fix: name a file that ends in .html")
+    return path
+
+
 def plotted_file(value: str | Path) -> Path:
     """A file to write, with a plot beside it that ends in .png."""
     path = output_file(value)

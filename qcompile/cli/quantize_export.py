@@ -13,6 +13,7 @@ from qcompile.cli.arguments import (
     Model,
     Out,
     RecipeName,
+    ReportFile,
     TextFile,
     app,
     calibration_batches,
@@ -22,8 +23,9 @@ from qcompile.cli.arguments import (
     load_encoder,
 )
 from qcompile.cli.interruption import kept
-from qcompile.cli.output import console, tell
+from qcompile.cli.output import console, tell, write_report
 from qcompile.cli.path_checks import output_package, require_space, weight_bits, work_folder
+from qcompile.cli.quantize_gguf import SUFFIX, output_model, quantize_file
 from qcompile.codegen.onnx.onnx_options import OnnxOptions
 from qcompile.pipeline.find_recipe import find_recipe
 
@@ -33,19 +35,37 @@ Dump = Annotated[
 ]
 
 
+OutModel = Annotated[
+    Path,
+    typer.Argument(
+        help="folder to write; must not exist, or be empty. A .gguf file, where MODEL is one",
+        metavar="FOLDER",
+        parser=output_model,
+    ),
+]
+
+
 @app.command()
 def quantize(
     model: Model,
-    folder: Out,
+    folder: OutModel,
     recipe: RecipeName = "int8",
     text: TextFile = None,
     dtype: Dtype = "float32",
     dump: Dump = None,
+    report_file: ReportFile = None,
 ) -> None:
-    """Quantize MODEL and write it to FOLDER (safetensors and JSON)."""
+    """Quantize MODEL and write it to FOLDER (safetensors and JSON), or to a GGUF file if MODEL is one."""
     from qcompile.api.quantize import quantize as run
     from qcompile.checkpoint.save_load import save as write
 
+    if folder.suffix == SUFFIX:
+        if dump is not None:
+            raise ValueError(f"--dump {dump} goes with a folder, and {folder} is a file. Fix: drop it")
+        if report_file is not None:
+            raise ValueError(f"--report {report_file} goes with a folder, and {folder} is a file. Fix: drop it")
+        quantize_file(model, folder, recipe, text)
+        return
     check_recipes(recipe)
     with kept(lambda: f"{folder} was not written"):
         loaded, tokenizer = load(model, dtype, any_class=True)
@@ -54,6 +74,7 @@ def quantize(
         write(loaded, folder, tokenizer)
     tell(report)
     tell(f"written: {folder}")
+    write_report(report_file, f"{model}, quantized by {recipe}", report=report)
 
 
 @app.command()

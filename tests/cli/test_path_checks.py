@@ -13,6 +13,7 @@ from zoo import build
 
 from qcompile.cli.path_checks import (
     continued_file,
+    html_file,
     output_file,
     output_folder,
     plotted_file,
@@ -55,6 +56,12 @@ def test_texts(tmp_path):
     for name, words in [("no", "not found"), (".", "is a folder"), ("binary", "no UTF-8 text")]:
         with pytest.raises(typer.BadParameter, match=words):
             text_file(str(tmp_path / name))
+
+
+def test_a_report_is_named_as_html(tmp_path):
+    assert html_file(str(tmp_path / "r.html")) == tmp_path / "r.html"
+    with pytest.raises(typer.BadParameter, match="ends in .html"):
+        html_file(str(tmp_path / "r.json"))
 
 
 def test_folders_that_are_not_empty(tmp_path):

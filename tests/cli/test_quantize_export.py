@@ -13,7 +13,9 @@ from qcompile.recipe.recipe import RecipeError
 
 @pytest.mark.slow
 def test_quantize_writes_a_model_that_the_others_read(folder, tmp_path, call):
-    assert "15 of 15 sites" in call("quantize", folder, tmp_path / "q", "--recipe", "w4a8")
+    report = tmp_path / "q.html"
+    assert "15 of 15 sites" in call("quantize", folder, tmp_path / "q", "--recipe", "w4a8", "--report", report)
+    assert "15 of 15</b>" in report.read_text()
     assert "perplexity" in call("eval", tmp_path / "q", "--windows", 1, "--length", 64)
     assert "the" in call("generate", tmp_path / "q", "--prompt", "the", "--tokens", 3)
 
