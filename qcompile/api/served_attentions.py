@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.api.model_example import own_example
+from qcompile.modules.cache_argument import with_cache
 
 
 def attention_paths(model: Any) -> list[str]:
@@ -35,7 +36,7 @@ def attention_paths(model: Any) -> list[str]:
     ]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model(**{**own_example(model), "past_key_values": NotingCache(), "use_cache": True})
+            model(**with_cache(model, own_example(model) | {"use_cache": True}, NotingCache()))
     finally:
         for handle in handles:
             handle.remove()

@@ -70,14 +70,7 @@ def atomic_folder(folder: str | Path, size: int = 0) -> Iterator[Path]:
     """
     require_empty(folder, size)
     target = _resolved(Path(folder))  # the folder that a link names, not the link
-    with as_write_error(folder), _made(target.parent):
-        lock = FileLock(target.parent / f".{target.name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise CheckpointError(
-                f"{target} is being written by another run. Fix: wait for it, or choose another folder"
-            ) from None
+    with as_write_error(folder), _made(target.parent), locked(target, target.parent / f".{target.name}.lock"):
         sibling: Path | None = None
         try:
             require_empty(target)  # another run may have ended meanwhile
@@ -87,9 +80,32 @@ def atomic_folder(folder: str | Path, size: int = 0) -> Iterator[Path]:
         finally:
             if sibling is not None:
                 shutil.rmtree(sibling, ignore_errors=True)
-            with contextlib.suppress(OSError):  # some systems do not delete open files
-                Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+
+
+@contextmanager
+def locked(target: Path, file: Path) -> Iterator[None]:
+    """Let one process at a time write a folder.
+
+    Args:
+        target: the folder, for the message.
+        file: of the lock; it is removed at the end.
+
+    Raises:
+        CheckpointError: another process writes it.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"{target} is being written by another run. Fix: wait for it, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # some systems do not delete open files
+            file.unlink(missing_ok=True)
+        lock.release()
 
 
 def _rename(sibling: Path, target: Path) -> None:

@@ -7,7 +7,6 @@ old and new files, which the digests of the checkpoint tell apart.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import tempfile
@@ -15,9 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from qcompile.checkpoint.atomic_folder import CheckpointError, as_write_error, atomic_folder, require_space
+from qcompile.checkpoint.atomic_folder import CheckpointError, as_write_error, atomic_folder, locked, require_space
 from qcompile.checkpoint.tensor_file import OWN_STEM
 
 _LOCK = ".qcompile.lock"
@@ -41,28 +38,16 @@ def replaced_files(folder: str | Path, size: int = 0) -> Iterator[Path]:
     """
     target = Path(folder)
     if not target.exists():
-        with atomic_folder(target, size) as work:
-            yield work
+        with atomic_folder(target, size) as sibling:
+            yield sibling
         return
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file. Fix: choose another folder")
     with as_write_error(folder):
         require_space(target, target, size)
-        lock = FileLock(target / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise CheckpointError(
-                f"{target} is being written by another run. Fix: wait for it, or choose another folder"
-            ) from None
-        try:
-            with tempfile.TemporaryDirectory(prefix=".qcompile.", dir=target) as work_name:
-                yield Path(work_name)
-                _move(Path(work_name), target)
-        finally:
-            with contextlib.suppress(OSError):  # some systems do not delete open files
-                Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+        with locked(target, target / _LOCK), tempfile.TemporaryDirectory(prefix=".qcompile.", dir=target) as work:
+            yield Path(work)
+            _move(Path(work), target)
 
 
 def _move(work: Path, target: Path) -> None:

@@ -72,7 +72,7 @@ def shard_bytes(size: int | str) -> int:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], work: Path, stem: str, size: int, metadata: dict[str, str]) -> str:
-    """Write tensors to one file, or to several with an index, in the order of their names' first appearance.
+    """Write tensors to one file, or to several with an index.
 
     Args:
         tensors: on the CPU, contiguous, none with memory of another.
@@ -163,15 +163,17 @@ _DTYPES = {
 
 
 def _shards(tensors: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    used = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and tensor.nbytes and used + tensor.nbytes > size:
-            shards.append({})
-            used = 0
-        shards[-1][name] = tensor
-        used += tensor.nbytes
-    return shards
+    if sum(tensor.nbytes for tensor in tensors.values()) <= size:
+        return [dict(tensors)]
+    try:
+        from huggingface_hub import split_torch_state_dict_into_shards
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"the tensors do not fit into one file of {size} bytes, and huggingface_hub, which splits them, is not "
+            "installed. Fix: pip install huggingface_hub, or a larger max_shard_size"
+        ) from error
+    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=size)
+    return [{name: tensors[name] for name in names} for names in split.filename_to_tensors.values()]
 
 
 def _files(path: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -73,27 +74,33 @@ def test_no_file_is_no_file(tmp_path):
 TENSORS = {"a": torch.randn(4, 4), "b": torch.randn(3), "c": torch.randn(100), "d": torch.zeros(0)}
 
 
-def test_shards_hold_what_fits_in_the_order_of_names(tmp_path):
+def test_a_file_holds_what_fits_or_one_larger_tensor(tmp_path):
     name = write_tensors(TENSORS, tmp_path, "model", 80, {"format": "pt"})
     assert name == "model.safetensors.index.json"
     index = json.loads((tmp_path / name).read_text())
-    assert index == {
-        "metadata": {"total_size": sum(t.nbytes for t in TENSORS.values())},
-        "weight_map": {
-            "a": "model-00001-of-00002.safetensors",
-            "b": "model-00001-of-00002.safetensors",
-            "c": "model-00002-of-00002.safetensors",
-            "d": "model-00002-of-00002.safetensors",
-        },
-    }
+    assert index["metadata"] == {"total_size": sum(t.nbytes for t in TENSORS.values())}
+    assert index["weight_map"].keys() == TENSORS.keys()
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [file.name for file in files] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for file in files:
+        inside = [key for key, place in index["weight_map"].items() if place == file.name]
+        assert read_empty([file]).keys() == set(inside)
+        assert sum(TENSORS[key].nbytes for key in inside) <= 80 or inside == ["c"]
     read = read_tensors(tmp_path / name, digests(TENSORS))
     assert all(torch.equal(read[key], tensor) for key, tensor in TENSORS.items())
-    files = sorted(tmp_path.glob("*.safetensors"))
     assert read_named(files, {"b", "unknown"}).keys() == {"b"}
     empty = read_empty(files)
     assert {n: (t.shape, t.dtype, t.is_meta) for n, t in empty.items()} == {
         n: (t.shape, t.dtype, True) for n, t in TENSORS.items()
     }
+
+
+def test_without_the_library_that_splits_a_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match="80 bytes.*Fix: pip install huggingface_hub"):
+        write_tensors(TENSORS, tmp_path, "model", 80, {})
+    assert not list(tmp_path.iterdir())
+    assert write_tensors(TENSORS, tmp_path, "model", 10_000, {}) == "model.safetensors"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
