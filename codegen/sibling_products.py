@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from qcompile.ir.aten_ops import aten
 from qcompile.ir.node_meta import WRITTEN
 from qcompile.ir.op_calls import QLinearCall, QuantizeCall
 from qcompile.ir.program import Program
 from qcompile.numerics.qtensor import StoredParts
+
+_BY_STRIDES = frozenset({aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default})
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,38 @@ class Siblings:
             return
         start = 0
         for node, n in zip(self.nodes, self.channels, strict=True):
-            part = program.insert(torch.ops.aten.slice.Tensor, (result, -1, start, start + n), before=self.nodes[0])
+            part = program.insert(aten.slice.Tensor, (result, -1, start, start + n), before=self.nodes[0])
+            if not _takes_any_strides(node):
+                part = program.insert(
+                    aten.clone.default, (part,), {"memory_format": torch.contiguous_format}, before=self.nodes[0]
+                )
             node.replace_all_uses_with(part)
             start += n
+
+
+def _takes_any_strides(node: fx.Node) -> bool:
+    """Make every reader of a product one that takes rows of wider ones, in place; False where one cannot.
+
+    A captured `view` is legal for the strides that were traced, also behind other operators that give no new memory:
+    there `reshape` says the same. What is handed out, or read by its strides, must stay dense.
+    """
+    seen, todo = {node}, [node]
+    while todo:
+        for user in todo.pop().users:
+            if user.op == "output" or user.target in _BY_STRIDES:
+                return False
+            if user.target in (aten.view.default, aten._unsafe_view.default):
+                user.target = aten.reshape.default
+            if user not in seen and _gives_no_new_memory(user):
+                seen.add(user)
+                todo.append(user)
+    return True
+
+
+def _gives_no_new_memory(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    aliases = schema is not None and any(result.alias_info is not None for result in schema.returns)
+    return aliases or node.target is operator.getitem
 
 
 def share_quantizations(program: Program) -> None:

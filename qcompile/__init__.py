@@ -6,7 +6,10 @@ qcompile.export_onnx(model, "out/")                      # an ONNX folder for CP
 qcompile.export(model, "out/", to="vllm")                # a folder that vLLM, SGLang and transformers read
 """
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from qcompile.api.compile_for_generate import compile_for_generate
 from qcompile.api.export_model import export
@@ -43,6 +46,7 @@ from qcompile.version import VERSION, refuse_other_distribution
 
 if TYPE_CHECKING:
     from qcompile.modules.kv_cache import KVCache
+    from qcompile.modules.static_kv_cache import StaticKVCache
     from qcompile.transformers_plugin.qcompile_config import QCompileConfig
 
 __version__ = VERSION
@@ -66,6 +70,7 @@ __all__ = [
     "RecipeError",
     "Report",
     "Rule",
+    "StaticKVCache",
     "calibration_batches",
     "capture",
     "compile_for_generate",
@@ -90,11 +95,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """KVCache and QCompileConfig, when they are first used: classes of transformers, which takes seconds to import."""
+    """What is first used: classes of transformers, which takes seconds to import."""
     if name == "KVCache":
         from qcompile.modules.kv_cache import KVCache
 
         return KVCache
+    if name == "StaticKVCache":
+        from qcompile.modules.static_kv_cache import StaticKVCache
+
+        if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+            import qcompile.codegen.triton.triton_kv_ops  # noqa: F401  its kernels, also where nothing is compiled
+
+        return StaticKVCache
     if name == "QCompileConfig":
         from qcompile.transformers_plugin.qcompile_config import QCompileConfig
 

@@ -49,7 +49,10 @@ def one_table():
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """What was tuned and built before is not seen."""
+    from qcompile.codegen.triton.launch.gemm_plan import forget_plans
+
     monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path))
+    forget_plans()
 
 
 @pytest.fixture(scope="session")

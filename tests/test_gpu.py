@@ -65,8 +65,8 @@ def test_weights_are_prepared_on_the_gpu_as_on_a_cpu(form):
     form = Format.parse(form)
     q = quantize_tensor(torch.randn(300, 500), form)
     parts = q.stored_parts
-    want = prepare(*parts, form, 500)
-    got = prepare(*[None if part is None else part.cuda() for part in parts], form, 500)
+    want = prepare(*parts, form, 500, torch.bfloat16)
+    got = prepare(*[None if part is None else part.cuda() for part in parts], form, 500, torch.bfloat16)
     assert all(torch.equal(a.cpu(), b) and a.is_cuda for a, b in zip(got, want, strict=True) if a is not None)
 
 

@@ -1,8 +1,9 @@
 """Which CPU kernel computes which format, and how fast, from committed measurements.
 
-`measured-vnni.json` and `measured-avx2.json` hold microseconds of every kernel and of the float matmul over shapes, M
-and dtypes, on a processor with 8-bit dot products and on one without, measured with weights cold in memory by
-`benches/cpu_linear.py`. A choice takes the nearest measured (M, K, N), in log distance.
+`measured-amx.json`, `measured-vnni.json` and `measured-avx2.json` hold microseconds of every kernel and of the float
+matmul over shapes, M and dtypes, on a processor with AMX tiles, on one with 8-bit dot products and on one without,
+measured with weights cold in memory by `benches/cpu_linear.py`. A choice takes the nearest measured (M, K, N), in log
+distance.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import NamedTuple
 
 import torch
 
+from qcompile.codegen.cpu.amx_tiles import has_amx_tiles
 from qcompile.codegen.cpu.linear_weights import takes_nibbles
 from qcompile.codegen.kernel_choice import KernelChoice
 from qcompile.numerics.format import Format
 from qcompile.numerics.int8_matmul import MAX_K, Processor, processor
 
-_STANDS_FOR: dict[Processor, Processor] = {"amx": "vnni", "other": "avx2"}  # processors without a table of their own
-_WITHOUT_TILES = 32  # rows of x up to which memory counts for more than multiply-adds
+_STANDS_FOR: dict[Processor, Processor] = {"other": "avx2"}  # processors without a table of their own
 
 
 class Measured(NamedTuple):
@@ -90,8 +91,8 @@ def choose_cpu_kernel(form: Format, act: str, dtype: torch.dtype, m: int, k: int
     if kernel == "dequant_mm":  # the float matmul, and a pass over the weight before it
         return KernelChoice(kernel, has_kernel=False)
     measured_on = _STANDS_FOR.get(here, here)
-    if here == "amx" and m > _WITHOUT_TILES and dtype in (torch.bfloat16, torch.float16):
-        return KernelChoice(kernel, note="AMX tiles multiply floats, and our kernels have none", has_kernel=False)
+    if here == "amx" and not has_amx_tiles():  # the system refuses them: the operators run as on such a processor
+        measured_on = "vnni"
     ratio = ratio_to_float(kernel, dtype, m, k, n, measured_on)
     elsewhere = f" on {measured_on}" if measured_on != here else ""
     return KernelChoice(kernel, ratio, f"{ratio:.1f}x float{elsewhere}")

@@ -174,7 +174,11 @@ def start_loading_native_kernels() -> None:
 
 
 def lanes() -> str:
-    """The instruction set that the operators were compiled for: "AVX512-VNNI", "AVX-VNNI", "AVX2" or "plain"."""
+    """What the operators multiply with: "AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2" or "plain".
+
+    The compiler decides, with the processor's instructions; compiled for AMX, they say "AVX512-VNNI" where the system
+    or the processor refuses its tiles.
+    """
     name = load_native_kernels().qcompile_lanes
     name.restype = ctypes.c_char_p
     return str(name().decode())

@@ -22,8 +22,8 @@ from qcompile.codegen.aten_fallback import replace_quantize
 from qcompile.codegen.triton.kernels.dtypes import NAMES
 from qcompile.codegen.triton.kernels.kernel_support import has_format
 from qcompile.codegen.triton.kernels.spec import RowQuant
-from qcompile.codegen.triton.launch.row_quant import MAX_K, fuses_hadamard
-from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearWCall, RowQuantCall
+from qcompile.codegen.triton.launch.row_quant import MAX_K, TENSORS, fuses_hadamard, transform_matrices
+from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearW4A8Call, LinearWCall, RowQuantCall
 from qcompile.ir.aten_ops import LINEAR, VIEWS
 from qcompile.ir.op_calls import HadamardCall, QuantizeCall
 from qcompile.ir.program import Program
@@ -31,12 +31,12 @@ from qcompile.numerics.format import Format
 
 aten = torch.ops.aten
 
-_KERNELS = frozenset({LinearWCall.target, LinearA8Call.target, RowQuantCall.target})
+_KERNELS = frozenset({LinearWCall.target, LinearA8Call.target, LinearW4A8Call.target, RowQuantCall.target})
 # Their results lie in memory whatever Inductor does, and so does what a kernel of ours reads: a sum of two such values
 # is a pass of its own. A sum with anything else (another norm, say) Inductor computes where that is, which reads less.
 _IN_MEMORY = frozenset({
     operator.getitem, LINEAR, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.embedding.default,
-    LinearWCall.target, LinearA8Call.target,
+    LinearWCall.target, LinearA8Call.target, LinearW4A8Call.target,
 })  # fmt: skip
 _TOTAL, _VALUE = 2, 3  # results of row_quant: x + residual, and the value of norm or gate
 
@@ -82,6 +82,9 @@ def fuse_into_row_quant(program: Program, capability: tuple[int, int]) -> None:
         if call not in kernels:
             fused = _walk_back(program, call.x, norms, moved, capability)
             spec = RowQuant(NAMES[value.dtype], **fused.fields, codes=form.dtype)
+            if spec.hadamard:
+                for side, matrix in zip(("left", "right"), transform_matrices(spec, value.device), strict=True):
+                    fused.tensors[side] = _constant(program, f"hadamard.{spec.hadamard}.{side}", matrix, value.device)
             kernels[call] = _insert(program, node, fused, spec, moved)
         codes, scale = (program.insert(operator.getitem, (kernels[call], index), before=node) for index in (0, 1))
         replace_quantize(node, codes, scale)
@@ -89,7 +92,7 @@ def fuse_into_row_quant(program: Program, capability: tuple[int, int]) -> None:
 
 def _insert(program: Program, node: fx.Node, fused: _Fused, spec: RowQuant, moved: dict[fx.Node, fx.Node]) -> fx.Node:
     """The kernel's node: before the quantize, or as early as the other consumers need what it writes."""
-    operands = {name: fused.tensors.get(name) for name in ("residual", "gate", "gain", "shift", "smooth", "signs")}
+    operands = {name: fused.tensors.get(name) for name in TENSORS[1:-4]}
     call = RowQuantCall(fused.x, **operands, eps=fused.eps, spec=str(spec))
     if not fused.written:
         return call.insert(program, before=node)

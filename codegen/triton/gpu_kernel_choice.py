@@ -14,13 +14,14 @@ from qcompile.codegen.triton.kernels.dtypes import NAMES
 from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.kernels.kernel_support import codes_of, operator_for
 from qcompile.codegen.triton.launch.measured_times import (
-    GEMV_MAX_M,
     Variant,
     a8_name,
     dequantizes,
     measured_times,
+    w4a8_name,
     weight_only_name,
 )
+from qcompile.codegen.triton.launch.pack_weights import zero_points_of
 from qcompile.numerics.format import Format
 
 NO_KERNEL = KernelChoice("dequantize, then cuBLAS", has_kernel=False)
@@ -42,12 +43,14 @@ def choose_gpu_kernel(gpu: Gpu, form: Format, act: str, dtype: torch.dtype, m: i
     if operator is None:
         return NO_KERNEL
     variant: Variant = "kernel"
-    if operator == "linear_a8":
+    if operator == "linear_w4a8":
+        layer, kernel = w4a8_name(form.group, NAMES[dtype]), "gemm_w4a8"
+    elif operator == "linear_a8":
         layer = a8_name(codes_of(form), NAMES[dtype])
         kernel = "gemm_a8" + ", int8 of dual codes" * form.dual
     else:
-        layer = weight_only_name(form.bits, form.group, form.zero, NAMES[dtype])
-        kernel = "gemv_w" if m <= GEMV_MAX_M else "gemm_w"
+        layer = weight_only_name(form.bits, form.group, zero_points_of(form, dtype), NAMES[dtype])
+        kernel = "gemm_w"
         if dequantizes(gpu, layer, n, k, m):
             variant, kernel = "dequant", "dequant, then cuBLAS"
     times = measured_times(gpu, layer, n, k, m)

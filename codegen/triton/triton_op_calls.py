@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-import qcompile.codegen.triton.triton_ops  # noqa: F401  registers torch.ops.qcompile_triton
+import qcompile.codegen.triton.triton_ops
+import qcompile.codegen.triton.triton_w4a8_op  # noqa: F401  both register torch.ops.qcompile_triton
 from qcompile.ir.op_calls import OpCall, Operand
 
 
@@ -48,6 +49,26 @@ class LinearA8Call(OpCall):
 
 
 @dataclass(frozen=True)
+class LinearW4A8Call(OpCall):
+    """qcompile_triton::linear_w4a8, a linear layer with 4-bit weights and int8 activations."""
+
+    target: ClassVar[Any] = torch.ops.qcompile_triton.linear_w4a8.default
+
+    x: fx.Node
+    x_scale: fx.Node
+    packed: fx.Node
+    steps: fx.Node
+    scale: fx.Node
+    bias: Operand
+    residual: Operand
+    low: Operand
+    up: Operand
+    format: str
+    columns: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class RowQuantCall(OpCall):
     """qcompile_triton::row_quant: -> (codes, scale, x + residual, value of norm or gate), the last two may be empty."""
 
@@ -60,5 +81,7 @@ class RowQuantCall(OpCall):
     shift: Operand
     smooth: Operand
     signs: Operand
+    left: Operand
+    right: Operand
     eps: float
     spec: str

@@ -11,11 +11,13 @@ import math
 import torch
 from torch import Tensor
 
-from qcompile.codegen.triton.kernels.weight_layout import unpack_weight
-from qcompile.codegen.triton.launch.gemm import Epilogue, PackedWeight
-from qcompile.codegen.triton.launch.gemm import linear_a8 as launch_linear_a8
+from qcompile.codegen.triton.decided_calls import decided, dense, on_device
+from qcompile.codegen.triton.define_op import TritonOp
+from qcompile.codegen.triton.kernels.weight_layout import WeightLayout, split_scales, unpack_weight
+from qcompile.codegen.triton.launch.gemm import Epilogue, PackedWeight, plan_linear_a8, plan_linear_w
 from qcompile.codegen.triton.launch.gemm import linear_w as launch_linear_w
-from qcompile.codegen.triton.launch.row_quant import row_quant as launch_row_quant
+from qcompile.codegen.triton.launch.gemm_plan import GemmPlan
+from qcompile.codegen.triton.launch.row_quant import RowQuantPlan, plan_row_quant, row_stride
 from qcompile.codegen.triton.triton_op_checks import check_linear_a8, check_linear_w, check_row_quant
 from qcompile.numerics.bit_packing import pack
 from qcompile.numerics.format import Format
@@ -23,18 +25,22 @@ from qcompile.numerics.hadamard import apply_hadamard
 from qcompile.numerics.qtensor import expand_groups
 
 
-def _as_matrix(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+def as_matrix(x: Tensor) -> Tensor:
+    """[.., K] -> [M, K], contiguous."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
-def _epilogue(bias: Tensor | None, residual: Tensor | None, low: Tensor | None, up: Tensor | None) -> Epilogue:
+def epilogue_of(bias: Tensor | None, residual: Tensor | None, low: Tensor | None, up: Tensor | None) -> Epilogue:
+    """The epilogue of a kernel from the arguments of an operator."""
     bias, up = (None if of_rows is None else of_rows.contiguous() for of_rows in (bias, up))
-    return Epilogue(bias, _as_matrix(residual), _as_matrix(low), up)
+    residual, low = (None if of_x is None else as_matrix(of_x) for of_x in (residual, low))
+    return Epilogue(bias, residual, low, up)
 
 
-def _add_epilogue(
+def add_epilogue(
     out: Tensor, bias: Tensor | None, residual: Tensor | None, low: Tensor | None, up: Tensor | None
 ) -> Tensor:
+    """What the epilogue of a kernel computes, in plain torch."""
     if low is not None and up is not None:
         out = out + low.to(out.dtype) @ up.to(out.dtype).t()
     for tensor in (bias, residual):
@@ -45,7 +51,7 @@ def _add_epilogue(
 # -- x float, weight quantized -----------------------------------------------------------------------
 
 
-@torch.library.custom_op("qcompile_triton::linear_w", mutates_args=(), device_types="cuda")
+@TritonOp
 def linear_w(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     low: Tensor | None, up: Tensor | None, format: str, columns: int,
@@ -67,15 +73,27 @@ def linear_w(
     Returns:
         [.., N] in x's dtype.
     """
-    layout, matrix = check_linear_w(x, packed, scale, zero, bias, residual, low, up, format, columns), _as_matrix(x)
-    assert matrix is not None
+
+    def decide() -> tuple[GemmPlan | None, int, int]:
+        weight = PackedWeight(packed, scale, zero, checked(), columns)
+        m, n = math.prod(x.shape[:-1]), packed.shape[0]
+        return plan_linear_w(x, m, weight, epilogue_of(bias, residual, low, up)), m, n
+
+    def checked() -> WeightLayout:
+        return check_linear_w(x, packed, scale, zero, bias, residual, low, up, format, columns)
+
+    tensors = dense(x, packed, scale, zero, bias, residual, low, up)
+    plan, m, n = decided(tensors, ("linear_w", format, columns), decide)
+    if plan is not None:
+        with on_device(x):
+            return plan.run((*tensors, None, None), x.new_empty(*x.shape[:-1], n), m, n)
     points = None if zero is None else zero.contiguous()
-    weight = PackedWeight(packed.contiguous(), scale.contiguous(), points, layout, columns)
-    out = launch_linear_w(matrix, weight, _epilogue(bias, residual, low, up))
-    return out.reshape(*x.shape[:-1], len(packed))
+    weight = PackedWeight(packed.contiguous(), scale.contiguous(), points, checked(), columns)
+    out = launch_linear_w(as_matrix(x), weight, epilogue_of(bias, residual, low, up))
+    return out.view(*x.shape[:-1], n)
 
 
-@linear_w.register_kernel("cpu")
+@linear_w.on_cpu
 def _(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     low: Tensor | None, up: Tensor | None, format: str, columns: int,
@@ -83,12 +101,14 @@ def _(
     layout = check_linear_w(x, packed, scale, zero, bias, residual, low, up, format, columns)
     form = Format.parse(format)
     codes = unpack_weight(packed, layout, columns).float()
+    if not scale.is_floating_point():
+        scale, zero = split_scales(scale)
     points = 2.0 ** (form.bits - 1) if zero is None else expand_groups(zero.t().float(), form, columns)
     weight = (codes - points) * expand_groups(scale.t(), form, columns)
-    return _add_epilogue(x.float() @ weight.t(), bias, residual, low, up).to(x.dtype)
+    return add_epilogue(x.float() @ weight.t(), bias, residual, low, up).to(x.dtype)
 
 
-@linear_w.register_fake
+@linear_w.on_fake
 def _(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     low: Tensor | None, up: Tensor | None, format: str, columns: int,
@@ -100,7 +120,7 @@ def _(
 # -- both quantized ----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("qcompile_triton::linear_a8", mutates_args=(), device_types="cuda")
+@TritonOp
 def linear_a8(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
     low: Tensor | None, up: Tensor | None, dtype: torch.dtype,
@@ -121,25 +141,32 @@ def linear_a8(
     Returns:
         [.., N].
     """
-    check_linear_a8(x, x_scale, weight, scale, bias, residual, low, up, dtype)
-    matrix, scales = _as_matrix(x), x_scale.reshape(-1).contiguous()
-    assert matrix is not None
-    weight, scale = weight.contiguous(), scale.contiguous()
-    out = launch_linear_a8(matrix, scales, weight, scale, _epilogue(bias, residual, low, up), dtype)
-    return out.reshape(*x.shape[:-1], len(weight))
+
+    def decide() -> tuple[GemmPlan | None, int, int]:
+        check_linear_a8(x, x_scale, weight, scale, bias, residual, low, up, dtype)
+        m, n = math.prod(x.shape[:-1]), weight.shape[0]
+        return plan_linear_a8(x, m, x_scale, n, epilogue_of(bias, residual, low, up), dtype), m, n
+
+    tensors = dense(x, weight, scale, None, bias, residual, low, up, x_scale)
+    plan, m, n = decided(tensors, ("linear_a8", dtype), decide)
+    out = x.new_empty(*x.shape[:-1], n, dtype=dtype)
+    if plan is None:
+        return out
+    with on_device(x):
+        return plan.run((*tensors, None), out, m, n)
 
 
-@linear_a8.register_kernel("cpu")
+@linear_a8.on_cpu
 def _(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
     low: Tensor | None, up: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     check_linear_a8(x, x_scale, weight, scale, bias, residual, low, up, dtype)
     sums = (x.double() @ weight.double().t()).float()  # exact, as int32 is
-    return _add_epilogue(sums * x_scale * scale.reshape(-1), bias, residual, low, up).to(dtype)
+    return add_epilogue(sums * x_scale * scale.reshape(-1), bias, residual, low, up).to(dtype)
 
 
-@linear_a8.register_fake
+@linear_a8.on_fake
 def _(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None,
     low: Tensor | None, up: Tensor | None, dtype: torch.dtype,
@@ -151,10 +178,10 @@ def _(
 # -- quantizing activations --------------------------------------------------------------------------
 
 
-@torch.library.custom_op("qcompile_triton::row_quant", mutates_args=(), device_types="cuda")
+@TritonOp
 def row_quant(
     x: Tensor, residual: Tensor | None, gate: Tensor | None, gain: Tensor | None, shift: Tensor | None,
-    smooth: Tensor | None, signs: Tensor | None, eps: float, spec: str,
+    smooth: Tensor | None, signs: Tensor | None, left: Tensor | None, right: Tensor | None, eps: float, spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Quantize the rows of x [.., K]: see spec.RowQuant.
 
@@ -162,27 +189,27 @@ def row_quant(
         Codes [.., K], scales [.., groups], x + residual [.., K], and the value of norm or gate [.., K]; what the spec
         does not write is empty.
     """
-    fields = check_row_quant(x, residual, gate, gain, shift, smooth, signs, spec)
-    tensors = dict(
-        residual=_as_matrix(residual), gate=_as_matrix(gate), gain=gain, shift=shift, smooth=smooth, signs=signs
-    )
-    matrix = _as_matrix(x)
-    assert matrix is not None
-    results = launch_row_quant(
-        fields, matrix, eps, **{name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-    )
-    lead = x.shape[:-1]
-    codes, scale = (results[name].reshape(*lead, results[name].shape[1]) for name in ("codes", "scale"))
-    total, value = (results[n].reshape(x.shape) if n in results else x.new_empty(0) for n in ("total", "value"))
-    return codes, scale, total, value
+
+    def decide() -> RowQuantPlan:
+        fields = check_row_quant(x, residual, gate, gain, shift, smooth, signs, left, right, spec)
+        return plan_row_quant(fields, math.prod(x.shape[:-1]), x.shape[-1], eps, *steps)
+
+    # Gate and up are parts of one product's rows: they are read where they are.
+    steps = row_stride(x), 0 if gate is None else row_stride(gate)
+    x = x if steps[0] else x.contiguous()
+    gate = gate if gate is None or steps[1] else gate.contiguous()
+    tensors = x, *dense(residual), gate, *dense(gain, shift, smooth, signs, left, right)
+    plan = decided(tensors, ("row_quant", eps, spec, steps), decide)
+    with on_device(x):
+        return plan.run(tensors)
 
 
-@row_quant.register_kernel("cpu")
+@row_quant.on_cpu
 def _(
     x: Tensor, residual: Tensor | None, gate: Tensor | None, gain: Tensor | None, shift: Tensor | None,
-    smooth: Tensor | None, signs: Tensor | None, eps: float, spec: str,
+    smooth: Tensor | None, signs: Tensor | None, left: Tensor | None, right: Tensor | None, eps: float, spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    fields, k = check_row_quant(x, residual, gate, gain, shift, smooth, signs, spec), x.shape[-1]
+    fields, k = check_row_quant(x, residual, gate, gain, shift, smooth, signs, left, right, spec), x.shape[-1]
     total = x.new_empty(0)
     if residual is not None:
         x = total = (x.float() + residual.float()).to(x.dtype)
@@ -203,7 +230,8 @@ def _(
     groups = torch.unflatten(torch.nn.functional.pad(v, (0, -k % width)), -1, (-1, width))
     max_value = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[fields.codes]
     scale = groups.abs().amax(-1, keepdim=True) / max_value
-    scale = torch.where(scale > 1e-30, scale, torch.ones_like(scale))
+    scale = torch.where(scale <= 1e-30, torch.ones_like(scale), scale)
+    scale = scale + (groups * 0.0).sum(-1, keepdim=True)  # NaN and Inf stay NaN
     scaled = (groups / scale).flatten(-2)[..., :k]
     if fields.codes == "fp8":
         codes = scaled.clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -213,12 +241,12 @@ def _(
     return codes.clone(), scale.squeeze(-1).clone(), total, value
 
 
-@row_quant.register_fake
+@row_quant.on_fake
 def _(
     x: Tensor, residual: Tensor | None, gate: Tensor | None, gain: Tensor | None, shift: Tensor | None,
-    smooth: Tensor | None, signs: Tensor | None, eps: float, spec: str,
+    smooth: Tensor | None, signs: Tensor | None, left: Tensor | None, right: Tensor | None, eps: float, spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    fields, k = check_row_quant(x, residual, gate, gain, shift, smooth, signs, spec), x.shape[-1]
+    fields, k = check_row_quant(x, residual, gate, gain, shift, smooth, signs, left, right, spec), x.shape[-1]
     code_dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}[fields.codes]
     codes = x.new_empty((*x.shape[:-1], k // 2 if fields.codes == "int4" else k), dtype=code_dtype)
     groups = -(-k // fields.group) if fields.group else 1

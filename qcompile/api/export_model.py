@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from qcompile.api.edge_graph import EdgeCall
+from qcompile.api.edge_program import write_edge_program
 from qcompile.api.export_onnx import export_onnx
 from qcompile.api.quantize import quantize
 from qcompile.api.served_attentions import attention_paths
@@ -23,6 +25,7 @@ from qcompile.checkpoint.writers.awq_layout import awq_layout
 from qcompile.checkpoint.writers.compressed_tensors_layout import TARGET as COMPRESSED_TENSORS
 from qcompile.checkpoint.writers.compressed_tensors_layout import compressed_layout
 from qcompile.checkpoint.writers.compressed_tensors_proof import can_reopen, prove_compressed
+from qcompile.checkpoint.writers.executorch_program import require_executorch
 from qcompile.checkpoint.writers.export_refusals import (
     ExportError,
     check_class,
@@ -38,6 +41,7 @@ from qcompile.checkpoint.writers.gptq_layout import gptq_layout
 from qcompile.checkpoint.writers.kv_cache_scales import cache_layout, stores_cache
 from qcompile.checkpoint.writers.model_card import write_card
 from qcompile.checkpoint.writers.served_folder import ServedLayout, write_served_folder
+from qcompile.checkpoint.writers.torchao_weights import TARGET as EXECUTORCH
 from qcompile.memory.atomic_file import whole_file
 from qcompile.modules.wrappers import unwrapped
 from qcompile.pipeline.find_recipe import find_recipe
@@ -53,6 +57,9 @@ ENGINES = {
 }
 """Programs that serve models -> the format that is written for them."""
 
+FILES = {GGUF: ".gguf", EXECUTORCH: ".pte"}
+"""Formats of one file -> how its name ends."""
+
 
 @dataclass
 class Job:
@@ -62,8 +69,9 @@ class Job:
         model: quantized.
         work: the folder to write into.
         name: (gguf) of the file in it.
-        tokenizer: saved beside it, or None.
+        tokenizer: saved beside it; None without one, or for a file alone.
         template: (gguf) what the file is made after, read before any work; else None.
+        call: (executorch) what is exported of the model; else None.
         shard: the largest size of one file.
         report: of the export; filled in.
     """
@@ -73,6 +81,7 @@ class Job:
     name: str
     tokenizer: Any
     template: GgufTemplate | None
+    call: EdgeCall | None
     shard: int | str
     report: PassReport
 
@@ -87,6 +96,7 @@ def export(
     tokenizer: Any = None,
     template: str | Path | None = None,
     shard: int | str = "5GB",
+    length: int | None = None,
     example: Any = None,
     progress: bool = True,
 ) -> Report:
@@ -96,16 +106,19 @@ def export(
     are compared bit for bit.
 
     Args:
-        model: of transformers, float or already quantized; not changed.
-        folder: must not exist, or be empty; with to="gguf" also a name that ends in .gguf: that file alone is written.
+        model: of transformers, float or already quantized; not changed. To ExecuTorch and ONNX also other modules.
+        folder: must not exist, or be empty; a name that ends in .gguf (to="gguf") or .pte (to="executorch") is one
+            file alone.
         recipe: quantize a copy first; None: the model is quantized.
         batches: calibration data for the recipe.
-        to: "compressed-tensors", "gguf", "gptq" or "awq", or the name of a program: vllm, sglang, transformers,
-            llama.cpp; "onnx" is `export_onnx`.
+        to: "compressed-tensors", "gguf", "gptq" or "awq", "executorch", or the name of a program: vllm, sglang,
+            transformers, llama.cpp; "onnx" is `export_onnx`.
         tokenizer: saved beside the model.
         template: (gguf) a GGUF file of the same model, whose names and metadata are taken.
         shard: the largest size of one file, in bytes or as "5GB".
-        example: inputs to trace with; transformers' models bring their own.
+        length: (executorch) tokens that the program of a causal LM keeps; None: its context, at most 2048.
+        example: inputs to trace with; transformers' models bring their own. (executorch) the program takes inputs of
+            these shapes; None: the model is a causal LM.
         progress: show progress bars and a spinner.
 
     Returns:
@@ -118,11 +131,14 @@ def export(
     target = target_of(to)
     if template is not None and target != GGUF:
         raise ExportError(f"export to {target} takes no template, and {template} was given. Fix: drop it, or to='gguf'")
+    if length is not None and target != EXECUTORCH:
+        raise ExportError(f"export to {target} takes no length, and {length} was given. Fix: drop it")
     _check_shard(shard)
     if target == "onnx":
         return export_onnx(model, folder, recipe, batches, example=example, tokenizer=tokenizer, progress=progress)
     model = unwrapped(model)
-    require_transformers(model)
+    if target != EXECUTORCH:
+        require_transformers(model)
     named = None if recipe is None else find_recipe(recipe, model, data=batches is not None)
     chosen = None if named is None else fitted(named, model)
     if chosen is not None:
@@ -132,7 +148,11 @@ def export(
     read = _template(template, target)
     if read is not None:
         read.check(model)
-    file = Path(folder).name if target == GGUF and Path(folder).suffix == ".gguf" else ""
+    call = None
+    if target == EXECUTORCH:
+        require_executorch()
+        call = EdgeCall.of(model, example, length)
+    file = Path(folder).name if Path(folder).suffix == FILES.get(target) else ""
     with _place(folder, file, 0 if chosen is not None else _size(model)) as work:
         if chosen is not None:
             model = copy.deepcopy(model)
@@ -144,7 +164,8 @@ def export(
         if chosen != named:
             written.notes.append("groups and scales of the preset were fitted to the model, as the formats above say")
         with Console(stderr=True, quiet=not progress).status("writing and reading back"):
-            WRITERS[target](Job(model, work, file or "model.gguf", tokenizer, read, shard, written))
+            name = file or f"model{FILES.get(target, '')}"
+            WRITERS[target](Job(model, work, name, None if file else tokenizer, read, call, shard, written))
         report.passes.append(written)
         if not file:
             write_card(work, Path(folder), model, report, target)
@@ -184,6 +205,13 @@ def _gguf(job: Job) -> None:
     job.report.notes.append(f"{count} weights read back by gguf, equal (Q4_1: but for one rounding of float32)")
 
 
+def _executorch(job: Job) -> None:
+    assert job.call is not None
+    job.report.notes += write_edge_program(job.model, job.call, job.work / job.name)
+    if job.tokenizer is not None:
+        job.tokenizer.save_pretrained(str(job.work))
+
+
 def _gptq(job: Job) -> None:
     _write_layout(job, gptq_layout(job.model))
 
@@ -202,6 +230,7 @@ def _write_layout(job: Job, layout: ServedLayout) -> None:
 WRITERS: dict[str, Callable[[Job], None]] = {
     COMPRESSED_TENSORS: _compressed_tensors,
     GGUF: _gguf,
+    EXECUTORCH: _executorch,
     GPTQ: _gptq,
     AWQ: _awq,
 }
@@ -216,7 +245,7 @@ def _place(folder: str | Path, file: str, size: int) -> Iterator[Path]:
             yield work
         return
     if Path(folder).is_dir():
-        raise ExportError(f"{folder} is a folder. Fix: name a file in it, or a folder without .gguf")
+        raise ExportError(f"{folder} is a folder. Fix: name a file in it, or a folder without {Path(file).suffix}")
     require_empty(folder, size)
     with whole_file(folder) as path:
         yield path.parent

@@ -21,6 +21,8 @@ from qcompile.checkpoint.writers.gguf_blocks import TARGET as GGUF
 from qcompile.checkpoint.writers.gguf_blocks import block_type
 from qcompile.checkpoint.writers.gptq_layout import TARGET as GPTQ
 from qcompile.checkpoint.writers.gptq_layout import check_gptq
+from qcompile.checkpoint.writers.torchao_weights import TARGET as EXECUTORCH
+from qcompile.checkpoint.writers.torchao_weights import check_xnnpack
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.format import Format, ScaleType
 from qcompile.passes import IntactKV, LoRC, OnlineHadamard, PerTensorActivations, Quantize, QuantizeKV
@@ -177,5 +179,5 @@ def _gguf(path: str, form: Format, act: Format | None, columns: int, dtype: torc
     block_type(path, form, act, columns)
 
 
-CHECKS = {COMPRESSED_TENSORS: _compressed, GGUF: _gguf, GPTQ: check_gptq, AWQ: check_awq}
+CHECKS = {COMPRESSED_TENSORS: _compressed, GGUF: _gguf, GPTQ: check_gptq, AWQ: check_awq, EXECUTORCH: check_xnnpack}
 """Format -> what refuses one site: its path, formats of weight and activation, K, dtype of the model."""

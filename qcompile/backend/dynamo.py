@@ -24,6 +24,7 @@ from qcompile.backend.float_fallback import float_fallback_sites
 from qcompile.backend.inductor import GRAPHS, compile_graph, make_floats_constant, needs_gpu
 from qcompile.backend.inductor_calls import compile_in_blocks
 from qcompile.backend.options import Options
+from qcompile.backend.supported_devices import warn_without_kernels, without_kernels
 from qcompile.backend.training_graph import compile_for_training
 from qcompile.codegen.cpu.cpu_lowering import lower_to_cpu
 from qcompile.codegen.cpu.native_kernels import start_loading_native_kernels
@@ -69,6 +70,10 @@ def qcompile(
     problem = needs_gpu(example_inputs) if checked.inductor.get(GRAPHS) else None
     if problem is not None:
         raise RecipeError(problem)
+    elsewhere = without_kernels(example_inputs)
+    if elsewhere is not None:
+        warn_without_kernels(elsewhere)
+        return compile_graph(graph_module, example_inputs, checked.inductor)
     if not has_tensor_input(graph_module):  # a piece of a broken graph without weights: nothing to quantize
         return compile_graph(graph_module, example_inputs, checked.inductor)
     if checked.recipe.trains and not _calls(graph_module, ("qcompile.",)):

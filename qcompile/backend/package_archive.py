@@ -35,7 +35,8 @@ _OURS = "data/qcompile/"
 _FILES = f"{_OURS}files/"
 _FORMAT = 1
 _BY_HAND = {"aes", "amx_bf16", "amx_fp16", "amx_int8", "amx_tile", "clflush", "clflushopt", "clwb", "sha", "sse4a"}
-"""Instructions that a compiler does not choose itself, and that our text does not call."""
+"""Instructions that a compiler does not choose itself, and that our text does not call, or, as those of AMX, only where
+it finds them when it is loaded: a package made with them runs without."""
 _AGAIN = "Fix: package the model again, here: qcompile.package(model, path)"
 
 

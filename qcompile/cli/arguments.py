@@ -14,9 +14,10 @@ import torch
 import typer
 from rich.text import Text
 
+from qcompile.calibration.dataset import DataRows
 from qcompile.cli.interruption import Commands
 from qcompile.cli.output import console, note, tell
-from qcompile.cli.path_checks import html_file, output_folder, text_file
+from qcompile.cli.path_checks import data_rows, html_file, output_folder, text_file
 from qcompile.version import VERSION
 
 app = typer.Typer(
@@ -77,6 +78,15 @@ RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="preset (see `qc
 TextFile = Annotated[Path | None, text_option("--text", "text file; default: the embedded text")]
 CalibrationFile = Annotated[
     Path | None, text_option("--calibration", "text to calibrate on, where a recipe needs it; default: embedded")
+]
+DataSource = Annotated[
+    DataRows | None,
+    typer.Option(
+        "--data",
+        help="data set to calibrate on, rows with text or messages: a .jsonl file, or NAME:CONFIG@SPLIT of datasets",
+        parser=data_rows,
+        metavar="DATA",
+    ),
 ]
 ReportFile = Annotated[
     Path | None,
@@ -158,24 +168,37 @@ def check_recipes(*names: str) -> None:
             find_recipe(name).check()
 
 
-def needs_text(flag: str, text: Path | None, *recipes: str) -> bool:
-    """Whether recipes need calibration data; says so where a text was given and none does."""
+def needs_text(flag: str, text: Path | None, *recipes: str, data: DataRows | None = None) -> bool:
+    """Whether recipes need calibration data; says so where a text or a data set was given and none does.
+
+    Raises:
+        ValueError: both were given.
+    """
     from qcompile.pipeline.find_recipe import find_recipe
 
-    if any(text is not None if name == "auto" else find_recipe(name).needs for name in recipes):
+    if text is not None and data is not None:
+        raise ValueError(f"{flag} {text} and --data {data.name} are both given. Fix: drop one of the two")
+    given = text is not None or data is not None
+    if any(given if name == "auto" else find_recipe(name).needs for name in recipes):
         return True
+    if data is not None:
+        note(f"--data {data.name} is ignored: {', '.join(recipes)} needs no calibration data")
     if text is not None:
         note(f"{flag} {text} is ignored: {', '.join(recipes)} needs no calibration data")
     return False
 
 
-def calibration_batches(recipe: str, model: Any, tokenizer: Any, text: Path | None) -> Any:
-    """Batches if the recipe needs any, else None."""
+def calibration_batches(
+    recipe: str, model: Any, tokenizer: Any, text: Path | None, data: DataRows | None = None
+) -> Any:
+    """Batches of a text or a data set if the recipe needs any, else None."""
+    from qcompile.calibration.dataset import dataset_batches
     from qcompile.calibration.text import CALIBRATION_LENGTH, batches
 
-    if not needs_text("--text", text, recipe):
+    if not needs_text("--text", text, recipe, data=data):
         return None
-    return batches(tokenizer, text, length=cap_length(CALIBRATION_LENGTH, model, tokenizer, "calibration windows"))
+    length = cap_length(CALIBRATION_LENGTH, model, tokenizer, "calibration windows")
+    return batches(tokenizer, text, length=length) if data is None else dataset_batches(tokenizer, data, length=length)
 
 
 def cap_length(length: int, model: Any, tokenizer: Any, what: str = "windows") -> int:

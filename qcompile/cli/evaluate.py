@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from qcompile.calibration.dataset import DataRows
 from qcompile.cli.arguments import (
     CalibrationFile,
+    DataSource,
     Dtype,
     Length,
     Model,
@@ -31,6 +34,15 @@ from qcompile.cli.arguments import (
 from qcompile.cli.interruption import kept, rows_of
 from qcompile.cli.output import console, print_table, tell, write_plot, write_report
 from qcompile.cli.path_checks import continued_file, plotted_file
+from qcompile.cli.task_flags import (
+    IncludePath,
+    Limit,
+    Tasks,
+    check_task_output,
+    print_tasks,
+    task_names,
+    task_run,
+)
 from qcompile.memory.atomic_file import write_whole
 
 
@@ -42,23 +54,19 @@ def evaluate(
     windows: Windows = 4,
     length: Length = 2048,
     dtype: Dtype = "float32",
-    tasks: Annotated[
-        str | None, typer.Option(help="tasks of lm-eval, separated by commas, in place of a text", callback=not_empty)
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="samples of each task; default: all", min=1)] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="folder with YAML files of tasks", exists=True, file_okay=False, metavar="DIR")
-    ] = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    include_path: IncludePath = None,
     out: Annotated[Path | None, typer.Option(help="JSON to write, of tasks", metavar="FILE")] = None,
 ) -> None:
-    """Measure MODEL, or an exported ONNX folder: perplexity on a text, or tasks of lm-eval."""
+    """Measure MODEL, or an exported ONNX folder: perplexity on a text, or in its place tasks of lm-eval."""
     from qcompile.api.quantize import quantize as run
     from qcompile.calibration.text import read_text
     from qcompile.calibration.text import windows as cut
     from qcompile.evaluation.perplexity import perplexity
 
-    names = None if tasks is None else split_names(tasks)
-    _check_task_flags(names, text, limit, include_path, out)
+    check_task_output(None if tasks is None else [tasks], text, out)
+    names = task_names(tasks, limit, include_path)
     if is_exported(model):
         from qcompile.generation.onnx_session import Session, load_tokenizer
 
@@ -75,8 +83,9 @@ def evaluate(
         pieces = [] if names else cut(tokenizer, read_text(text), length=length, count=windows)
         if recipe is not None:
             tell(run(loaded, recipe, calibration_batches(recipe, loaded, tokenizer, None)))
-    if names is not None:
-        _run_tasks(loaded, tokenizer, names, include_path, limit, length, out, {"model": model, "recipe": recipe})
+    run_of_tasks = task_run(names, tokenizer, include_path, limit, length)
+    if run_of_tasks is not None:
+        print_tasks(loaded, run_of_tasks, out, {"model": model, "recipe": recipe})
         return
     value = perplexity(loaded, pieces)
     tell(f"perplexity {value:.4f}  ({windows} windows of {length} tokens of {text or 'the embedded text'})")
@@ -88,8 +97,12 @@ def compare(
     recipes: Annotated[str, typer.Option(help="names or .json files, separated by commas")] = "int8,w4a16,w4a16-gptq",
     text: TextFile = None,
     calibration: CalibrationFile = None,
+    data: DataSource = None,
     windows: Windows = 4,
     length: Length = 2048,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    include_path: IncludePath = None,
     rotated_copy: Annotated[
         bool, typer.Option("--rotated-copy", help="measure a randomly rotated copy, off the grid of a quantized file")
     ] = False,
@@ -102,8 +115,8 @@ def compare(
     ] = None,
     report_file: ReportFile = None,
 ) -> None:
-    """Compare recipes: perplexity, KL divergence to float, size, time. Continues where it was interrupted."""
-    from qcompile.calibration.text import batches, read_text
+    """Compare recipes: perplexity, KL divergence to float, tasks, size, time. Continues where it was interrupted."""
+    from qcompile.calibration.text import read_text
     from qcompile.calibration.text import windows as cut
     from qcompile.evaluation.compare import Comparison, plot, table
     from qcompile.evaluation.compare import compare as measure
@@ -111,15 +124,17 @@ def compare(
 
     names = split_names(recipes)
     check_recipes(*names)
-    needs_text("--calibration", calibration, *names)
+    needs_text("--calibration", calibration, *names, data=data)
+    chosen_tasks = task_names(tasks, limit, include_path)
     loaded, tokenizer = load(model, dtype)
     length = cap_length(length, loaded, tokenizer)
     pieces = cut(tokenizer, read_text(text), length=length, count=windows)
     label = f"{model}{' (rotated copy)' if rotated_copy else ''} on {text.name if text else 'the embedded text'}"
     measured = rotate(loaded) if rotated_copy else loaded
-    data = functools.partial(batches, tokenizer, calibration, model=loaded)
+    read = _calibration(tokenizer, loaded, calibration, data)
     with kept(rows_of(out)):
-        rows = measure(Comparison(measured, pieces, data, out, label), names)
+        run = task_run(chosen_tasks, tokenizer, include_path, limit, length)
+        rows = measure(Comparison(measured, pieces, read, out, label, run), names)
     tell(f"{label}, {windows} windows of {length} tokens")
     print_table(table(rows))
     if out is not None:
@@ -132,12 +147,18 @@ def compare(
 @app.command()
 def tune(
     model: Model,
-    max_loss: Annotated[str, typer.Option(help="share of the float model's perplexity, as 1%")] = "1%",
+    max_loss: Annotated[
+        str, typer.Option(help="share of the float model's perplexity, or with --tasks of its scores, as 1%")
+    ] = "1%",
     recipes: Annotated[str, typer.Option(help="in the order to try; default: by bytes, then by work")] = "",
     text: TextFile = None,
     calibration: CalibrationFile = None,
+    data: DataSource = None,
     windows: Windows = 4,
     length: Length = 2048,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    include_path: IncludePath = None,
     dtype: Dtype = "float32",
     out: Annotated[
         Path,
@@ -147,8 +168,11 @@ def tune(
     ] = Path("tune.json"),
     report_file: ReportFile = None,
 ) -> None:
-    """Try recipes, the smallest first, until one keeps the perplexity. Continues where it was interrupted."""
-    from qcompile.calibration.text import batches, read_text
+    """Try recipes, the smallest first, until one keeps the perplexity, or with --tasks the scores.
+
+    Continues where it was interrupted.
+    """
+    from qcompile.calibration.text import read_text
     from qcompile.calibration.text import windows as cut
     from qcompile.evaluation.compare import Comparison, table
     from qcompile.evaluation.tune import LADDER, check_goal, plot_frontier
@@ -157,19 +181,22 @@ def tune(
     share = parse_share(max_loss)
     names = split_names(recipes) if recipes else LADDER
     check_goal(share, names)
-    needs_text("--calibration", calibration, *names)
+    needs_text("--calibration", calibration, *names, data=data)
+    chosen_tasks = task_names(tasks, limit, include_path)
     loaded, tokenizer = load(model, dtype)
     length = cap_length(length, loaded, tokenizer)
     pieces = cut(tokenizer, read_text(text), length=length, count=windows)
     label = f"{model} on {text.name if text else 'the embedded text'}"
-    data = functools.partial(batches, tokenizer, calibration, model=loaded)
+    read = _calibration(tokenizer, loaded, calibration, data)
     with kept(rows_of(out)):
-        found = search(Comparison(loaded, pieces, data, out, label), max_loss=share, recipes=names, tell=tell)
+        run = task_run(chosen_tasks, tokenizer, include_path, limit, length)
+        found = search(Comparison(loaded, pieces, read, out, label, run), max_loss=share, recipes=names, tell=tell)
     print_table(table(found.rows))
     tell(f"written: {out}")
     draw = functools.partial(plot_frontier, found.rows, share)
     write_plot(draw, out.with_suffix(".png"))
-    caption = f"Loss of perplexity by bytes of quantized weights; the goal is {share:.1%}"
+    lost = "perplexity" if tasks is None else "task scores"
+    caption = f"Loss of {lost} by bytes of quantized weights; the goal is {share:.1%}"
     write_report(report_file, f"Recipes on {label}", rows=found.rows, drawings={caption: draw})
     if found.chosen is None:
         tell(f"no recipe stays within {share:.1%}; nearest: {found.nearest.recipe}", "red")
@@ -230,36 +257,14 @@ def sensitivity(
         tell(f"written: {out}  ({counts})")
 
 
-def _check_task_flags(
-    names: list[str] | None, text: Path | None, limit: int | None, include_path: Path | None, out: Path | None
-) -> None:
-    """Refuse flags of tasks without tasks, a text with them, and unknown tasks, before a model is loaded."""
-    if names is None:
-        flags = {"--limit": limit, "--include-path": include_path, "--out": out}
-        for flag, value in flags.items():
-            if value is not None:
-                raise ValueError(f"{flag} is of tasks. Fix: give --tasks, or omit {flag}")
-        return
-    if text is not None:
-        raise ValueError("a text and tasks are measured one at a time. Fix: omit --text, or --tasks")
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise ValueError(f"--out {out} is no file in a folder that exists. Fix: name a file there")
-    from qcompile.evaluation.lm_eval_tasks import check_tasks
+def _calibration(tokenizer: Any, model: Any, text: Path | None, data: DataRows | None) -> Callable[[], list[Any]]:
+    """Reads the calibration batches of a comparison."""
+    from qcompile.calibration.dataset import dataset_batches
+    from qcompile.calibration.text import batches
 
-    check_tasks(names, include_path)
-
-
-def _run_tasks(
-    model: Any, tokenizer: Any, names: list[str], include_path: Path | None, limit: int | None, length: int,
-    out: Path | None, about: dict[str, str | None],
-) -> None:  # fmt: skip
-    from qcompile.evaluation.lm_eval_tasks import evaluate_tasks, table
-
-    result = evaluate_tasks(model, tokenizer, names, include_path=include_path, limit=limit, max_length=length, batch=8)
-    print_table(table(result))
-    if out is not None:
-        result.write(out, **about)
-        tell(f"written: {out}")
+    if data is not None:
+        return functools.partial(dataset_batches, tokenizer, data, model=model)
+    return functools.partial(batches, tokenizer, text, model=model)
 
 
 def parse_share(text: str) -> float:

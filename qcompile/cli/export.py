@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qcompile.cli.arguments import Model, Out, TextFile, app, calibration_batches, check_recipes, load
+from qcompile.cli.arguments import DataSource, Model, Out, TextFile, app, calibration_batches, check_recipes, load
 from qcompile.cli.interruption import kept
 from qcompile.cli.output import tell
 
@@ -15,12 +15,20 @@ Recipes = Annotated[
     str | None,
     typer.Option("--recipe", "-r", help="preset or .json file; without it MODEL is a folder that was quantized"),
 ]
-To = Annotated[str, typer.Option("--to", help="vllm, sglang, transformers, llama.cpp, or a format of their files")]
+To = Annotated[
+    str, typer.Option("--to", help="vllm, sglang, transformers, llama.cpp, executorch, or a format of files")
+]
 ModelDtype = Annotated[str, typer.Option("--dtype", help="of the model: bfloat16 or float32")]
 Template = Annotated[
     Path | None, typer.Option(help="GGUF file of the same model; default: MODEL, where it is one", metavar="FILE")
 ]
 Shard = Annotated[str, typer.Option(help="largest size of one file")]
+Kept = Annotated[
+    int | None,
+    typer.Option(
+        "--length", help="(executorch) tokens that a program keeps; default: the context, at most 2048", min=4
+    ),
+]
 
 
 @app.command()
@@ -30,11 +38,13 @@ def export(
     to: To = "vllm",
     recipe: Recipes = None,
     text: TextFile = None,
+    data: DataSource = None,
     dtype: ModelDtype = "bfloat16",
     template: Template = None,
     shard: Shard = "5GB",
+    length: Kept = None,
 ) -> None:
-    """Write MODEL for vLLM, SGLang, transformers or llama.cpp, with the codes and scales as they were chosen.
+    """Write MODEL for vLLM, SGLang, transformers, llama.cpp or ExecuTorch: with the codes and scales that were chosen.
 
     The program that reads the format reads every weight back before the folder appears, where it is installed.
     """
@@ -50,7 +60,10 @@ def export(
         template = path if path.suffix == ".gguf" else None
     with kept(lambda: f"{folder} was not written"):
         loaded, tokenizer = load(model, dtype, any_class=True)
-        batches = None if recipe is None else calibration_batches(recipe, loaded, tokenizer, text)
-        report = write(loaded, folder, recipe, batches, to=target, tokenizer=tokenizer, template=template, shard=shard)
+        batches = None if recipe is None else calibration_batches(recipe, loaded, tokenizer, text, data)
+        report = write(
+            loaded, folder, recipe, batches, to=target, tokenizer=tokenizer, template=template, shard=shard,
+            length=length,
+        )  # fmt: skip
     tell(report)
     tell(f"written: {folder}")

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from torch import nn
 
+from qcompile.calibration.dataset import DataRows
 from qcompile.calibration.text import read_text
 from qcompile.checkpoint.atomic_folder import require_empty
 from qcompile.memory.atomic_file import check_writable
@@ -29,6 +30,18 @@ def text_file(value: str | Path) -> Path:
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     return path
+
+
+def data_rows(value: str | DataRows) -> DataRows:
+    """A data set with a column that can be read."""
+    if isinstance(value, DataRows):
+        return value
+    if not value.strip():
+        raise typer.BadParameter("the name is empty")
+    try:
+        return DataRows.open(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def output_file(value: str | Path) -> Path:

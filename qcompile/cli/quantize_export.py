@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qcompile.cli.arguments import (
+    DataSource,
     Dtype,
     Model,
     Out,
@@ -51,6 +52,7 @@ def quantize(
     folder: OutModel,
     recipe: RecipeName = "int8",
     text: TextFile = None,
+    data: DataSource = None,
     dtype: Dtype = "float32",
     dump: Dump = None,
     report_file: ReportFile = None,
@@ -64,13 +66,13 @@ def quantize(
             raise ValueError(f"--dump {dump} goes with a folder, and {folder} is a file. Fix: drop it")
         if report_file is not None:
             raise ValueError(f"--report {report_file} goes with a folder, and {folder} is a file. Fix: drop it")
-        quantize_file(model, folder, recipe, text)
+        quantize_file(model, folder, recipe, text, data)
         return
     check_recipes(recipe)
     with kept(lambda: f"{folder} was not written"):
         loaded, tokenizer = load(model, dtype, any_class=True)
-        _require_space(folder, loaded, recipe, text)
-        report = run(loaded, recipe, calibration_batches(recipe, loaded, tokenizer, text), dump=dump)
+        _require_space(folder, loaded, recipe, text or data)
+        report = run(loaded, recipe, calibration_batches(recipe, loaded, tokenizer, text, data), dump=dump)
         write(loaded, folder, tokenizer)
     tell(report)
     tell(f"written: {folder}")
@@ -85,6 +87,7 @@ def package(
     ],
     recipe: RecipeName = "int8",
     text: TextFile = None,
+    data: DataSource = None,
     dtype: Dtype = "bfloat16",
 ) -> None:
     """Quantize and compile MODEL, a causal LM, and write it to one file that opens without compiling.
@@ -98,7 +101,7 @@ def package(
     with kept(lambda: f"{file} was not written"):
         loaded, tokenizer = load(model, dtype)
         if getattr(loaded, "qcompile_recipe", None) is None:
-            tell(run(loaded, recipe, calibration_batches(recipe, loaded, tokenizer, text)))
+            tell(run(loaded, recipe, calibration_batches(recipe, loaded, tokenizer, text, data)))
         with console.status("compiling"):
             report = write(loaded, file, tokenizer=tokenizer)
     tell(f"written: {file}  ({report.metrics['package bytes'] / 1e6:.0f} MB)")
@@ -107,7 +110,12 @@ def package(
 @app.command("export-onnx")
 @flags_of(OnnxOptions)
 def export_onnx(
-    model: Model, folder: Out, options: OnnxOptions, recipe: RecipeName = "int4-cpu", text: TextFile = None
+    model: Model,
+    folder: Out,
+    options: OnnxOptions,
+    recipe: RecipeName = "int4-cpu",
+    text: TextFile = None,
+    data: DataSource = None,
 ) -> None:
     """Quantize MODEL and write an ONNX folder, verified against PyTorch before it appears.
 
@@ -122,19 +130,21 @@ def export_onnx(
     with kept(lambda: f"{folder} was not written"):
         if options.pooling is None:
             loaded, tokenizer = load(model)
-            batches = calibration_batches(recipe, loaded, tokenizer, text)
+            batches = calibration_batches(recipe, loaded, tokenizer, text, data)
         else:
             options.check_encoder()
+            if data is not None:
+                raise ValueError(f"an encoder reads sentences of a text, and --data {data.name} was given. Fix: --text")
             chosen = sentences(text)
             loaded, tokenizer = load_encoder(model)
             batches = sentence_batches(tokenizer, chosen, model=loaded)
             example = batches[0]
-        _require_space(folder, loaded, recipe, text)
+        _require_space(folder, loaded, recipe, text or data)
         flags = dataclasses.asdict(options)
         report = write(loaded, folder, recipe, batches, example=example, tokenizer=tokenizer, **flags)
     tell(report)
     tell(f"written: {folder}")
 
 
-def _require_space(folder: Path, loaded: Any, recipe: str, text: Path | None) -> None:
+def _require_space(folder: Path, loaded: Any, recipe: str, text: object) -> None:
     require_space(folder, loaded, weight_bits(find_recipe(recipe, loaded, data=text is not None)))

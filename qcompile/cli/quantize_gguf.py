@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
+from qcompile.calibration.dataset import DataRows
 from qcompile.cli.arguments import calibration_batches, load
 from qcompile.cli.interruption import kept
 from qcompile.cli.output import note, print_table, tell
@@ -26,7 +27,7 @@ def output_model(value: str | Path) -> Path:
     return path
 
 
-def quantize_file(model: str, file: Path, recipe: str, text: Path | None) -> None:
+def quantize_file(model: str, file: Path, recipe: str, text: Path | None, data: DataRows | None = None) -> None:
     """Quantize a GGUF file into another, whose names and metadata are those of the first.
 
     Args:
@@ -34,6 +35,7 @@ def quantize_file(model: str, file: Path, recipe: str, text: Path | None) -> Non
         file: to write.
         recipe: weight-only, in formats that GGUF has.
         text: to calibrate on, or None.
+        data: a data set to calibrate on, or None.
 
     Raises:
         ValueError: MODEL is no GGUF file, or the recipe is none for one.
@@ -57,7 +59,7 @@ def quantize_file(model: str, file: Path, recipe: str, text: Path | None) -> Non
                 f"{source.name} holds {', '.join(stored)} already: what was rounded is rounded again. "
                 "Fix: take the F16 or BF16 file"
             )
-        batches = calibration_batches(recipe, loaded, tokenizer, text)
+        batches = calibration_batches(recipe, loaded, tokenizer, text, data)
         report = export(loaded, file, recipe, batches, to="gguf", template=source)
     tell(report)
     print_table(type_table(file))

@@ -112,12 +112,12 @@ def tune(
     """Time tiles of int4 GEMMs, and kernels against cuBLAS, on this GPU; later compilations use the fastest."""
     formats = _formats(recipes)
     sizes, counts = _on_gpu(shapes, rows)
-    from qcompile.codegen.triton.launch.measured_times import GEMV_MAX_M, KERNEL_MAX_M
+    from qcompile.codegen.triton.launch.measured_times import KERNEL_MAX_M
     from qcompile.codegen.triton.launch.tuning_cache import file
     from qcompile.codegen.triton.tuning.autotune import measure_variants, tune_launches
 
     table = Table("launch of", "tile", "warps", "stages", "us")
-    for name, launch, microseconds in tune_launches(sizes, [m for m in counts if GEMV_MAX_M < m <= KERNEL_MAX_M]):
+    for name, launch, microseconds in tune_launches(sizes, [m for m in counts if m <= KERNEL_MAX_M]):
         tile = f"{launch.block_m}x{launch.block_n}"
         table.add_row(name, tile, str(launch.num_warps), str(launch.num_stages), f"{microseconds:.1f}")
     print_table(table)

@@ -1,4 +1,4 @@
-"""Recipes side by side on one model and one text: quality, bytes, time and memory of each.
+"""Recipes side by side on one model and one text: quality, bytes, time and memory of each; tasks of lm-eval too.
 
 The row of a recipe is written to disk as soon as it is measured, so an interrupted comparison continues where it
 stopped. Models, texts and recipes are recognized by digests of their content: names may be used again. The float model
@@ -24,8 +24,10 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from qcompile.api.quantize import quantize
+from qcompile.evaluation.lm_eval_tasks import TaskScore
 from qcompile.evaluation.perplexity import agreement, check_windows, perplexity
 from qcompile.evaluation.plots import label_point, plot_file
+from qcompile.evaluation.task_scores import TaskRun
 from qcompile.memory.atomic_file import write_whole
 from qcompile.memory.digest import digest, model_digest
 from qcompile.memory.environment import versions
@@ -49,6 +51,7 @@ class RecipeResult:
         seconds: to quantize, calibration included.
         peak_bytes: peak memory of quantizing, above what the process used before; 0 if unknown.
         digest: of the recipe's passes and rules, the calibration data that it needs, and this package's version.
+        tasks: a score of each task, where tasks were run.
     """
 
     recipe: str
@@ -59,6 +62,12 @@ class RecipeResult:
     seconds: float
     peak_bytes: int = 0
     digest: str = ""
+    tasks: tuple[TaskScore, ...] = ()
+
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> RecipeResult:
+        """A row of a file; one without tasks is of a comparison without them."""
+        return RecipeResult(**{**row, "tasks": tuple(TaskScore(**score) for score in row.get("tasks", ()))})
 
 
 @dataclass
@@ -71,6 +80,7 @@ class Comparison:
         calibration: returns the batches for recipes that need data.
         out: a JSON file to write to and to continue from.
         label: what is measured (model, text), for people.
+        tasks: of lm-eval, which every model runs too; None for none.
 
     Raises:
         ValueError: `out` is of another model or text, or no file of a comparison; or a window has no next token.
@@ -81,16 +91,17 @@ class Comparison:
     calibration: Callable[[], Sequence[Any]]
     out: Path | None = None
     label: str = ""
+    tasks: TaskRun | None = None
 
     def __post_init__(self) -> None:
         check_windows(self.token_windows)
         data = read_rows(self.out)
         if data is not None and {k: v for k, v in data["of"].items() if k != "label"} != self._identity:
             raise ValueError(
-                f"{self.out} is of another comparison ({data['of'].get('label')}): other weights or another text. "
-                "Fix: choose another file, or remove it"
+                f"{self.out} is of another comparison ({data['of'].get('label')}): other weights or another text, "
+                "or other tasks. Fix: choose another file, or remove it"
             )
-        self.rows = {row["digest"]: RecipeResult(**row) for row in data["rows"]} if data is not None else {}
+        self.rows = {row["digest"]: RecipeResult.from_json(row) for row in data["rows"]} if data is not None else {}
 
     def measure(self, name: str) -> RecipeResult:
         """The row of one recipe (a preset name or a JSON path), from the file or by quantizing a copy."""
@@ -104,7 +115,8 @@ class Comparison:
 
     def _measure(self, name: str, recipe: Recipe) -> RecipeResult:
         if not recipe.passes:
-            return RecipeResult(name, perplexity(self.model, self.token_windows, progress=False), 0.0, 1.0, 0, 0.0)
+            own = perplexity(self.model, self.token_windows, progress=False)
+            return RecipeResult(name, own, 0.0, 1.0, 0, 0.0, tasks=self._scores(self.model))
         batches = self.batches if recipe.needs else None
         start = time.perf_counter()
         with measure_peak() as peak:
@@ -112,7 +124,13 @@ class Comparison:
             report = quantize(candidate, recipe, batches, progress=False)
         seconds = time.perf_counter() - start
         found = agreement(candidate, self.model, self.token_windows)
-        return RecipeResult(name, found.perplexity, found.kl, found.top1, report.bytes_after, seconds, peak.bytes)
+        return RecipeResult(
+            name, found.perplexity, found.kl, found.top1, report.bytes_after, seconds, peak.bytes,
+            tasks=self._scores(candidate),
+        )  # fmt: skip
+
+    def _scores(self, model: nn.Module) -> tuple[TaskScore, ...]:
+        return () if self.tasks is None else self.tasks.scores(model)
 
     @functools.cached_property
     def batches(self) -> list[Any]:
@@ -127,6 +145,7 @@ class Comparison:
             "text": digest(list(self.token_windows)),
             "windows": len(self.token_windows),
             "length": int(self.token_windows[0].shape[1]),
+            **({} if self.tasks is None else {"tasks": self.tasks.identity}),
         }
 
     def _digest_of(self, recipe: Recipe) -> str:
@@ -164,8 +183,12 @@ def read_rows(out: Path | None) -> dict[str, Any] | None:
 
 
 def _is_row(row: dict[str, Any]) -> bool:
-    named = {f.name: str if f.type == "str" else int | float for f in fields(RecipeResult)}
-    return row.keys() == named.keys() and all(isinstance(row[name], kind) for name, kind in named.items())
+    named = {f.name: str if f.type == "str" else int | float for f in fields(RecipeResult) if f.name != "tasks"}
+    scores = row.get("tasks", [])
+    names = {f.name for f in fields(TaskScore)}
+    if not isinstance(scores, list) or not all(isinstance(score, dict) and score.keys() == names for score in scores):
+        return False
+    return row.keys() - {"tasks"} == named.keys() and all(isinstance(row[n], kind) for n, kind in named.items())
 
 
 def compare(comparison: Comparison, recipes: Sequence[str], *, progress: bool = True) -> list[RecipeResult]:
@@ -182,10 +205,12 @@ def compare(comparison: Comparison, recipes: Sequence[str], *, progress: bool = 
 
 def table(rows: Sequence[RecipeResult]) -> Table:
     """One row per recipe."""
-    found = Table("recipe", "perplexity", "KL to float", "same top-1", "weights MB", "quantize s", "peak MB")
+    tasks = [f"{score.task} {score.metric}" for score in (rows[0].tasks if rows else ())]
+    found = Table("recipe", "perplexity", "KL to float", "same top-1", *tasks, "weights MB", "quantize s", "peak MB")
     for r in rows:
+        scores = [f"{score.value:.4f}" for score in r.tasks]
         cost = (f"{r.site_bytes / 1e6:.0f}", f"{r.seconds:.1f}", f"{r.peak_bytes / 1e6:.0f}") if r.site_bytes else ()
-        found.add_row(Text(r.recipe), f"{r.perplexity:.2f}", f"{r.kl:.4f}", f"{r.agreement:.1%}", *cost)
+        found.add_row(Text(r.recipe), f"{r.perplexity:.2f}", f"{r.kl:.4f}", f"{r.agreement:.1%}", *scores, *cost)
     return found
 
 

@@ -13,6 +13,7 @@ from lm_eval.utils import (  # type: ignore[import-not-found,unused-ignore]
 )
 
 from qcompile.generation.onnx_session import Session
+from qcompile.generation.sampling_rules import SamplingRules
 
 NEW_TOKENS = 256
 """Tokens that a task may generate where it does not say."""
@@ -98,8 +99,8 @@ class OnnxLM(TemplateLM):  # type: ignore[misc,unused-ignore]  # lm-eval has no 
         end = {*self.session.end_tokens, self.eot_token_id}
         made: list[int] = []
         text = ""
-        heat = float(options.get("temperature", 1.0)) if sampled else 0.0
-        for token in self.session.stream(torch.tensor([ids]), count, temperature=heat, stop=end):
+        rules = SamplingRules(temperature=float(options.get("temperature", 1.0)) if sampled else 0.0)
+        for token in self.session.stream(torch.tensor([ids]), count, rules=rules, stop=end):
             if token in end:
                 break
             made.append(token)

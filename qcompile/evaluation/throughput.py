@@ -21,7 +21,7 @@ from qcompile.api.compile_for_generate import compile_for_generate
 from qcompile.backend import dynamo as backend
 from qcompile.memory.atomic_file import write_whole
 from qcompile.memory.environment import versions
-from qcompile.modules.cache_argument import cache_name, returned_cache
+from qcompile.modules.cache_argument import cache_argument, cache_name, returned_cache
 from qcompile.pipeline.find_recipe import find_recipe
 
 
@@ -103,6 +103,8 @@ def check_counts(prompt: int, new: int, rounds: int) -> None:
 
 def time_text(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[float, list[float]]:
     """Seconds for the prefill of `ids` [1, T], and for each of `new` decoded tokens."""
+    named = cache_argument(model) if isinstance(model, torch.nn.Module) else None
+    name = named or cache_name()
     with torch.no_grad():
         start = time.perf_counter()
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -115,7 +117,7 @@ def time_text(model: Callable[..., Any], ids: torch.Tensor, new: int) -> tuple[f
         for _ in range(new):
             token = out.logits[:, -1:].argmax(-1)
             start = time.perf_counter()
-            out = model(input_ids=token, use_cache=True, logits_to_keep=1, **{cache_name(): returned_cache(out)})
+            out = model(input_ids=token, use_cache=True, logits_to_keep=1, **{name: returned_cache(out)})
             decode.append(time.perf_counter() - start)
     return prefill, decode
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qcompile.evaluation.compare import Comparison, RecipeResult
 from qcompile.evaluation.plots import label_point, plot_file
+from qcompile.evaluation.task_scores import task_loss
 from qcompile.pipeline.find_recipe import find_recipe
 
 # By bytes, then by work: 4 bits rounded to nearest, 4 bits by slower algorithms, then 8 bits.
@@ -21,6 +22,7 @@ LADDER = (
     "w4a8", "w4a16", "w4a16-hqq", "w4a16-awq", "w4a16-gptq", "w4a16-rotated-gptq",
     "int8", "int8-rotated", "int8-gptq", "w8a16",
 )  # fmt: skip
+_SLACK = 1e-9  # of float sums, so that a loss that equals the goal is within it
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ def tune(
 ) -> Tuned:
     """Try recipes in order until one's perplexity is within `max_loss` of the float model's.
 
+    Where the comparison has tasks, their scores count in place of the perplexity: the share of the float model's that
+    is lost, as the mean over tasks.
+
     Args:
         comparison: the model and the text; its file lets an interrupted search continue.
         max_loss: relative, 0.01 for one percent.
@@ -54,22 +59,44 @@ def tune(
         tell: receives one line per recipe as it is measured.
 
     Raises:
-        ValueError: an impossible goal or an unknown recipe, before any work; or a float model without a perplexity.
+        ValueError: an impossible goal or an unknown recipe, before any work; or a float model without a perplexity, or
+            with a score of zero.
     """
     check_goal(max_loss, recipes)
     rows = [comparison.measure("float")]
     if not math.isfinite(rows[0].perplexity):
         raise ValueError(f"the float model's perplexity is {rows[0].perplexity}. Fix: check the model and the text")
-    goal = rows[0].perplexity * (1 + max_loss)
-    tell(f"float: perplexity {rows[0].perplexity:.3f}, goal {goal:.3f}")
+    if rows[0].tasks:
+        recipe_loss(rows[0], rows[0])  # a score of zero is refused before recipes are tried
+        scores = ", ".join(f"{score.task} {score.metric} {score.value:.4f}" for score in rows[0].tasks)
+        tell(f"float: {scores}, goal a loss of {max_loss:.2%} in the mean")
+    else:
+        goal = rows[0].perplexity * (1 + max_loss)
+        tell(f"float: perplexity {rows[0].perplexity:.3f}, goal {goal:.3f}")
     for name in recipes:
         row = comparison.measure(name)
         rows.append(row)
-        worse = row.perplexity / rows[0].perplexity - 1
-        tell(f"{name}: {row.perplexity:.3f} ({worse:+.2%}), {row.site_bytes / 1e6:.0f} MB, {row.seconds:.0f} s")
-        if row.perplexity <= goal:
+        worse = recipe_loss(row, rows[0])
+        shown = "tasks" if row.tasks else f"{row.perplexity:.3f}"
+        tell(f"{name}: {shown} ({worse:+.2%}), {row.site_bytes / 1e6:.0f} MB, {row.seconds:.0f} s")
+        if worse <= max_loss * (1 + _SLACK):
             return Tuned(row, row, rows)
-    return Tuned(None, min(rows[1:], key=lambda r: r.perplexity if r.perplexity == r.perplexity else math.inf), rows)
+
+    def order(row: RecipeResult) -> float:
+        loss = recipe_loss(row, rows[0])
+        return math.inf if math.isnan(loss) else loss
+
+    return Tuned(None, min(rows[1:], key=order), rows)
+
+
+def recipe_loss(row: RecipeResult, base: RecipeResult) -> float:
+    """How much a recipe loses, as a share: of the scores of tasks, where there are any, or of the perplexity.
+
+    Args:
+        row: of the recipe.
+        base: of the float model.
+    """
+    return task_loss(row.tasks, base.tasks) if base.tasks else row.perplexity / base.perplexity - 1
 
 
 def check_goal(max_loss: float, recipes: Sequence[str]) -> None:
@@ -85,7 +112,7 @@ def check_goal(max_loss: float, recipes: Sequence[str]) -> None:
 
 
 def plot_frontier(rows: Sequence[RecipeResult], max_loss: float, path: Path) -> None:
-    """Draw the loss of perplexity against megabytes, with the goal and the Pareto frontier.
+    """Draw the loss of perplexity, or of the scores of tasks, against megabytes, with the goal and the Pareto frontier.
 
     Args:
         rows: as in `Tuned`.
@@ -95,8 +122,8 @@ def plot_frontier(rows: Sequence[RecipeResult], max_loss: float, path: Path) -> 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    base, tried = rows[0].perplexity, [r for r in rows[1:] if math.isfinite(r.perplexity)]
-    points = [(r.site_bytes / 1e6, max(r.perplexity / base - 1, 1e-4), r.recipe) for r in tried]
+    tried = [(row, recipe_loss(row, rows[0])) for row in rows[1:]]
+    points = [(row.site_bytes / 1e6, max(loss, 1e-4), row.recipe) for row, loss in tried if math.isfinite(loss)]
     best = [p for p in points if not any(o[0] <= p[0] and o[1] < p[1] for o in points)]
     with plot_file(path) as axes:
         axes.plot([p[0] for p in sorted(best)], [p[1] for p in sorted(best)], color="C0", linewidth=1, label="frontier")
@@ -105,7 +132,7 @@ def plot_frontier(rows: Sequence[RecipeResult], max_loss: float, path: Path) -> 
             label_point(axes, name, x, y)
         axes.axhline(max_loss, color="0.5", linestyle="--", linewidth=1, label=f"goal {max_loss:.1%}")
         axes.set(yscale="log", xlabel="quantized weights, MB (less is better)")
-        axes.set(ylabel="loss of perplexity (less is better)")
+        axes.set(ylabel=f"loss of {'task scores' if rows[0].tasks else 'perplexity'} (less is better)")
         axes.grid(alpha=0.3, which="both")
         axes.margins(x=0.15)
         axes.legend(fontsize=8)

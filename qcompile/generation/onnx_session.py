@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qcompile.codegen.onnx.genai_config import FILE
 from qcompile.generation.sampling import stream
+from qcompile.generation.sampling_rules import SamplingRules
 from qcompile.memory.process import release_freed_memory
 
 PREFIX_FILE = "prefix.safetensors"  # ids, logits, keys and values of a prefix (passes/kv_cache/intact_kv.py)
@@ -158,12 +159,11 @@ class Session:
         ids: Tensor,
         max_new_tokens: int,
         *,
-        temperature: float = 0.0,
-        seed: int = 0,
+        rules: SamplingRules | None = None,
         stop: set[int] | None = None,
     ) -> Iterator[int]:
         """New tokens after ids [1, S], one by one; see sampling.stream."""
-        yield from stream(self.read, ids.numpy(), max_new_tokens, temperature=temperature, seed=seed, stop=stop)
+        yield from stream(self.read, ids.numpy(), max_new_tokens, rules=rules, stop=stop)
 
     def _behind_prefix(self, ids: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], np.ndarray] | None:
         """For ids that begin with the prefix: the ids behind it, the prefix's cache and its logits. Else None."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from qcompile.generation.sampling_rules import SamplingRules
 from qcompile.modules.cache_argument import returned_cache, with_cache
 
 Step = Callable[[np.ndarray, Any], tuple[np.ndarray, Any]]
@@ -21,8 +21,8 @@ def stream(
     max_new_tokens: int,
     *,
     cache: Any = None,
-    temperature: float = 0.0,
-    seed: int = 0,
+    before: Sequence[int] = (),
+    rules: SamplingRules | None = None,
     stop: set[int] | None = None,
 ) -> Generator[int, None, Any]:
     """Generate tokens one by one.
@@ -31,9 +31,9 @@ def stream(
         step: the model.
         ids: the prompt [1, S], or what of it is not in the cache.
         max_new_tokens: where to end.
-        cache: tokens that the model has read before.
-        temperature: of the sampling; 0 is greedy.
-        seed: of the sampling.
+        cache: keys and values of tokens that the model has read before.
+        before: those tokens.
+        rules: of the sampling; None is greedy.
         stop: tokens that end the text; they are yielded too.
 
     Yields:
@@ -43,23 +43,17 @@ def stream(
         As generators do: the cache, which has every token but the last.
 
     Raises:
-        ValueError: no prompt, or a temperature or a seed that is none.
+        ValueError: no prompt.
     """
     if not ids.size:
         raise ValueError("the prompt is empty. Fix: give at least one token")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature}: it is 0 (greedy) or a finite value above")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: it is 0 or more")
-    generator = np.random.default_rng(seed)
+    chosen = SamplingRules() if rules is None else rules
+    processors, generator, text = chosen.processors(), chosen.generator(), [*before, *ids[0].tolist()]
     for _ in range(max_new_tokens):
         logits, cache = step(ids, cache)
-        scores = logits[0, -1].astype(np.float64)
-        if temperature > 0:
-            scores = np.exp((scores - scores.max()) / temperature)
-            token = int(generator.choice(scores.size, p=scores / scores.sum()))
-        else:
-            token = int(scores.argmax())
+        scores = torch.from_numpy(logits[:, -1].astype(np.float32))
+        token = chosen.draw(torch.tensor([text]), scores, processors, generator)
+        text.append(token)
         yield token
         if stop and token in stop:
             break
@@ -97,6 +91,29 @@ def step_function(model: torch.nn.Module) -> Step:
     return step
 
 
+def print_answer(
+    model: Any, tokenizer: Any, ids: np.ndarray, max_new_tokens: int, rules: SamplingRules, stop: set[int]
+) -> None:
+    """Print what a model of transformers continues a prompt with, as it comes, by its own `generate()`.
+
+    Args:
+        model: a causal LM, also a compiled or a packaged one.
+        tokenizer: its tokenizer.
+        ids: the prompt, int64 [1, S].
+        max_new_tokens: where to end.
+        rules: of the sampling.
+        stop: tokens that end the text.
+    """
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    given = torch.from_numpy(ids).to(model.device)
+    config = rules.generation_config(max_new_tokens, stop)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(rules.torch_seed)
+        model.generate(given, attention_mask=torch.ones_like(given), generation_config=config, streamer=streamer)
+
+
 def end_tokens(tokenizer: Any, model: torch.nn.Module | None = None) -> set[int]:
     """The tokens that end a text: the tokenizer's, and those that the model's generation config names."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -122,8 +139,7 @@ class Conversation:
         *,
         system: str = "",
         max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        seed: int = 0,
+        rules: SamplingRules | None = None,
         stop: set[int] | None = None,
         max_length: int | None = None,
     ) -> None:
@@ -134,8 +150,7 @@ class Conversation:
             tokenizer: of transformers, with a chat template.
             system: the system message; "" for none.
             max_new_tokens: of one answer.
-            temperature: of the sampling; 0 is greedy.
-            seed: of the sampling.
+            rules: of the sampling; None is greedy.
             stop: tokens that end an answer; None for the tokenizer's.
             max_length: tokens that the model reads at once; None: it has no limit.
 
@@ -148,7 +163,7 @@ class Conversation:
                 "that was trained for conversations"
             )
         self.step, self.tokenizer = step, tokenizer
-        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.max_new_tokens, self.rules = max_new_tokens, rules
         self.max_length = max_length
         self.turns = [{"role": "system", "content": system}] if system else []
         self.cached_tokens: list[int] = []
@@ -182,8 +197,8 @@ class Conversation:
                 rest,
                 new,
                 cache=self.cache,
-                temperature=self.temperature,
-                seed=self.seed,
+                before=self.cached_tokens,
+                rules=self.rules,
                 stop=self.stop,
             )
             for piece in readable_text(self.tokenizer, tokens):

@@ -26,9 +26,10 @@ from qcompile.ir.op_checks import (
     check_qlinear,
     check_quantize,
 )
+from qcompile.numerics.code_matmul import code_matmul
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard
-from qcompile.numerics.int8_matmul import MAX_K, int8_matmul
+from qcompile.numerics.int8_matmul import MAX_K
 from qcompile.numerics.qtensor import dequantize_codes, dequantize_to_int8, unpack_codes
 from qcompile.numerics.rounding import quantize_tensor
 
@@ -37,7 +38,8 @@ from qcompile.numerics.rounding import quantize_tensor
 def quantize(x: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize an activation [.., K] to codes of the same shape, scale and zero (empty if none)."""
     # Contiguous results whatever x is, as the fake says: kernels and views rely on it.
-    result = quantize_tensor(x.contiguous(), check_quantize(x, format))
+    # On a GPU asking whether values are finite would wait for it at every call; NaN stays NaN there.
+    result = quantize_tensor(x.contiguous(), check_quantize(x, format), check=not x.is_cuda)
     zero = x.new_empty(0, dtype=torch.float32) if result.zero is None else result.zero.float()
     return result.codes, result.scale, zero
 
@@ -57,7 +59,7 @@ quantize.register_autograd(op_gradients.quantize_gradient)
 @torch.library.custom_op("qcompile::fake_quantize", mutates_args=())
 def fake_quantize(x: Tensor, format: str) -> Tensor:
     """dequantize(quantize(x)) in the dtype of x [.., K]; its gradient is that of the identity."""
-    return quantize_tensor(x.contiguous(), check_quantize(x, format)).dequantize(x.dtype)
+    return quantize_tensor(x.contiguous(), check_quantize(x, format), check=not x.is_cuda).dequantize(x.dtype)
 
 
 @fake_quantize.register_fake
@@ -158,7 +160,7 @@ def qlinear(
         assert x_scale is not None
         if form.dual:
             codes = dequantize_to_int8(codes, zero, group_scale, form)
-        sums = int8_matmul(x.reshape(-1, columns), codes).reshape(*x.shape[:-1], len(codes))
+        sums = code_matmul(x.reshape(-1, columns), codes).reshape(*x.shape[:-1], len(codes))
         out = sums.to(wide) * x_scale.to(wide) * scale.squeeze(-1).to(wide)
     else:
         if act:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from qcompile.modules.wrappers import unwrapped
+
 NAMES = ("cache", "past_key_values")
 
 
@@ -24,7 +26,7 @@ def cache_name() -> str:
 
 def cache_argument(model: nn.Module) -> str | None:
     """The name under which a model's forward takes a cache; None if it names none."""
-    parameters = inspect.signature(model.forward).parameters
+    parameters = inspect.signature(unwrapped(model).forward).parameters
     return next((name for name in NAMES if name in parameters), None)
 
 

@@ -99,7 +99,9 @@ class PerTokenStates:
         if not new.shape[-2]:
             return
         if self.hadamard and self.rotation is None:
-            self.rotation = _rotation(self.width)
+            self.rotation = _rotation(self.width).to(new.device)
+        if self.center is not None and self.center.device != new.device:
+            self.center = self.center.to(new.device)
         for tensor, part in zip((self.codes, self.scale, self.zero), self.quantized(new), strict=True):
             tensor.append(part)
 

@@ -36,7 +36,7 @@ def choose_qparams(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, T
         ValueError: a scale beyond the dtype that the format stores scales in.
     """
     scale = high / format.max_value if format.zero == "none" else (high - low) / format.qmax
-    scale = torch.where(scale.abs() > MIN_SCALE, scale, torch.ones_like(scale))
+    scale = torch.where(scale.abs() <= MIN_SCALE, torch.ones_like(scale), scale)  # NaN stays
     scale = storable_scale(scale, format)
     if format.zero == "none":
         return scale, None

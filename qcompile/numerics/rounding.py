@@ -20,7 +20,9 @@ from qcompile.numerics.two_level import quantize_two_level
 _MASSIVE = 8.0  # a massive-activation token has a maximum this many times the median token's
 
 
-def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False, importance: Tensor | None = None) -> QTensor:
+def quantize_tensor(
+    x: Tensor, format: Format, *, clip: bool = False, importance: Tensor | None = None, check: bool = True
+) -> QTensor:
     """Quantize, rounding to nearest.
 
     Args:
@@ -30,6 +32,7 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False, importance
             (k_quants.py); no effect on smooth formats.
         importance: [K] how much the error of a column counts in the search of k6 grids; None: all alike. Other formats
             take no notice.
+        check: raise for NaN and Inf; without, a group that holds one dequantizes to NaN.
 
     Returns:
         Codes, scales and zero points on the device of x.
@@ -41,12 +44,8 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False, importance
     if not x.numel():
         return _quantize_empty(x, format)
     values = x.float()
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        raise ValueError(
-            f"the tensor holds {int((~finite).sum())} NaN or Inf of {x.numel()} values, which no scale can cover. "
-            "Fix: repair or replace them"
-        )
+    if check:
+        _refuse_nan(values)
     if format.k6:
         return quantize_k6(values, format, clip, importance)
     if format.dual:
@@ -68,6 +67,15 @@ def quantize_tensor(x: Tensor, format: Format, *, clip: bool = False, importance
     if zero is not None:
         zero = (zero.to(torch.uint8) if format.zero == "int" else zero).reshape(shape)
     return QTensor(codes.contiguous(), scale.reshape(shape).to(format.scale_dtype), zero, None, format)
+
+
+def _refuse_nan(values: Tensor) -> None:
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"the tensor holds {int((~finite).sum())} NaN or Inf of {values.numel()} values, which no scale can cover. "
+            "Fix: repair or replace them"
+        )
 
 
 def _quantize_empty(x: Tensor, format: Format) -> QTensor:
@@ -98,8 +106,8 @@ def _quantize_smooth(x: Tensor, format: Format) -> QTensor:
     token = peaks.amax(-1, keepdim=True)
     ordinary = token <= _MASSIVE * token.median(-2, keepdim=True).values if x.ndim > 1 else torch.ones_like(token) > 0
     smooth = (peaks * ordinary).amax(-2, keepdim=True) if x.ndim > 1 else torch.ones_like(peaks)
-    smooth = torch.where(smooth > MIN_SCALE, smooth, torch.ones_like(smooth))
+    smooth = torch.where(smooth <= MIN_SCALE, torch.ones_like(smooth), smooth)  # NaN stays
     scale = (peaks / smooth).amax(-1, keepdim=True) / format.max_value * smooth
-    scale = torch.where(scale > MIN_SCALE, scale, torch.ones_like(scale))
+    scale = torch.where(scale <= MIN_SCALE, torch.ones_like(scale), scale)
     codes = quantize_with_qparams(groups, scale[..., None], None, format)
     return QTensor(ungroup_columns(codes, x.shape[-1]).contiguous(), scale, None, None, format)

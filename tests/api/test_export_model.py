@@ -16,8 +16,8 @@ from served_models import FLOAT_LOGITS, decoder, ids, quantized, recipe
 import qcompile
 from qcompile.api import export_model
 from qcompile.checkpoint.atomic_folder import CheckpointError
-from qcompile.checkpoint.writers.export_refusals import ExportError
-from qcompile.passes import FoldNorm, Fuse, Quantize, Rotate, Untie
+from qcompile.checkpoint.writers.export_refusals import ExportError, quantized_linears
+from qcompile.passes import HQQ, FoldNorm, Fuse, LoRC, OnlineHadamard, Quantize, QuantizeKV, Rotate, Untie
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError, Rule
 
@@ -210,3 +210,80 @@ def test_an_export_that_is_killed_leaves_no_folder(tmp_path):
         quantized("int4/group32", rules=FLOAT_LOGITS), tmp_path / "out", progress=False
     )  # and may be redone
     assert (tmp_path / "out/config.json").is_file()
+
+
+EDGE = {"lm_head": "int8/row", "lm_head_act": "int8/row/zero"}
+
+
+@pytest.mark.parametrize(
+    "passes, words",
+    [
+        (
+            (Quantize("fp4/group32", "int8/row/zero"), Fuse()),
+            "q_proj: weights in fp4/group32, which executorch",
+        ),
+        ((Quantize("int4/group32", None), Fuse()), "q_proj: activations in float"),
+        ((Quantize("int4/group48/bf16", "int8/row/zero"), Fuse()), r"q_proj: groups of 48 columns \(K = 128\)"),
+        ((Quantize("int8", "int8/row/zero"), Fuse()), "lm_head: activations in float .*of logits by lm_head_act"),
+        ((HQQ("int4/group64/floatzero", None), Fuse()), "weights in int4/group64/floatzero, which have zero points"),
+        ((OnlineHadamard(), Quantize("int8", "int8/row/zero", **EDGE), Fuse()), "an online Hadamard transform"),
+        ((Quantize("int8", "int8/row/zero", **EDGE), LoRC(4), Fuse()), "a low-rank correction beside weights"),
+        ((QuantizeKV(8), Quantize("int8", "int8/row/zero", **EDGE), Fuse()), "a key/value cache of ours"),
+    ],
+)
+def test_what_executorch_cannot_say_is_refused_before_work(tmp_path, passes, words, monkeypatch):
+    monkeypatch.setattr(export_model, "quantize", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(export_model, "require_executorch", lambda: 1 / 0)  # so it needs no package
+    with pytest.raises(ExportError, match=words):
+        qcompile.export(decoder(), tmp_path / "out", Recipe("edge", passes), to="executorch", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_executorch_gets_the_quantized_model_its_call_and_a_file(tmp_path, monkeypatch):
+    written = []
+
+    def write(model, call, path):
+        written.append((model, call, path.name))
+        path.write_bytes(b"program")
+        return ["compared"]
+
+    class Words:
+        def save_pretrained(self, folder):
+            open(os.path.join(folder, "tokenizer.json"), "w").close()
+
+    monkeypatch.setattr(export_model, "require_executorch", lambda: None)
+    monkeypatch.setattr(export_model, "write_edge_program", write)
+    passes = (Quantize("int4/group32/bf16", "int8/row/zero", **EDGE), Fuse())
+    model, made = decoder(), Recipe("edge", passes)
+    options = {"to": "executorch", "length": 16, "tokenizer": Words(), "progress": False}
+    report = qcompile.export(model, tmp_path / "out", made, **options)
+    (quantized_copy, call, name), *_ = written
+    assert len(quantized_linears(quantized_copy)) == 8 and call.tokens == 16 and name == "model.pte"
+    assert not quantized_linears(model) and report.passes[-1].notes == ["compared"]
+    names = {"README.md", "model.pte", "qcompile-report.json", "tokenizer.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert 'load_program("out/model.pte")' in (tmp_path / "out/README.md").read_text()
+    (tmp_path / "alone").mkdir()
+    qcompile.export(model, tmp_path / "alone/model.pte", made, **options)
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["model.pte"], "no tokenizer beside a file"
+    qcompile.export(model, tmp_path / "one.pte", made, **options)
+    assert (tmp_path / "one.pte").read_bytes() == b"program"
+    assert {path.name for path in tmp_path.iterdir()} == {"alone", "out", "one.pte"}
+    (tmp_path / "dir.pte").mkdir()
+    with pytest.raises(ExportError, match="is a folder. Fix: name a file in it, or a folder without .pte"):
+        qcompile.export(model, tmp_path / "dir.pte", made, **options)
+
+
+def test_a_module_that_is_none_of_transformers_goes_to_executorch_by_its_example(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(export_model, "require_executorch", lambda: None)
+    monkeypatch.setattr(export_model, "write_edge_program", lambda *arguments: written.append(arguments) or [])
+    net, x = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8)).eval(), torch.randn(2, 64)
+    made = Recipe("edge", (Quantize("int8", "int8/row/zero", **EDGE), Fuse()))
+    qcompile.export(net, tmp_path / "out", made, to="executorch", example=x, progress=False)
+    ((model, call, _),) = written
+    assert len(quantized_linears(model)) == 2 and torch.equal(call.checks[0][0], x)
+    with pytest.raises(ExportError, match="Sequential is no causal LM of transformers. Fix: give example="):
+        qcompile.export(net, tmp_path / "b", made, to="executorch", progress=False)
+    with pytest.raises(ExportError, match="export to compressed-tensors takes no length, and 8 was given"):
+        qcompile.export(decoder(), tmp_path / "b", made, length=8, progress=False)

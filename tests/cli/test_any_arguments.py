@@ -106,7 +106,7 @@ def refusals():
             kind = str(hints[param.name])
             if "int" in kind or "float" in kind:
                 values = [v for v in BAD[int if "int" in kind else float] if v not in FREE.get(param.name, ())]
-            elif param.name in ("text", "calibration", "out", "dump"):
+            elif param.name in ("text", "calibration", "data", "out", "dump"):
                 values = ["", " ", "x" * 300]
             else:
                 continue

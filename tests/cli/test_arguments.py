@@ -11,6 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 from qcompile.api import load_package
+from qcompile.calibration import dataset
+from qcompile.calibration.dataset import DataRows
 from qcompile.cli.arguments import (
     calibration_batches,
     cap_length,
@@ -86,6 +88,19 @@ def test_a_text_that_no_recipe_needs_is_said_to_be_ignored(capsys):
     assert calibration_batches("int8", None, None, Path("[red].txt")) is None
     assert capsys.readouterr().err == "note: --text [red].txt is ignored: int8 needs no calibration data\n"
     assert needs_text("--calibration", Path("t"), "int8", "w4a16-gptq") and not capsys.readouterr().err
+
+
+def test_a_data_set_takes_the_place_of_a_text(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "abcdefgh"}\n')
+    rows = DataRows.open(path)
+    monkeypatch.setattr(dataset, "dataset_batches", lambda tokenizer, data, length: ("rows", data.name, length))
+    assert calibration_batches("w4a16-gptq", None, None, None, rows) == ("rows", str(path), 512)
+    assert calibration_batches("auto", None, None, None, rows) == ("rows", str(path), 512)
+    assert calibration_batches("int8", None, None, None, rows) is None
+    assert capsys.readouterr().err == f"note: --data {path} is ignored: int8 needs no calibration data\n"
+    with pytest.raises(ValueError, match="--calibration t and --data .*a.jsonl are both given. Fix: drop one"):
+        needs_text("--calibration", Path("t"), "int8", data=rows)
 
 
 def test_a_window_is_capped_and_that_is_said(capsys):

@@ -32,7 +32,7 @@ from qcompile import cli
         (["advise", "embedded", "--device", "tpu"], "device 'tpu' is unknown"),
         (["advise", "embedded", "--serving", "[red]"], "got '[red]'"),
         (["generate", ".", "--prompt", "x"], "could not be loaded"),
-        (["generate", ".", "--prompt", "x", "--temperature", "-1"], "'--temperature'"),
+        (["generate", ".", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0: it is 0 (greedy)"),
         (["generate", ".", "--prompt", ""], "'--prompt': it is empty"),
         (["bench", "--rounds", "0"], "'--rounds'"),
         (["verify", ".", "--length", "0"], "'--length'"),

@@ -36,6 +36,15 @@ def test_compare_on_a_rotated_copy(folder, call, monkeypatch):
     )
 
 
+def test_compare_calibrates_on_a_data_set(folder, tmp_path, call, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the of a is in to and the a of the is"}\n' * 60)
+    found = []
+    monkeypatch.setattr(compare, "compare", lambda comparison, names: found.extend(comparison.calibration()) or [])
+    call("compare", folder, "--recipes", "w4a16-gptq", *FEW, "--data", rows)
+    assert len(found) == 780 // found[0]["input_ids"].shape[1] and found[0]["input_ids"][0, :3].tolist() == [3, 5, 4]
+
+
 @pytest.mark.slow
 def test_tune(folder, tmp_path, call):
     files = ["--out", tmp_path / "t.json", "--report", tmp_path / "t.html"]

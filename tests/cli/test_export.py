@@ -25,9 +25,16 @@ def test_what_reaches_the_exporter(folder, tmp_path, call, monkeypatch):
     assert options["to"] == "gguf" and options["template"] == template and options["tokenizer"] is not None
 
 
+def test_the_length_of_a_program_reaches_the_exporter(folder, tmp_path, call, monkeypatch):
+    passed = []
+    monkeypatch.setattr(export_model, "export", lambda *arguments, **options: passed.append(options))
+    call("export", folder, tmp_path / "o.pte", "--to", "executorch", "-r", "int8-zero", "--length", 32)
+    assert passed[0]["to"] == "executorch" and passed[0]["length"] == 32
+
+
 def test_an_unknown_target_is_refused_before_a_model_is_loaded(tmp_path, fail):
     line = fail("export", "no/such/model", tmp_path / "o", "--to", "tensorrt")
-    assert "export to 'tensorrt' is unknown. Fix: use one of compressed-tensors, gguf, gptq, awq, onnx, vllm" in line
+    assert "export to 'tensorrt' is unknown. Fix: use one of compressed-tensors, gguf, executorch, gptq, awq" in line
 
 
 def test_a_folder_that_was_quantized_needs_no_recipe(folder, tmp_path, call):

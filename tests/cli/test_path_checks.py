@@ -13,6 +13,7 @@ from zoo import build
 
 from qcompile.cli.path_checks import (
     continued_file,
+    data_rows,
     html_file,
     output_file,
     output_folder,
@@ -47,6 +48,16 @@ def test_places_that_cannot_be_written(read):
 def test_new_places_are_fine_and_not_made_yet(read, tmp_path):
     path = tmp_path / "[q4_k]" / "a.json"
     assert read(str(path)) == read(path) == path and not list(tmp_path.iterdir())
+
+
+def test_data_sets(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").write_text('{"label": 1}\n')
+    rows = data_rows(str(tmp_path / "a.jsonl"))
+    assert rows.column == "text" and data_rows(rows) is rows
+    for name, words in [("", "is empty"), (tmp_path / "no.jsonl", "cannot be read"), (tmp_path / "b.jsonl", "'label'")]:
+        with pytest.raises(typer.BadParameter, match=words):
+            data_rows(str(name))
 
 
 def test_texts(tmp_path):

@@ -21,6 +21,19 @@ def test_quantize_writes_a_model_that_the_others_read(folder, tmp_path, call):
 
 
 @pytest.mark.slow
+def test_quantize_calibrates_on_a_data_set(folder, tmp_path, call, fail):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the of a is in to and the a of the is"}\n' * 60)
+    out = call("quantize", folder, tmp_path / "q", "--recipe", "w4a16-gptq", "--data", rows)
+    assert "recipe w4a16-gptq: 15 of 15 sites" in out
+    arguments = "quantize", folder, tmp_path / "r", "--recipe", "w4a16-gptq", "--data"
+    rows.write_text('{"prompt": "the"}\n')
+    assert "has the columns 'prompt', and none is 'messages' or 'text'" in fail(*arguments, rows)
+    rows.write_text('{"messages": [{"role": "user", "content": "the"}]}\n')
+    assert "this tokenizer no chat template. Fix: give rows with 'text'" in fail(*arguments, rows)
+    assert not (tmp_path / "r").exists()
+
+
 def test_auto_takes_a_preset(folder, tmp_path, call):
     assert "15 of 15 sites" in call("quantize", folder, tmp_path / "auto", "--recipe", "auto")
 

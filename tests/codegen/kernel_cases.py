@@ -27,10 +27,10 @@ def random_int8(*shape):
     return [torch.randint(-127, 128, s, dtype=torch.int8, generator=generator).to(DEVICE) for s in shape]
 
 
-def packed_weight(form, n, k, seed=1):
+def packed_weight(form, n, k, dtype=torch.float16, seed=1):
     """A packed weight and its dequantized values, [N, K] float64."""
     q = quantize_tensor(randn(n, k, seed=seed).cpu(), Format.parse(form))
-    packed, scale, zero = (None if t is None else t.to(DEVICE) for t in prepare(*q.stored_parts, q.format, k))
+    packed, scale, zero = (None if t is None else t.to(DEVICE) for t in prepare(*q.stored_parts, q.format, k, dtype))
     return PackedWeight(packed, scale, zero, layout_of(q.format), k), q.dequantize(torch.float64).to(DEVICE)
 
 

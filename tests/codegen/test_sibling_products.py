@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qcompile.codegen.cpu.cpu_lowering import lower_to_cpu
 from qcompile.codegen.sibling_products import find_siblings, merged_parts, share_quantizations
+from qcompile.codegen.triton.gpu_lowering import lower_to_gpu
 from qcompile.ir.capture import capture
 from qcompile.ir.node_meta import WRITTEN
 from qcompile.ir.op_calls import QLinearCall, QuantizeCall
@@ -75,3 +77,75 @@ def test_an_activation_is_quantized_once(written):
     share_quantizations(program)
     assert groups(program) == ([1, 1, 1] if written else [1, 2])
     program.cleanup()
+
+
+class _Reused(torch.nn.Module):
+    """One weight merged with another in one place, and with a third, or alone, in another."""
+
+    def __init__(self, bias, alone=False):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Linear(64, 64, bias=bias) for _ in range(3))
+        self.alone = alone
+
+    def forward(self, x):
+        y = torch.tanh(x)
+        return self.a(x) * self.b(x), self.a(y).relu() if self.alone else self.a(y) * self.c(y)
+
+
+class _Viewed(torch.nn.Module):
+    """Views that only dense rows allow, and results that are handed out."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Linear(64, n) for n in (64, 32, 16))
+
+    def forward(self, x):
+        b = self.b(x).transpose(0, 1).transpose(0, 1)
+        return self.a(x).view(x.shape[0], -1).sin(), b.view(-1).cos(), self.c(x)
+
+
+def of_every_target(module, x, recipe):
+    """The module's own graph lowered for a CPU and for a GPU, and the graph."""
+    program, _ = run(capture(module, (x,)), recipe, verify=False)
+    for lower in (lower_to_cpu, lower_to_gpu):
+        found = program.copy()
+        lower(found, lambda kernel, tensors, make: make())
+        found.graph_module.recompile()
+        yield program(x), found(x)
+
+
+def recipe_of(weight, act):
+    form, act_form = Format.parse(weight), Format.parse(act) if act else None
+    return Recipe("all", (Quantize(form, act_form, lm_head=form, lm_head_act=act_form), Fuse()))
+
+
+@pytest.mark.parametrize("weight,act", [("int8/row", None), ("int8/row", "int8/row"), ("int4/group32/zero", None)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_weight_that_is_merged_in_two_places_is_not_taken_for_the_other(weight, act, bias, alone):
+    module, x = _Reused(bias, alone).half().eval(), torch.randn(5, 64).half()
+    for want, got in of_every_target(module, x, recipe_of(weight, act)):
+        for a, b in zip(want, got, strict=True):
+            assert float((a.float() - b.float()).norm()) < 2e-2 * float(a.float().norm())
+
+
+def test_views_of_a_part_and_parts_that_are_handed_out():
+    module, x = _Viewed().half().eval(), torch.randn(4, 8, 64).half()
+    for want, got in of_every_target(module, x, recipe_of("int8/row", None)):
+        for a, b in zip(want, got, strict=True):
+            assert a.shape == b.shape and b.is_contiguous()
+            assert float((a.float() - b.float()).norm()) < 2e-2 * float(a.float().norm())
+
+
+@pytest.mark.slow
+def test_a_compiled_model_views_its_parts():
+    import qcompile
+
+    for module, x in ((_Viewed(), torch.randn(4, 8, 64)), (_Reused(True), torch.randn(5, 64))):
+        want = [out.detach() for out in module(x)]
+        got = torch.compile(module, backend=qcompile.backend.qcompile, options={"recipe": "w8a16"})
+        with torch.no_grad():
+            found = got(x)
+        for a, b in zip(want, found, strict=True):
+            assert a.shape == b.shape and float((a - b).norm()) < 5e-2 * float(a.norm())
+            b.view(-1)

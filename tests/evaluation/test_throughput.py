@@ -19,17 +19,27 @@ def comparison(recipes):
     return SpeedComparison(speeds, dict.fromkeys(speeds, 270_000_000))
 
 
-class Echo:
-    """A causal LM that counts its calls."""
+class Echo(torch.nn.Module):
+    """A causal LM that counts its calls, and whose cache has the older name."""
 
     def __init__(self):
-        self.calls = []
+        super().__init__()
+        self.calls, self.caches = [], []
 
-    def __call__(self, input_ids, use_cache, logits_to_keep, past_key_values=None):
+    def forward(self, input_ids, use_cache, logits_to_keep, past_key_values=None):
         self.calls.append(input_ids.shape[1])
+        self.caches.append(past_key_values)
         return SimpleNamespace(
             logits=torch.zeros(1, 1, 7), past_key_values=past_key_values or SimpleNamespace(layers=[])
         )
+
+
+class Renamed(Echo):
+    """The same with the name of transformers 5.24."""
+
+    def forward(self, input_ids, use_cache, logits_to_keep, cache=None):
+        found = super().forward(input_ids, use_cache, logits_to_keep, cache)
+        return SimpleNamespace(logits=found.logits, cache=found.past_key_values)
 
 
 def test_the_first_round_is_not_counted():
@@ -40,9 +50,13 @@ def test_the_first_round_is_not_counted():
         assert len(found[name].prefill) == 2 and len(found[name].decode) == 6 and found[name].first > 0
 
 
-def test_one_text():
-    prefill, decode = time_text(Echo(), torch.zeros(1, 4, dtype=torch.int64), 2)
+@pytest.mark.parametrize("kind", [Echo, Renamed])
+def test_one_text(kind):
+    model = kind()
+    prefill, decode = time_text(model, torch.zeros(1, 4, dtype=torch.int64), 2)
     assert prefill > 0 and len(decode) == 2
+    first, *others = model.caches
+    assert first is None and others[0] is not None and others == [others[0]] * 2, "each token reads the cache"
 
 
 def test_rates_are_medians_and_ratios_are_to_the_fastest_float():

@@ -7,7 +7,16 @@ import pytest
 import torch
 from zoo import build
 
-from qcompile.generation.sampling import Conversation, end_tokens, new_tokens, readable_text, step_function, stream
+from qcompile.generation.sampling import (
+    Conversation,
+    end_tokens,
+    new_tokens,
+    print_answer,
+    readable_text,
+    step_function,
+    stream,
+)
+from qcompile.generation.sampling_rules import SamplingRules
 
 
 class Letters:
@@ -50,7 +59,10 @@ def test_a_stream_is_what_generate_gives(model):
     want = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 4:].tolist()
     assert list(stream(step_function(model), ids.numpy(), 8)) == want
     assert list(stream(step_function(model), ids.numpy(), 8, stop={want[3]})) == want[: want.index(want[3]) + 1]
-    sampled = [list(stream(step_function(model), ids.numpy(), 8, temperature=5.0, seed=s)) for s in (0, 0, 1)]
+    sampled = [
+        list(stream(step_function(model), ids.numpy(), 8, rules=SamplingRules(temperature=5.0, seed=s)))
+        for s in (0, 0, 1)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
@@ -154,8 +166,58 @@ def test_an_answer_ends_where_the_context_does(model):
     assert new_tokens(5, 8, None) == 8
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=float("nan")), dict(temperature=-1.0), dict(seed=-1), dict(ids=0)])
-def test_a_stream_of_nonsense_is_refused(bad, model):
-    ids = np.zeros((1, bad.pop("ids", 2)), np.int64)
-    with pytest.raises(ValueError, match="temperature|seed|prompt is empty"):
-        list(stream(step_function(model), ids, 2, **bad))
+def test_a_stream_of_no_prompt_is_refused(model):
+    with pytest.raises(ValueError, match="prompt is empty. Fix: give at least one token"):
+        list(stream(step_function(model), np.zeros((1, 0), np.int64), 2))
+
+
+class Printed(Letters):
+    """As `generate()` and its streamer call a tokenizer."""
+
+    def decode(self, tokens, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(chr(t) for t in tokens if t > 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"temperature": 4.0}, {"temperature": 9.0, "top_k": 5, "seed": 3}, {"temperature": 9.0, "top_p": 0.4},
+        {"temperature": 9.0, "min_p": 0.3, "seed": 10**30}, {"repetition_penalty": 3.0},
+        {"temperature": 3.0, "repetition_penalty": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1},
+    ],
+)  # fmt: skip
+def test_generate_prints_what_a_stream_draws(model, capsys, options):
+    """The same tokens, also where they are drawn; and neither changes what others draw."""
+    rules, ids = SamplingRules(**options), np.array([[70, 90, 66, 80]])
+    before = torch.get_rng_state()
+    print_answer(model, Printed(), ids, 12, rules, {2})
+    assert torch.equal(torch.get_rng_state(), before)
+    drawn = list(stream(step_function(model), ids, 12, rules=rules, stop={2}))
+    assert capsys.readouterr().out == "".join(chr(t) for t in drawn if t > 2) + "\n"
+    if options:
+        greedy = list(stream(step_function(model), ids, 12, stop={2}))
+        assert drawn != greedy, "the rules change something"
+
+
+def test_generate_ends_at_a_token_that_ends_a_text(model, capsys):
+    ids = np.array([[70, 90, 66, 80]])
+    tokens = list(stream(step_function(model), ids, 8))
+    print_answer(model, Printed(), ids, 8, SamplingRules(), {tokens[2]})
+    assert capsys.readouterr().out.strip("\n") == "".join(map(chr, tokens[: tokens.index(tokens[2]) + 1]))
+
+
+def test_tokens_of_the_cache_count_as_used(model):
+    """A penalty is on all tokens of a conversation, read in this turn or before."""
+    rules, step, forgotten = SamplingRules(repetition_penalty=50.0), step_function(model), 0
+    for seed in range(12):
+        ids = np.random.default_rng(seed).integers(0, 128, (1, 24))
+
+        def behind(before, ids=ids):
+            _, cache = step(ids[:, :23], None)
+            return list(stream(step, ids[:, 23:], 6, cache=cache, before=before, rules=rules))
+
+        whole = list(stream(step, ids, 6, rules=rules))
+        assert behind(ids[0, :23].tolist()) == whole
+        forgotten += behind([]) != whole
+    assert forgotten, "or nothing here would tell"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_text_models import one_layer_llama
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, modeling_outputs
 
 from qcompile.generation.growing_cache import as_growing
+from qcompile.modules import cache_argument as cache_argument_module
 from qcompile.modules.cache_argument import (
     NAMES,
     cache_argument,
@@ -36,7 +38,10 @@ class Open(nn.Module):
         return input_ids
 
 
-@pytest.mark.parametrize("model, name", [(Named(), "past_key_values"), (Renamed(), "cache"), (Open(), None)])
+@pytest.mark.parametrize(
+    "model, name",
+    [(Named(), "past_key_values"), (Renamed(), "cache"), (Open(), None), (torch.compile(Named()), "past_key_values")],
+)
 def test_the_name_is_that_of_the_forward(model, name):
     assert cache_argument(model) == name
     given = with_cache(model, {"input_ids": 1, "cache": 2}, 3)
@@ -48,6 +53,16 @@ def test_the_name_is_that_of_the_forward(model, name):
 def test_a_cache_is_found_under_either_name(name):
     assert given_cache({"input_ids": 1, name: 2}) == 2 and given_cache({"input_ids": 1, name: None}) is None
     assert returned_cache(SimpleNamespace(logits=1, **{name: 2})) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_of_a_library_is_that_of_its_results(name, monkeypatch):
+    """Of a version that is not installed too."""
+    result = dataclasses.make_dataclass("CausalLMOutputWithPast", ["logits", name])
+    monkeypatch.setattr(modeling_outputs, "CausalLMOutputWithPast", result)
+    assert cache_name.__wrapped__() == name
+    monkeypatch.setattr(cache_argument_module, "cache_name", lambda: name)
+    assert with_cache(Open(), {"input_ids": 1}, 3) == {"input_ids": 1, name: 3}
 
 
 def test_a_result_without_a_cache_has_none():

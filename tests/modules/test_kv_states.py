@@ -71,3 +71,13 @@ def test_codes_of_another_meaning_are_not_read_as_ones_own(other):
 
 def test_another_center_is_another_meaning():
     assert not states(center=CENTERS[0]).reads_as(states(center=CENTERS[1]))
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("center", [None, CENTERS[0]])
+def test_what_is_added_and_multiplied_lies_where_the_keys_are(hadamard, center):
+    """Rotations and centers are made on a CPU; the meta device refuses to meet them there, as a GPU would."""
+    found = PerTokenStates(Format.parse("int4/row/zero"), 1, hadamard, center)
+    for tokens in (5, 1):
+        found.append(torch.empty(1, 2, tokens, 16, dtype=torch.bfloat16, device="meta"))
+    assert found.length == 6 and found.read(torch.bfloat16).device.type == "meta"

@@ -228,3 +228,19 @@ def test_a_scale_beyond_float16_is_refused_with_its_value():
     with pytest.raises(ValueError, match=r"the scale 7.87e\+04 of format int8/row/f16 is beyond float16.*Fix"):
         quantize_tensor(torch.tensor([[1e7, 0.0]]), Format.parse("int8/row/f16"))
     assert torch.isfinite(quantize_tensor(torch.tensor([[1e7, 0.0]]), Format.parse("int8/row/bf16")).scale).all()
+
+
+ACTS = ["int8/row", "int8/row/zero", "int4/group16", "fp8/row", "int8/tensor", "int4/group16/zero"]
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_checked_stays_nan_and_touches_no_other_group(act, bad):
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    form = Format.parse(act)
+    want = quantize_tensor(x, form).dequantize()
+    x[1, 3] = bad
+    got = quantize_tensor(x, form, check=False).dequantize()
+    assert bool(got[1, 3].isnan())
+    if form.per != "tensor":
+        assert torch.equal(got[[0, 2, 3]], want[[0, 2, 3]])

@@ -84,9 +84,10 @@ class Call {
       demand(one || x_scale->sizes() == at::IntArrayRef(of_rows), "x_scale", *x_scale, at::IntArrayRef(of_rows), " or []");
       const float* scale = one_for_each("x_scale", *x_scale, one ? 1 : l.m);
       const auto* from = static_cast<const int8_t*>(rows.data_ptr());
-      run(l, [&](const Rows& to, i64 row) { to.put_codes(row, from + row * l.k, scale[one ? 0 : row]); });
+      run(l, [&](const auto& to, i64 row) { to.put_codes(row, from + row * l.k, scale[one ? 0 : row]); });
     } else {
-      run(l, [&](const Rows& to, i64 row) {
+      run(l, [&](const auto& to, i64 row) {
+        if (type == at::kBFloat16 && to.put_bf16(row, static_cast<const uint16_t*>(rows.data_ptr()) + row * l.k)) return;
         const float* values = as_floats(rows, type, row);
         l.is_int8() ? to.put_quantized(row, values) : to.put_values(row, values);
       });
@@ -387,4 +388,10 @@ TORCH_LIBRARY_IMPL(qcompile_cpu, CPU, m) {
   m.impl("gelu_codes", qcompile::gelu_codes_of);
 }
 
+#if defined(QCOMPILE_TILES)
+extern "C" const char* qcompile_lanes() { return qcompile::has_tiles ? "AMX" : qcompile::lanes_name; }
+extern "C" bool qcompile_use_tiles(bool on) { return qcompile::tiles_are_on.exchange(on && qcompile::has_tiles); }
+#else
 extern "C" const char* qcompile_lanes() { return qcompile::lanes_name; }
+extern "C" bool qcompile_use_tiles(bool) { return false; }
+#endif

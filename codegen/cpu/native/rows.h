@@ -145,6 +145,8 @@ class Rows {
     put_codes(row, codes, quantize_row(x, largest_bits(x, k), k, codes));
   }
 
+  bool put_bf16(i64, const uint16_t*) const { return false; }  // panels are packed from floats
+
   // float32, or bfloat16 where products take it.
   void put_values(i64 row, const float* x) const {
     const Panel panel = (*this)[row / most_];

@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qcompile.codegen.triton.aot.main_loop import main_loop, programs_together
+from qcompile.codegen.triton.kernels.attention_spec import KVDecode, KVMerge, KVRead, KVWrite
 from qcompile.codegen.triton.kernels.jit import kernel
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, KernelSpec, Pack, RowQuant, SumK
 from qcompile.codegen.triton.kernels.training_spec import ChangeCodes, RoundGradient, RoundValues
+from qcompile.codegen.triton.kernels.w4a8_spec import GemmW4A8
 from qcompile.codegen.triton.launch.tiles import Launch, compiler_options
 
 ARCHITECTURES = (80, 89, 90, 100)
@@ -40,6 +43,15 @@ _ROUNDING_TYPES = (
     | dict(stream="*i32", beyond="*i64", groups="i32", count="i32")
 )  # of what only the kernels of training have
 
+_MULTIPLES = ("N", "K", "x_row", "gate_row", "capacity")  # sizes that 16 divides, as a rule
+_CACHE_TYPES = (
+    dict.fromkeys(("keys", "values"), "*i16")
+    | dict.fromkeys(("key_scales", "value_scales"), "*i32")
+    | dict.fromkeys(("weights", "parts", "mask"), "*fp32")
+    | dict.fromkeys(("capacity", "window", "splits", "H"), "i32")
+    | dict(q="*bf16", length="*i64", factor="fp32", cap="fp32")
+)  # of what only the kernels of a KV cache have
+
 
 @dataclass(frozen=True)
 class KernelCost:
@@ -52,6 +64,8 @@ class KernelCost:
         instructions: in the whole kernel.
         mma: tensor core instructions by family.
         from_registers: matmuls whose left operand comes from registers (sm_90).
+        together: programs that share a multiprocessor.
+        loop: instructions of a warp in one trip of the main loop, by kind (main_loop.py).
     """
 
     registers: int
@@ -60,6 +74,8 @@ class KernelCost:
     instructions: int
     mma: dict[str, int]
     from_registers: int
+    together: int
+    loop: dict[str, int]
 
 
 def types_of(spec: KernelSpec) -> dict[str, str]:
@@ -69,18 +85,28 @@ def types_of(spec: KernelSpec) -> dict[str, str]:
     found = dict.fromkeys(("x", "residual", "total", "value", "gate", "bias", "low", "up", "out"), values)
     found |= dict.fromkeys(("scale", "x_scale", "gain", "shift", "smooth", "signs"), "*fp32")
     found |= dict.fromkeys(("left", "right"), "*bf16")
-    found |= dict.fromkeys(("M", "N", "K", "blocks", "each", "parts", "width"), "i32")
-    found |= dict(w="*u8", zero="*fp32" if getattr(spec, "zero", "") == "float" else "*u8", eps="fp32")
+    found |= dict.fromkeys(("M", "N", "K", "blocks", "each", "parts", "width", "x_row", "gate_row"), "i32")
+    found |= dict(zero="*fp32" if getattr(spec, "zero", "") == "float" else "*u8", eps="fp32")
+    found |= dict(w="*i16" if getattr(spec, "word", 8) == 16 else "*u8")
     if isinstance(spec, Gemm8):
         found |= dict(x=code_types[codes], w=code_types[codes])
+    if isinstance(spec, GemmW4A8):
+        found |= dict(x="*i8", steps="*i32")
+        found |= dict(out="*i32") if spec.parts else {}
+    if isinstance(spec, (KVDecode, KVMerge, KVRead, KVWrite)):
+        new = "new_keys", "new_values", "read_keys", "read_values"
+        found |= _CACHE_TYPES | dict.fromkeys(new, values)
+        found |= dict(out="*fp32") if isinstance(spec, KVDecode) else {}
     if isinstance(spec, RowQuant):
         found |= dict(codes=code_types[codes])
     if isinstance(spec, (RoundGradient, RoundValues, ChangeCodes)):
         found |= _ROUNDING_TYPES | dict(codes="*u8" if isinstance(spec, ChangeCodes) else "*i8")
     if isinstance(spec, Pack):
-        found |= dict(out="*u8", stored="*u8")
+        found |= dict(out="*i16" if spec.word == 16 else "*u8", stored="*u8")
     if isinstance(spec, (Gemm8, GemmW)) and spec.parts:
         found |= dict(out="*i32" if codes == "int8" else "*fp32")
+    if getattr(spec, "paired", False):
+        found |= dict(scale="*i32")
     if isinstance(spec, SumK):
         found |= dict(sums="*i32" if codes == "int8" else "*fp32")
     return found
@@ -108,12 +134,13 @@ def compile_kernel(spec: KernelSpec, launch: Launch, architecture: int, **consta
     function = kernel(spec)
     names, types = list(function.arg_names), types_of(spec)
     fixed = launch.constants(names) | {name: value for name, value in constants.items() if name in names}
+    fixed |= {"ASM": True} if "ASM" in names else {}
     signature = {name: "constexpr" if name in fixed else types[name] for name in names}
     aligned = [["tt.divisibility", 16]]
+    multiples = {"each"} if isinstance(spec, Gemm8) else set()  # of 16: columns there, blocks in other kernels
+    multiples |= set() if getattr(spec, "ragged", False) else set(_MULTIPLES)
     hints = {
-        (index,): aligned
-        for index, name in enumerate(names)
-        if signature[name].startswith("*") or name in ("N", "K") and not getattr(spec, "ragged", False)
+        (index,): aligned for index, name in enumerate(names) if signature[name].startswith("*") or name in multiples
     }
     by_index = {(names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(fn=function, signature=signature, constexprs=by_index, attrs=hints)
@@ -123,10 +150,10 @@ def compile_kernel(spec: KernelSpec, launch: Launch, architecture: int, **consta
         raise RuntimeError(
             f"{spec}: a product and a sum are rounded once, and the bits are not those of the definition"
         )
-    return _inspect(compiled)
+    return _inspect(compiled, launch.num_warps, architecture)
 
 
-def _inspect(compiled: Any) -> KernelCost:
+def _inspect(compiled: Any, warps: int, architecture: int) -> KernelCost:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -144,13 +171,16 @@ def _inspect(compiled: Any) -> KernelCost:
     counts = collections.Counter({family: len(re.findall(rule, text)) for family, rule in MMA_FAMILIES.items()})
     # wgmma names its left operand by a descriptor when it lies in shared memory, else by a list of registers
     from_registers = len(re.findall(r"wgmma\.mma_async[^;]*?\},\s*\{[^}]*\}", compiled.asm["ptx"]))
+    registers, shared = int(resources[1]), compiled.metadata.shared
     return KernelCost(
-        registers=int(resources[1]),
+        registers=registers,
         spilled=spilled,
-        shared=compiled.metadata.shared,
+        shared=shared,
         instructions=len(re.findall(r"/\*[0-9a-f]{4,5}\*/", text)),
         mma={family: count for family, count in counts.items() if count},
         from_registers=from_registers,
+        together=programs_together(registers, shared, warps, architecture),
+        loop=main_loop(text, warps).by_kind,
     )
 
 
@@ -162,13 +192,13 @@ def complaints(spec: KernelSpec, architecture: int, cost: KernelCost) -> list[st
     available = SHARED_MEMORY.get(architecture, min(SHARED_MEMORY.values()))
     if cost.shared > available:
         found.append(f"{cost.shared} bytes of shared memory; sm_{architecture} has {available}")
-    if isinstance(spec, (Gemm8, GemmW)):
-        family = {90: "wgmma"}.get(architecture)
+    if isinstance(spec, (Gemm8, GemmW, GemmW4A8, KVDecode)):
+        family = None if isinstance(spec, KVDecode) else {90: "wgmma"}.get(architecture)
         if not sum(cost.mma.values()):
             found.append("no tensor core instruction: the body is lost")
         elif family and not cost.mma.get(family):
             found.append(f"tensor cores by {', '.join(cost.mma)}, not by {family}")
-        if architecture == 90 and isinstance(spec, GemmW) and not cost.from_registers:
+        if architecture == 90 and isinstance(spec, (GemmW, GemmW4A8)) and not cost.from_registers:
             found.append("the weights go through shared memory, not from registers to the tensor cores")
     elif cost.instructions < 40:
         found.append(f"{cost.instructions} instructions: the body is lost")

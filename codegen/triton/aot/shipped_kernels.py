@@ -6,16 +6,19 @@ change of the generated code shows in a review.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
+from qcompile.codegen.triton.kernels.attention_spec import KVDecode, KVMerge, KVRead, KVWrite
 from qcompile.codegen.triton.kernels.kernel_support import has_format
 from qcompile.codegen.triton.kernels.spec import (
     Dequant,
     Gemm8,
     GemmCodes,
     GemmW,
-    GemvW,
     KernelSpec,
     Pack,
     RowQuant,
@@ -23,8 +26,10 @@ from qcompile.codegen.triton.kernels.spec import (
     WeightFields,
 )
 from qcompile.codegen.triton.kernels.training_spec import ChangeCodes, RoundGradient, RoundValues
+from qcompile.codegen.triton.kernels.w4a8_spec import GemmW4A8
 from qcompile.codegen.triton.kernels.weight_layout import layout_of
-from qcompile.codegen.triton.launch.measured_times import GEMV_MAX_M
+from qcompile.codegen.triton.launch.kv_attention import DECODE, MERGE, READ, write_launch
+from qcompile.codegen.triton.launch.pack_weights import pairs_scales, zero_points_of
 from qcompile.codegen.triton.launch.round_codes import change_launch
 from qcompile.codegen.triton.launch.row_quant import fuses_hadamard, num_warps
 from qcompile.codegen.triton.launch.tiles import M_REGIMES, Launch, launch_of, place_scales
@@ -71,16 +76,16 @@ def _all(architecture: int) -> Iterator[ShippedKernel]:
         yield from _weight_only(Format.parse(text), capability)
     for spec in (
         GemmW("fp16"),
-        GemmW("bf16", parts=True),
-        GemmW("bf16", bias=True, residual=True, low_rank=32),
-        GemmW("bf16", ragged=True),
+        GemmW("bf16", zero="int", paired=True, parts=True),
+        GemmW("bf16", zero="int", paired=True, bias=True, residual=True, low_rank=32),
+        GemmW("bf16", zero="int", paired=True, ragged=True),
     ):
         yield ShippedKernel(spec, launch_of(spec, 16, capability))
-    for m in range(2, GEMV_MAX_M + 1):
-        yield ShippedKernel(GemvW("bf16", rows=m), launch_of(GemvW()))
     for codes in GEMM_CODES:
         if has_format(codes, capability):
             yield from _quantized_activations(codes, capability)
+    yield from _w4a8(capability)
+    yield from _cached_attention()
     yield ShippedKernel(SumK("bf16", bias=True, residual=True), launch_of(SumK()))
     int4 = RowQuant("bf16", first="rms", group=128, codes="int4")
     yield ShippedKernel(int4, Launch(1, 1, num_warps(int4, 4096), 1), 4096)
@@ -95,16 +100,56 @@ def _all(architecture: int) -> Iterator[ShippedKernel]:
 def _weight_only(form: Format, capability: tuple[int, int]) -> Iterator[ShippedKernel]:
     layout = layout_of(form)
     assert layout is not None
-    fields = WeightFields(bits=layout.bits, group=layout.group, zero=form.zero, chunk=layout.chunk, ragged=False)
+    fields = WeightFields(
+        bits=layout.bits, group=layout.group, zero=zero_points_of(form, torch.bfloat16), chunk=layout.chunk,
+        paired=pairs_scales(form, torch.bfloat16), ragged=False,
+    )  # fmt: skip
     for m in M_REGIMES:
-        gemm = place_scales(GemmW("bf16", **fields), m)
+        gemm = place_scales(GemmW("bf16", **fields), m, capability)
         yield ShippedKernel(gemm, launch_of(gemm, m, capability))
     for spec in (
-        GemvW("bf16", **fields),
         Dequant("bf16", **fields),
         Pack(bits=layout.bits, group=0, chunk=layout.chunk, signed=layout.bits == 8),
     ):
         yield ShippedKernel(spec, launch_of(spec))
+
+
+def _w4a8(capability: tuple[int, int]) -> Iterator[ShippedKernel]:
+    per_group, per_channel = GemmW4A8(), GemmW4A8(group=0)
+    for m in M_REGIMES:
+        for spec in (per_group, per_channel):
+            yield ShippedKernel(spec, launch_of(spec, m, capability))
+    yield ShippedKernel(GemmW4A8(bias=True, residual=True), launch_of(per_group, 128, capability))
+    for spec in (
+        GemmW4A8(group=32, chunk=32),
+        GemmW4A8(group=64),
+        GemmW4A8(parts=True),
+        GemmW4A8(ragged=True),
+        GemmW4A8(bias=True, residual=True, low_rank=32),
+    ):
+        yield ShippedKernel(spec, launch_of(spec, 16, capability))
+    pack = Pack(group=0, chunk=64, bytewise=True)
+    yield ShippedKernel(pack, launch_of(pack))
+
+
+def _cached_attention() -> Iterator[ShippedKernel]:
+    for decode in (
+        KVDecode(heads=4),
+        KVDecode(heads=8),
+        KVDecode(heads=4, width=64),
+        KVDecode(heads=4, width=256),
+        KVDecode(bits=8, heads=4),
+        KVDecode(heads=4, queries=2),
+        KVDecode(heads=4, masked=True),
+        KVDecode(heads=4, window=True, cap=True),
+    ):
+        yield ShippedKernel(decode, DECODE)
+    for write in (KVWrite(), KVWrite(bits=8), KVWrite("fp32", width=256)):
+        for spec in (write, dataclasses.replace(write, many=True)):
+            yield ShippedKernel(spec, write_launch(spec))
+    yield ShippedKernel(KVMerge(), MERGE)
+    for read in (KVRead(), KVRead(bits=8, width=256)):
+        yield ShippedKernel(read, READ)
 
 
 def _quantized_activations(codes: GemmCodes, capability: tuple[int, int]) -> Iterator[ShippedKernel]:

@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 
 from qcompile.codegen.triton.kernels.dtypes import NAMES
+from qcompile.codegen.triton.kernels.w4a8_layout import byte_layout_of
 from qcompile.codegen.triton.kernels.weight_layout import layout_of
 from qcompile.numerics.format import CodeType, Format
 
-Operator = Literal["linear_w", "linear_a8"]
-"""The operators of triton_ops.py: weight-only, and 8-bit codes on both sides."""
+Operator = Literal["linear_w", "linear_a8", "linear_w4a8"]
+"""The operators: weight-only, 8-bit codes on both sides, and 4-bit weights by int8 activations."""
 
 _TENSOR_CORES = (8, 0)  # compute capability from which there are tensor cores for bf16 and int8
 _MIN_CAPABILITY = {"fp8": (8, 9)}  # of formats that need more
@@ -37,11 +38,13 @@ def operator_for(form: Format, act: str, dtype: torch.dtype, capability: tuple[i
         return "linear_w" if layout_of(form) is not None else None
     if not has_format(form.dtype, capability):
         return None
+    if act in ("int8/row", "int8/tensor") and byte_layout_of(form) is not None:
+        return "linear_w4a8"
     per_channel = form.dtype in ("int8", "fp8") and form.per == "row" and form.zero == "none"
     codes = codes_of(form)
     return "linear_a8" if (form.dual or per_channel) and act in (f"{codes}/row", f"{codes}/tensor") else None
 
 
 def codes_of(form: Format) -> CodeType:
-    """The codes that gemm_a8 multiplies: int4 with two-level scales is multiplied as int8."""
+    """The codes that gemm_a8 multiplies: of two-level scales whose groups gemm_w4a8 does not take, int8."""
     return "int8" if form.dual else form.dtype

@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, get_args, get_type_hints
 
+from qcompile.codegen.triton.kernels.attention_spec import KVDecode, KVMerge, KVRead, KVWrite
 from qcompile.codegen.triton.kernels.spec import (
     Dequant,
     Dtype,
     Gemm8,
     GemmW,
-    GemvW,
     KernelSpec,
     Pack,
     RowQuant,
     SumK,
 )
 from qcompile.codegen.triton.kernels.training_spec import ChangeCodes, RoundGradient, RoundValues
+from qcompile.codegen.triton.kernels.w4a8_spec import GemmW4A8
 
-_KINDS = (GemmW, GemvW, Gemm8, SumK, RowQuant, Dequant, Pack, RoundGradient, RoundValues, ChangeCodes)
+_KINDS = (
+    GemmW, Gemm8, GemmW4A8, SumK, RowQuant, Dequant, Pack, RoundGradient, RoundValues, ChangeCodes, KVDecode, KVMerge,
+    KVRead, KVWrite,
+)  # fmt: skip
 KINDS: dict[str, type[KernelSpec]] = {kind.template: kind for kind in _KINDS}
 
 

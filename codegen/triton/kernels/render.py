@@ -42,6 +42,7 @@ def padded(size: int) -> int:
 
 
 def render(spec: KernelSpec) -> str:
-    """The source of a module with one kernel, named as the template."""
+    """The source of a module with one kernel, named as the template, after the functions that it calls."""
     body = _environment().get_template(f"{spec.template}.py.jinja").render(spec=spec)
-    return _HEADER.format(spec=spec) + "".join(line + "\n" for line in body.splitlines() if line.strip())
+    lines = "".join(line + "\n" for line in body.splitlines() if line.strip())
+    return _HEADER.format(spec=spec) + lines.replace("\n@triton.jit", "\n\n\n@triton.jit")

@@ -1,7 +1,6 @@
 """What a kernel computes: frozen, typed, and written as one word that reads back.
 
     gemm_w     x [M, K] float  @  W [N, K] integer codes      weight-only, on tensor cores
-    gemv_w     the same for M of one to four (decode), without tensor cores
     gemm_a8    x [M, K] int8 or fp8  @  W [N, K] the same     per-token scales of x, per-channel scales of W
     row_quant  [residual +] norm or gate or nothing, [/ smoothing], [Hadamard]  ->  codes and scales of each row
     sum_k      the partial sums of a split-K GEMM, in order, with its epilogue
@@ -36,6 +35,7 @@ class WeightFields(TypedDict):
     group: int
     zero: Zero
     chunk: int
+    paired: bool
     ragged: bool
 
 
@@ -76,14 +76,16 @@ class _Weight(KernelSpec):
         bits: 2, 3, 4 or 8.
         group: columns that share a scale; 0 is a per-channel scale.
         zero: none (the middle code is zero), int, or float (HQQ, QA-LoRA).
-        chunk: columns that one shift of the packed bytes gives.
+        chunk: columns that one shift of the packed words gives.
+        paired: the scale and the zero point of a group are one 32-bit word (weight_layout.join_scales).
         ragged: whether K is no multiple of a block of packed columns.
     """
 
     bits: int = 4
     group: int = 128
     zero: Zero = "none"
-    chunk: int = 64
+    chunk: int = 32
+    paired: bool = False
     ragged: bool = False
 
     def __post_init__(self) -> None:
@@ -94,11 +96,18 @@ class _Weight(KernelSpec):
             raise ValueError(f"{self}: chunk {self.chunk}; a power of two of at least 16")
         if self.group % self.chunk:
             raise ValueError(f"{self}: a chunk of {self.chunk} columns crosses groups of {self.group}")
+        if self.paired and not (self.dtype == "bf16" and self.group and self.zero == "int" and self.bits <= 4):
+            raise ValueError(f"{self}: scale and zero point are paired for bf16, in groups, with zero=int, to 4 bits")
+
+    @property
+    def word(self) -> int:
+        """Bits of a packed word."""
+        return 16 if self.bits == 4 else 8
 
     @property
     def chunks(self) -> int:
-        """Chunks in a block: codes in a byte (for three bits, in a byte of its plane of single bits)."""
-        return 8 if self.bits == 3 else 8 // self.bits
+        """Chunks in a block: codes in a word (for three bits, in a byte of its plane of single bits)."""
+        return 8 if self.bits == 3 else self.word // self.bits
 
     @property
     def block(self) -> int:
@@ -134,17 +143,6 @@ class GemmW(_Weight):
         super().__post_init__()
         if self.parts and (self.bias or self.residual):
             raise ValueError(f"{self}: with split-K (parts), sum_k adds the bias and the residual")
-
-
-@dataclass(frozen=True)
-class GemvW(_Weight):
-    """As GemmW for an M of `rows`, products and sums in float32."""
-
-    template: ClassVar[str] = "gemv_w"
-    rows: int = 1
-    bias: bool = False
-    residual: bool = False
-    low_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -257,10 +255,17 @@ class Pack(_Weight):
 
     Attributes:
         signed: 8-bit codes are signed, and get 128 more. Below 8 bits they are stored unsigned, as a stream of bits.
+        bytewise: 4-bit codes in words of 8 bits, for products of bytes.
     """
 
     template: ClassVar[str] = "pack"
     signed: bool = False
+    bytewise: bool = False
+
+    @property
+    def word(self) -> int:
+        """Bits of a packed word."""
+        return 8 if self.bytewise else super().word
 
     def __post_init__(self) -> None:
         super().__post_init__()

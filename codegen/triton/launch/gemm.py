@@ -19,16 +19,16 @@ from qcompile.codegen.triton.kernels.spec import (
     Gemm8,
     GemmCodes,
     GemmW,
-    GemvW,
     KernelSpec,
     SumK,
     WeightFields,
     Zero,
 )
 from qcompile.codegen.triton.kernels.weight_layout import WeightLayout
-from qcompile.codegen.triton.launch.measured_times import GEMV_MAX_M, Variant, dequantizes, weight_only_name
-from qcompile.codegen.triton.launch.tiles import Launch, launch_of, place_scales, split_k_of, tiles_of
-from qcompile.codegen.triton.launch.tuning_cache import launch_for
+from qcompile.codegen.triton.launch.gemm_plan import GemmPlan, plan_8_bit, plan_weight_only
+from qcompile.codegen.triton.launch.kernel_call import INTERPRETED
+from qcompile.codegen.triton.launch.measured_times import Variant, dequantizes, weight_only_name
+from qcompile.codegen.triton.launch.tiles import Launch, launch_of
 
 
 class SumKFields(TypedDict):
@@ -75,8 +75,8 @@ class PackedWeight:
     """A weight W [N, K] as the kernels read it (weight_layout.py).
 
     Attributes:
-        packed: uint8 [N, blocks x bytes of a block].
-        scale: float32 [groups, N].
+        packed: words [N, blocks x words of a block], uint8 or int16.
+        scale: float32 [groups, N], or int32 where each holds the zero point too (weight_layout.join_scales).
         zero: [groups, N], or None.
         layout: of the bytes.
         columns: K.
@@ -96,10 +96,11 @@ class PackedWeight:
     @property
     def spec_fields(self) -> WeightFields:
         """Fields of the spec of a kernel that reads this weight."""
+        paired = not self.scale.is_floating_point()
         points: Zero = "none" if self.zero is None else "float" if self.zero.is_floating_point() else "int"
         ragged = self.columns % self.layout.block != 0
         bits, chunk, group = self.layout.bits, self.layout.chunk, self.layout.group
-        return dict(bits=bits, group=group, zero=points, chunk=chunk, ragged=ragged)
+        return dict(bits=bits, group=group, zero="int" if paired else points, chunk=chunk, paired=paired, ragged=ragged)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -122,6 +123,7 @@ def run(spec: KernelSpec, grid: tuple[int, ...], launch: Launch, **arguments: An
     function = kernel(spec)
     names = function.arg_names
     own = {name: arguments[name] for name in names if name in arguments}
+    own |= {"ASM": not INTERPRETED} if "ASM" in names else {}
     with torch.cuda.device(arguments["out"].get_device()):  # the current one may be another
         function[grid](**own, **launch.constants(names), num_warps=launch.num_warps, num_stages=launch.num_stages)
 
@@ -142,39 +144,25 @@ def linear_w(
         x W^T and its epilogue, [M, N] in x's dtype.
     """
     m, n = x.shape[0], len(weight.packed)
-    dtype = NAMES[x.dtype]
-    if m == 0:
-        return x.new_empty(0, n)
-    if variant is None:
-        layer = weight_only_name(weight.layout.bits, weight.layout.group, weight.spec_fields["zero"], dtype)
-        variant = "dequant" if dequantizes(gpu(x.device), layer, n, weight.columns, m) else "kernel"
-    if variant == "dequant":
-        return _by_cublas(x, weight, epilogue)
-    if m <= GEMV_MAX_M:
-        return _gemv(x, weight, epilogue)
-    spec = place_scales(GemmW(dtype, **weight.spec_fields, **epilogue.spec_fields), m)
-    launch = launch or launch_for(gpu(x.device), spec, n, weight.columns, m)
-    split_k = split_k_of(m, n, weight.blocks, launch, gpu(x.device).multiprocessors)
-    out = x.new_empty(m, n)
-    tiles = tiles_of(m, n, launch)
-    arguments = weight.arguments | epilogue.tensors | dict(x=x, M=m)
-    if split_k == 1:
-        run(spec, (tiles,), launch, **arguments, out=out)
-        return out
-    blocks_of_part = -(-weight.blocks // split_k)
-    spec = dataclasses.replace(spec, parts=True, bias=False, residual=False)
-    sums = x.new_empty(split_k, m, n, dtype=torch.float32)
-    run(spec, (tiles, split_k), launch, **arguments, out=sums, each=blocks_of_part)
-    return sum_k(sums, out, SumK(dtype, **epilogue.sum_k_fields), **epilogue.tensors)
+    plan = None if variant == "dequant" else plan_linear_w(x, m, weight, epilogue, launch, variant)
+    if plan is None:
+        return _by_cublas(x, weight, epilogue) if m else x.new_empty(m, n)
+    added = epilogue.bias, epilogue.residual, epilogue.low, epilogue.up
+    with torch.cuda.device(x.get_device()):  # the current one may be another
+        return plan.run((x, weight.packed, weight.scale, weight.zero, *added, None, None), x.new_empty(m, n), m, n)
 
 
-def _gemv(x: Tensor, weight: PackedWeight, epilogue: Epilogue) -> Tensor:
-    spec = GemvW(NAMES[x.dtype], **weight.spec_fields, rows=len(x), **epilogue.spec_fields)
-    launch = launch_of(spec)
-    out = x.new_empty(len(x), len(weight.packed))
-    grid = (-(-out.shape[1] // launch.block_n),)
-    run(spec, grid, launch, x=x, out=out, **weight.arguments, **epilogue.tensors)
-    return out
+def plan_linear_w(
+    x: Tensor, m: int, weight: PackedWeight, epilogue: Epilogue, launch: Launch | None = None,
+    variant: Variant | None = None,
+) -> GemmPlan | None:  # fmt: skip
+    """The launches of linear_w; None without rows, and where cuBLAS multiplies by the dequantized weight."""
+    spec = GemmW(NAMES[x.dtype], **weight.spec_fields, **epilogue.spec_fields)
+    n, k, found = len(weight.packed), weight.columns, gpu(x.device)
+    layer = weight_only_name(spec.bits, spec.group, spec.zero, spec.dtype)
+    if not m or not n or (variant is None and dequantizes(found, layer, n, k, m)):
+        return None
+    return plan_weight_only(found, spec, m, n, k, launch)
 
 
 def _by_cublas(x: Tensor, weight: PackedWeight, epilogue: Epilogue) -> Tensor:
@@ -216,26 +204,21 @@ def linear_a8(
     Returns:
         [M, N].
     """
-    m, k = x.shape
-    n = len(weight)
-    if m == 0:
-        return x.new_empty(0, n, dtype=dtype)
+    m, n = x.shape[0], len(weight)
+    out, plan = x.new_empty(m, n, dtype=dtype), plan_linear_a8(x, m, x_scale, n, epilogue, dtype)
+    if plan is None:
+        return out
+    added = epilogue.bias, epilogue.residual, epilogue.low, epilogue.up
+    with torch.cuda.device(x.get_device()):  # the current one may be another
+        return plan.run((x, weight, scale, None, *added, x_scale, None), out, m, n)
+
+
+def plan_linear_a8(
+    x: Tensor, m: int, x_scale: Tensor, n: int, epilogue: Epilogue, dtype: torch.dtype
+) -> GemmPlan | None:
+    """The launches of linear_a8 for x [.., K] of M rows; None without rows."""
+    if not m or not n:
+        return None
     codes: GemmCodes = "int8" if x.dtype == torch.int8 else "fp8"
     act: ActScales = "row" if x_scale.numel() > 1 or m == 1 else "tensor"
-    spec = Gemm8(NAMES[dtype], codes, act, **epilogue.spec_fields)
-    launch = launch_for(gpu(x.device), spec, n, k, m)
-    steps = -(-k // launch.block_k)
-    split_k = 1 if epilogue.up is not None else split_k_of(m, n, steps, launch, gpu(x.device).multiprocessors)
-    spec = dataclasses.replace(spec, ragged=k % launch.block_k != 0)
-    out = torch.empty(m, n, dtype=dtype, device=x.device)
-    tiles = tiles_of(m, n, launch)
-    arguments = epilogue.tensors | dict(x=x, w=weight, x_scale=x_scale, scale=scale, M=m, N=n, K=k)
-    if split_k == 1:
-        run(spec, (tiles,), launch, **arguments, out=out)
-        return out
-    columns_of_part = -(-k // (split_k * launch.block_k)) * launch.block_k
-    spec = dataclasses.replace(spec, parts=True, bias=False, residual=False)
-    sums = torch.empty(split_k, m, n, dtype=torch.int32 if codes == "int8" else torch.float32, device=x.device)
-    run(spec, (tiles, split_k), launch, **arguments, out=sums, each=columns_of_part)
-    sum_spec = SumK(NAMES[dtype], codes, act, **epilogue.sum_k_fields)
-    return sum_k(sums, out, sum_spec, x_scale=x_scale, scale=scale, **epilogue.tensors)
+    return plan_8_bit(gpu(x.device), Gemm8(NAMES[dtype], codes, act, **epilogue.spec_fields), m, n, x.shape[-1])

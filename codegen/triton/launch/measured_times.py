@@ -1,6 +1,6 @@
 """The variants of a linear layer on a GPU, and the fastest: as measured on this one, else by a rule.
 
-    kernel     gemv_w or gemm_w; gemm_a8 with row_quant before it
+    kernel     gemm_w; gemm_a8 with row_quant before it
     dequant    the dequantized weight in memory, then cuBLAS        (x float only)
     float      cuBLAS by the float weight
 
@@ -20,9 +20,8 @@ from qcompile.codegen.triton.launch.tuning_cache import entry, write
 
 Variant = Literal["kernel", "dequant", "float"]
 
-GEMV_MAX_M = 4  # M up to which gemv_w is taken (decode)
 KERNEL_MAX_M = 1024  # M above which, by the rule, a weight is dequantized once and multiplied by cuBLAS (prefill)
-M_BUCKETS = (1, GEMV_MAX_M, 16, 32, 64, 128, 256, 512, KERNEL_MAX_M, 4096)  # M is rounded up to one of these
+M_BUCKETS = (1, 4, 16, 32, 64, 128, 256, 512, KERNEL_MAX_M, 4096)  # M is rounded up to one of these
 
 
 def weight_only_name(bits: int, group: int, zero: str, dtype: str) -> str:
@@ -40,6 +39,11 @@ def weight_only_name(bits: int, group: int, zero: str, dtype: str) -> str:
 def a8_name(codes: str, dtype: str) -> str:
     """The name of linear layers with 8-bit codes on both sides, int8 or fp8, and an output in `dtype`."""
     return f"{codes} weights and x, {dtype} out"
+
+
+def w4a8_name(group: int, dtype: str) -> str:
+    """The name of linear layers with 4-bit weights in groups (0: per channel), int8 x, and an output in `dtype`."""
+    return f"int4 weights, {f'groups of {group}' if group else 'rows'}, int8 x, {dtype} out"
 
 
 def m_bucket(m: int) -> int:

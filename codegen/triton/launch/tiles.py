@@ -1,8 +1,10 @@
-"""How a kernel is run: tile sizes, warps, stages and split-K, by M.
+"""How a kernel is run: tile sizes, warps and stages, by M.
 
 `TABLE` holds what compiling ahead of time (aot/compile_kernels.py) proves: no spill, the right tensor core
-instructions, a known budget. What `qcompile kernels tune` measured comes first where there is any (tuning_cache.py). A
-GEMM with few tiles is split along K until every multiprocessor has work.
+instructions, a known budget. What `qcompile kernels tune` measured comes first where there is any (tuning_cache.py).
+Tiles of weight-only GEMMs have 128 channels from one row on: with 64 of them the same rows of x would be read twice as
+often, and half as many bytes of weights would be on their way at a time. Beyond 128 rows reading x is what bounds a
+GEMM, and tiles have 256 channels where registers allow.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, KernelSpec
+from qcompile.codegen.triton.kernels.w4a8_spec import GemmW4A8
 
-M_REGIMES = (16, 32, 64, 128)  # of tensor core GEMMs: M up to each, and beyond the last
+M_REGIMES = (16, 32, 64, 128, 256)  # of tensor core GEMMs: M up to each, and beyond the last
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,26 @@ class Launch:
 
 TABLE: dict[str, dict[int, Launch]] = {
     "gemm_w": {
-        16: Launch(16, 64, 4, 4),
-        32: Launch(32, 64, 4, 4),
+        16: Launch(16, 128, 4, 4),
+        32: Launch(32, 128, 4, 4),
         64: Launch(64, 128, 8, 3),
         128: Launch(128, 128, 8, 3),
+        256: Launch(128, 256, 8, 3),
     },
     "gemm_a8": {
         16: Launch(16, 64, 4, 4),
         32: Launch(32, 64, 4, 4),
         64: Launch(64, 128, 8, 4),
         128: Launch(128, 128, 8, 3),
+        256: Launch(128, 256, 8, 3),
     },
-    "gemv_w": {4: Launch(1, 16, 4, 1)},
+    "gemm_w4a8": {
+        16: Launch(16, 128, 4, 4),
+        32: Launch(32, 128, 4, 4),
+        64: Launch(64, 128, 4, 3),
+        128: Launch(128, 128, 8, 3),
+        256: Launch(128, 256, 8, 3),
+    },
     "sum_k": {1: Launch(1, 1024, 4, 1)},
     "dequant": {1: Launch(1, 64, 4, 1)},
     "pack": {1: Launch(1, 64, 4, 1)},
@@ -76,34 +87,32 @@ def m_regime(m: int) -> int:
 def launch_of(spec: KernelSpec, m: int = 1, capability: tuple[int, int] = (9, 0)) -> Launch:
     """The table's launch of a kernel for an M, on a GPU of a compute capability."""
     table = TABLE[spec.template]
-    if isinstance(spec, GemmW) and spec.bits in (2, 3) and m > 32 and capability >= (10, 0):
-        return Launch(64, 64, 4, 3)  # triton 3.6 loses the body of larger tiles with so many dot products in a step
-    return table[m_regime(m)] if isinstance(spec, (GemmW, Gemm8)) else next(iter(table.values()))
+    if isinstance(spec, GemmW) and (capability >= (10, 0) or spec.bits < 4 and m <= 32):
+        # of larger tiles triton 3.6 loses the body (sm_100), or spills registers
+        return Launch(m_regime(m), 64, 4, 4) if m <= 32 else Launch(64, 64, 4, 3)
+    if not isinstance(spec, (GemmW, Gemm8, GemmW4A8)):
+        return next(iter(table.values()))
+    regime = m_regime(m)
+    return table[regime if regime < 256 or _takes_wide_tiles(spec, capability) else 128]
 
 
-def place_scales(spec: GemmW, m: int) -> GemmW:
+def _takes_wide_tiles(spec: GemmW | Gemm8 | GemmW4A8, capability: tuple[int, int]) -> bool:
+    """Whether a tile of 256 channels fits into the registers: it reads each row of x half as often."""
+    if capability != (9, 0) or spec.ragged:
+        return False
+    if isinstance(spec, GemmW):
+        return spec.paired and spec.bits == 4
+    return not (isinstance(spec, Gemm8) and spec.codes == "int8" and spec.residual)
+
+
+def place_scales(spec: GemmW, m: int, capability: tuple[int, int] = (9, 0)) -> GemmW:
     """The spec with the scales where they cost less: on the sums for small M, on the weights for large M.
 
-    A per-channel scale is applied to the sums at the end; fp16 could not hold a small scale without loss.
+    A per-channel scale is applied to the sums at the end; fp16 could not hold a small scale without loss; on sm_100
+    weights go through shared memory, and triton 3.6 makes twice as many instructions of a second product there.
     """
-    on_weights = m > 32 and spec.group > 0 and spec.dtype == "bf16"
+    on_weights = m > 32 and spec.group > 0 and spec.dtype == "bf16" and capability < (10, 0)
     return dataclasses.replace(spec, scaled="weights" if on_weights else "sums")
-
-
-def split_k_of(m: int, n: int, steps: int, launch: Launch, multiprocessors: int) -> int:
-    """Ranges of K that are summed apart: as many as give every multiprocessor two programs of four steps or more.
-
-    Args:
-        m: rows of x.
-        n: output channels.
-        steps: of a program's loop over the whole K.
-        launch: tile sizes.
-        multiprocessors: of the GPU.
-    """
-    tiles = tiles_of(m, n, launch)
-    if m > 64 or tiles >= multiprocessors:
-        return 1
-    return max(1, min(2 * multiprocessors // tiles, steps // 4))
 
 
 def tiles_of(m: int, n: int, launch: Launch) -> int:

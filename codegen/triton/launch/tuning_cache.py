@@ -24,6 +24,7 @@ from qcompile.codegen.triton.launch.tiles import Launch, launch_of, m_regime
 
 Gemm = GemmW | Gemm8
 
+_FORGET: list[Callable[[], None]] = []  # what was decided by measurements that are no longer the latest
 _SIZES = {field.name for field in dataclasses.fields(Launch)}
 
 
@@ -87,3 +88,11 @@ def write(key: str, found: dict[str, Any]) -> None:
         json.dump(known, out, indent=1, sort_keys=True)
     os.replace(out.name, path)
     _known.cache_clear()
+    for forget in _FORGET:
+        forget()
+
+
+def after_a_measurement(forget: Callable[[], None]) -> Callable[[], None]:
+    """Register what forgets decisions that measurements led to; returns it."""
+    _FORGET.append(forget)
+    return forget

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,12 +20,14 @@ from qcompile.codegen.triton.launch.measured_times import (
     a8_name,
     m_bucket,
     remember_times,
+    w4a8_name,
     weight_only_name,
 )
+from qcompile.codegen.triton.launch.pack_weights import zero_points_of
 from qcompile.codegen.triton.launch.row_quant import row_quant
 from qcompile.codegen.triton.launch.tiles import Launch, place_scales
 from qcompile.codegen.triton.launch.tuning_cache import key, remember_launch
-from qcompile.codegen.triton.tuning.baselines import INT4, WeightCopies, random_packed_weight
+from qcompile.codegen.triton.tuning.baselines import INT4, WeightCopies, cold_copy, random_packed_weight
 from qcompile.codegen.triton.tuning.gemm_benchmark import MAX_SPREAD, Timed, copies_of, interleaved
 from qcompile.codegen.triton.tuning.gpu_timer import TimedGpu
 from qcompile.codegen.triton.tuning.launch_candidates import (
@@ -36,6 +37,7 @@ from qcompile.codegen.triton.tuning.launch_candidates import (
     problems_by_compiling,
     without_problems,
 )
+from qcompile.codegen.triton.tuning.w4a8_variants import w4a8_call
 from qcompile.numerics.format import Format
 
 Shapes = Sequence[tuple[int, int]]
@@ -69,7 +71,7 @@ def tune_launches(
     for (k, n), m in track([(s, m) for s in shapes for m in rows], "launches", transient=True):
         weights = WeightCopies(k, n, copies_of(n * k // 2, timed_gpu.l2_bytes), timed_gpu.device)
         x = weights.normal(m, k).bfloat16()
-        spec = place_scales(GemmW("bf16", **weights.int4[0].spec_fields), m)
+        spec = place_scales(GemmW("bf16", **weights.int4[0].spec_fields), m, gpu.capability)
 
         def time(launch: Launch, x: Tensor = x, weights: WeightCopies = weights) -> float:
             call = lambda i: linear_w(x, weights.int4[i], Epilogue(), launch, "kernel")  # noqa: E731
@@ -135,7 +137,11 @@ def measure_variants(
     for k, n in track(shapes, "variants", transient=True):
         weights = WeightCopies(k, n, copies_of(n * k // 2, timed_gpu.l2_bytes), timed_gpu.device)
         for m, (form, act) in ((m, f) for m in buckets for f in formats):
-            layer, calls = _a8_variants(weights, form, m) if act else _weight_only_variants(weights, form, m)
+            operator = operator_for(form, act, torch.bfloat16, timed_gpu.gpu.capability)
+            if operator == "linear_w4a8":
+                layer, calls = w4a8_name(form.group, "bf16"), Calls({"kernel": w4a8_call(weights, form, m)})
+            else:
+                layer, calls = _a8_variants(weights, form, m) if act else _weight_only_variants(weights, form, m)
             x = weights.normal(m, k).bfloat16()
             calls["float"] = functools.partial(_multiply_by_copy, x, weights.dense)
             timers = {variant: (timed_gpu.timer(call, weights.copies), 0) for variant, call in calls.items()}
@@ -158,13 +164,13 @@ def _weight_only_variants(weights: WeightCopies, form: Format, m: int) -> tuple[
         copies = weights.int4
     else:
         first = random_packed_weight(form, weights.k, weights.n, weights.device)
-        copies = [dataclasses.replace(first, packed=first.packed.clone()) for _ in range(weights.copies)]
+        copies = [cold_copy(first) for _ in range(weights.copies)]
     x = weights.normal(m, weights.k).bfloat16()
     calls: Calls = {
         "kernel": lambda i: linear_w(x, copies[i], Epilogue(), variant="kernel"),
         "dequant": lambda i: linear_w(x, copies[i], Epilogue(), variant="dequant"),
     }
-    return weight_only_name(form.bits, form.group, form.zero, "bf16"), calls
+    return weight_only_name(form.bits, form.group, zero_points_of(form, torch.bfloat16), "bf16"), calls
 
 
 def _a8_variants(weights: WeightCopies, form: Format, m: int) -> tuple[str, Calls]:
@@ -175,7 +181,7 @@ def _a8_variants(weights: WeightCopies, form: Format, m: int) -> tuple[str, Call
     scale, spec = torch.rand(weights.n, 1, device=weights.device), RowQuant("bf16", codes=codes)
 
     def kernel(i: int) -> Tensor:
-        quantized = row_quant(spec, x)
-        return linear_a8(quantized["codes"], quantized["scale"], copies[i], scale, Epilogue(), torch.bfloat16)
+        x_codes, x_scale, *_ = row_quant(spec, x)
+        return linear_a8(x_codes, x_scale, copies[i], scale, Epilogue(), torch.bfloat16)
 
     return a8_name(codes, "bf16"), {"kernel": kernel}

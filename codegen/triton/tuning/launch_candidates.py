@@ -21,7 +21,7 @@ def candidates(spec: Gemm, m: int, capability: tuple[int, int]) -> Iterator[Laun
     """The table's launch first, then those with a block_m of at most M's regime."""
     first = launch_of(spec, m, capability)
     yield first
-    for sizes in itertools.product((16, 32, 64, 128), (64, 128), (4, 8), (2, 3, 4, 5)):
+    for sizes in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4, 5)):
         launch = Launch(*sizes)
         fills_warps = launch.block_m * launch.block_n >= launch.num_warps * 256
         if launch.block_m <= m_regime(m) and fills_warps and launch != first:

@@ -12,6 +12,7 @@ from torch import nn
 from qcompile.checkpoint.writers.expert_linears import quantized_stacks
 from qcompile.checkpoint.writers.export_refusals import quantized_linears
 from qcompile.checkpoint.writers.float_tensors import model_dtype, stores_otherwise
+from qcompile.checkpoint.writers.kv_cache_scales import stores_cache
 from qcompile.recipe.report import Report
 from qcompile.version import VERSION
 
@@ -31,6 +32,15 @@ _GGUF = """\
     llama-cli -m {folder}/model.gguf
     llama-server -m {folder}/model.gguf
 """
+_PROGRAM = """\
+```python
+from executorch.runtime import Runtime
+
+forward = Runtime.get().load_program("{folder}/model.pte").load_method("forward")
+outputs = forward.execute(inputs)  # a list of tensors; the report below names the inputs
+```
+"""
+_PROGRAMS = {"gguf": _GGUF, "executorch": _PROGRAM}
 
 
 def write_card(work: Path, folder: Path, model: Any, report: Report, target: str) -> None:
@@ -46,9 +56,9 @@ def write_card(work: Path, folder: Path, model: Any, report: Report, target: str
     notes = caveats(model, target)
     dequantize = any("dequantize=True" in note for note in notes)
     options = ", quantization_config=transformers.CompressedTensorsConfig(dequantize=True)" if dequantize else ""
-    lines = _GGUF if target == "gguf" else _ENGINES
+    lines = _PROGRAMS.get(target, _ENGINES)
     parts = [
-        f"---\nlibrary_name: {'gguf' if target == 'gguf' else 'transformers'}\ntags: [quantized, {target}]\n---\n",
+        f"---\nlibrary_name: {target if target in _PROGRAMS else 'transformers'}\ntags: [quantized, {target}]\n---\n",
         f"# {folder.name}\n",
         f"{type(model).__name__}, quantized by qcompile {VERSION} (recipe {report.recipe}) and stored as {target}. "
         "The codes and scales in these files are the ones that were chosen; nothing was rounded again.\n",
@@ -57,7 +67,7 @@ def write_card(work: Path, folder: Path, model: Any, report: Report, target: str
         "## Load\n",
         lines.format(folder=folder.name),
     ]
-    if target != "gguf":
+    if target not in _PROGRAMS:
         parts.append(_TRANSFORMERS.format(folder=folder.name, name=_auto_class(model), options=options))
     if notes:
         parts += ["## What to know\n", "\n".join(f"- {note}" for note in notes) + "\n"]
@@ -87,6 +97,11 @@ def caveats(model: nn.Module, target: str) -> list[str]:
         found.append("Most kernels for packed int4 weights ignore the format of activations and compute W4A16.")
     if any(m.act is not None and m.act.is_float for m in packed):
         found.append("vLLM runs int4 weights with fp8 activations on NVIDIA GPUs of compute capability 9.0 only.")
+    if stores_cache(model):
+        found.append(
+            "vLLM reads the scales of the key/value cache. transformers from 5.24 on with compressed-tensors up to "
+            "0.20.1 keeps the cache float."
+        )
     if stores_otherwise(model):
         found.append(
             "Tensors are cut and named as in checkpoints of this class (stacks of experts expert by expert). "

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from served_models import quantized
+from served_models import decoder, ids, quantized
 
+import qcompile
 from qcompile.checkpoint.writers.model_card import caveats, write_card
+from qcompile.passes import Fuse, Quantize, QuantizeKV
+from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
 
 
@@ -27,6 +30,21 @@ def test_it_names_formats_and_the_lines_that_load(tmp_path):
 
 def test_zero_points_say_how_transformers_reads_them(tmp_path):
     assert "CompressedTensorsConfig(dequantize=True)" in card(quantized("int4/group32/zero"), tmp_path)
+
+
+def test_a_program_has_the_lines_that_run_it(tmp_path):
+    text = card(quantized("int8/row", "int8/row/zero"), tmp_path, "executorch")
+    assert 'load_program("out/model.pte")' in text and "library_name: executorch" in text
+    assert "from_pretrained" not in text and "vllm" not in text and "What to know" not in text
+
+
+def test_scales_of_a_cache_say_who_reads_them():
+    model = decoder()
+    config = QuantizeKV(8, static=True, fp8="tensor")
+    quantize = Quantize("int4/group32", None, keep_lm_head=True)
+    qcompile.quantize(model, Recipe("kv", (config, quantize, Fuse())), [ids()], progress=False)
+    assert [note for note in caveats(model, "compressed-tensors") if "5.24" in note and "cache float" in note]
+    assert not [note for note in caveats(quantized("int4/group32"), "compressed-tensors") if "cache" in note]
 
 
 @pytest.mark.parametrize(

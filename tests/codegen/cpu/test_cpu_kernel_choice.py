@@ -63,7 +63,7 @@ def test_choices(dtype):
     assert choose_cpu_kernel(INT8, "int8/row", torch.float64, 512, 2048, 2048).kernel == "dequant_mm"
 
 
-@pytest.mark.parametrize("measured_on", ["vnni", "avx2"])
+@pytest.mark.parametrize("measured_on", ["amx", "vnni", "avx2"])
 def test_every_kernel_was_measured(measured_on):
     table = cpu_kernel_choice._table(measured_on)
     assert set(table) == {(kernel, dtype) for kernel in KERNELS for dtype in ("bfloat16", "float32")}
@@ -82,11 +82,19 @@ def test_a_ratio_is_float_time_over_kernel_time():
 
 def test_a_processor_has_its_table(monkeypatch):
     def table(measured_on):
-        return {("int8_linear", "float32"): [Measured(1, 64, 64, 7.0 if measured_on == "avx2" else 3.0)]}
+        ratios = {"avx2": 7.0, "vnni": 3.0, "amx": 5.0}
+        return {("int8_linear", "float32"): [Measured(1, 64, 64, ratios[measured_on])]}
 
     monkeypatch.setattr(cpu_kernel_choice, "_table", table)
-    for kind, note in (("avx2", "7.0x float)"), ("other", "7.0x float on avx2)"), ("amx", "3.0x float on vnni)")):
+    for kind, tiles, note in (
+        ("avx2", False, "7.0x float)"),
+        ("other", False, "7.0x float on avx2)"),
+        ("vnni", False, "3.0x float)"),
+        ("amx", True, "5.0x float)"),
+        ("amx", False, "3.0x float on vnni)"),  # the system refuses tiles
+    ):
         monkeypatch.setattr(cpu_kernel_choice, "processor", lambda kind=kind: kind)
+        monkeypatch.setattr(cpu_kernel_choice, "has_amx_tiles", lambda tiles=tiles: tiles)
         assert str(choose_cpu_kernel(INT8, "int8/row", torch.float32, 4, 64, 64)).endswith(note)
 
 
@@ -107,10 +115,11 @@ def test_no_kernel_of_ours_where_sums_could_leave_int32():
         assert kernels == [kernel, "dequant_mm"]
 
 
-def test_an_amx_machine_multiplies_many_rows_of_halves_in_float(monkeypatch):
-    """Our kernels have no tiles there: at large M they lose, and a site says so."""
+def test_an_amx_machine_takes_a_kernel_for_any_number_of_rows(monkeypatch):
     monkeypatch.setattr(cpu_kernel_choice, "processor", lambda: "amx")
-    many = choose_cpu_kernel(INT8, "int8/row", torch.bfloat16, 512, 2048, 2048)
-    assert many.slower_than_float and "AMX tiles" in str(many)
-    assert not choose_cpu_kernel(INT8, "int8/row", torch.bfloat16, 8, 2048, 2048).slower_than_float
-    assert not choose_cpu_kernel(INT8, "int8/row", torch.float32, 512, 2048, 2048).slower_than_float
+    monkeypatch.setattr(cpu_kernel_choice, "has_amx_tiles", lambda: True)
+    for m in (1, 8, 64, 512):
+        for dtype in (torch.bfloat16, torch.float32):
+            assert not choose_cpu_kernel(INT8, "int8/row", dtype, m, 2048, 2048).slower_than_float
+        weight_only = choose_cpu_kernel(INT8, "", torch.bfloat16, m, 2048, 2048)
+        assert weight_only.has_kernel and weight_only.ratio > 0 and "amx" not in str(weight_only)

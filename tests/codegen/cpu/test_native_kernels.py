@@ -27,6 +27,7 @@ from linear_cases import (
 )
 
 from qcompile.codegen.cpu import native_kernels as native
+from qcompile.codegen.cpu.amx_tiles import has_amx_tiles
 from qcompile.codegen.cpu.weight_packing import pack_bytes, pack_group_pairs, pack_groups, pack_nibbles
 from qcompile.numerics.fp4 import decode_e2m1
 
@@ -278,8 +279,10 @@ def test_two_threads_of_python_at_once():
 
 # -- instruction sets ----------------------------------------------------------------------------------------------
 
+VNNI = ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
 BUILDS = {  # flags, a change of the text, what the processor must have
-    "AVX512-VNNI": (("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"), (), "avx512_vnni"),
+    "AMX": ((*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"), (), "amx_int8"),
+    "AVX512-VNNI": (VNNI, (), "avx512_vnni"),
     # A processor with AVX512-VNNI has these instructions too, encoded otherwise.
     "AVX-VNNI": (("-mavx2", "-mfma", "-D__AVXVNNI__=1"), ("%{vex%}", "%{evex%}"), "avx512_vnni"),
     "AVX2": (("-mavx2", "-mfma"), (), "avx2"),
@@ -348,7 +351,7 @@ def test_every_instruction_set_gives_the_same_bits(lanes, tmp_path):
 def test_what_was_compiled_is_what_the_processor_has():
     assert native.lanes() in BUILDS
     if "avx512_vnni" in processor_flags():
-        assert native.lanes() == "AVX512-VNNI"
+        assert native.lanes() == ("AMX" if has_amx_tiles() else "AVX512-VNNI")
 
 
 def test_the_library_of_a_package_is_used_where_none_is_loaded(tmp_path, monkeypatch):

@@ -44,10 +44,10 @@ def fused(module, x, recipe=None):
     "name,keep,want",
     [
         # a site that is kept float reads what the norm gives
-        ("llama", ["*.q_proj.weight"], dict(rms=4, value=2, row_quant=8, gate=2, none=2, linear_a8=12, residual=4)),
+        ("llama", ["*.q_proj.weight"], dict(rms=4, value=2, row_quant=8, gate=2, none=2, linear_a8=8, residual=4)),
         # linear layers that are kept float have no epilogue: the next norm's kernel adds the sum, where it is quantized
         ("llama", ["*.o_proj.weight", "*.down_proj.weight"],
-         dict(rms=4, sum=3, row_quant=4, linear_a8=10, residual=0)),
+         dict(rms=4, sum=3, row_quant=4, linear_a8=4, residual=0)),
         ("gpt2", ["*.attn.c_proj.weight"], dict(layer=4, sum=2, row_quant=6, none=2, linear_a8=6, residual=2)),
         # two norms of one sum
         ("gpt_neox", ["*.attention.dense.weight"], dict(layer=4, sum=1, row_quant=6, none=2, linear_a8=6, residual=2)),

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearWCall, RowQuantCall
+from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearW4A8Call, LinearWCall, RowQuantCall
 
 
-@pytest.mark.parametrize("view", [LinearWCall, LinearA8Call, RowQuantCall])
+@pytest.mark.parametrize("view", [LinearWCall, LinearA8Call, LinearW4A8Call, RowQuantCall])
 def test_fields_are_the_schema(view):
     assert [f.name for f in dataclasses.fields(view)] == [a.name for a in view.target._schema.arguments]

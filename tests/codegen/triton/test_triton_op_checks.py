@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcompile.codegen.triton import triton_op_checks
 from qcompile.codegen.triton import triton_ops as _register  # noqa: F401
+from qcompile.codegen.triton.kernels.spec import RowQuant
 from qcompile.codegen.triton.launch.pack_weights import prepare
+from qcompile.codegen.triton.launch.row_quant import transform_matrices
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 
@@ -23,13 +25,14 @@ def arguments(op, rows, text):
     epilogue = torch.randn(24), torch.randn(*rows, 24), torch.randn(*rows, 4), torch.randn(24, 4)
     if op == "linear_w":
         form = Format.parse(text)
-        packed, scale, zero = prepare(*quantize_tensor(torch.randn(24, 64), form).stored_parts, form, 64)
+        packed, scale, zero = prepare(*quantize_tensor(torch.randn(24, 64), form).stored_parts, form, 64, torch.float16)
         return [torch.randn(*rows, 64), packed, scale, zero, *epilogue, text, 64]
     if op == "linear_a8":
         x, w = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((*rows, 64), (24, 64)))
         return [x, torch.rand(*rows, 1), w, torch.rand(24, 1), *epilogue, torch.float16]
     x, ones = torch.randn(*rows, 64).half(), torch.ones(64)
-    return [x, x, None, ones, ones, ones, ones, 1e-5, SPEC]
+    sides = transform_matrices(RowQuant(hadamard=64), x.device)
+    return [x, x, None, ones, ones, ones, ones, *sides, 1e-5, SPEC]
 
 
 def damaged(value, kind, at, size):
@@ -80,6 +83,6 @@ def test_specs_of_other_kernels_and_odd_columns_are_refused():
         ("row_quant/fp16/codes=int4", "with an even K"),
     ):
         with pytest.raises(ValueError, match=f"qcompile_triton::row_quant: .*{says}|{says}"):
-            triton_op_checks.check_row_quant(x, None, None, None, None, None, None, spec)
+            triton_op_checks.check_row_quant(x, None, None, None, None, None, None, None, None, spec)
     with pytest.raises(ValueError, match="format is 'int4/tensor'.*a kernel reads"):
         triton_op_checks.check_linear_w(x, x, x, None, None, None, None, None, "int4/tensor", 63)

@@ -7,8 +7,10 @@ import torch
 from kernel_cases import DEVICE, packed_weight, randn, random_epilogue, random_int8
 
 from qcompile.codegen.triton import triton_ops as _register  # noqa: F401
+from qcompile.codegen.triton.kernels.spec import RowQuant
 from qcompile.codegen.triton.launch.gemm import linear_a8, linear_w
 from qcompile.codegen.triton.launch.pack_weights import prepare
+from qcompile.codegen.triton.launch.row_quant import transform_matrices
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 
@@ -41,7 +43,7 @@ def arguments(op):
     torch.manual_seed(0)
     if op == "linear_w":
         form = Format.parse("int4/group32/zero")
-        packed, scale, zero = prepare(*quantize_tensor(torch.randn(24, 64), form).stored_parts, form, 64)
+        packed, scale, zero = prepare(*quantize_tensor(torch.randn(24, 64), form).stored_parts, form, 64, torch.float16)
         epilogue = torch.randn(24), torch.randn(2, 3, 24), torch.randn(2, 3, 4), torch.randn(24, 4)
         return (torch.randn(2, 3, 64), packed, scale, zero, *epilogue, str(form), 64)
     if op == "linear_a8":
@@ -49,7 +51,8 @@ def arguments(op):
         return (x, torch.rand(2, 3, 1), w, torch.rand(24, 1), torch.randn(24), None, None, None, torch.float16)
     x, ones = torch.randn(2, 3, 64).half(), torch.ones(64)
     spec = "row_quant/fp16/first=rms/residual/value/hadamard=64"
-    return (x, x, None, ones, None, None, ones, 1e-5, spec)
+    sides = transform_matrices(RowQuant(hadamard=64), x.device)
+    return (x, x, None, ones, None, None, ones, *sides, 1e-5, spec)
 
 
 @pytest.mark.parametrize("op", ["linear_w", "linear_a8", "row_quant"])

@@ -17,7 +17,7 @@ from qcompile.codegen.triton.aot.budget import CheckedKernel
 from qcompile.codegen.triton.aot.compile_kernels import ARCHITECTURES, KernelCost
 from qcompile.codegen.triton.aot.shipped_kernels import shipped
 
-GOOD = KernelCost(registers=100, spilled=0, shared=50_000, instructions=600, mma={"wgmma": 8}, from_registers=8)
+GOOD = KernelCost(100, 0, 50_000, 600, {"wgmma": 8}, from_registers=8, together=4, loop={"tensor": 8})
 
 
 def without_interpreter():

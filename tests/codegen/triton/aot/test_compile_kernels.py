@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from qcompile.codegen.triton.aot.compile_kernels import KernelCost, compile_kernel, complaints, types_of
-from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, GemvW, SumK
+from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, SumK
 from qcompile.codegen.triton.kernels.training_spec import ChangeCodes, RoundGradient, RoundValues
 from qcompile.codegen.triton.launch.tiles import launch_of
 
-GOOD = KernelCost(registers=100, spilled=0, shared=50_000, instructions=600, mma={"wgmma": 8}, from_registers=8)
+GOOD = KernelCost(100, 0, 50_000, 600, {"wgmma": 8}, from_registers=8, together=4, loop={"tensor": 8})
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_what_must_not_be(change, words):
 
 def test_a_lost_body_of_a_kernel_without_tensor_cores():
     tiny = dataclasses.replace(GOOD, mma={}, instructions=16)
-    assert "body is lost" in complaints(GemvW(), 90, tiny)[0]
+    assert "body is lost" in complaints(Dequant(), 90, tiny)[0]
 
 
 def test_interpreted_kernels_are_not_compiled(monkeypatch):
@@ -70,6 +70,8 @@ def test_types_of_what_rounds_in_training():
 
 
 def test_types_follow_the_codes():
-    assert types_of(GemmW())["w"] == "*u8" and types_of(GemmW(zero="float"))["zero"] == "*fp32"
+    assert types_of(GemmW())["w"] == "*i16" and types_of(GemmW(bits=8))["w"] == "*u8"
+    assert types_of(GemmW(zero="int", paired=True))["scale"] == "*i32"
+    assert types_of(GemmW())["scale"] == "*fp32" and types_of(GemmW(zero="float"))["zero"] == "*fp32"
     assert types_of(Gemm8(codes="fp8"))["x"] == "*fp8e4nv" and types_of(Gemm8(parts=True))["out"] == "*i32"
     assert types_of(SumK(codes="int8"))["sums"] == "*i32" and types_of(SumK("fp16"))["sums"] == "*fp32"

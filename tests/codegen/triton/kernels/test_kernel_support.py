@@ -20,7 +20,11 @@ from qcompile.numerics.format import Format
         ("int8/row", "int8/tensor", (8, 0), "linear_a8"),
         ("int8/group64", "int8/row", (9, 0), None),
         ("int8/row", "int8/row/zero", (9, 0), None),
-        ("int4/group128/zero/dual", "int8/row", (9, 0), "linear_a8"),
+        ("int4/group128/zero/dual", "int8/row", (9, 0), "linear_w4a8"),
+        ("int4/group128/zero/dual", "fp8/row", (9, 0), None),
+        ("int4/group16/zero/dual", "int8/row", (9, 0), "linear_a8"),  # whose groups are too narrow for it
+        ("int4/row/zero", "int8/tensor", (8, 0), "linear_w4a8"),
+        ("int4/row/zero", "int8/row/zero", (9, 0), None),
         ("int4/group128/zero", "int8/row", (9, 0), None),
         ("fp8/row", "fp8/row", (8, 9), "linear_a8"),
         ("fp8/row", "fp8/row", (8, 6), None),

@@ -22,7 +22,7 @@ def test_every_kind_reads_back():
 @pytest.mark.parametrize(
     "text,words",
     [
-        ("gemm_x/bf16", "there are gemm_w, gemv_w"),
+        ("gemm_x/bf16", "there are gemm_w, gemm_a8"),
         ("gemm_w/fp32", "there is gemm_w for bf16, fp16"),
         ("round_values/bf16", "there is round_values for fp32"),
         ("change_codes/fp32/group=0", "at least one"),
@@ -31,6 +31,8 @@ def test_every_kind_reads_back():
         ("gemm_w/bf16/bits=four", "is a number"),
         ("gemm_w/bf16/bits=5", "kernels for 2, 3, 4 and 8"),
         ("gemm_w/bf16/group=96/chunk=64", "crosses groups"),
+        ("gemm_w/fp16/zero=int/paired", "paired for bf16"),
+        ("gemm_w/bf16/paired", "with zero=int"),
         ("gemm_w/bf16/chunk=8", "at least 16"),
         ("gemm_w/bf16/parts/bias", "sum_k adds"),
         ("gemm_a8/bf16/parts/low_rank=4", "low_rank needs a whole"),

@@ -7,23 +7,37 @@ from pathlib import Path
 
 import pytest
 
+from qcompile.codegen.triton.kernels.attention_spec import KVDecode, KVMerge, KVRead, KVWrite
 from qcompile.codegen.triton.kernels.parse_spec import parse
 from qcompile.codegen.triton.kernels.render import padded, render
-from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, GemvW, Pack, RowQuant, SumK
+from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, Pack, RowQuant, SumK
 from qcompile.codegen.triton.kernels.training_spec import ChangeCodes, RoundGradient, RoundValues
+from qcompile.codegen.triton.kernels.w4a8_spec import GemmW4A8
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SPECS = [
-    GemmW("bf16", zero="int", bias=True),
+    GemmW("bf16", zero="int", paired=True, bias=True),
+    GemmW("fp16", zero="int", scaled="weights"),
     GemmW("fp16", bits=3, chunk=16, group=64, scaled="weights", ragged=True, low_rank=8),
-    GemmW("bf16", group=32, chunk=32, parts=True),
-    GemvW("bf16", group=0, bits=8, zero="float", rows=2, residual=True),
+    GemmW("bf16", group=32, zero="int", paired=True, scaled="weights", parts=True),
+    GemmW("bf16", group=0, bits=8, chunk=64, zero="float", residual=True),
     Gemm8("bf16", codes="fp8", act="tensor", residual=True),
     Gemm8("fp16", parts=True),
+    GemmW4A8("bf16", bias=True),
+    GemmW4A8("fp16", group=32, chunk=32, ragged=True, parts=True),
+    GemmW4A8("bf16", group=0, act="tensor", residual=True, low_rank=8),
     SumK("bf16", codes="int8", bias=True),
+    KVDecode(heads=4),
+    KVDecode(bits=8, width=64, heads=6, queries=2, window=True, cap=True),
+    KVDecode(heads=2, queries=3, masked=True),
+    KVMerge("bf16"),
+    KVRead("fp32", bits=8),
+    KVWrite("bf16"),
+    KVWrite("fp32", bits=8, many=True),
     Dequant("bf16", bits=2, chunk=32, group=64, zero="int"),
     Pack(bits=3, group=0, chunk=16),
-    Pack(bits=8, group=0, signed=True),
+    Pack(bits=4, group=0),
+    Pack(bits=8, group=0, chunk=64, signed=True),
     RowQuant("bf16", first="layer", residual=True, codes="fp8"),
     RowQuant("bf16", first="gate", hadamard=14336),
     RowQuant("fp16", first="rms", smooth=True, codes="int4", group=128),

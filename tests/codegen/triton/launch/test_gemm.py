@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
@@ -18,15 +17,17 @@ from kernel_cases import (
     random_int8,
 )
 
-from qcompile.codegen.triton.launch import gemm
+from qcompile.codegen.triton.launch import gemm_plan
 from qcompile.codegen.triton.launch.gemm import Epilogue, linear_a8, linear_w
+from qcompile.codegen.triton.launch.kernel_call import KernelCall
 from qcompile.codegen.triton.launch.tiles import Launch
 from qcompile.numerics.format import Format
 
 FORMS = ["int4/group128", "int4/group128/zero", "int4/group64/floatzero", "int4/group32/zero", "int4/row",
          "int8/row", "int8/group64/zero", "int3/group128/zero", "int3/group64", "int2/group64/zero",
-         "int2/group32/floatzero", "int4/group256/zero", "int4/group64/zero/dual", "int4/group64/dual"]  # fmt: skip
-SHAPES = [(1, 24, 256), (3, 80, 320), (7, 70, 256), (40, 66, 272)]  # M of gemv, and no multiples of a tile
+         "int2/group32/floatzero", "int4/group256/zero", "int4/group64/zero/dual", "int4/group64/dual",
+         "int4/group64/zero/bf16", "int3/group64/bf16"]  # fmt: skip
+SHAPES = [(1, 24, 256), (7, 70, 320), (40, 66, 272)]  # no multiples of a tile
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -35,10 +36,12 @@ def test_weight_only(form, dtype):
     group = Format.parse(form).group or 1
     for m, n, k in SHAPES:
         k = max(k, group)
-        weight, values = packed_weight(form, n, k)
+        weight, values = packed_weight(form, n, k, dtype)
         x = randn(m, k, dtype=dtype)
         want, size = x.double() @ values.t(), x.double().abs() @ values.abs().t()
-        c = 2**-14 if m <= 32 and "float" not in form else UNIT_ROUNDOFF[dtype]
+        of_groups = dtype == torch.bfloat16 and Format.parse(form).group and "bf16" not in form  # scales are rounded
+        rounded = m > 32 or "float" in form or of_groups
+        c = UNIT_ROUNDOFF[dtype] if rounded else 2**-14
         assert_close(linear_w(x, weight, Epilogue()), want, size, dtype, c)
 
 
@@ -54,7 +57,8 @@ def test_epilogues(names, m, monkeypatch):
     x, epilogue = randn(m, k, dtype=dtype), random_epilogue(names, m, n, 5, dtype)
     want, size = x.double() @ values.t() + epilogue_sum(epilogue), x.double().abs() @ values.abs().t()
     for split_k in (1, 3):
-        monkeypatch.setattr(gemm, "split_k_of", lambda *_, split_k=split_k: split_k)
+        monkeypatch.setattr(gemm_plan, "split_k_of", lambda *_, split_k=split_k: split_k)
+        gemm_plan.forget_plans()
         got = linear_w(x, weight, epilogue)
         assert_close(got, want, size, dtype, UNIT_ROUNDOFF[dtype])
         assert torch.equal(got, linear_w(x, weight, epilogue))
@@ -65,7 +69,8 @@ def test_epilogues(names, m, monkeypatch):
 @pytest.mark.parametrize("m,n,k", [(1, 40, 256), (20, 70, 200), (40, 130, 384)])
 @pytest.mark.parametrize("split_k", [1, 2])
 def test_int8(act, m, n, k, split_k, monkeypatch):
-    monkeypatch.setattr(gemm, "split_k_of", lambda *_: split_k)
+    monkeypatch.setattr(gemm_plan, "split_k_of", lambda *_: split_k)
+    gemm_plan.forget_plans()
     x, w = random_int8((m, k), (n, k))
     exact = x.double() @ w.double().t()
     ones = torch.ones(1, 1, device=DEVICE).expand(m if act == "row" else 1, 1).contiguous()
@@ -94,37 +99,44 @@ def test_no_rows():
     assert linear_w(randn(0, 128, dtype=torch.float16), weight, Epilogue()).shape == (0, 24)
 
 
-def test_launch_sizes_reach_the_kernel(monkeypatch):
-    launched = []
-    weight, _ = packed_weight("int4/group64", 24, 128)
-    real = gemm.run
+@pytest.fixture
+def launched(monkeypatch):
+    """Template, tile and grid of every launch of a plan."""
+    found, real = [], KernelCall.__call__
 
-    def run(spec, grid, launch, **arguments):
-        launched.append((spec, grid, launch))
-        real(spec, grid, launch, **arguments)
+    def call(self, tensors):
+        found.append((self.spec.template, self.launch.block_m, self.grid))
+        real(self, tensors)
 
-    monkeypatch.setattr(gemm, "run", run)
-    monkeypatch.setattr(gemm, "launch_for", lambda *_: Launch(16, 16, 4, 2))
-    linear_w(randn(17, 128, dtype=torch.float16), weight, Epilogue())
-    spec, grid, launch = launched[0]
-    assert grid[0] == 2 * 2 and launch.block_n == 16 and dataclasses.replace(spec, parts=False).scaled == "sums"
+    monkeypatch.setattr(KernelCall, "__call__", call)
+    return found
 
 
-def test_m_chooses_the_kernel_when_it_runs(monkeypatch, own_cache):
+def test_launch_sizes_reach_the_kernel(launched):
+    weight, values = packed_weight("int4/group64", 24, 128)
+    x = randn(17, 128, dtype=torch.float16)
+    got = linear_w(x, weight, Epilogue(), Launch(16, 16, 4, 2))
+    assert launched == [("gemm_w", 16, (2 * 2, 1, 1))]
+    size = x.double().abs() @ values.abs().t()
+    assert_close(got, x.double() @ values.t(), size, torch.float16, UNIT_ROUNDOFF[torch.float16])
+
+
+def test_m_chooses_the_kernel_when_it_runs(own_cache, launched):
     """One packed weight, any M: nothing about it is fixed when a graph is lowered."""
     weight, values = packed_weight("int4/group64", 24, 128)
-    launched, real = [], gemm.run
-
-    def run(spec, grid, launch, **arguments):
-        launched.append((spec.template, launch.block_m))
-        real(spec, grid, launch, **arguments)
-
-    monkeypatch.setattr(gemm, "run", run)
-    for m, want in ((1, ("gemv_w", 1)), (4, ("gemv_w", 1)), (5, ("gemm_w", 16)), (33, ("gemm_w", 64)),
-                    (65, ("gemm_w", 128)), (1024, ("gemm_w", 128)), (1025, ("dequant", 1))):  # fmt: skip
+    for m, want in ((1, [16]), (5, [16]), (33, [64]), (65, [128]), (1024, [128]), (1025, [])):
         x = randn(m, 128, dtype=torch.float16)
-        del launched[:]
+        launched.clear()
         got = linear_w(x, weight, Epilogue())
-        assert launched[0] == want
+        assert [block_m for _, block_m, _ in launched] == want  # beyond, dequantized once and multiplied by cuBLAS
         size = x.double().abs() @ values.abs().t()
         assert_close(got, x.double() @ values.t(), size, torch.float16, UNIT_ROUNDOFF[torch.float16])
+
+
+def test_dequantized_words_are_multiplied_by_cublas():
+    """Scales and zero points of a bfloat16 model are words there too; a strided zero point is made dense."""
+    weight, values = packed_weight("int4/group64/zero/bf16", 70, 256, torch.bfloat16)
+    x = randn(5, 256, dtype=torch.bfloat16)
+    size = x.double().abs() @ values.abs().t()
+    got = linear_w(x, weight, Epilogue(), variant="dequant")
+    assert_close(got, x.double() @ values.t(), size, torch.bfloat16, UNIT_ROUNDOFF[torch.bfloat16])

@@ -35,13 +35,14 @@ def test_weights_on_a_gpu_are_packed_there(monkeypatch):
     """Nothing is unpacked in torch, and the result is that of a CPU."""
     form = Format.parse("int3/group64/zero")
     parts = quantize_tensor(randn(40, 192).cpu(), form).stored_parts
-    want = prepare(*parts, form, 192)
+    want = prepare(*parts, form, 192, torch.bfloat16)
     monkeypatch.setattr(pack_weights, "_on_gpu", lambda tensor: True)
     monkeypatch.setattr(pack_weights, "pack_by_torch", lambda *_: pytest.fail("unpacked"))
-    got = prepare(*[None if t is None else t.to(DEVICE) for t in parts], form, 192)
-    assert all(torch.equal(a, b.to(a.device)) for a, b in zip(got, want, strict=True))
+    got = prepare(*[None if t is None else t.to(DEVICE) for t in parts], form, 192, torch.bfloat16)
+    assert got[2] is want[2] is None and want[1].dtype == torch.int32  # scales with their zero points
+    assert all(torch.equal(a, b.to(a.device)) for a, b in zip(got[:2], want[:2], strict=True))
 
 
 def test_a_format_without_a_layout_is_named():
     with pytest.raises(ValueError, match="fp8.*no kernel reads"):
-        prepare(torch.zeros(2, 32), torch.ones(2, 1), None, None, Format.parse("fp8/row"), 32)
+        prepare(torch.zeros(2, 32), torch.ones(2, 1), None, None, Format.parse("fp8/row"), 32, torch.bfloat16)

@@ -10,10 +10,18 @@ from kernel_cases import DEVICE, UNIT_ROUNDOFF, randn
 
 from qcompile.codegen.triton import triton_ops as _register  # noqa: F401
 from qcompile.codegen.triton.kernels.spec import RowQuant
-from qcompile.codegen.triton.launch.row_quant import fuses_hadamard, num_warps, row_quant, transform_matrices
+from qcompile.codegen.triton.launch.row_quant import (
+    TENSORS,
+    fuses_hadamard,
+    num_warps,
+    plan_row_quant,
+    row_quant,
+    row_stride,
+    transform_matrices,
+)
 from qcompile.numerics.hadamard import apply_hadamard, random_signs
 
-OPERANDS = ("residual", "gate", "gain", "shift", "smooth", "signs")
+OPERANDS = TENSORS[1:-4]
 
 
 def reference(spec, x, eps, t):
@@ -70,7 +78,17 @@ def operands_of(spec, m, k, dtype):
         smooth=randn(k, seed=5).abs() + 0.1,
         signs=random_signs(k, 0).float().to(DEVICE),
     )
-    return {name: tensor for name, tensor in tensors.items() if needed[name]}
+    found = {name: tensor for name, tensor in tensors.items() if needed[name]}
+    sides = transform_matrices(spec, torch.device(DEVICE)) if spec.hadamard else ()
+    return found | dict(zip(("left", "right"), sides))  # noqa: B905  none without a transform
+
+
+def results_of(spec, x, tensors):
+    """What a spec writes, by name."""
+    results = dict(zip(TENSORS[-4:], row_quant(spec, x, 1e-5, **tensors), strict=True))
+    written = dict(total=spec.residual, value=spec.value)
+    assert all(results[name].numel() == 0 for name, there in written.items() if not there)
+    return {name: tensor for name, tensor in results.items() if written.get(name, True)}
 
 
 @pytest.mark.parametrize("spec", CASES, ids=str)
@@ -81,13 +99,13 @@ def test_rows(spec):
         x = randn(m, k, dtype=dtype) * 3
         x[m - 1] = 0  # its scale would be zero
         tensors = operands_of(spec, m, k, dtype)
-        got = row_quant(spec, x, 1e-5, **tensors)
+        got = results_of(spec, x, tensors)
         want, total, value = reference(spec, x, 1e-5, tensors)
         if total is not None:
             assert torch.equal(got["total"], total)
         if spec.value:
             assert torch.allclose(got["value"].double(), value, rtol=UNIT_ROUNDOFF[dtype], atol=1e-6)
-            bare = row_quant(dataclasses.replace(spec, value=False), x, 1e-5, **tensors)
+            bare = results_of(dataclasses.replace(spec, value=False), x, tensors)
             assert all(torch.equal(bare[name], got[name]) for name in bare) and "value" not in bare
         if DEVICE == "cpu":  # the operator's own version
             named = [tensors.get(name) for name in OPERANDS]
@@ -114,7 +132,30 @@ def test_rows(spec):
 
 def test_halves_are_rounded_to_even():
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.0]], device=DEVICE).half()
-    assert row_quant(RowQuant("fp16"), x)["codes"].tolist() == [[127, 0, 2, 2, 0, -2, -2, 3]]
+    assert row_quant(RowQuant("fp16"), x)[0].tolist() == [[127, 0, 2, 2, 0, -2, -2, 3]]
+
+
+def test_parts_of_wider_rows_are_read_where_they_are():
+    """Gate and up of one product, in rows of both."""
+    spec, both = RowQuant("fp16", first="gate"), randn(5, 2 * 64, dtype=torch.float16)
+    plan = plan_row_quant(spec, 5, 64, 0.0, row_stride(both[:, 64:]), row_stride(both[:, :64]))
+    got = plan.run((both[:, :64], None, both[:, 64:], *[None] * 6))
+    want = row_quant(spec, both[:, :64].contiguous(), gate=both[:, 64:].contiguous())
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and got[0].is_contiguous()
+
+
+@pytest.mark.parametrize("spec", [RowQuant("bf16"), RowQuant("bf16", codes="fp8"), RowQuant("fp16", group=32)], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of the interpreter
+def test_nan_stays_nan_in_its_group_and_touches_no_other(spec, bad):
+    x = randn(3, 64, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[spec.dtype])
+    clean = row_quant(spec, x)
+    x[1, 40] = bad
+    codes, scale, *_ = row_quant(spec, x)
+    of_cpu = torch.ops.qcompile_triton.row_quant(x.cpu(), *[None] * len(OPERANDS), 0.0, str(spec))[1]
+    for found in (scale.cpu(), of_cpu):
+        assert bool(found[1, -1].isnan()) and not bool(found[[0, 2]].isnan().any())
+    assert torch.equal(codes[[0, 2]], clean[0][[0, 2]]) and (not spec.group or not bool(scale[1, 0].isnan()))
 
 
 def test_warps_grow_with_the_row():

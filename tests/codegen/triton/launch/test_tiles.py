@@ -1,27 +1,33 @@
-"""Launches by M, and split-K."""
+"""Launches by M."""
 
 from __future__ import annotations
 
-from qcompile.codegen.triton.kernels.spec import GemmW
+import dataclasses
+
+from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW
 from qcompile.codegen.triton.kernels.training_spec import ChangeCodes
+from qcompile.codegen.triton.kernels.w4a8_spec import GemmW4A8
 from qcompile.codegen.triton.launch.tiles import (
     Launch,
     compiler_options,
     launch_of,
     m_regime,
     place_scales,
-    split_k_of,
 )
 
 
-def test_regimes_and_split_k():
-    assert [m_regime(m) for m in (1, 16, 17, 64, 65, 5000)] == [16, 16, 32, 64, 128, 128]
+def test_regimes():
+    assert [m_regime(m) for m in (1, 16, 17, 64, 65, 5000)] == [16, 16, 32, 64, 128, 256]
     assert launch_of(GemmW(bits=3, chunk=16), 64, (10, 0)) != launch_of(GemmW(bits=3, chunk=16), 64, (9, 0))
-    launch = Launch(16, 64, 4, 4)
-    assert split_k_of(16, 4096, 32, launch, 132) == 4  # 64 tiles
-    assert split_k_of(16, 14336, 32, launch, 132) == 1  # 224 tiles
-    assert split_k_of(16, 64, 32, launch, 132) == 8  # four steps at least
-    assert split_k_of(128, 64, 32, launch, 132) == 1 and split_k_of(1, 64, 1, launch, 132) == 1
+
+
+def test_wide_tiles_where_registers_allow():
+    paired = GemmW(zero="int", paired=True)
+    for spec in (paired, GemmW4A8(), Gemm8(), Gemm8(codes="fp8", residual=True)):
+        assert [launch_of(spec, m).block_n for m in (128, 129)] == [128, 256]
+        assert launch_of(spec, 2048, (8, 0)).block_n == 128 and launch_of(spec, 2048, (10, 0)).block_n <= 128
+        assert launch_of(dataclasses.replace(spec, ragged=True), 2048).block_n == 128
+    assert launch_of(GemmW(), 2048).block_n == launch_of(Gemm8(residual=True), 2048).block_n == 128
 
 
 def test_a_kernel_gets_the_constants_that_it_has():

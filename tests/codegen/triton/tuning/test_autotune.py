@@ -65,17 +65,26 @@ def test_variants_are_measured_and_decide(monkeypatch):
     assert str(chosen(INT8, "int8/tensor")) == "gemm_a8 (2.00x cuBLAS)"
     assert chosen("fp8", "fp8/row").ratio == 0.5 and chosen("fp8", "fp8/row").slower_than_float
     assert chosen("int3/group128/zero") == KernelChoice("gemm_w", 2.0, "2.00x cuBLAS")
-    dual = chosen("int4/group128/zero/dual", "int8/row")
+    dual = chosen("int4/group16/zero/dual", "int8/row")
     assert dual == KernelChoice("gemm_a8, int8 of dual codes", 2.0, "2.00x cuBLAS")
+    assert str(chosen("int4/group128/zero/dual", "int8/row")) == "gemm_w4a8 (not measured on this GPU)"
     # other M, shapes, formats, dtypes, GPUs: not measured, so the rule's
-    for other in (chosen(INT4, m=17), chosen(INT4, n=65), chosen("int4/group64/zero"), chosen("int4/group128"),
+    for other in (chosen(INT4, m=17), chosen(INT4, n=65), chosen("int4/group64"), chosen("int4/group128/floatzero"),
                   chosen(INT4, dtype=torch.float16), chosen(INT4, gpu=Gpu("other"))):  # fmt: skip
         assert str(other) == "gemm_w (not measured on this GPU)" and not other.slower_than_float
-    assert chosen(INT4, m=4).kernel == "gemv_w" and chosen(INT4, m=1025).kernel == "dequant, then cuBLAS"
+    assert chosen(INT4, m=4).kernel == "gemm_w" and chosen(INT4, m=1025).kernel == "dequant, then cuBLAS"
     # no kernel: read, written and read again, which is slower than reading float once
     a100 = Gpu("A100", 108, (8, 0))
     for none in (chosen("fp4/group32"), chosen(INT4, dtype=torch.float32), chosen("fp8", "fp8/row", gpu=a100)):
         assert none.slower_than_float and str(none) == "dequantize, then cuBLAS"
+
+
+def test_4_bit_weights_by_int8_are_measured():
+    form = Format.parse("int4/group64/zero/dual")
+    (found,) = autotune.measure_variants([(form, "int8/row")], [(128, 64)], [16], 2, StandIn([1.0, 3.0, 1.0, 3.0]))
+    assert found.kept and found.layer == "int4 weights, groups of 64, int8 x, bf16 out"
+    choice = choose_gpu_kernel(STAND_IN, form, "int8/row", torch.bfloat16, 9, 128, 64)
+    assert choice == KernelChoice("gemm_w4a8", 3.0, "3.00x cuBLAS")
 
 
 def test_a_wide_spread_is_not_kept():

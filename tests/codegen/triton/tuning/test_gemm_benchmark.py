@@ -59,8 +59,8 @@ def test_a_comparison_times_all_that_is_here_and_names_what_is_not(tmp_path):
     assert set(decode.absent) == {"torch._weight_int4pack_mm", "torch._int_mm", "GemLite w4a16"}
     assert "more than 16 rows" in decode.absent["torch._int_mm"] and "not installed" in decode.absent["GemLite w4a16"]
     assert prefill.ratio("qcompile w4a16") == 2.0 and prefill.ratio("GemLite w4a16") is None
-    # what w4a16 moves: half a byte a weight, one scale and zero point for 128, x and the result
-    assert decode.times["qcompile w4a16"].nbytes == 48 * 64 + 48 * 4 + 48 + 2 * 2 * (128 + 48)
+    # what w4a16 moves: half a byte a weight, one word of scale and zero point for 128, x and the result
+    assert decode.times["qcompile w4a16"].nbytes == 48 * 64 + 48 * 4 + 2 * 2 * (128 + 48)
     text = json.loads(path.read_text())
     assert text["before"] == {"gpu": "stand-in"} == text["after"] and text["copy"]["microseconds"] == 2.0
     cells = [list(column.cells) for column in found.table().columns]

@@ -1,0 +1,66 @@
+"""Every launch of launch/ for the sizes that the JIT specializes, on a driver without a GPU; prints what was launched.
+
+python launch_all.py ARCHITECTURE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import fake_driver
+import torch
+
+fake = fake_driver.install(int(sys.argv[1]))
+
+from qcompile.codegen.triton.kernels.kernel_support import has_format  # noqa: E402
+from qcompile.codegen.triton.kernels.spec import RowQuant  # noqa: E402
+from qcompile.codegen.triton.kernels.weight_layout import layout_of  # noqa: E402
+from qcompile.codegen.triton.launch.gemm import Epilogue, PackedWeight, dequantize, linear_a8, linear_w  # noqa: E402
+from qcompile.codegen.triton.launch.pack_weights import prepare  # noqa: E402
+from qcompile.codegen.triton.launch.row_quant import row_quant  # noqa: E402
+from qcompile.numerics.format import Format  # noqa: E402
+from qcompile.numerics.rounding import quantize_tensor  # noqa: E402
+
+CAPABILITY = divmod(fake.architecture, 10)
+ROWS = (1, 2, 16, 33, 128)
+N, K = 256, 512
+FORMATS = ("int4/group128/zero", "int4/group64/floatzero", "int4/row", "int8/row", "int3/group128", "int2/group64/zero")
+
+
+def weight_only():
+    for text in FORMATS:
+        form = Format.parse(text)
+        q = quantize_tensor(torch.randn(N, K), form)
+        weight = PackedWeight(*prepare(*q.stored_parts, form, K, torch.bfloat16), layout_of(form), K)
+        for m in ROWS:
+            linear_w(torch.randn(m, K).bfloat16(), weight, Epilogue(), variant="kernel")
+        dequantize(weight, torch.bfloat16)
+
+
+def eight_bit():
+    for codes, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        if not has_format(codes, CAPABILITY):
+            continue
+        weight, scale = torch.ones(N, K).to(dtype), torch.rand(N, 1)
+        for m in ROWS:
+            for scales in {m, 1}:
+                residual = torch.randn(m, N).bfloat16()
+                for epilogue in (Epilogue(), Epilogue(residual[0], residual)):
+                    x, x_scale = torch.ones(m, K).to(dtype), torch.rand(scales, 1)
+                    linear_a8(x, x_scale, weight, scale, epilogue, torch.bfloat16)
+
+
+def rows():
+    codes = [codes for codes in ("int8", "fp8", "int4") if codes == "int4" or has_format(codes, CAPABILITY)]
+    for code, m in ((code, m) for code in codes for m in (1, 16)):
+        x, of_channel = torch.randn(m, 4096).bfloat16(), torch.randn(4096)
+        row_quant(RowQuant("bf16", codes=code), x)
+        row_quant(RowQuant("bf16", "rms", residual=True, codes=code), x, 1e-6, residual=x, gain=of_channel)
+        row_quant(RowQuant("bf16", "gate", codes=code, group=128), x, gate=x)
+
+
+for part in (weight_only, eight_bit, rows):
+    part()
+for launch in fake.launches:
+    print(json.dumps([launch.name, launch.grid, launch.shared, launch.signature]))
