@@ -66,15 +66,15 @@ def _takes_any_strides(node: fx.Node) -> bool:
     A captured `view` is legal for the strides that were traced, also behind other operators that give no new memory:
     there `reshape` says the same. What is handed out, or read by its strides, must stay dense.
     """
-    seen, todo = {node}, [node]
+    visited, todo = {node}, [node]
     while todo:
         for user in todo.pop().users:
             if user.op == "output" or user.target in _BY_STRIDES:
                 return False
             if user.target in (aten.view.default, aten._unsafe_view.default):
                 user.target = aten.reshape.default
-            if user not in seen and _gives_no_new_memory(user):
-                seen.add(user)
+            if user not in visited and _gives_no_new_memory(user):
+                visited.add(user)
                 todo.append(user)
     return True
 

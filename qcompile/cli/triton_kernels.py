@@ -88,7 +88,7 @@ def check(
     rows = list(track(budget.check(architectures, only), "compiling", total=total, transient=True))
     bad = [row for row in rows if row.complaints or (row.over and not update)]
     if update:
-        budget.write(rows)
+        budget.write(rows, whole=not only)
         tell(f"written: {budget.FILE}")
     for row in bad:
         tell(f"sm_{row.architecture} {row.kernel}: {'; '.join(row.complaints + row.over)}", "red")

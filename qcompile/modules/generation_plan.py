@@ -179,8 +179,9 @@ def _recurrent_states(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if not found:
         return ""
     kinds = " and ".join(sorted(set(found.values())))
+    kind = "is a hybrid" if len(found) < len(layers) else "caches no keys and values"
     return (
-        f"{type(model).__name__} is a hybrid: {len(found)} of its {len(layers)} layers cache the state of a "
+        f"{type(model).__name__} {kind}: {len(found)} of its {len(layers)} layers cache the state of a "
         f"convolution or of a recurrence ({kinds}), which no format of a KV cache describes"
     )
 

@@ -33,7 +33,8 @@ def cache_layers(model: nn.Module) -> list[Any]:
                 f"{error}). Fix: pass example=, the inputs that it takes"
             ) from error
     layers = getattr(returned_cache(out), "layers", None)
-    if not layers:
+    # A newer transformers gives a model without attention a cache as well, of nothing but recurrent layers.
+    if not layers or len(recurrent_layers(layers)) == len(layers):
         raise OnnxUnsupportedError(
             f"{name} returns no keys and values in {cache_name()}, where a causal LM has its cache. {_WITHOUT}"
         )

@@ -77,13 +77,21 @@ def over_budget(kernel: str, architecture: int, cost: KernelCost) -> list[str]:
     return found
 
 
-def write(rows: Iterable[CheckedKernel]) -> None:
-    """Make what was measured the budget, but for kernels with complaints; those that are not in `rows` keep theirs."""
+def write(rows: Iterable[CheckedKernel], *, whole: bool = False) -> None:
+    """Make what was measured the budget, but for kernels with complaints.
+
+    Args:
+        rows: what was measured.
+        whole: these are all kernels of their architectures: others are no longer shipped, and go. Else they stay.
+    """
     import triton
 
     budget = read()
     kernels: dict[str, dict[str, Any]] = budget["kernels"] if budget["triton"] == triton.__version__ else {}
-    for row in rows:
+    found = list(rows)
+    for architecture in {str(row.architecture) for row in found} if whole else ():
+        kernels[architecture] = {}
+    for row in found:
         if row.cost is not None and not row.complaints:
             kernels.setdefault(str(row.architecture), {})[row.kernel] = asdict(row.cost)
     FILE.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=0, sort_keys=True) + "\n")

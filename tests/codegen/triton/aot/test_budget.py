@@ -59,3 +59,12 @@ def test_an_update_does_not_hide_what_must_not_be(tmp_path, monkeypatch):
         result = CliRunner().invoke(app, ["kernels", "check", "--arch", "90", *update])
         assert result.exit_code == code and ("s: spilled" in result.output) == (spills in rows)
     assert list(budget.read()["kernels"]["90"]) == ["k"]
+
+
+def test_kernels_that_are_no_longer_shipped_leave_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "FILE", tmp_path / "budget.json")
+    budget.write([CheckedKernel("old", arch, GOOD, []) for arch in (80, 90)])
+    budget.write([CheckedKernel("new", 90, GOOD, [])])  # a part of them: the rest stays
+    assert set(budget.read()["kernels"]["90"]) == {"old", "new"}
+    budget.write([CheckedKernel("new", 90, GOOD, [])], whole=True)
+    assert {arch: set(names) for arch, names in budget.read()["kernels"].items()} == {"80": {"old"}, "90": {"new"}}

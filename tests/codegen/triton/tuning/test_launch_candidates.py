@@ -25,8 +25,8 @@ def test_candidates_that_spill_are_not_timed():
 
     sound = without_problems(spec, launches, (9, 0), problems)
     assert sound and {launch.num_stages for launch in sound} == {2}
-    widest = next(launch for launch in sound if launch.block_n == 128)
-    assert fastest(sound, lambda launch: -launch.block_n) == (widest, -128)
+    widest = next(launch for launch in sound if launch.block_n == 256)
+    assert fastest(sound, lambda launch: -launch.block_n) == (widest, -256)
     with pytest.raises(ValueError, match="nothing to time"):
         fastest([], lambda launch: 1.0)
 
