@@ -1,7 +1,7 @@
 """An operator of torch with a CUDA, a CPU and a fake version, as thin as the dispatcher allows.
 
-`torch.library.custom_op` wraps every call in a dozen microseconds of Python, more than a kernel of one decoded token
-takes. Here the versions are registered as they are. None has a gradient: whoever trains uses the dialect's operators.
+`torch.library.custom_op` wraps every call in more Python, which a decoded token pays for at every site. Here the
+versions are registered as they are. None has a gradient: whoever trains uses the dialect's operators.
 """
 
 from __future__ import annotations

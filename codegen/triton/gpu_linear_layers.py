@@ -22,12 +22,11 @@ from qcompile.codegen.triton.kernels.kernel_support import operator_for
 from qcompile.codegen.triton.launch.pack_weights import prepare
 from qcompile.codegen.triton.launch.w4a8 import prepare_w4a8
 from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearW4A8Call, LinearWCall
+from qcompile.ir.aten_ops import aten
 from qcompile.ir.op_calls import Operand
 from qcompile.ir.program import Program
 from qcompile.memory.weight_cache import Remember
 from qcompile.numerics.qtensor import StoredParts, dequantize_to_int8, unpack_codes
-
-aten = torch.ops.aten
 
 
 def merged_siblings(program: Program) -> Iterator[Siblings]:
@@ -72,10 +71,10 @@ class LinearLayers:
                 node.replace_all_uses_with(aten_fallback.inline_qlinear(self.program, node, each))
                 self.program.graph.erase_node(node)
             return str(NO_KERNEL)
+        choice = choose_gpu_kernel(self.gpu, form, call.act, call.dtype, rows_of(self.before)[0], self.k, n)
         self.siblings.replace(self.program, insert[operator]())
         for node in self.siblings.nodes:
             self.program.graph.erase_node(node)
-        choice = choose_gpu_kernel(self.gpu, form, call.act, call.dtype, rows_of(self.before)[0], self.k, n)
         count = len(self.siblings.nodes)
         return f"{choice}{f', {count} sites in one product' if count > 1 else ''}"
 

@@ -47,7 +47,7 @@ def test_kernels_are_compiled_in_a_step_and_the_checkout_is_enough(bench, monkey
     assert found[0]["x"] is False, found
 
 
-def test_all_steps_fit_into_ten_minutes_by_their_usual_time_and_have_names_of_their_own(bench):
+def test_steps_have_limits_and_names_of_their_own(bench):
     steps = bench.steps()
     assert len({step.name for step in steps}) == len(steps) and all(0 < step.seconds <= 150 for step in steps)
     assert [step.name for step in bench.chosen_steps(["gemm", "rows"])][-1] == "rows"
@@ -100,3 +100,16 @@ def test_a_step_without_a_gpu_says_so(bench, monkeypatch):
     monkeypatch.setattr("sys.argv", ["first_contact_steps.py", "other"])
     with pytest.raises(SystemExit, match="no step 'other'; there are machine"):
         first_contact_steps.main()
+
+
+def test_all_together_end_in_time(bench, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "TOTAL", 3.0)
+    both = [python(bench, "slow", "import time; time.sleep(60)", seconds=50.0), python(bench, "late", "print(1)")]
+    monkeypatch.setattr(bench, "steps", lambda: both)
+    monkeypatch.setattr("sys.argv", ["first_contact.py"])
+    bench.main()
+    slow, late = (json.loads(line) for line in bench.RESULTS.read_text().splitlines())
+    assert "stopped after" in slow["status"] and slow["seconds"] < 30 and late["status"] == "out of time"

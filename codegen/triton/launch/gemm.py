@@ -20,7 +20,6 @@ from qcompile.codegen.triton.kernels.spec import (
     GemmCodes,
     GemmW,
     KernelSpec,
-    SumK,
     WeightFields,
     Zero,
 )
@@ -178,13 +177,6 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     launch, n = launch_of(spec), len(weight.packed)
     out = torch.empty(n, weight.columns, dtype=dtype, device=weight.packed.device)
     run(spec, (min(8, weight.blocks), -(-n // launch.block_n)), launch, out=out, **weight.arguments)
-    return out
-
-
-def sum_k(sums: Tensor, out: Tensor, spec: SumK, **arguments: Tensor) -> Tensor:
-    """Add the partial sums [split_k, M, N] of a split-K GEMM into out [M, N]."""
-    launch, (split_k, m, n) = launch_of(spec), sums.shape
-    run(spec, (m, -(-n // launch.block_n)), launch, sums=sums, out=out, M=m, N=n, parts=split_k, **arguments)
     return out
 
 

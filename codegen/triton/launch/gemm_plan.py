@@ -16,12 +16,10 @@ from torch import Tensor
 
 from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, SumK
-from qcompile.codegen.triton.launch.kernel_call import TENSORS, KernelCall
+from qcompile.codegen.triton.launch.kernel_call import KernelCall
 from qcompile.codegen.triton.launch.split_k import split_k_of
 from qcompile.codegen.triton.launch.tiles import Launch, launch_of, place_scales, tiles_of
 from qcompile.codegen.triton.launch.tuning_cache import after_a_measurement, launch_for
-
-_OUT, _SUMS = TENSORS.index("out"), TENSORS.index("sums")
 
 
 @dataclass(frozen=True)

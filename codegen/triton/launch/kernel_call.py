@@ -2,7 +2,7 @@
 
 Triton's JIT looks at every argument of every launch to find the compiled kernel that fits. Here that is done once for
 each device and each combination of dtypes and alignments; later launches go straight to the compiled kernel, which
-costs the CPU a third. Where kernels are interpreted, every launch is the JIT's.
+costs the CPU less. Where kernels are interpreted, every launch is the JIT's.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from linear_cases import FLOATS, INT8_OPS, OPS, assert_right, assert_same, call,
 
 from qcompile.codegen.cpu import amx_tiles, native_kernels
 from qcompile.codegen.cpu.amx_tiles import has_amx_tiles, without_amx_tiles
-from qcompile.codegen.cpu.weight_packing import pack_bytes, pack_group_pairs, pack_groups, pack_nibbles
 
 TILED_OPS = [(op, torch.int8) for op in INT8_OPS] + [(op, torch.bfloat16) for op in OPS]
 needs_tiles = pytest.mark.skipif(not has_amx_tiles(), reason="needs AMX")
@@ -115,27 +114,6 @@ def test_parts_of_rows_and_of_columns(op, x, m, k, n, group):
     got, other = both(op, operands(op, m, k, n, group, x=x))
     if op in INT8_OPS:
         assert_same(got, other)
-
-
-@needs_tiles
-def test_the_largest_sums():
-    """Up to the last K where they are int32, though what is added on the way is not."""
-    k, rows = 2**17 - 1, 34
-    x = torch.tensor([-128, 127], dtype=torch.int8)[:, None].repeat(rows // 2, k)
-    w = torch.tensor([-128, 127, -127], dtype=torch.int8)[:, None].expand(3, k)
-    ones = torch.ones(3)
-    got = torch.ops.qcompile_cpu.int8_linear(x, torch.ones(()), pack_bytes(w), ones, None, 3, torch.float32)
-    assert torch.equal(got, (x.double() @ w.double().t()).float())
-    group, groups = 248, -(-k // 248)
-    q = torch.tensor([15, 0, 7, 15], dtype=torch.uint8)[:, None].expand(4, k)
-    z = torch.tensor([8, 7, 0, 15], dtype=torch.uint8)[:, None].expand(4, groups)
-    step = torch.full((4, groups), 17, dtype=torch.uint8)
-    weight = 17 * (q.double() - z[:, :1].double())
-    got = torch.ops.qcompile_cpu.dual_linear(
-        x, torch.ones(()), pack_nibbles(q), pack_groups(step), pack_group_pairs(step * z), torch.ones(4), None, group,
-        4, torch.float32,
-    )  # fmt: skip
-    assert torch.equal(got, (x.double() @ weight.t()).float())
 
 
 @needs_tiles

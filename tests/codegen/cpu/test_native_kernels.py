@@ -115,11 +115,11 @@ def test_the_zero_bias_is_added_to_the_zero_point():
         assert float(got) == value
 
 
-@pytest.mark.parametrize("rows", [2, 13])
+@pytest.mark.parametrize("rows", [2, 13, 34])  # the last by AMX tiles, where there are any
 def test_the_largest_sums(rows):
     """Up to the last K where they are int32, though what is added on the way is not."""
     k = 2**17 - 1
-    x = torch.tensor([-128, 127], dtype=torch.int8)[:, None].repeat(7, k)[:rows]
+    x = torch.tensor([-128, 127], dtype=torch.int8)[:, None].repeat(17, k)[:rows]
     w = torch.tensor([-128, 127, -127], dtype=torch.int8)[:, None].expand(3, k)
     ones = torch.ones(3)
     got = torch.ops.qcompile_cpu.int8_linear(x, torch.ones(()), pack_bytes(w), ones, None, 3, torch.float32)

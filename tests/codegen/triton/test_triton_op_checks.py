@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from damaged_arguments import damaged
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,20 +34,6 @@ def arguments(op, rows, text):
     x, ones = torch.randn(*rows, 64).half(), torch.ones(64)
     sides = transform_matrices(RowQuant(hadamard=64), x.device)
     return [x, x, None, ones, ones, ones, ones, *sides, 1e-5, SPEC]
-
-
-def damaged(value, kind, at, size):
-    if not isinstance(value, torch.Tensor):
-        return value
-    if kind == "size" and value.ndim:
-        shape = list(value.shape)
-        shape[at % value.ndim] = [0, 1, shape[at % value.ndim] + 1, 63, 128][size]
-        return torch.zeros(shape).to(value.dtype)
-    if kind == "rank":
-        return [value[None], value.reshape(-1), value[..., None], value.new_zeros(()), value][size]
-    if kind == "dtype":
-        return value.to([torch.int8, torch.int32, torch.float64, torch.complex64, torch.uint8][size])
-    return None if kind == "None" else value
 
 
 @given(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from damaged_arguments import damaged
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, randn, random_epilogue, random_int8
@@ -49,20 +50,6 @@ def arguments(rows, form, seed=0):
     epilogue = torch.randn(24), torch.randn(*rows, 24), torch.randn(*rows, 4), torch.randn(24, 4)
     parts = (part.cpu() for part in (weight.packed, weight.steps, weight.scale))
     return [x.cpu(), torch.rand(*rows, 1), *parts, *epilogue, form, 64, torch.float16]
-
-
-def damaged(value, kind, at, size):
-    if not isinstance(value, torch.Tensor):
-        return value
-    if kind == "size" and value.ndim:
-        shape = list(value.shape)
-        shape[at % value.ndim] = [0, 1, shape[at % value.ndim] + 1, 63, 128][size]
-        return torch.zeros(shape).to(value.dtype)
-    if kind == "rank":
-        return [value[None], value.reshape(-1), value[..., None], value.new_zeros(()), value][size]
-    if kind == "dtype":
-        return value.to([torch.int8, torch.int32, torch.float64, torch.complex64, torch.uint8][size])
-    return None if kind == "None" else value
 
 
 @given(
