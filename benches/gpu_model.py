@@ -26,6 +26,7 @@ from rich.table import Table
 from qcompile.codegen.triton.aot.budget import read
 from qcompile.codegen.triton.aot.main_loop import LoopCost
 from qcompile.codegen.triton.aot.shipped_kernels import ShippedKernel
+from qcompile.codegen.triton.kernels.group_spec import GemmFp4Fp8, GemmGroup
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW
 from qcompile.codegen.triton.kernels.w4a8_spec import GemmW4A8
 from qcompile.codegen.triton.launch.split_k import CACHE_BYTES, CLOCK, MULTIPLY_ADDS, SECOND_KERNEL, WAIT, split_k_of
@@ -39,11 +40,15 @@ SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096)]  # K x N of Llama-3-8B: o;
 ROWS = [1, 16, 32, 64, 128, 256, 512, 1024]
 FIXED = 2.7e-6  # seconds of a kernel in a CUDA graph: launch, start and end
 INT4 = GemmW("bf16", zero="int", paired=True)
-KERNELS: dict[str, tuple[GemmW | Gemm8 | GemmW4A8, int, int]] = {  # spec, bits of a weight, bytes of a value of x
+Gemm = GemmW | Gemm8 | GemmW4A8 | GemmGroup
+KERNELS: dict[str, tuple[Gemm, int, int]] = {  # spec, bits of a weight, bytes of a value of x
     "w4a16": (INT4, 4, 2),
     "w4a8": (GemmW4A8(), 4, 1),
     "int8": (Gemm8("bf16", "int8"), 8, 1),
     "fp8": (Gemm8("bf16", "fp8"), 8, 1),
+    "w4a4": (GemmGroup(zero=True), 4, 1),
+    "w4a4-rrs": (GemmGroup(zero=True, act="group"), 4, 1),
+    "fp4-fp8": (GemmFp4Fp8(), 4, 1),
 }
 BARS = {  # of the predicted ratio on an H100: M up to, square, wide
     "w4a16": [(16, 1.9, 2.6), (32, 1.7, 2.3), (64, 1.4, 1.9), (128, 1.0, 1.2), (1024, 0.8, 0.8)],
@@ -67,7 +72,7 @@ class Prediction:
     split_k: int
 
 
-def counted(spec: GemmW | Gemm8 | GemmW4A8, launch: Launch) -> tuple[LoopCost, int]:
+def counted(spec: Gemm, launch: Launch) -> tuple[LoopCost, int]:
     """The main loop on sm_90 as the budget has it, and programs that share a multiprocessor."""
     kernel = str(ShippedKernel(spec, launch))
     cost = read()["kernels"]["90"][kernel]
@@ -93,7 +98,8 @@ def predicted(name: str, m: int, k: int, n: int, bandwidth: float) -> Prediction
     programs, rows_of_tiles = tiles_of(m, n, launch) * split, -(-m // launch.block_m)
     waves = -(-programs // (MULTIPROCESSORS * most))
     together = -(-programs // (MULTIPROCESSORS * waves))
-    weights = launch.block_n * 128 * bits / 8 * (1.06 if bits == 4 else 1.0)  # with the scales
+    scales = 0 if bits == 8 else 8 if isinstance(spec, GemmGroup) and spec.zero else 4  # bytes of a group
+    weights = launch.block_n * (128 * bits / 8 + scales)
     tensor = launch.block_m * launch.block_n * 128 / MULTIPLY_ADDS[x_bytes]
     cycles = {
         "issue": together * loop.issue,

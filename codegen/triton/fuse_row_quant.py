@@ -20,10 +20,17 @@ from torch import Tensor, fx
 from qcompile.analysis.norms import Norm, find_norms, through_casts
 from qcompile.codegen.aten_fallback import replace_quantize
 from qcompile.codegen.triton.kernels.dtypes import NAMES
-from qcompile.codegen.triton.kernels.kernel_support import has_format
+from qcompile.codegen.triton.kernels.kernel_support import has_format, row_quant_codes
 from qcompile.codegen.triton.kernels.spec import RowQuant
 from qcompile.codegen.triton.launch.row_quant import MAX_K, TENSORS, fuses_hadamard, transform_matrices
-from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearW4A8Call, LinearWCall, RowQuantCall
+from qcompile.codegen.triton.triton_op_calls import (
+    CenteredCall,
+    LinearA8Call,
+    LinearGroupCall,
+    LinearW4A8Call,
+    LinearWCall,
+    RowQuantCall,
+)
 from qcompile.ir.aten_ops import LINEAR, VIEWS
 from qcompile.ir.op_calls import HadamardCall, QuantizeCall
 from qcompile.ir.program import Program
@@ -31,13 +38,13 @@ from qcompile.numerics.format import Format
 
 aten = torch.ops.aten
 
-_KERNELS = frozenset({LinearWCall.target, LinearA8Call.target, LinearW4A8Call.target, RowQuantCall.target})
+_PRODUCTS = frozenset({LinearWCall.target, LinearA8Call.target, LinearW4A8Call.target, LinearGroupCall.target})
+_KERNELS = _PRODUCTS | {RowQuantCall.target}
 # Their results lie in memory whatever Inductor does, and so does what a kernel of ours reads: a sum of two such values
 # is a pass of its own. A sum with anything else (another norm, say) Inductor computes where that is, which reads less.
 _IN_MEMORY = frozenset({
     operator.getitem, LINEAR, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.embedding.default,
-    LinearWCall.target, LinearA8Call.target, LinearW4A8Call.target,
-})  # fmt: skip
+}) | _PRODUCTS  # fmt: skip
 _TOTAL, _VALUE = 2, 3  # results of row_quant: x + residual, and the value of norm or gate
 
 
@@ -73,21 +80,34 @@ def fuse_into_row_quant(program: Program, capability: tuple[int, int]) -> None:
     kernels: dict[QuantizeCall, fx.Node] = {}
     for node, call in QuantizeCall.find(program):
         form, value = Format.parse(call.format), call.x.meta["val"]
-        if not (form.dtype == "int8" or form.dtype == "fp8") or form.per != "row" or form.zero != "none":
+        written = row_quant_codes(form)
+        if written is None or not has_format(written, capability):
             continue
-        if not has_format(form.dtype, capability):
+        centered = _centered(node)
+        if form.zero != "none" and centered is None:
             continue
-        if value.dtype not in NAMES or int(value.shape[-1]) > MAX_K:
+        if value.dtype not in NAMES or max(int(value.shape[-1]), form.group) > MAX_K:
             continue
         if call not in kernels:
-            fused = _walk_back(program, call.x, norms, moved, capability)
-            spec = RowQuant(NAMES[value.dtype], **fused.fields, codes=form.dtype)
+            fused = _walk_back(program, call.x, norms, moved, capability, form.group)
+            zero = form.zero != "none"
+            spec = RowQuant(NAMES[value.dtype], **fused.fields, codes=written, group=form.group, zero=zero)
             if spec.hadamard:
                 for side, matrix in zip(("left", "right"), transform_matrices(spec, value.device), strict=True):
                     fused.tensors[side] = _constant(program, f"hadamard.{spec.hadamard}.{side}", matrix, value.device)
             kernels[call] = _insert(program, node, fused, spec, moved)
         codes, scale = (program.insert(operator.getitem, (kernels[call], index), before=node) for index in (0, 1))
+        for each in centered or ():
+            each.replace_all_uses_with(codes)
+            program.graph.erase_node(each)
         replace_quantize(node, codes, scale)
+
+
+def _centered(quantize: fx.Node) -> list[fx.Node] | None:
+    """The calls of `centered` that alone read codes and zero points of a quantize; None where something else does."""
+    parts = [user for user in quantize.users if user.target is operator.getitem and user.args[1] in (0, 2)]
+    readers = {reader for part in parts for reader in part.users}
+    return None if any(reader.target is not CenteredCall.target for reader in readers) else list(readers)
 
 
 def _insert(program: Program, node: fx.Node, fused: _Fused, spec: RowQuant, moved: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -109,11 +129,12 @@ def _walk_back(
     norms: dict[fx.Node, Norm],
     moved: dict[fx.Node, fx.Node],
     capability: tuple[int, int],
+    group: int,
 ) -> _Fused:
     """Walk back from what is quantized over what row_quant computes too."""
     fused, n = _Fused(x), int(x.meta["val"].shape[-1])
     replaced = _calls(x, QuantizeCall.target)  # consumers of x that the kernel replaces
-    if HadamardCall.matches(x) and not _others(x, replaced) and fuses_hadamard(n, capability):
+    if HadamardCall.matches(x) and not _others(x, replaced) and fuses_hadamard(n, capability, group):
         transform = HadamardCall.of(x)
         fused.fields["hadamard"] = n
         x = fused.x = transform.x

@@ -12,11 +12,12 @@ import torch
 from qcompile.codegen.kernel_choice import KernelChoice
 from qcompile.codegen.triton.kernels.dtypes import NAMES
 from qcompile.codegen.triton.kernels.gpu import Gpu
-from qcompile.codegen.triton.kernels.kernel_support import codes_of, operator_for
+from qcompile.codegen.triton.kernels.kernel_support import codes_of, operator_for, row_quant_codes, why_no_kernel
 from qcompile.codegen.triton.launch.measured_times import (
     Variant,
     a8_name,
     dequantizes,
+    group_name,
     measured_times,
     w4a8_name,
     weight_only_name,
@@ -24,7 +25,23 @@ from qcompile.codegen.triton.launch.measured_times import (
 from qcompile.codegen.triton.launch.pack_weights import zero_points_of
 from qcompile.numerics.format import Format
 
-NO_KERNEL = KernelChoice("dequantize, then cuBLAS", has_kernel=False)
+
+def without_kernel(reason: str) -> KernelChoice:
+    """The choice where there is no kernel, and why."""
+    return KernelChoice("dequantize, then cuBLAS", note=reason, has_kernel=False)
+
+
+def choose_experts_kernel(gpu: Gpu, form: Format, dtype: torch.dtype) -> KernelChoice:
+    """The kernel of rows sorted by expert times a stack of weights, weight-only; nothing measures it yet.
+
+    Args:
+        gpu: that runs it.
+        form: format of the stack.
+        dtype: of the model.
+    """
+    if operator_for(form, "", dtype, gpu.capability) is None:
+        return without_kernel(why_no_kernel(form, "", dtype, gpu.capability))
+    return KernelChoice("gemm_experts", None, "not measured on this GPU")
 
 
 def choose_gpu_kernel(gpu: Gpu, form: Format, act: str, dtype: torch.dtype, m: int, k: int, n: int) -> KernelChoice:
@@ -41,10 +58,13 @@ def choose_gpu_kernel(gpu: Gpu, form: Format, act: str, dtype: torch.dtype, m: i
     """
     operator = operator_for(form, act, dtype, gpu.capability)
     if operator is None:
-        return NO_KERNEL
+        return without_kernel(why_no_kernel(form, act, dtype, gpu.capability))
     variant: Variant = "kernel"
     if operator == "linear_w4a8":
         layer, kernel = w4a8_name(form.group, NAMES[dtype]), "gemm_w4a8"
+    elif operator == "linear_group":
+        layer = group_name(form.dtype, form.group, act, NAMES[dtype])
+        kernel = "gemm_fp4_fp8" if form.dtype == "fp4" else "gemm_group"
     elif operator == "linear_a8":
         layer = a8_name(codes_of(form), NAMES[dtype])
         kernel = "gemm_a8" + ", int8 of dual codes" * form.dual
@@ -53,6 +73,8 @@ def choose_gpu_kernel(gpu: Gpu, form: Format, act: str, dtype: torch.dtype, m: i
         kernel = "gemm_w"
         if dequantizes(gpu, layer, n, k, m):
             variant, kernel = "dequant", "dequant, then cuBLAS"
+    if operator == "linear_group" and row_quant_codes(Format.parse(act)) is None:
+        kernel += f", x to {act} by PyTorch"
     times = measured_times(gpu, layer, n, k, m)
     if "float" not in times or variant not in times:
         return KernelChoice(kernel, None, "not measured on this GPU")

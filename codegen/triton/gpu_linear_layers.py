@@ -15,13 +15,20 @@ from qcompile.codegen import aten_fallback
 from qcompile.codegen.prepared_weights import prepared_weights, stored_weight, weight_names
 from qcompile.codegen.rows import rows_of
 from qcompile.codegen.sibling_products import Siblings, find_siblings, merged_parts
-from qcompile.codegen.triton.gpu_kernel_choice import NO_KERNEL, choose_gpu_kernel
+from qcompile.codegen.triton.gpu_kernel_choice import choose_gpu_kernel, without_kernel
 from qcompile.codegen.triton.kernels.dtypes import NAMES
 from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.kernels.kernel_support import operator_for
+from qcompile.codegen.triton.launch.group_gemm import prepare_group
 from qcompile.codegen.triton.launch.pack_weights import prepare
 from qcompile.codegen.triton.launch.w4a8 import prepare_w4a8
-from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearW4A8Call, LinearWCall
+from qcompile.codegen.triton.triton_op_calls import (
+    CenteredCall,
+    LinearA8Call,
+    LinearGroupCall,
+    LinearW4A8Call,
+    LinearWCall,
+)
 from qcompile.ir.aten_ops import aten
 from qcompile.ir.op_calls import Operand
 from qcompile.ir.program import Program
@@ -65,13 +72,14 @@ class LinearLayers:
             self.program.weight_name(part) is not None
             for each in self.siblings.calls for part in each.stored if part is not None
         )  # fmt: skip
-        insert = {"linear_w": self._linear_w, "linear_w4a8": self._linear_w4a8, "linear_a8": self._linear_a8}
+        insert = {"linear_w": self._linear_w, "linear_w4a8": self._linear_w4a8, "linear_a8": self._linear_a8,
+                  "linear_group": self._linear_group}  # fmt: skip
+        choice = choose_gpu_kernel(self.gpu, form, call.act, call.dtype, rows_of(self.before)[0], self.k, n)
         if operator is None or not in_program:
             for node, each in zip(self.siblings.nodes, self.siblings.calls, strict=True):
                 node.replace_all_uses_with(aten_fallback.inline_qlinear(self.program, node, each))
                 self.program.graph.erase_node(node)
-            return str(NO_KERNEL)
-        choice = choose_gpu_kernel(self.gpu, form, call.act, call.dtype, rows_of(self.before)[0], self.k, n)
+            return str(choice if operator is None else without_kernel("the weight is computed in the graph"))
         self.siblings.replace(self.program, insert[operator]())
         for node in self.siblings.nodes:
             self.program.graph.erase_node(node)
@@ -94,6 +102,20 @@ class LinearLayers:
         return LinearW4A8Call(
             self.call.x, x_scale, packed, steps, scale, self._bias(), residual=None, low=None, up=None,
             format=self.call.format, columns=self.k, dtype=self.call.dtype,
+        ).insert(self.program, before=self.before)  # fmt: skip
+
+    def _linear_group(self) -> fx.Node:
+        act = self.call.act_format
+        assert act is not None and self.call.x_scale is not None
+        packed, words = self._prepare(
+            f"linear_group {act.group}", lambda parts: prepare_group(*parts, self.form, act, self.k)
+        )
+        x = self.call.x
+        if self.call.x_zero is not None and act.zero != "none":
+            x = CenteredCall(x, self.call.x_zero, str(act)).insert(self.program, before=self.before)
+        return LinearGroupCall(
+            x, self.call.x_scale, packed, words, self._bias(), residual=None, low=None, up=None,
+            format=self.call.format, act=str(act), columns=self.k, dtype=self.call.dtype,
         ).insert(self.program, before=self.before)  # fmt: skip
 
     def _linear_a8(self) -> fx.Node:

@@ -3,6 +3,8 @@
     qlinear, x float             linear_w       int2, int3, int4, int8 weights, per channel or in groups
     qlinear, x quantized         linear_w4a8    int8 x int4 with two-level scales, or one a channel
                                  linear_a8      int8 x int8, fp8 x fp8; two-level scales of other groups as int8
+                                 linear_group   int4 with scales of groups x int8 or int4, also with groups; fp4 x fp8
+    qexperts, x float            experts_w      formats of linear_w, rows gathered inside (lower_experts.py)
     any other                    plain ATen     dequantize and multiply (aten_fallback.py)
     linear + low-rank correction, + residual    the kernel's epilogue
     what stands before a quantize               row_quant, with it (fuse_row_quant.py)
@@ -25,8 +27,9 @@ from qcompile.codegen.sibling_products import share_quantizations
 from qcompile.codegen.triton.fuse_row_quant import fuse_into_row_quant, same_type
 from qcompile.codegen.triton.gpu_linear_layers import LinearLayers, merged_siblings
 from qcompile.codegen.triton.kernels.gpu import Gpu
+from qcompile.codegen.triton.lower_experts import lower_experts
 from qcompile.codegen.triton.lower_kv_attention import lower_kv_attentions
-from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearW4A8Call, LinearWCall
+from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearGroupCall, LinearW4A8Call, LinearWCall
 from qcompile.ir.aten_ops import LINEAR
 from qcompile.ir.op_calls import site_name
 from qcompile.ir.program import Program
@@ -34,6 +37,8 @@ from qcompile.memory.weight_cache import Remember
 
 aten = torch.ops.aten
 
+_Product = LinearWCall | LinearA8Call | LinearW4A8Call | LinearGroupCall
+_PRODUCTS: tuple[type[_Product], ...] = (LinearWCall, LinearA8Call, LinearW4A8Call, LinearGroupCall)
 _MAX_RANK = 256  # inner dimension of a low-rank correction that an epilogue takes
 
 
@@ -48,15 +53,15 @@ def lower_to_gpu(program: Program, remember: Remember, gpu: Gpu | None = None) -
     Returns:
         site name -> label of M (rows.py) -> kernel, for the report.
     """
-    chosen: dict[str, dict[str, str]] = {}
     gpu = gpu or Gpu()
     share_quantizations(program)
+    chosen = lower_experts(program, remember, gpu)
     for siblings in merged_siblings(program):
         sites = [(site_name(program, node), rows_label(node)) for node in siblings.nodes]
         kernel = LinearLayers(program, siblings, remember, gpu).lower()
         for site, label in sites:
             chosen.setdefault(site, {})[label] = kernel
-    for kind in (LinearWCall, LinearA8Call, LinearW4A8Call):
+    for kind in _PRODUCTS:
         for node, _ in kind.find(program):
             _fuse_epilogue(program, node, kind)
     lower_kv_attentions(program)
@@ -66,9 +71,7 @@ def lower_to_gpu(program: Program, remember: Remember, gpu: Gpu | None = None) -
     return chosen
 
 
-def _fuse_epilogue(
-    program: Program, node: fx.Node, kind: type[LinearWCall] | type[LinearA8Call] | type[LinearW4A8Call]
-) -> None:
+def _fuse_epilogue(program: Program, node: fx.Node, kind: type[_Product]) -> None:
     """Fuse additions of the layer's shape that are its only consumers: a correction first, then a residual."""
     for take in (_low_rank, _residual):
         users = list(node.users)

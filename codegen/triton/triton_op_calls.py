@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+import qcompile.codegen.triton.triton_experts_op
+import qcompile.codegen.triton.triton_group_op
 import qcompile.codegen.triton.triton_ops
-import qcompile.codegen.triton.triton_w4a8_op  # noqa: F401  both register torch.ops.qcompile_triton
+import qcompile.codegen.triton.triton_w4a8_op  # noqa: F401  all register torch.ops.qcompile_triton
 from qcompile.ir.op_calls import OpCall, Operand
 
 
@@ -66,6 +68,53 @@ class LinearW4A8Call(OpCall):
     format: str
     columns: int
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LinearGroupCall(OpCall):
+    """qcompile_triton::linear_group, a linear layer with 4-bit weights and integer activations, scales of groups."""
+
+    target: ClassVar[Any] = torch.ops.qcompile_triton.linear_group.default
+
+    x: fx.Node
+    x_scale: fx.Node
+    packed: fx.Node
+    words: fx.Node
+    bias: Operand
+    residual: Operand
+    low: Operand
+    up: Operand
+    format: str
+    act: str
+    columns: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class CenteredCall(OpCall):
+    """qcompile_triton::centered, codes of activations less their zero points."""
+
+    target: ClassVar[Any] = torch.ops.qcompile_triton.centered.default
+
+    codes: fx.Node
+    zero: fx.Node
+    format: str
+
+
+@dataclass(frozen=True)
+class ExpertsWCall(OpCall):
+    """qcompile_triton::experts_w, rows sorted by expert times the weight of each row's expert, weight-only."""
+
+    target: ClassVar[Any] = torch.ops.qcompile_triton.experts_w.default
+
+    x: fx.Node
+    rows: Operand
+    ends: fx.Node
+    packed: fx.Node
+    scale: fx.Node
+    zero: Operand
+    format: str
+    columns: int
 
 
 @dataclass(frozen=True)

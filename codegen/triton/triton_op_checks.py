@@ -37,7 +37,7 @@ def check_linear_w(
     check.columns(columns)
     if not columns or x.ndim < 1 or not same_size(x.shape[-1], columns):
         check.refuse("x", x, f"float [.., K] with K = `columns` = {columns} above 0")
-    check.tensor("x", x, _of_kernels(x), x, "bfloat16 or float16")
+    check.tensor("x", x, kernel_dtypes(x), x, "bfloat16 or float16")
     padded = -(-columns // layout.block) * layout.block
     words = layout.words(columns)
     check.tensor("packed", packed, (layout.dtype,), x, f"{layout.dtype} [N, {words}] for K = {columns}", None, words)
@@ -52,7 +52,7 @@ def check_linear_w(
     if zero is not None:
         dtype = torch.uint8 if form.zero == "int" else torch.float32
         check.tensor("zero", zero, (dtype,), x, f"{dtype} [{groups}, {n}]", groups, n)
-    _check_epilogue(check, x, n, bias, residual, low, up)
+    check_epilogue(check, x, n, bias, residual, low, up)
     return layout
 
 
@@ -63,15 +63,15 @@ def check_linear_a8(
     """Arguments of qcompile_triton::linear_a8."""
     check = OpChecks("qcompile_triton::linear_a8")
     check.given(x=x, x_scale=x_scale, weight=weight, scale=scale)
-    if dtype not in _of_kernels(x):
+    if dtype not in kernel_dtypes(x):
         check.refuse("dtype", dtype, "bfloat16 or float16")
     if x.ndim < 1 or x.dtype not in _CODES or not x.shape[-1]:
         check.refuse("x", x, "int8 or float8_e4m3fn [.., K] with K above 0")
     n, k = weight.shape[0] if weight.ndim else 0, x.shape[-1]
     check.tensor("weight", weight, (x.dtype,), x, f"{x.dtype} [N, {k}]", None, k)
     check.tensor("scale", scale, (torch.float32,), x, f"float32 [{n}, 1]", n, 1)
-    _check_row_scale(check, x, x_scale)
-    _check_epilogue(check, x, n, bias, residual, low, up)
+    check_row_scale(check, x, x_scale)
+    check_epilogue(check, x, n, bias, residual, low, up)
 
 
 def check_linear_w4a8(
@@ -84,7 +84,7 @@ def check_linear_w4a8(
     layout = byte_layout_of(check.format("format", format))
     if layout is None:
         check.refuse("format", format, "int4 per channel, or with two-level scales in groups of 32, 64, 128, 256, ..")
-    if dtype not in _of_kernels(x):
+    if dtype not in kernel_dtypes(x):
         check.refuse("dtype", dtype, "bfloat16 or float16")
     check.columns(columns)
     if not columns or x.ndim < 1 or x.dtype != torch.int8 or not same_size(x.shape[-1], columns):
@@ -94,8 +94,8 @@ def check_linear_w4a8(
     n, groups = packed.shape[0], -(-padded // layout.group) if layout.group else 1
     check.tensor("steps", steps, (torch.int32,), x, f"int32 [{groups}, {n}]", groups, n)
     check.tensor("scale", scale, (torch.float32,), x, f"float32 [{n}, 1]", n, 1)
-    _check_row_scale(check, x, x_scale)
-    _check_epilogue(check, x, n, bias, residual, low, up)
+    check_row_scale(check, x, x_scale)
+    check_epilogue(check, x, n, bias, residual, low, up)
     return layout
 
 
@@ -112,13 +112,11 @@ def check_row_quant(
         raise ValueError(f"{check.op}: spec is {spec!r}: {error}") from None
     if not isinstance(fields, RowQuant):
         check.refuse("spec", spec, "one of row_quant")
-    if x.ndim < 1 or x.dtype not in _of_kernels(x) or not 0 < x.shape[-1] <= MAX_K:
+    if x.ndim < 1 or x.dtype not in kernel_dtypes(x) or not 0 < x.shape[-1] <= MAX_K:
         check.refuse("x", x, f"bfloat16 or float16 [.., K] with K up to {MAX_K}")
     k = x.shape[-1]
     if fields.hadamard and not same_size(k, fields.hadamard):
         check.refuse("x", x, f"[.., {fields.hadamard}], as the transform of {spec}")
-    if fields.codes == "int4" and k % 2:
-        check.refuse("x", x, "[.., K] with an even K, as two int4 codes share a byte")
     sides = padded(fields.left), fields.right
     needs = {
         "residual": (residual, fields.residual, x.shape), "gate": (gate, fields.first == "gate", x.shape),
@@ -134,7 +132,7 @@ def check_row_quant(
     return fields
 
 
-def _check_row_scale(check: OpChecks, x: Tensor, x_scale: Tensor) -> None:
+def check_row_scale(check: OpChecks, x: Tensor, x_scale: Tensor) -> None:
     """Scales of the codes x [.., K]: one a row, or one."""
     if x_scale.numel() == 1:
         check.tensor("x_scale", x_scale, (torch.float32,), x, "float32")
@@ -142,12 +140,12 @@ def _check_row_scale(check: OpChecks, x: Tensor, x_scale: Tensor) -> None:
         check.tensor("x_scale", x_scale, (torch.float32,), x, "float32 of one value, or [.., 1]", *x.shape[:-1], 1)
 
 
-def _of_kernels(x: Tensor) -> tuple[torch.dtype, ...]:
+def kernel_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
     """Dtypes of x and of results: those of the kernels on a GPU, any float where plain torch stands for them."""
     return tuple(NAMES) if x.is_cuda else FLOATS
 
 
-def _check_epilogue(
+def check_epilogue(
     check: OpChecks, x: Tensor, n: int, bias: Tensor | None, residual: Tensor | None, low: Tensor | None,
     up: Tensor | None,
 ) -> None:  # fmt: skip

@@ -19,7 +19,6 @@ from qcompile.codegen.triton.launch.gemm import linear_w as launch_linear_w
 from qcompile.codegen.triton.launch.gemm_plan import GemmPlan
 from qcompile.codegen.triton.launch.row_quant import RowQuantPlan, plan_row_quant, row_stride
 from qcompile.codegen.triton.triton_op_checks import check_linear_a8, check_linear_w, check_row_quant
-from qcompile.numerics.bit_packing import pack
 from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard
 from qcompile.numerics.qtensor import expand_groups
@@ -229,15 +228,19 @@ def _(
     width = fields.group or k
     groups = torch.unflatten(torch.nn.functional.pad(v, (0, -k % width)), -1, (-1, width))
     max_value = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}[fields.codes]
-    scale = groups.abs().amax(-1, keepdim=True) / max_value
+    low, high = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
+    scale = (high - low) / 15 if fields.zero else groups.abs().amax(-1, keepdim=True) / max_value
     scale = torch.where(scale <= 1e-30, torch.ones_like(scale), scale)
     scale = scale + (groups * 0.0).sum(-1, keepdim=True)  # NaN and Inf stay NaN
-    scaled = (groups / scale).flatten(-2)[..., :k]
+    scaled = groups / scale
     if fields.codes == "fp8":
         codes = scaled.clamp(-448, 448).to(torch.float8_e4m3fn)
+    elif fields.zero:
+        zero = (-low / scale).round().clamp(0, 15)
+        codes = ((scaled.round() + zero).clamp(0, 15) - zero).to(torch.int8)
     else:
         codes = scaled.round().clamp(-max_value - 1, max_value).to(torch.int8)
-        codes = pack(codes + 8, 4) if fields.codes == "int4" else codes
+    codes = codes.flatten(-2)[..., :k]
     return codes.clone(), scale.squeeze(-1).clone(), total, value
 
 
@@ -247,8 +250,8 @@ def _(
     smooth: Tensor | None, signs: Tensor | None, left: Tensor | None, right: Tensor | None, eps: float, spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     fields, k = check_row_quant(x, residual, gate, gain, shift, smooth, signs, left, right, spec), x.shape[-1]
-    code_dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}[fields.codes]
-    codes = x.new_empty((*x.shape[:-1], k // 2 if fields.codes == "int4" else k), dtype=code_dtype)
+    code_dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int8}[fields.codes]
+    codes = x.new_empty((*x.shape[:-1], k), dtype=code_dtype)
     groups = -(-k // fields.group) if fields.group else 1
     scale = x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
     total, value = (x.new_empty(x.shape if written else 0) for written in (fields.residual, fields.value))

@@ -42,11 +42,11 @@ def float_fallback_sites(
         return reasons
     for site in facts.sites:
         weight, act = formats_of(site, config, rules[site.name])
+        m, dtype = rows or rows_of(site.input)[0], site.node.meta["val"].dtype
         if site.kind == "experts":
-            reasons[site.name] = f"experts have no fast kernel yet: float is faster {_OVERRIDE}"
-            continue
-        m = rows or rows_of(site.input)[0]
-        choice = _choose(device, weight, str(act) if act else "", site.node.meta["val"].dtype, m, site.K, site.N)
+            choice = _choose_for_experts(device, weight, dtype)
+        else:
+            choice = _choose(device, weight, str(act) if act else "", dtype, m, site.K, site.N)
         if choice.slower_than_float:
             reasons[site.name] = f"{choice} at {_rows_label(site.input, rows)}: slower than float {_OVERRIDE}"
     return reasons
@@ -62,6 +62,16 @@ def _choose(
     from qcompile.codegen.triton.launch.gemm import gpu
 
     return choose_gpu_kernel(gpu(device), weight, act, dtype, m, k, n)
+
+
+def _choose_for_experts(device: torch.device | None, weight: Format, dtype: torch.dtype) -> KernelChoice:
+    """The kernel of routed rows times a stack of experts on a device; None is the CPU, which has none."""
+    if device is None:
+        return KernelChoice("dequantize, then a product for each expert", has_kernel=False)
+    from qcompile.codegen.triton.gpu_kernel_choice import choose_experts_kernel
+    from qcompile.codegen.triton.launch.gemm import gpu
+
+    return choose_experts_kernel(gpu(device), weight, dtype)
 
 
 def _rows_label(x: fx.Node, rows: int | None) -> str:

@@ -66,7 +66,17 @@ def test_a_recipe_that_quantizes_nothing_keeps_nothing_float():
     assert kept_float(three_layers(), Recipe("none", ()), None, None) == {}
 
 
-def test_stacks_of_experts_stay_float_on_a_gpu_too(on_stand_in):
+def test_stacks_of_experts_have_a_kernel_on_a_gpu_for_formats_of_integers(on_stand_in):
     program = capture(build("mixtral").bfloat16(), *widen_batch((), example("mixtral")))
     found = kept_float(program, Recipe("all", (Quantize(INT8, INT8), Fuse())), GPU, None)
-    assert found and all("experts" in name and "no fast kernel" in why for name, why in found.items())
+    assert not any("experts" in name for name in found)
+    found = kept_float(program, Recipe("fp8", (Quantize(Format("fp8"), Format("fp8")), Fuse())), GPU, None)
+    experts = [why for name, why in found.items() if "experts" in name]
+    assert experts and all("no kernel for fp8/row weights by float x" in why for why in experts)
+
+
+def test_stacks_of_experts_stay_float_on_a_cpu():
+    program = capture(build("mixtral").bfloat16(), *widen_batch((), example("mixtral")))
+    found = kept_float(program, Recipe("all", (Quantize(INT8, INT8), Fuse())), None, None)
+    experts = [why for name, why in found.items() if "experts" in name]
+    assert experts and all("a product for each expert at" in why for why in experts)

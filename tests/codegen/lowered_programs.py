@@ -12,7 +12,13 @@ import qcompile
 from qcompile.api.example_inputs import widen_batch
 from qcompile.codegen.triton.gpu_lowering import lower_to_gpu
 from qcompile.codegen.triton.kernels.parse_spec import parse
-from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearW4A8Call, LinearWCall, RowQuantCall
+from qcompile.codegen.triton.triton_op_calls import (
+    LinearA8Call,
+    LinearGroupCall,
+    LinearW4A8Call,
+    LinearWCall,
+    RowQuantCall,
+)
 from qcompile.ir.capture import capture
 from qcompile.ir.node_meta import WEIGHT
 from qcompile.ir.op_calls import OUR_OPS
@@ -55,7 +61,7 @@ def counts(program):
     for spec in row_quants(program):
         found.update(["row_quant", spec.first] + ["hadamard"] * bool(spec.hadamard))
         found.update(["sum"] * spec.residual + ["value"] * spec.value + ["smooth"] * spec.smooth)
-    for kind in (LinearWCall, LinearA8Call, LinearW4A8Call):
+    for kind in (LinearWCall, LinearA8Call, LinearW4A8Call, LinearGroupCall):
         name = kind.target._schema.name.partition("::")[2]
         for _, call in kind.find(program):
             found[name] += 1

@@ -20,7 +20,7 @@ def assembler(source, function):
 
 
 def evaluate(text, **operands):
-    """The word in $0 of and, or, xor, lop3 (0xea), shr, shl, add and mad.lo; `operands` as r1 for $1."""
+    """The word in $0 of and, or, xor, lop3 (0xea, 0x6a), shr, shl, add and mad.lo; `operands` as r1 for $1."""
     values = {f"${name[1:]}": np.asarray(value).astype(np.uint64) & MASK for name, value in operands.items()}
 
     def read(word):
@@ -36,8 +36,8 @@ def evaluate(text, **operands):
         if name == "mad":
             result = (a[0] * a[1] & MASK) + a[2]
         elif name == "lop3":
-            assert int(a[3]) == 0xEA, "(a & b) | c"
-            result = (a[0] & a[1]) | a[2]
+            assert int(a[3]) in (0xEA, 0x6A), "(a & b) | c, or (a & b) ^ c"
+            result = (a[0] & a[1]) | a[2] if int(a[3]) == 0xEA else (a[0] & a[1]) ^ a[2]
         else:
             result = {
                 "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "add": np.add,

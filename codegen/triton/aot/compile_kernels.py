@@ -19,6 +19,8 @@ from typing import Any
 
 from qcompile.codegen.triton.aot.main_loop import main_loop, programs_together
 from qcompile.codegen.triton.kernels.attention_spec import KVDecode, KVMerge, KVRead, KVWrite
+from qcompile.codegen.triton.kernels.experts_spec import GemmExperts
+from qcompile.codegen.triton.kernels.group_spec import GemmGroup
 from qcompile.codegen.triton.kernels.jit import kernel
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, KernelSpec, Pack, RowQuant, SumK
 from qcompile.codegen.triton.kernels.training_spec import ChangeCodes, RoundGradient, RoundValues
@@ -43,7 +45,7 @@ _ROUNDING_TYPES = (
     | dict(stream="*i32", beyond="*i64", groups="i32", count="i32")
 )  # of what only the kernels of training have
 
-_MULTIPLES = ("N", "K", "x_row", "gate_row", "capacity")  # sizes that 16 divides, as a rule
+_MULTIPLES = ("N", "K", "x_row", "gate_row", "capacity", "channels")  # sizes that 16 divides, as a rule
 _CACHE_TYPES = (
     dict.fromkeys(("keys", "values"), "*i16")
     | dict.fromkeys(("key_scales", "value_scales"), "*i32")
@@ -80,7 +82,7 @@ class KernelCost:
 
 def types_of(spec: KernelSpec) -> dict[str, str]:
     """Triton's type of every argument that a kernel of this spec may have."""
-    code_types = {"int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
+    code_types = {"int8": "*i8", "fp8": "*fp8e4nv", "int4": "*i8"}
     values, codes = f"*{spec.dtype}", getattr(spec, "codes", "")
     found = dict.fromkeys(("x", "residual", "total", "value", "gate", "bias", "low", "up", "out"), values)
     found |= dict.fromkeys(("scale", "x_scale", "gain", "shift", "smooth", "signs"), "*fp32")
@@ -93,6 +95,11 @@ def types_of(spec: KernelSpec) -> dict[str, str]:
     if isinstance(spec, GemmW4A8):
         found |= dict(x="*i8", steps="*i32")
         found |= dict(out="*i32") if spec.parts else {}
+    if isinstance(spec, GemmGroup):
+        found |= dict(x="*fp8e4nv" if spec.fp8 else "*i8", steps="*i64", groups="i32")
+        found |= dict(out="*fp32") if spec.parts else {}
+    if isinstance(spec, GemmExperts):
+        found |= dict(rows="*i64", ends="*i32", T="i32", experts="i32", channels="i32")
     if isinstance(spec, (KVDecode, KVMerge, KVRead, KVWrite)):
         new = "new_keys", "new_values", "read_keys", "read_values"
         found |= _CACHE_TYPES | dict.fromkeys(new, values)
@@ -192,13 +199,13 @@ def complaints(spec: KernelSpec, architecture: int, cost: KernelCost) -> list[st
     available = SHARED_MEMORY.get(architecture, min(SHARED_MEMORY.values()))
     if cost.shared > available:
         found.append(f"{cost.shared} bytes of shared memory; sm_{architecture} has {available}")
-    if isinstance(spec, (Gemm8, GemmW, GemmW4A8, KVDecode)):
+    if isinstance(spec, (Gemm8, GemmW, GemmW4A8, GemmGroup, KVDecode)):
         family = None if isinstance(spec, KVDecode) else {90: "wgmma"}.get(architecture)
         if not sum(cost.mma.values()):
             found.append("no tensor core instruction: the body is lost")
         elif family and not cost.mma.get(family):
             found.append(f"tensor cores by {', '.join(cost.mma)}, not by {family}")
-        if architecture == 90 and isinstance(spec, (GemmW, GemmW4A8)) and not cost.from_registers:
+        if architecture == 90 and isinstance(spec, (GemmW, GemmW4A8, GemmGroup)) and not cost.from_registers:
             found.append("the weights go through shared memory, not from registers to the tensor cores")
     elif cost.instructions < 40:
         found.append(f"{cost.instructions} instructions: the body is lost")

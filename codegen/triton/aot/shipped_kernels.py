@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from qcompile.codegen.triton.kernels.attention_spec import KVDecode, KVMerge, KVRead, KVWrite
+from qcompile.codegen.triton.kernels.experts_spec import GemmExperts
+from qcompile.codegen.triton.kernels.group_spec import GemmFp4Fp8, GemmGroup
 from qcompile.codegen.triton.kernels.kernel_support import has_format
 from qcompile.codegen.triton.kernels.spec import (
     Dequant,
@@ -48,20 +50,25 @@ class ShippedKernel:
         spec: what it computes.
         launch: its sizes.
         columns: K of a row (row_quant only).
+        experts: of a stack (gemm_experts only).
     """
 
     spec: KernelSpec
     launch: Launch
     columns: int = 0
+    experts: int = 0
 
     def __str__(self) -> str:
         launch = self.launch
         size = f"K={self.columns}" if self.columns else f"{launch.block_m}x{launch.block_n}"
+        size += f" {self.experts} experts" if self.experts else ""
         return f"{self.spec} {size} {launch.num_warps} warps {launch.num_stages} stages"
 
     @property
     def constants(self) -> dict[str, int]:
         """Constexpr arguments that are not in the launch."""
+        if self.experts:
+            return {"EXPERTS": 1 << self.experts.bit_length()}
         return {"BLOCK": 1 << (self.columns - 1).bit_length()} if self.columns else {}
 
 
@@ -85,10 +92,13 @@ def _all(architecture: int) -> Iterator[ShippedKernel]:
         if has_format(codes, capability):
             yield from _quantized_activations(codes, capability)
     yield from _w4a8(capability)
+    yield from _experts(capability)
+    yield from _groups(capability)
+    if has_format("fp8", capability):
+        yield from _fp4_by_fp8(capability)
     yield from _cached_attention()
     yield ShippedKernel(SumK("bf16", bias=True, residual=True), launch_of(SumK()))
-    int4 = RowQuant("bf16", first="rms", group=128, codes="int4")
-    yield ShippedKernel(int4, Launch(1, 1, num_warps(int4, 4096), 1), 4096)
+    yield from _int4_rows(capability)
     for rounding in (RoundGradient(stochastic=True), RoundGradient(), RoundValues()):
         yield ShippedKernel(rounding, launch_of(rounding))
     for decay in (False, True):
@@ -132,6 +142,70 @@ def _w4a8(capability: tuple[int, int]) -> Iterator[ShippedKernel]:
     yield ShippedKernel(pack, launch_of(pack))
 
 
+def _experts(capability: tuple[int, int]) -> Iterator[ShippedKernel]:
+    fields = WeightFields(bits=4, group=128, zero="int", chunk=32, paired=True, ragged=False)
+    of_rows = WeightFields(bits=8, group=0, zero="none", chunk=64, paired=False, ragged=False)
+    for m in M_REGIMES:
+        for gather in (True, False):
+            spec = place_scales(GemmExperts("bf16", **fields, gather=gather), m, capability)
+            yield ShippedKernel(spec, launch_of(spec, m, capability), experts=8)
+    for spec in (
+        GemmExperts("bf16", **of_rows, gather=True),
+        GemmExperts("bf16", **fields | {"ragged": True}),
+        GemmExperts("fp16", group=32, zero="int", gather=True),
+    ):
+        yield ShippedKernel(spec, launch_of(spec, 16, capability), experts=8)
+    many = GemmExperts("bf16", **fields, gather=True)
+    yield ShippedKernel(many, launch_of(many, 16, capability), experts=128)
+
+
+def _groups(capability: tuple[int, int]) -> Iterator[ShippedKernel]:
+    for m in M_REGIMES:
+        for spec in (GemmGroup(), GemmGroup(zero=True), GemmGroup(zero=True, act="group")):
+            yield ShippedKernel(spec, launch_of(spec, m, capability))
+    for spec in (
+        GemmGroup(zero=True, bias=True, residual=True, low_rank=32),
+        GemmGroup(zero=True, act="group", residual=True),
+    ):
+        yield ShippedKernel(spec, launch_of(spec, 128, capability))
+    for spec in (
+        GemmGroup(zero=True, act="group", parts=True),
+        GemmGroup(group=64, zero=True, act="group"),
+        GemmGroup(group=32, chunk=32, zero=True, act="group", ragged=True),
+        GemmGroup(group=32, chunk=32),
+        GemmGroup(ragged=True),
+    ):
+        yield ShippedKernel(spec, launch_of(spec, 32, capability))
+
+
+def _fp4_by_fp8(capability: tuple[int, int]) -> Iterator[ShippedKernel]:
+    for m in M_REGIMES:
+        yield ShippedKernel(GemmFp4Fp8(), launch_of(GemmFp4Fp8(), m, capability))
+    for spec in (
+        GemmFp4Fp8(parts=True),
+        GemmFp4Fp8(ragged=True),
+        GemmFp4Fp8(group=32, chunk=32),
+        GemmFp4Fp8(act="group"),
+        GemmFp4Fp8(bias=True, residual=True, low_rank=32),
+    ):
+        yield ShippedKernel(spec, launch_of(spec, 32, capability))
+    correction = GemmFp4Fp8(residual=True, low_rank=8)
+    yield ShippedKernel(correction, launch_of(correction, 128, capability))
+
+
+def _int4_rows(capability: tuple[int, int]) -> Iterator[ShippedKernel]:
+    for quantize, columns in (
+        (RowQuant("bf16", codes="int4"), 4096),
+        (RowQuant("bf16", first="rms", group=128, codes="int4"), 4096),
+        (RowQuant("bf16", first="rms", group=128, codes="int4", zero=True), 4096),
+        (RowQuant("bf16", first="rms", hadamard=4096, group=128, codes="int4"), 4096),
+        (RowQuant("bf16", first="gate", hadamard=14336, group=128, codes="int4"), 14336),
+        (RowQuant("bf16", first="gate", hadamard=14336, group=128, codes="int4", zero=True), 14336),
+    ):
+        if not quantize.hadamard or fuses_hadamard(quantize.hadamard, capability, quantize.group):
+            yield ShippedKernel(quantize, Launch(1, 1, num_warps(quantize, columns), 1), columns)
+
+
 def _cached_attention() -> Iterator[ShippedKernel]:
     for decode in (
         KVDecode(heads=4),
@@ -157,7 +231,8 @@ def _quantized_activations(codes: GemmCodes, capability: tuple[int, int]) -> Ite
         yield ShippedKernel(Gemm8("bf16", codes), launch_of(Gemm8(), m, capability))
     for spec in (Gemm8("bf16", codes, parts=True), Gemm8("bf16", codes, bias=True, residual=True, low_rank=32)):
         yield ShippedKernel(spec, launch_of(Gemm8(), 16, capability))
-    yield ShippedKernel(SumK("bf16", codes), launch_of(SumK()))
+    for sums in (SumK("bf16", codes), SumK("bf16", codes, low_rank=32)):
+        yield ShippedKernel(sums, launch_of(sums))
     for quantize, columns in (
         (RowQuant("bf16", codes=codes), 4096),
         (RowQuant("bf16", first="rms", codes=codes), 4096),

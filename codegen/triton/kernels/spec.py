@@ -156,7 +156,7 @@ class Gemm8(KernelSpec):
         parts: split-K, as in GemmW.
         bias: as in GemmW.
         residual: as in GemmW.
-        low_rank: as in GemmW, not with split-K.
+        low_rank: as in GemmW; with split-K it is sum_k's, as the partial sums are integers or lack their scales.
     """
 
     template: ClassVar[str] = "gemm_a8"
@@ -172,18 +172,21 @@ class Gemm8(KernelSpec):
         super().__post_init__()
         if self.parts and (self.bias or self.residual or self.low_rank):
             raise ValueError(
-                f"{self}: with split-K (parts) the partial sums are integers: sum_k adds the bias and the residual, "
-                "and low_rank needs a whole sum"
+                f"{self}: with split-K (parts) the partial sums have no scales yet: "
+                "sum_k adds bias, residual and low_rank"
             )
 
 
 @dataclass(frozen=True)
 class SumK(KernelSpec):
-    """out = partial sums of a split-K GEMM, in order, [times the scales of gemm_a8] [+ bias] [+ residual].
+    """out = partial sums of a split-K GEMM, in order, [times the scales of gemm_a8] [+ low up^T] [+ bias] [+ residual].
 
     Attributes:
         codes: of the GEMM: "" for gemm_w, int8 (its sums are int32) or fp8.
         act: as in Gemm8.
+        bias: as in GemmW.
+        residual: as in GemmW.
+        low_rank: as in GemmW, of GEMMs whose parts have no scales yet.
     """
 
     template: ClassVar[str] = "sum_k"
@@ -191,6 +194,7 @@ class SumK(KernelSpec):
     act: ActScales = "row"
     bias: bool = False
     residual: bool = False
+    low_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -203,8 +207,9 @@ class RowQuant(KernelSpec):
         value: the result of norm or gate is written too, for other consumers; the codes are the same without.
         smooth: divide by smooth [K].
         hadamard: K of an online Hadamard transform, 0 without.
-        codes: int8, fp8 (e4m3) or int4 (two in a byte, even column low, stored plus 8).
+        codes: int8, fp8 (e4m3) or int4, a byte each.
         group: columns that share a scale, a power of two; 0 is a per-token scale.
+        zero: int4 codes with integer zero points, which are written less those: -15 .. 15.
     """
 
     template: ClassVar[str] = "row_quant"
@@ -215,11 +220,14 @@ class RowQuant(KernelSpec):
     hadamard: int = 0
     codes: Literal["int8", "fp8", "int4"] = "int8"
     group: int = 0
+    zero: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hadamard and (self.group or hadamard_factors(self.hadamard) is None or self.right < 16):
-            raise ValueError(f"{self}: a Hadamard transform of a size k 2^m with m of at least 4, and one scale a row")
+        if self.hadamard and (hadamard_factors(self.hadamard) is None or self.right < 16):
+            raise ValueError(f"{self}: a Hadamard transform of a size k 2^m with m of at least 4")
+        if self.zero and self.codes != "int4":
+            raise ValueError(f"{self}: {self.codes} codes with zero points; less those, int4 codes fit a byte")
         if self.group & (self.group - 1):
             raise ValueError(f"{self}: groups of {self.group}; a power of two")
         if self.value and self.first == "none":

@@ -28,7 +28,7 @@ class GemmW4A8(KernelSpec):
         parts: split-K, as in Gemm8: the partial sums are int32.
         bias: as in GemmW.
         residual: as in GemmW.
-        low_rank: as in GemmW, not with split-K.
+        low_rank: as in Gemm8.
     """
 
     template: ClassVar[str] = "gemm_w4a8"
@@ -49,8 +49,8 @@ class GemmW4A8(KernelSpec):
             raise ValueError(f"{self}: groups of {self.group} and blocks of {self.block} columns cross each other")
         if self.parts and (self.bias or self.residual or self.low_rank):
             raise ValueError(
-                f"{self}: with split-K (parts) the partial sums are integers: sum_k adds the bias and the residual, "
-                "and low_rank needs a whole sum"
+                f"{self}: with split-K (parts) the partial sums have no scales yet: "
+                "sum_k adds bias, residual and low_rank"
             )
 
     @property

@@ -74,8 +74,9 @@ def plan_weight_only(gpu: Gpu, spec: GemmW, m: int, n: int, k: int, launch: Laun
     spec = place_scales(spec, m, gpu.capability)
     launch, blocks = launch or launch_for(gpu, spec, n, k, m), -(-k // spec.block)
     split_k = min(blocks, split_k_of(m, n, -(-k // 128), spec.bits, 2, launch, gpu.multiprocessors))
+    part = dataclasses.replace(spec, parts=True, bias=False, residual=False)
     sums = SumK(spec.dtype, bias=spec.bias, residual=spec.residual)
-    return _plan(spec, sums, launch, split_k, m, n, torch.float32, K=k, blocks=blocks, each=-(-blocks // split_k))
+    return _plan(spec, part, sums, launch, split_k, m, n, torch.float32, K=k, blocks=blocks, each=-(-blocks // split_k))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -83,20 +84,21 @@ def plan_8_bit(gpu: Gpu, spec: Gemm8, m: int, n: int, k: int) -> GemmPlan:
     """The launches of a linear layer with 8-bit codes on both sides; arguments as of plan_weight_only."""
     spec = dataclasses.replace(spec, ragged=k % Launch.block_k != 0)
     launch = launch_for(gpu, spec, n, k, m)
-    split_k = 1 if spec.low_rank else split_k_of(m, n, -(-k // 128), 8, 1, launch, gpu.multiprocessors)
+    split_k = split_k_of(m, n, -(-k // 128), 8, 1, launch, gpu.multiprocessors)
     columns = -(-k // (split_k * launch.block_k)) * launch.block_k
-    sums = SumK(spec.dtype, spec.codes, spec.act, spec.bias, spec.residual)
+    part = dataclasses.replace(spec, parts=True, bias=False, residual=False, low_rank=0)
+    sums = SumK(spec.dtype, spec.codes, spec.act, spec.bias, spec.residual, spec.low_rank)
     sum_dtype = torch.int32 if spec.codes == "int8" else torch.float32
-    return _plan(spec, sums, launch, split_k, m, n, sum_dtype, K=k, each=columns)
+    return _plan(spec, part, sums, launch, split_k, m, n, sum_dtype, K=k, each=columns)
 
 
 def _plan(
-    spec: GemmW | Gemm8, sums: SumK, launch: Launch, split_k: int, m: int, n: int, sum_dtype: torch.dtype, **sizes: int
-) -> GemmPlan:
+    spec: GemmW | Gemm8, part: GemmW | Gemm8, sums: SumK, launch: Launch, split_k: int, m: int, n: int,
+    sum_dtype: torch.dtype, **sizes: int,
+) -> GemmPlan:  # fmt: skip
     tiles = tiles_of(m, n, launch)
     if split_k == 1:
         return GemmPlan(KernelCall(spec, launch, (tiles,), M=m, N=n, **sizes), 1, sum_dtype, None)
-    part = dataclasses.replace(spec, parts=True, bias=False, residual=False)
     gemm = KernelCall(part, launch, (tiles, split_k), M=m, N=n, **sizes)
     return GemmPlan(gemm, split_k, sum_dtype, call_of_sum_k(sums, split_k, m, n))
 

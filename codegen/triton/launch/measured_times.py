@@ -46,6 +46,11 @@ def w4a8_name(group: int, dtype: str) -> str:
     return f"int4 weights, {f'groups of {group}' if group else 'rows'}, int8 x, {dtype} out"
 
 
+def group_name(codes: str, group: int, act: str, dtype: str) -> str:
+    """The name of linear layers with int4 or fp4 weights in groups (0: rows), and an output in `dtype`."""
+    return f"{codes} weights, {f'groups of {group}' if group else 'rows'}, x in {act}, {dtype} out"
+
+
 def m_bucket(m: int) -> int:
     """The measured M that stands for this one."""
     return next((limit for limit in M_BUCKETS if m <= limit), M_BUCKETS[-1])

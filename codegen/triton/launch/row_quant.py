@@ -14,7 +14,7 @@ from qcompile.codegen.triton.launch.kernel_call import KernelCall
 from qcompile.codegen.triton.launch.tiles import Launch
 from qcompile.numerics.hadamard import hadamard_factors, hadamard_matrix
 
-_CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
+_CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int8}
 MAX_K = 32768  # values of a row that one program keeps in registers
 
 
@@ -23,7 +23,7 @@ TENSORS = ("x", "residual", "gate", "gain", "shift", "smooth", "signs", "left", 
 """Names of the kernel's tensors, in the order in which plans take them; the last four are results."""
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
-"""codes [.., K] (int4: uint8 [.., K / 2]), scale [.., groups] float32, total and value [.., K] or empty."""
+"""codes [.., K], scale [.., groups] float32, total and value [.., K] or empty."""
 
 
 class RowQuantLaunch(KernelCall):
@@ -48,7 +48,7 @@ class RowQuantPlan(NamedTuple):
         x, spec = tensors[0], self.spec
         assert x is not None
         *lead, k = x.shape
-        codes = x.new_empty(*lead, k // 2 if spec.codes == "int4" else k, dtype=_CODE_DTYPES[spec.codes])
+        codes = x.new_empty(*lead, k, dtype=_CODE_DTYPES[spec.codes])
         scale = x.new_empty(*lead, -(-k // spec.group) if spec.group else 1, dtype=torch.float32)
         total, value = (x.new_empty(x.shape if written else 0) for written in (spec.residual, spec.value))
         if self.call is not None:
@@ -85,7 +85,7 @@ def plan_row_quant(spec: RowQuant, m: int, k: int, eps: float, x_row: int = 0, g
     if not m:
         return RowQuantPlan(spec, None)
     launch = Launch(1, 1, num_warps(spec, k), 1)
-    sizes = dict(K=k, x_row=x_row or k, gate_row=gate_row or k, BLOCK=1 << (k - 1).bit_length())
+    sizes = dict(K=k, x_row=x_row or k, gate_row=gate_row or k, BLOCK=max(spec.group, 1 << (k - 1).bit_length()))
     return RowQuantPlan(spec, RowQuantLaunch(spec, launch, (m,), eps=eps, **sizes))
 
 
@@ -115,16 +115,21 @@ def num_warps(spec: RowQuant, k: int) -> int:
     return max(1, min(32, 1 << (k // each).bit_length() - 1)) if k >= each else 1
 
 
-def fuses_hadamard(n: int, capability: tuple[int, int]) -> bool:
+def fuses_hadamard(n: int, capability: tuple[int, int], group: int = 0) -> bool:
     """Whether a transform of n channels fits into row_quant on a GPU: into the registers of one program.
 
     On sm_100 triton 3.6 fails on its matmuls.
+
+    Args:
+        n: channels.
+        capability: of the GPU.
+        group: columns that share a scale, a power of two, which the tile must hold; 0 is a row.
     """
     split = hadamard_factors(n)
     if split is None or split[1] < 4 or capability >= (10, 0):
         return False
     spec = RowQuant(hadamard=n)
-    return padded(spec.left) * spec.right <= (16384 if capability >= (9, 0) else 8192)
+    return group <= padded(spec.left) * spec.right <= (16384 if capability >= (9, 0) else 8192)
 
 
 def transform_matrices(spec: RowQuant, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from qcompile.codegen.triton.kernels.group_spec import GemmGroup
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, KernelSpec
 from qcompile.codegen.triton.kernels.w4a8_spec import GemmW4A8
 
@@ -43,14 +44,25 @@ class Launch:
         return {name: size for name, size in known.items() if name in names}
 
 
+_WEIGHT_ONLY = {
+    16: Launch(16, 128, 4, 4),
+    32: Launch(32, 128, 4, 4),
+    64: Launch(64, 128, 8, 3),
+    128: Launch(128, 128, 8, 3),
+    256: Launch(128, 256, 8, 3),
+}
+_GROUPS = {
+    16: Launch(16, 128, 4, 4),
+    32: Launch(32, 128, 4, 4),
+    64: Launch(64, 128, 4, 3),
+    128: Launch(64, 256, 8, 3),
+    256: Launch(64, 256, 8, 3),
+}
 TABLE: dict[str, dict[int, Launch]] = {
-    "gemm_w": {
-        16: Launch(16, 128, 4, 4),
-        32: Launch(32, 128, 4, 4),
-        64: Launch(64, 128, 8, 3),
-        128: Launch(128, 128, 8, 3),
-        256: Launch(128, 256, 8, 3),
-    },
+    "gemm_w": _WEIGHT_ONLY,
+    "gemm_experts": _WEIGHT_ONLY,
+    "gemm_group": _GROUPS,
+    "gemm_fp4_fp8": _GROUPS,
     "gemm_a8": {
         16: Launch(16, 64, 4, 4),
         32: Launch(32, 64, 4, 4),
@@ -90,10 +102,25 @@ def launch_of(spec: KernelSpec, m: int = 1, capability: tuple[int, int] = (9, 0)
     if isinstance(spec, GemmW) and (capability >= (10, 0) or spec.bits < 4 and m <= 32):
         # of larger tiles triton 3.6 loses the body (sm_100), or spills registers
         return Launch(m_regime(m), 64, 4, 4) if m <= 32 else Launch(64, 64, 4, 3)
+    if isinstance(spec, GemmGroup):
+        return table[min(m_regime(m), _most_rows(spec, capability))]
     if not isinstance(spec, (GemmW, Gemm8, GemmW4A8)):
         return next(iter(table.values()))
     regime = m_regime(m)
     return table[regime if regime < 256 or _takes_wide_tiles(spec, capability) else 128]
+
+
+def _most_rows(spec: GemmGroup, capability: tuple[int, int]) -> int:
+    """The largest entry of gemm_group's table whose tile fits into the registers.
+
+    Integer sums of a group stand beside the float32 sums, and every column of a tile has a scale of x where that has
+    groups.
+    """
+    if spec.act == "group":
+        return 16 if spec.group < 128 else 64 if capability == (9, 0) and not spec.ragged else 32
+    if spec.ragged or spec.group < 128 or (spec.low_rank and capability >= (10, 0)):
+        return 32
+    return M_REGIMES[-1]
 
 
 def _takes_wide_tiles(spec: GemmW | Gemm8 | GemmW4A8, capability: tuple[int, int]) -> bool:

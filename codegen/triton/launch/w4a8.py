@@ -115,13 +115,13 @@ def plan_w4a8(gpu: Gpu, spec: GemmW4A8, m: int, n: int, k: int, split_k: int = 0
     """
     launch, blocks = launch_of(spec, _tile_rows(m, spec.low_rank), gpu.capability), -(-k // spec.block)
     split_k = split_k or split_k_of(m, n, -(-k // 128), 4, 1, launch, gpu.multiprocessors)
-    split_k = 1 if spec.low_rank else min(blocks, split_k)
+    split_k = min(blocks, split_k)
     tiles, sizes = tiles_of(m, n, launch), dict(M=m, N=n, K=k, blocks=blocks)
     if split_k == 1:
         return GemmPlan(KernelCall(spec, launch, (tiles,), **sizes), 1, torch.int32, None)
-    part = dataclasses.replace(spec, parts=True, bias=False, residual=False)
+    part = dataclasses.replace(spec, parts=True, bias=False, residual=False, low_rank=0)
     gemm = KernelCall(part, launch, (tiles, split_k), each=-(-blocks // split_k), **sizes)
-    sums = SumK(spec.dtype, "int8", spec.act, spec.bias, spec.residual)
+    sums = SumK(spec.dtype, "int8", spec.act, spec.bias, spec.residual, spec.low_rank)
     return GemmPlan(gemm, split_k, torch.int32, call_of_sum_k(sums, split_k, m, n))
 
 

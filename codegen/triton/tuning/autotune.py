@@ -18,6 +18,7 @@ from qcompile.codegen.triton.launch.gemm import Epilogue, linear_a8, linear_w
 from qcompile.codegen.triton.launch.measured_times import (
     Variant,
     a8_name,
+    group_name,
     m_bucket,
     remember_times,
     w4a8_name,
@@ -30,6 +31,7 @@ from qcompile.codegen.triton.launch.tuning_cache import key, remember_launch
 from qcompile.codegen.triton.tuning.baselines import INT4, WeightCopies, cold_copy, random_packed_weight
 from qcompile.codegen.triton.tuning.gemm_benchmark import MAX_SPREAD, Timed, copies_of, interleaved
 from qcompile.codegen.triton.tuning.gpu_timer import TimedGpu
+from qcompile.codegen.triton.tuning.group_variants import group_call
 from qcompile.codegen.triton.tuning.launch_candidates import (
     FindProblems,
     candidates,
@@ -140,6 +142,9 @@ def measure_variants(
             operator = operator_for(form, act, torch.bfloat16, timed_gpu.gpu.capability)
             if operator == "linear_w4a8":
                 layer, calls = w4a8_name(form.group, "bf16"), Calls({"kernel": w4a8_call(weights, form, m)})
+            elif operator == "linear_group":
+                layer = group_name(form.dtype, form.group, act, "bf16")
+                calls = Calls({"kernel": group_call(weights, form, Format.parse(act), m)})
             else:
                 layer, calls = _a8_variants(weights, form, m) if act else _weight_only_variants(weights, form, m)
             x = weights.normal(m, k).bfloat16()

@@ -13,10 +13,13 @@ import torch
 
 fake = fake_driver.install(int(sys.argv[1]))
 
+from qcompile.codegen.triton.kernels.group_layout import group_layout_of  # noqa: E402
 from qcompile.codegen.triton.kernels.kernel_support import has_format  # noqa: E402
 from qcompile.codegen.triton.kernels.spec import RowQuant  # noqa: E402
 from qcompile.codegen.triton.kernels.weight_layout import layout_of  # noqa: E402
+from qcompile.codegen.triton.launch.experts import linear_experts, prepare_experts  # noqa: E402
 from qcompile.codegen.triton.launch.gemm import Epilogue, PackedWeight, dequantize, linear_a8, linear_w  # noqa: E402
+from qcompile.codegen.triton.launch.group_gemm import GroupWeight, linear_group, prepare_group  # noqa: E402
 from qcompile.codegen.triton.launch.pack_weights import prepare  # noqa: E402
 from qcompile.codegen.triton.launch.row_quant import row_quant  # noqa: E402
 from qcompile.numerics.format import Format  # noqa: E402
@@ -51,6 +54,32 @@ def eight_bit():
                     linear_a8(x, x_scale, weight, scale, epilogue, torch.bfloat16)
 
 
+def groups():
+    pairs = [("int4/group128/zero", "int4/group128"), ("int4/group64", "int4/row"), ("fp4/group128/m2", "fp8/row")]
+    for text, act in pairs[: 3 if has_format("fp8", CAPABILITY) else 2]:
+        form, of_x = Format.parse(text), Format.parse(act)
+        codes = torch.float8_e4m3fn if of_x.is_float else torch.int8
+        parts = prepare_group(*quantize_tensor(torch.randn(N, K), form).stored_parts, form, of_x, K)
+        weight = GroupWeight(*parts, group_layout_of(form, of_x), K)
+        for m in ROWS:
+            residual = torch.randn(m, N).bfloat16()
+            for epilogue in (Epilogue(), Epilogue(residual[0], residual)):
+                x, x_scale = torch.ones(m, K).to(codes), torch.rand(m, of_x.groups(K))
+                linear_group(x, x_scale, weight, epilogue, of_x, torch.bfloat16)
+
+
+def experts():
+    for text, count in (("int4/group128/zero", 8), ("int8/row", 1)):
+        for k in (128, K):
+            form = Format.parse(text)
+            q = quantize_tensor(torch.randn(count, N, k), form)
+            weight = PackedWeight(*prepare_experts(*q.stored_parts, form, k, torch.bfloat16), layout_of(form), k)
+            for m in ROWS:
+                x, ends = torch.randn(m, k).bfloat16(), torch.full((count,), m, dtype=torch.int32)
+                linear_experts(x, None, ends, weight)
+                linear_experts(x, torch.zeros(2 * m, dtype=torch.int64), ends, weight)
+
+
 def rows():
     codes = [codes for codes in ("int8", "fp8", "int4") if codes == "int4" or has_format(codes, CAPABILITY)]
     for code, m in ((code, m) for code in codes for m in (1, 16)):
@@ -60,7 +89,7 @@ def rows():
         row_quant(RowQuant("bf16", "gate", codes=code, group=128), x, gate=x)
 
 
-for part in (weight_only, eight_bit, rows):
+for part in (weight_only, eight_bit, groups, experts, rows):
     part()
 for launch in fake.launches:
     print(json.dumps([launch.name, launch.grid, launch.shared, launch.signature]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qcompile.codegen.triton.gpu_kernel_choice import NO_KERNEL, choose_gpu_kernel
+from qcompile.codegen.triton.gpu_kernel_choice import choose_gpu_kernel, without_kernel
 from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.launch.measured_times import a8_name, remember_times
 from qcompile.numerics.format import Format
@@ -29,5 +29,13 @@ def test_a_measured_kernel_below_the_floor_is_slower():
 
 def test_a_format_without_a_kernel_is_slower_at_any_m():
     for m in (1, 4096):
-        assert choose_gpu_kernel(Gpu(), Format.parse("fp4/group32"), "", torch.bfloat16, m, 64, 32) is NO_KERNEL
-    assert NO_KERNEL.slower_than_float
+        choice = choose_gpu_kernel(Gpu(), Format.parse("fp4/group32"), "", torch.bfloat16, m, 64, 32)
+        assert str(choice) == "dequantize, then cuBLAS (no kernel for fp4/group32 weights by float x)"
+        assert choice.slower_than_float and not choice.has_kernel
+    assert without_kernel("why").slower_than_float
+
+
+def test_groups_and_who_quantizes_x():
+    for act, says in (("int4/group128", ""), ("int4/group128/smooth", ", x to int4/group128/smooth by PyTorch")):
+        choice = choose_gpu_kernel(Gpu(), Format.parse("int4/group128/zero"), act, torch.bfloat16, 8, 128, 32)
+        assert str(choice) == f"gemm_group{says} (not measured on this GPU)"

@@ -15,14 +15,11 @@ from qcompile.numerics.format import Format
 from qcompile.passes import Fuse, LoRC, Quantize
 from qcompile.pipeline.run import run
 from qcompile.recipe.recipe import Recipe
+from qcompile.recipe.rule import Rule
 
 INT4 = Format.parse("int4/group128/zero")
 FAST = ("llama", "gpt2", "bert")
-MODELS = [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-    for name in ZOO
-    if name not in ("mixtral", "qwen2_moe")  # experts have no kernel yet
-]
+MODELS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
 
 
 @pytest.mark.parametrize("recipe", ["int8", "w4a16"])
@@ -46,6 +43,16 @@ def test_models_compute_the_same(name, recipe):
         ("llama", "w4a16", dict(linear_w=9, residual=4)),
         ("gpt2", "w4a8", dict(row_quant=8, layer=4, none=4, linear_w4a8=8, linear_w=1, residual=4)),
         ("llama", "fp8", dict(row_quant=8, rms=4, gate=2, none=2, linear_a8=8, linear_w=1, residual=4)),
+        # int4 codes by int4 or int8 ones, with scales of groups of the weights, and of x
+        *(("llama", recipe, dict(row_quant=8, rms=4, gate=2, none=2, hadamard=2, linear_group=8, linear_w=1,
+                                 residual=4)) for recipe in ("w4a4-rrs", "w4a4-groups", "w4a4-rotated")),
+        ("llama", "w4a4", dict(row_quant=8, rms=4, gate=2, none=2, linear_group=8, linear_w=1, residual=4)),
+        ("llama", "w4a8-lorc", dict(
+            row_quant=8, rms=4, value=6, gate=2, none=2, linear_group=14, linear_w=1, up=15, residual=4)),
+        ("llama", "fp4-fp8", dict(
+            row_quant=8, rms=4, value=6, gate=2, none=2, linear_group=14, linear_w=1, up=15, residual=4)),
+        # a statistic of the whole sequence, which no kernel of rows has
+        ("llama", "w4a4-rrs-sequence", dict(dialect=8, linear_group=8, linear_w=1, residual=4)),
         # scales of 16 bits become float32 for the kernels
         ("llama", "serve-fp8", dict(row_quant=8, rms=4, gate=2, none=2, linear_a8=8, residual=4)),
         # norms behind the sums: what is quantized is read by the sum too, so the kernel writes both
@@ -69,7 +76,8 @@ def test_formats_without_a_kernel_are_dequantized():
     fp4 = Format.parse("fp4/group32")
     recipe = Recipe("fp4", (Quantize(fp4, None, lm_head=fp4), Fuse()))
     program, found, inputs, chosen = lowered(build("llama").half(), example("llama"), recipe)
-    assert {label for by_rows in chosen.values() for label in by_rows.values()} == {"dequantize, then cuBLAS"}
+    says = "dequantize, then cuBLAS (no kernel for fp4/group32 weights by float x)"
+    assert {label for by_rows in chosen.values() for label in by_rows.values()} == {says}
     assert torch.allclose(program(*inputs)[0].float(), found(*inputs)[0].float(), atol=2e-3)
 
 
@@ -98,9 +106,38 @@ def test_4_bit_codes_by_int8_stay_packed(form, operator, kernel):
     assert {t.dtype for t in packed} <= {torch.uint8}
 
 
+def test_codes_that_something_else_reads_keep_their_zero_points():
+    """A site whose weight no kernel multiplies by them reads codes and zero points of the same quantize."""
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.a(x), self.b(x)
+
+    act, x = Format.parse("int4/group64/zero"), torch.randn(3, 64).half()
+    other = Rule("b.weight", weight=Format.parse("int8/group64"), act=act)
+    int4 = Format.parse("int4/group64")
+    recipe = Recipe("two", (Quantize(int4, act, lm_head=int4, lm_head_act=act), Fuse()), (other,))
+    program, found = lowered_module(Two(), x, recipe)
+    assert counts(found) == dict(linear_group=1, dialect=1)
+    for got, want in zip(found(x), program(x), strict=True):
+        assert torch.allclose(got, want, atol=2e-2)
+
+
 def test_fp8_matmuls_need_a_gpu_that_has_them():
     found = lowered(build("llama").half(), example("llama"), "fp8", gpu=Gpu(capability=(8, 0)))[1]
     assert counts(found) == dict(dialect=8, linear_w=1)  # nor casts to it
+
+
+def test_fp4_by_fp8_needs_one_too_and_the_report_says_so():
+    _, found, _, chosen = lowered(build("llama").half(), example("llama"), "fp4-fp8", gpu=Gpu(capability=(8, 6)))
+    assert "linear_group" not in counts(found)
+    assert "dequantize, then cuBLAS (needs sm_89, this is sm_86)" in str(chosen)
+    _, found, _, chosen = lowered(build("llama").half(), example("llama"), "fp4-fp8", gpu=Gpu(capability=(8, 9)))
+    assert counts(found)["linear_group"] == 14 and "gemm_fp4_fp8 (not measured on this GPU)" in str(chosen)
 
 
 def test_another_consumer_keeps_its_value():

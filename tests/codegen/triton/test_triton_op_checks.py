@@ -62,12 +62,12 @@ def test_real_and_fake_versions_take_and_refuse_the_same(op, rows, text, kind, w
         assert real.shape == fake.shape and real.dtype == fake.dtype
 
 
-def test_specs_of_other_kernels_and_odd_columns_are_refused():
+def test_specs_of_other_kernels_and_columns_are_refused():
     x = torch.randn(2, 63).half()
     for spec, says in (
         ("sum_k/fp16", "spec is 'sum_k/fp16'"),
         ("row_quant/fp16/nonsense=1", "spec is 'row_quant/fp16/nonsense=1'"),
-        ("row_quant/fp16/codes=int4", "with an even K"),
+        ("row_quant/fp16/hadamard=64", "\\[.., 64\\], as the transform"),
     ):
         with pytest.raises(ValueError, match=f"qcompile_triton::row_quant: .*{says}|{says}"):
             triton_op_checks.check_row_quant(x, None, None, None, None, None, None, None, None, spec)

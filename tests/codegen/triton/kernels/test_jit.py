@@ -35,8 +35,10 @@ def test_the_jit_compiles_every_launch_for_the_sizes_that_it_specializes(archite
     assert done.returncode == 0, done.stderr[-2000:]
     launches = [json.loads(line) for line in done.stdout.splitlines()]
     by_name = collections.Counter(name for name, *_ in launches)
-    assert by_name["pack"] == 6 and by_name["dequant"] == 6 and by_name["gemm_w"] == 30
+    assert by_name["pack"] == 10 and by_name["dequant"] == 6 and by_name["gemm_w"] == 30
     assert by_name["gemm_a8"] == 18 * (1 if architecture < 89 else 2) and by_name["sum_k"] > 3
+    fp8 = architecture >= 89
+    assert (by_name["gemm_group"], by_name["gemm_fp4_fp8"], by_name["gemm_experts"]) == (20, 10 * fp8, 40)
     one_row = [signature["M"] for name, _, _, signature in launches if name == "gemm_w"]
     assert one_row.count("constexpr") == 6 and one_row.count("i32") == 24
     assert all(min(grid) >= 1 for _, grid, _, _ in launches)

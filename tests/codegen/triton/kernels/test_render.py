@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from qcompile.codegen.triton.kernels.attention_spec import KVDecode, KVMerge, KVRead, KVWrite
+from qcompile.codegen.triton.kernels.experts_spec import GemmExperts
+from qcompile.codegen.triton.kernels.group_spec import GemmFp4Fp8, GemmGroup
 from qcompile.codegen.triton.kernels.parse_spec import parse
 from qcompile.codegen.triton.kernels.render import padded, render
 from qcompile.codegen.triton.kernels.spec import Dequant, Gemm8, GemmW, Pack, RowQuant, SumK
@@ -26,7 +28,15 @@ SPECS = [
     GemmW4A8("bf16", bias=True),
     GemmW4A8("fp16", group=32, chunk=32, ragged=True, parts=True),
     GemmW4A8("bf16", group=0, act="tensor", residual=True, low_rank=8),
+    GemmExperts("bf16", zero="int", paired=True, gather=True),
+    GemmExperts("fp16", group=0, bits=8, chunk=64, zero="int", ragged=True),
+    GemmGroup("bf16", zero=True, act="group", bias=True),
+    GemmGroup("fp16", group=32, chunk=32, act="group", ragged=True, parts=True, low_rank=8),
+    GemmGroup("bf16", group=256, act="tensor", residual=True),
+    GemmFp4Fp8("bf16", low_rank=8),
+    GemmFp4Fp8("fp16", group=32, chunk=32, act="group", ragged=True, parts=True),
     SumK("bf16", codes="int8", bias=True),
+    SumK("bf16", codes="fp8", act="tensor", residual=True, low_rank=20),
     KVDecode(heads=4),
     KVDecode(bits=8, width=64, heads=6, queries=2, window=True, cap=True),
     KVDecode(heads=2, queries=3, masked=True),
@@ -41,6 +51,9 @@ SPECS = [
     RowQuant("bf16", first="layer", residual=True, codes="fp8"),
     RowQuant("bf16", first="gate", hadamard=14336),
     RowQuant("fp16", first="rms", smooth=True, codes="int4", group=128),
+    RowQuant("bf16", hadamard=14336, codes="int4", group=128),
+    RowQuant("bf16", codes="int4", group=64, zero=True),
+    RowQuant("bf16", codes="int4", zero=True),
     RowQuant("bf16", first="rms", residual=True, value=True, smooth=True),
     RoundGradient(stochastic=True),
     RoundGradient(),

@@ -32,7 +32,7 @@ def test_a_block_is_two_chunks():
         ("gemm_w4a8/bf16/group=96", "cross each other"),
         ("gemm_w4a8/bf16/group=192", "cross each other"),
         ("gemm_w4a8/bf16/parts/residual", "sum_k adds"),
-        ("gemm_w4a8/bf16/parts/low_rank=4", "needs a whole sum"),
+        ("gemm_w4a8/bf16/parts/low_rank=4", "and low_rank"),
         ("gemm_w4a8/fp32", "for bf16, fp16"),
     ],
 )

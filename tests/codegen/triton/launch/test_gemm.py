@@ -77,13 +77,17 @@ def test_int8(act, m, n, k, split_k, monkeypatch):
     got = linear_a8(x, ones, w, torch.full((n, 1), 2.0**-8, device=DEVICE), Epilogue(), torch.float16)
     assert torch.equal(got, (exact * 2.0**-8).half())  # sums below 2^24: exact until the last rounding
     x_scale, scale = randn(m if act == "row" else 1, 1).abs(), randn(n, 1, seed=6).abs() / k
-    epilogue = random_epilogue(("bias", "residual"), m, n, 0, torch.bfloat16)
-    want = exact * x_scale.double() * scale.double().t() + epilogue_sum(epilogue)
-    got = linear_a8(x, x_scale, w, scale, epilogue, torch.bfloat16)
-    assert_close(got, want, want.abs() * 0 + 1, torch.bfloat16, 2**-18)
+    for names, rank in ((("bias", "residual"), 0), (("low", "up"), 5), (("bias", "residual", "low", "up"), 19)):
+        epilogue = random_epilogue(names, m, n, rank, torch.bfloat16)
+        want = exact * x_scale.double() * scale.double().t() + epilogue_sum(epilogue)
+        got = linear_a8(x, x_scale, w, scale, epilogue, torch.bfloat16)
+        assert_close(got, want, want.abs() * 0 + 1, torch.bfloat16, 2**-18)
 
 
-def test_fp8():
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_fp8(split_k, monkeypatch):
+    monkeypatch.setattr(gemm_plan, "split_k_of", lambda *_: split_k)
+    gemm_plan.forget_plans()
     m, n, k = 20, 70, 256
     x, w = (randn(*s, seed=s[0]).to(torch.float8_e4m3fn) for s in ((m, k), (n, k)))
     x_scale, scale = randn(m, 1).abs(), randn(n, 1, seed=6).abs() / k

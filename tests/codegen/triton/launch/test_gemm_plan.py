@@ -39,8 +39,9 @@ def test_a_split_never_has_more_ranges_than_blocks(own_cache, monkeypatch):
 
 
 def test_8_bits(own_cache):
-    whole = plan_8_bit(H200, Gemm8(low_rank=4), 16, 256, 4096)
-    assert whole.sum_k is None  # integers cannot take the correction in parts
+    corrected = plan_8_bit(H200, Gemm8(low_rank=4, bias=True), 16, 256, 4096)
+    assert corrected.sum_k is not None and corrected.sum_k.spec.low_rank == 4 and corrected.sum_k.spec.bias
+    assert not corrected.gemm.spec.low_rank  # integers cannot take the correction in parts
     parts = plan_8_bit(H200, Gemm8("bf16", "fp8"), 16, 256, 4096)
     assert parts.sum_k is not None and parts.sum_k.spec.codes == "fp8" and parts.sum_dtype.is_floating_point
     assert not plan_8_bit(H200, Gemm8(), 16, 256, 4096).sum_dtype.is_floating_point

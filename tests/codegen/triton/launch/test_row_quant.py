@@ -19,7 +19,10 @@ from qcompile.codegen.triton.launch.row_quant import (
     row_stride,
     transform_matrices,
 )
+from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard, random_signs
+from qcompile.numerics.qtensor import expand_groups
+from qcompile.numerics.rounding import quantize_tensor
 
 OPERANDS = TENSORS[1:-4]
 
@@ -57,6 +60,9 @@ CASES = [
     RowQuant("fp16", group=64, codes="fp8"),
     RowQuant("bf16", hadamard=320),
     RowQuant("fp16", hadamard=256, first="gate", codes="int4"),
+    RowQuant("fp16", hadamard=256, first="gate", codes="int4", group=32),
+    RowQuant("bf16", hadamard=320, codes="int4", group=128),
+    RowQuant("fp16", group=256),
     RowQuant("bf16", first="rms", residual=True, value=True),
     RowQuant("fp16", first="layer", value=True, group=32),
     RowQuant("bf16", first="gate", value=True, smooth=True),
@@ -115,8 +121,6 @@ def test_rows(spec):
                 assert torch.allclose(tensor, got.get(name, x[:0, 0]), rtol=4 * UNIT_ROUNDOFF[dtype], atol=1e-6)
             assert float((codes.float() != got["codes"].float()).float().mean()) < 0.01  # rounded to the next code
         codes, scale = got["codes"], got["scale"].double()
-        if spec.codes == "int4":
-            codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1).int() - 8
         dequantized = codes.double() * (scale.repeat_interleave(spec.group, 1)[:, :k] if spec.group else scale)
         max_value = {"int8": 127, "int4": 7, "fp8": 448}[spec.codes]
         padded = torch.nn.functional.pad(want, (0, -k % (spec.group or k)))
@@ -174,3 +178,27 @@ def test_the_two_matrices_of_a_transform_make_it():
     whole = torch.kron(left[: spec.left, : spec.left].t().double().contiguous(), right.double()) / 320**0.5
     x = randn(3, 320).double().cpu()
     assert torch.allclose(x @ whole, apply_hadamard(x, torch.ones(320).double()))
+
+
+@pytest.mark.parametrize("group", [0, 32, 128])
+@pytest.mark.parametrize("name", ["none", "rms"])
+def test_codes_less_their_zero_points(name, group):
+    """As the format defines them, in the kernel and in the operator's own version."""
+    form = Format.parse(f"int4/group{group}/zero" if group else "int4/row/zero")
+    for m, k in ((1, 64), (5, 200)):
+        x = randn(m, k, dtype=torch.float16) * 3 + 2
+        x[m - 1] = 0
+        spec = RowQuant("fp16", first=name, codes="int4", group=group, zero=True)
+        tensors = operands_of(spec, m, k, torch.float16)
+        want = quantize_tensor(reference(spec, x, 1e-5, tensors)[0].float().cpu(), form)
+        centered = want.codes.int() - expand_groups(want.zero.int(), form, k)
+        got = row_quant(spec, x, 1e-5, **tensors)
+        named = [tensors.get(operand) for operand in OPERANDS]
+        own = torch.ops.qcompile_triton.row_quant(x, *named, 1e-5, str(spec))
+        for codes, scale, *_ in (got, own):
+            assert codes.dtype == torch.int8 and int(codes.abs().max()) <= 15
+            assert torch.allclose(scale.cpu(), want.scale, rtol=1e-5)
+            different = codes.cpu().int() != centered
+            assert float(different.float().mean()) < 0.01  # a scale one unit away moves a tie
+            if name == "none" and codes is own[0]:
+                assert not different.any()

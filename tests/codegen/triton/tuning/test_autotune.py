@@ -43,6 +43,15 @@ def test_tuning_keeps_the_fastest_launch():
 FORMATS = [(INT4, ""), (INT8, "int8/row"), (Format("fp8"), "fp8/row"), (Format.parse("int3/group128/zero"), "")]
 
 
+def test_groups_by_8_bit_codes_are_measured_under_their_own_name():
+    pairs = [(INT4, "int4/group128"), (Format.parse("fp4/group128/m2"), "fp8/row")]
+    found = autotune.measure_variants(pairs, [(128, 64)], [16], rounds=2, timed_gpu=StandIn([2.0, 4.0, 8.0, 4.0]))
+    assert len({one.layer for one in found}) == 2 and all(one.kept for one in found)
+    ratios = [choose_gpu_kernel(STAND_IN, form, act, torch.bfloat16, 9, 128, 64).ratio for form, act in pairs]
+    assert ratios == [2.0, 0.5]
+    assert choose_gpu_kernel(STAND_IN, INT4, "int4/row", torch.bfloat16, 9, 128, 64).ratio is None
+
+
 def test_variants_are_measured_and_decide(monkeypatch):
     variants, real = [], autotune.linear_w
     monkeypatch.setattr(
@@ -76,7 +85,7 @@ def test_variants_are_measured_and_decide(monkeypatch):
     # no kernel: read, written and read again, which is slower than reading float once
     a100 = Gpu("A100", 108, (8, 0))
     for none in (chosen("fp4/group32"), chosen(INT4, dtype=torch.float32), chosen("fp8", "fp8/row", gpu=a100)):
-        assert none.slower_than_float and str(none) == "dequantize, then cuBLAS"
+        assert none.slower_than_float and none.kernel == "dequantize, then cuBLAS"
 
 
 def test_4_bit_weights_by_int8_are_measured():
