@@ -126,6 +126,29 @@ def test_masks_of_another_kind_rule_nothing_out_and_the_report_says_so(parameter
     assert statistics.notes == [f"{parameter} is not 2-D of 0 and 1: no position counts as padding by it"]
 
 
+class TwoMasks(Named):
+    """Tokens by a mask, and pairs of tokens by another."""
+
+    def forward(self, x, attention_mask, pair_attention_mask):
+        return self.inner(x) * 1 + attention_mask.sum() * 0 + pair_attention_mask.sum() * 0
+
+
+def test_a_mask_of_pairs_does_not_stop_the_other():
+    x, batch = torch.arange(24.0).reshape(2, 3, 4), [ONES.flip(0), torch.zeros(2, 1, 3, 3)]
+    statistics = observe(capture(TwoMasks(), (x, *batch)), [[x, *batch]])
+    assert float(next(iter(statistics.absmax.values())).max()) == 19.0
+    assert statistics.notes == ["pair_attention_mask is not 2-D of 0 and 1: no position counts as padding by it"]
+
+
+@pytest.mark.parametrize(
+    ("count", "says"), [(1, "a"), (2, "a, b"), (3, "a, b, c"), (4, "a, b, c and 1 more"), (5, "a, b, c and 2 more")]
+)
+def test_a_note_names_three_values_and_counts_the_others(count, says):
+    mask = TokenMask(decoder()[1])
+    mask.uncounted.update(dict.fromkeys("abcde"[:count]))
+    assert mask.notes() == [f"padding counts in {says}: their rows cannot be related to the mask"]
+
+
 def test_a_batch_without_a_token_is_refused_with_its_place():
     _, program = decoder()
     good = padded(texts([3, 5]))
@@ -192,3 +215,66 @@ def test_values_that_cannot_be_related_to_the_mask_count_whole_and_are_named_onc
     (flip,) = [node.name for node in program.graph.nodes if "flip" in node.name]
     assert statistics.notes == [f"padding counts in {flip}: their rows cannot be related to the mask"]
     assert not observe(program, [[x, torch.ones_like(ONES)]]).notes
+
+
+def test_only_what_may_hold_padding_is_named():
+    x = torch.randn(2, 3, 4)
+    program = capture(Shuffled(), (x, ONES))
+    mask = TokenMask(program)
+    tokens = mask.of([x, ONES])
+    (flip,) = [node for node in program.graph.nodes if "flip" in node.name]
+    (pooled,) = [node for node in program.graph.nodes if node.name == "select"]
+    assert mask.layouts.of(pooled) is None and mask.layouts.of(flip) is None
+    assert tokens.spread(pooled, torch.zeros(2, 4)) is None and not mask.uncounted
+    assert tokens.spread(flip, torch.zeros(6, 4)) is None and list(mask.uncounted) == [flip.name]
+
+
+def test_a_mask_of_another_size_than_the_value_is_not_used():
+    x = torch.randn(2, 3, 4)
+    program = capture(Shuffled(), (x, ONES))
+    mask = TokenMask(program)
+    tokens = mask.of([x, ONES])
+    source = find_sites(program)[0].node.args[0]
+    assert tokens.spread(source, x).squeeze(-1).equal(ONES == 1) and not mask.uncounted
+    assert tokens.spread(source, torch.zeros(2, 5, 4)) is None and list(mask.uncounted) == [source.name]
+
+
+def test_vectors_along_the_tokens_are_nobodys():
+    x = torch.randn(2, 3, 4)
+    program = capture(Shuffled(), (x, ONES))
+    mask = TokenMask(program)
+    tokens = mask.of([x, ONES])
+    source = find_sites(program)[0].node.args[0]
+    assert tokens.along(source, x).equal(ONES == 1) and not mask.uncounted
+    assert tokens.along(source, x, channels=1) is None and list(mask.uncounted) == [source.name]
+
+
+class TwoSides(nn.Module):
+    """Two inputs with a mask of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, attention_mask, decoder_x, decoder_attention_mask):
+        first = self.first(x) * attention_mask[..., None]
+        return first, self.second(decoder_x) * decoder_attention_mask[..., None]
+
+
+def test_each_side_is_cut_by_its_own_mask():
+    x, other = torch.arange(24.0).reshape(2, 3, 4), torch.arange(32.0).reshape(2, 4, 4)
+    masks = ONES.flip(0), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    batch = [x, masks[0], other, masks[1]]
+    statistics = observe(capture(TwoSides(), tuple(batch)), [batch])
+    assert [float(found.max()) for found in statistics.absmax.values()] == [19.0, 23.0] and not statistics.notes
+
+
+@pytest.mark.parametrize(
+    ("padding", "first"), [((1, 2), 1), ((2, 1), 1), ((2, 2), 2), ((0, 2), 0), ((2, 0), 0), ((0, 0), 0)]
+)
+def test_the_first_token_of_two_masks_is_the_earlier_one(padding, first):
+    masks = [torch.ones(2, 4, dtype=torch.long) for _ in padding]
+    for mask, count in zip(masks, padding, strict=True):
+        mask[:, :count] = 0
+    batch = [torch.randn(2, 4, 4), masks[0], torch.randn(2, 4, 4), masks[1]]
+    assert TokenMask(capture(TwoSides(), tuple(batch))).of(batch).first_token() == first

@@ -50,6 +50,14 @@ def test_sizes():
     assert sum(t.nbytes for t in tokens.tensors) == 5 * 3 * (2 * 16 * 4 + 5 * (8 + 2 + 1))
 
 
+@pytest.mark.parametrize("form, stored", [("int8", torch.int8), ("fp8", torch.uint8)])
+def test_codes_are_stored_as_integers(form, stored):
+    """Few operators of PyTorch move float8 values, as reordering beams does."""
+    channels = PerChannelStates(torch.ones(3, 16), Format(form))
+    channels.append(torch.randn(1, 3, 4, 16))
+    assert channels.codes.read().dtype == stored
+
+
 def states(bits=8, hadamard=False, center=None, sinks=0, tokens=4):
     one = PerTokenStates(Format.parse(f"int{bits}/row/zero"), sinks, hadamard, center)
     one.append(torch.randn(1, 2, tokens, 16))
@@ -81,3 +89,6 @@ def test_what_is_added_and_multiplied_lies_where_the_keys_are(hadamard, center):
     for tokens in (5, 1):
         found.append(torch.empty(1, 2, tokens, 16, dtype=torch.bfloat16, device="meta"))
     assert found.length == 6 and found.read(torch.bfloat16).device.type == "meta"
+    for made in (found.rotation, found.center):  # not every product with the meta device refuses a CPU
+        assert made is None or made.device.type == "meta"
+    assert (found.rotation is not None) == hadamard

@@ -52,7 +52,7 @@ struct Linear {
   i64 groups() const { return group ? (columns() + group - 1) / group : 0; }
   i64 pairs() const { return (groups() + 1) / 2; }
   i64 block_bytes() const { return quads * (has_nibbles() ? 32 : 64); }
-  i64 blocks() const { return (n + 31) / 32 * 2; }
+  i64 blocks() const { return n / 32 * 2 + (n % 32 ? 2 : 0); }  // any n: it is checked by means of this
   i64 quad_size() const {  // bytes of a quad of x
     return is_int8() ? quad_bytes : kind == Kind::nibbles_bf16 || kind == Kind::bytes_bf16 ? 8 : 16;
   }
