@@ -23,13 +23,17 @@ $(READY): Makefile requirements-ci.txt pyproject.toml
 demo: $(READY) ## rewrite, quantize, compile, export and measure a real LLM
 	$(BIN)/qcompile demo
 
-check: $(READY) ## style, types and the fast tests: minutes
+check: $(READY) ## style, types and the quick tests: before every commit
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST) --quick -m "not slow and not exhaustive"
+
+test: $(READY) ## everything that CI runs: real models and compiles too
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not exhaustive"
-
-test: check ## everything that CI runs: real models and compiles too
 	$(PYTEST) -m slow
 
 exhaustive: $(READY) ## what CI leaves out: every kernel for every GPU, every preset on every architecture
@@ -40,8 +44,8 @@ CXX ?= g++
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 sanitize: $(READY) ## the C++ kernels under address and undefined-behavior sanitizers, on random arguments: minutes
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 CXX=$(CXX) \
-		$(BIN)/python -m pytest -p sanitizer_build tests/codegen/cpu/test_native_kernels.py \
-		tests/codegen/cpu/test_cpu_op_checks.py
+		$(BIN)/python -m pytest -s -p sanitizer_build tests/codegen/cpu/test_native_kernels.py \
+		tests/codegen/cpu/test_cpu_op_checks.py tests/codegen/cpu/test_amx_tiles.py
 
 bench: $(READY) ## measure kernels and whole models; writes benches/results
 	$(BIN)/python benches/cpu_linear.py

@@ -9,6 +9,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import hypothesis
 import pytest
 import torch
+from slower_functions import LISTED, function_of
 
 if not torch.cuda.is_available():  # Triton kernels run in its interpreter, which triton decides when it is imported:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before torch._dynamo, which imports it
@@ -26,6 +27,18 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("qcompile")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="without the functions of tests/slower_functions.txt")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        listed = set(LISTED.read_text().split("\n"))
+        left = [item for item in items if function_of(item.nodeid) in listed]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(autouse=True)
