@@ -7,6 +7,7 @@ A table stands between a line that names it, and <!-- end -->; ISA is vnni or av
     <!-- recipes NAME NAME .. -->      those recipes on the model and on its rotated copy
     <!-- prefixes -->                  intact_kv.json
     <!-- costs -->                     quantize_cost.json
+    <!-- streamed -->                  streamed_memory.json
     <!-- onnx ISA -->, long, roofline, few-tokens   onnx_cpu-ISA.json
     <!-- shapes ISA -->                onnx_shapes-ISA.json
     <!-- pieces ISA -->                onnx_long_prompts-ISA.json
@@ -81,6 +82,22 @@ def costs(_: str) -> str:
     rows = rows_of("quantize_cost")
     cells = (f"| `{r['recipe']}` | {r['isa']} | {r['seconds']:.1f} | {r['ratio']:.2f} |" for r in rows)
     return "\n".join([*lines, *cells])
+
+
+def streamed(_: str) -> str:
+    """Peak memory of quantizing in memory and in parts."""
+    head = "| model | GB of weights | recipe | way | peak MB | bar MB | process MB | planned MB | seconds |"
+    lines = [head, "|---" * 9 + "|"]
+    for r in rows_of("streamed_memory"):
+        way = "in parts" if r["streamed"] else "in memory"
+        way += f", at most {r['limit'] / 1e9:.0f} GB of addresses" if r["limit"] else ""
+        planned = f"{r['planned'] / 1e6:.0f}" if r["planned"] else ""
+        cells = " | ".join(f"{r[key] / 1e6:.0f}" for key in ("peak", "bar", "process"))
+        lines.append(
+            f"| {r['model']} | {r['weights'] / 1e9:.2f} | `{r['recipe']}` | {way} | {cells} | {planned} "
+            f"| {r['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def onnx(isa: str, name: str = "onnx_cpu") -> str:
@@ -194,6 +211,7 @@ TABLES = {
     "recipes": chosen,
     "prefixes": prefixes,
     "costs": costs,
+    "streamed": streamed,
     "onnx": onnx,
     "long": onnx_long,
     "roofline": roofline,

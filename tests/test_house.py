@@ -38,7 +38,8 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {folder: index for index, folders in enumerate(FLOORS) for folder in folders}
-AT_THE_ROOT = {"__init__.py", "testing.py", "version.py"}  # the front, what users test with, and what all may read
+AT_THE_ROOT = {"__init__.py", "__main__.py", "testing.py", "version.py"}
+"""The front, what starts a command, what users test with, and what all may read."""
 
 LAYER_NAMES = re.compile(
     r"\b(llama(?!\.cpp|-cli|-server)|qwen\d?|gemma\d?|mistral|mixtral|gpt_?neox|gpt-?2|falcon|phi-?3|opt-|bert|whisper|"

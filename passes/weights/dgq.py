@@ -21,8 +21,9 @@ from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import QTensor, expand_groups, group_columns, ungroup_columns
 from qcompile.numerics.rounding import quantize_tensor
+from qcompile.passes.weights.choice import Choice
 from qcompile.passes.weights.gptq import GPTQ, compensate, loss
-from qcompile.passes.weights.sequential import Choice, quantize_sequentially
+from qcompile.passes.weights.sequential import quantize_sequentially
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport

@@ -14,19 +14,22 @@ Skips:  what Quantize skips. Sites with a format from a rule keep it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from qcompile.ir.program import Program
+from qcompile.memory.stored_tensor import loaded
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
-from qcompile.passes.qdq.site_plan import Quantize, planned_sites
+from qcompile.passes.qdq.site_plan import PlannedSite, Quantize, planned_sites
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 from qcompile.recipe.rule import RecipeError
+from qcompile.recipe.solved_sites import SolvedSites, solve_each
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def finequant(program: Program, config: FineQuant, context: PassContext) -> Pass
     free = [index for index, w in enumerate(planned) if w.weight == config.weight]
     errors, costs, weights = [], [], 0
     for index in context.track(free, "FineQuant"):
-        weight = matrix_of(program, planned[index].site)
+        weight = loaded(matrix_of(program, planned[index].site))
         options = [relative_error(weight, _sized(config.weight, size), config.clip) for size in config.group_sizes]
         errors.append([error for error, _ in options])
         costs.append([cost for _, cost in options])
@@ -127,11 +130,16 @@ def finequant(program: Program, config: FineQuant, context: PassContext) -> Pass
         spent = 8 * sum(c[i] for c, i in zip(costs, chosen, strict=True)) / weights
         shares = {size: sum(config.group_sizes[i] == size for i in chosen) for size in config.group_sizes}
         report.notes.append(f"{spent:.3f} bits a weight; " + ", ".join(f"group {s}: {n}" for s, n in shares.items()))
-    for site in planned:
-        q = quantize_tensor(matrix_of(program, site.site), site.weight, clip=config.clip)
-        put_codes(program, site, q.stored_parts, context)
+    work = [([site.site.name], functools.partial(_round, program, site, config.clip)) for site in planned]
+    for site, solved in zip(planned, solve_each(context.finished, work), strict=True):
+        put_codes(program, site, solved.parts[0], context)
         report.done.append(site.site.name)
     return report
+
+
+def _round(program: Program, site: PlannedSite, clip: bool) -> SolvedSites:
+    q = quantize_tensor(loaded(matrix_of(program, site.site)), site.weight, clip=clip)
+    return SolvedSites([q.stored_parts])
 
 
 def _sized(form: Format, size: int) -> Format:

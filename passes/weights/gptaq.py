@@ -23,8 +23,9 @@ from torch import Tensor
 
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
+from qcompile.passes.weights.choice import Choice
 from qcompile.passes.weights.gptq import GPTQ, compensate, grid_of
-from qcompile.passes.weights.sequential import Choice, quantize_sequentially
+from qcompile.passes.weights.sequential import quantize_sequentially
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport

@@ -24,14 +24,15 @@ from qcompile.numerics.qparams import expand_qparams, fake_quantize, quantize_wi
 from qcompile.numerics.qtensor import QTensor
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.site_plan import Quantize
-from qcompile.passes.weights.sequential import Choice, quantize_sequentially
+from qcompile.passes.weights.choice import Choice
+from qcompile.passes.weights.sequential import quantize_sequentially
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 from qcompile.recipe.rule import RecipeError
 
-_ROWS = 16384
-"""Rows of a weight at once: each is solved by itself, and a vocabulary has more than fit in memory."""
+_ELEMENTS, _LEAST_ROWS = 1 << 22, 1024
+"""Values of a weight at once, and the fewest rows: each row is solved by itself, and all may not fit in memory."""
 
 
 @dataclass(frozen=True)
@@ -53,30 +54,46 @@ class GPTQ(Quantize):
             )
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor | None:
-    """Upper Cholesky factor of (H + damp_percent mean(diag H) I)^-1, float64 [K, K]; None if singular."""
-    h = hessian.double()
-    h = h + damp_percent * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
+def inverse_factor(
+    hessian: Tensor, damp_percent: float, order: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor | None:
+    """Upper Cholesky factor of (H + damp_percent mean(diag H) I)^-1, [K, K]; None if singular.
+
+    Args:
+        hessian: H, symmetric [K, K].
+        damp_percent: damping.
+        order: of rows and columns; None: as they are.
+        dtype: of the factor; it is computed in float64.
+    """
+    columns = torch.arange(len(hessian), device=hessian.device) if order is None else order
     # Flipped in both dimensions, H = R R^T with R upper triangular: R^-1 is the factor, no inverse is factored again.
-    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    flipped = columns.flip(0)
+    lower = hessian.double()[flipped.unsqueeze(1), flipped].t()  # of a symmetric matrix, as LAPACK works in place
+    lower.diagonal().add_(damp_percent * hessian.diagonal().double().mean())
+    failed = torch.empty((), dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
     if int(failed):
         return None
-    upper = inverse_triangle(lower).flip(0, 1)
-    return upper if bool(torch.isfinite(upper).all()) else None
+    invert_triangle(lower)
+    if not all(bool(torch.isfinite(columns).all()) for columns in lower.t().split(256)):
+        return None
+    rounded = lower.to(dtype)
+    del lower  # two matrices [K, K] at a time, beside the Hessian
+    return rounded.flip(0, 1)
 
 
-def inverse_triangle(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix [K, K], by halves: a third of the arithmetic of solving for it."""
+def invert_triangle(lower: Tensor) -> None:
+    """Replace a lower triangular matrix [K, K] by its inverse, by halves: a third of the arithmetic of solving."""
     size = len(lower)
     if size <= 128:
         one = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        solved: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
-        return solved
-    half, inverse = size // 2, torch.zeros_like(lower)
-    inverse[:half, :half] = inverse_triangle(lower[:half, :half])
-    inverse[half:, half:] = inverse_triangle(lower[half:, half:])
-    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
-    return inverse
+        lower.copy_(torch.linalg.solve_triangular(lower, one, upper=False))
+        return
+    half = size // 2
+    first, corner, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    invert_triangle(first)
+    invert_triangle(last)
+    corner.copy_(-last @ (corner @ first))
 
 
 def loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
@@ -87,8 +104,11 @@ def loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
 
 def gain(weight: Tensor, old: Tensor, new: Tensor, hessian: Tensor) -> Tensor:
     """loss(weight, old) - loss(weight, new) for each row, [N]: a H a - b H b = (a - b) H (a + b), one product."""
-    both = (weight - old).double() + (weight - new).double()
-    return (((new - old).double() @ hessian.double()) * both).sum(-1)
+    found = []
+    for w, a, b in zip(*(t.split(1024) for t in (weight, old, new)), strict=True):
+        both = (w - a).double() + (w - b).double()
+        found.append((((b - a).double() @ hessian.double()) * both).sum(-1))
+    return torch.cat(found)
 
 
 def gptq(
@@ -100,7 +120,7 @@ def gptq(
         weight: [N, K], the paper's W.
         hessian: [K, K], the paper's H = sum x x^T, float64.
         grid: `weight` rounded to nearest.
-        upper: inverse_factor of the Hessian with rows and columns in `order`.
+        upper: inverse_factor of the Hessian in `order`.
         order: [K] the columns, first to round first.
         block_size: columns at a time.
 
@@ -161,17 +181,18 @@ def grid_of(weight: Tensor, hessian: Tensor, form: Format, config: GPTQ) -> QTen
 
 def compensate(weight: Tensor, hessian: Tensor, grid: QTensor, config: GPTQ) -> Choice:
     """GPTQ on the scales of `grid`, with more damping where needed; the grid itself if none helps."""
-    hessian = hessian.clone()
     dead = hessian.diagonal() == 0  # an input that is always 0: its column is rounded to nearest by itself
-    hessian[dead, dead] = hessian.diagonal().max().clamp_min(1)
+    if bool(dead.any()):
+        hessian = hessian.clone()
+        hessian[dead, dead] = hessian.diagonal().max().clamp_min(1)
     diagonal = hessian.diagonal()
     order = (
         diagonal.argsort(descending=True) if config.act_order else torch.arange(len(diagonal), device=diagonal.device)
     )
     for harder in (1, 10, 100):
-        upper = inverse_factor(hessian[order][:, order], config.damp_percent * harder)
+        upper = inverse_factor(hessian, config.damp_percent * harder, order, weight.dtype)
         if upper is not None:
-            sizes = [len(rows) for rows in weight.split(_ROWS)]
+            sizes = [len(rows) for rows in weight.split(max(_LEAST_ROWS, _ELEMENTS // len(order)))]
             parts = zip(weight.split(sizes), grid.split(sizes), strict=True)
             found = [gptq(rows, hessian, of_rows, upper, order, config.block_size).codes for rows, of_rows in parts]
             codes = QTensor(torch.cat(found), grid.scale, grid.zero, grid.group_scale, grid.format)

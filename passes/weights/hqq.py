@@ -12,22 +12,25 @@ Skips:  what Quantize skips.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qcompile.ir.program import Program
+from qcompile.memory.stored_tensor import loaded
 from qcompile.numerics.format import Format
 from qcompile.numerics.qparams import storable_zero
 from qcompile.numerics.qtensor import QTensor, group_columns, ungroup_columns
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
-from qcompile.passes.qdq.site_plan import Quantize, planned_sites
+from qcompile.passes.qdq.site_plan import PlannedSite, Quantize, planned_sites
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 from qcompile.recipe.rule import RecipeError
+from qcompile.recipe.solved_sites import SolvedSites, solve_each
 
 
 @dataclass(frozen=True)
@@ -125,16 +128,20 @@ def hqq(weight: Tensor, grid: QTensor, *, norm: float = 0.7, beta: float = 10.0,
 def hqq_sites(program: Program, config: HQQ, context: PassContext) -> PassReport:
     """Quantize every planned site, in place; sites in another format are rounded to nearest."""
     report = PassReport("HQQ")
-    plain: list[str] = []
-    for planned in planned_sites(config, context, report):
-        weight = matrix_of(program, planned.site)
-        q = quantize_tensor(weight, planned.weight, clip=config.clip)
-        if _moves_zero_points(planned.weight):
-            q = hqq(weight, q, norm=config.norm, beta=config.beta, steps=config.steps)
-        else:
-            plain.append(planned.site.name)
-        put_codes(program, planned, q.stored_parts, context)
+    sites = planned_sites(config, context, report)
+    plain = [planned.site.name for planned in sites if not _moves_zero_points(planned.weight)]
+    work = [([planned.site.name], functools.partial(_solve, program, planned, config)) for planned in sites]
+    for planned, solved in zip(sites, solve_each(context.finished, work), strict=True):
+        put_codes(program, planned, solved.parts[0], context)
         report.done.append(planned.site.name)
     if plain:
         report.notes.append(f"rounded to nearest, their format has no float zero points in groups: {', '.join(plain)}")
     return report
+
+
+def _solve(program: Program, planned: PlannedSite, config: HQQ) -> SolvedSites:
+    weight = loaded(matrix_of(program, planned.site))
+    q = quantize_tensor(weight, planned.weight, clip=config.clip)
+    if _moves_zero_points(planned.weight):
+        q = hqq(weight, q, norm=config.norm, beta=config.beta, steps=config.steps)
+    return SolvedSites([q.stored_parts])

@@ -12,10 +12,11 @@ Skips:  sites that a rule keeps, what chooses experts. Weights shared with a flo
 
 from __future__ import annotations
 
-from torch import Tensor
+import functools
 
 from qcompile.ir.program import Program
 from qcompile.memory import weight_cache
+from qcompile.memory.stored_tensor import StoredTensor, loaded
 from qcompile.numerics.qtensor import StoredParts
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
@@ -24,26 +25,35 @@ from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.registry import Stage, rewrites
 from qcompile.recipe.report import PassReport
 from qcompile.recipe.rule import RecipeError
+from qcompile.recipe.solved_sites import SolvedSites, solve_each
 
 
 @rewrites(Quantize, Stage.QUANTIZE, exact=False)
 def round_to_nearest(program: Program, config: Quantize, context: PassContext) -> PassReport:
     """Insert Q/DQ at every planned site, rounding to nearest, in place."""
     report = PassReport("Quantize")
-    for planned in planned_sites(config, context, report):
-        original = matrix_of(program, planned.site)
-
-        def make(original: Tensor = original, planned: PlannedSite = planned) -> StoredParts:
-            try:
-                return quantize_tensor(original, planned.weight, clip=config.clip).stored_parts
-            except ValueError as error:
-                name = planned.site.name
-                raise RecipeError(
-                    f"Quantize: the weight {name} cannot be quantized to {planned.weight}: {error}"
-                ) from error
-
-        cached = weight_cache.cached(("codes", str(planned.weight), config.clip), [original], make)
-        program.alive.append(cached)
-        put_codes(program, planned, cached.tensors, context)
+    sites = planned_sites(config, context, report)
+    work = [([planned.site.name], functools.partial(_solve, program, planned, config.clip)) for planned in sites]
+    for planned, solved in zip(sites, solve_each(context.finished, work), strict=True):
+        put_codes(program, planned, solved.parts[0], context)
         report.done.append(planned.site.name)
     return report
+
+
+def _solve(program: Program, planned: PlannedSite, clip: bool) -> SolvedSites:
+    """The codes of a site, made once for equal weights in memory."""
+    original = loaded(matrix_of(program, planned.site))
+
+    def make() -> StoredParts:
+        try:
+            return quantize_tensor(original, planned.weight, clip=clip).stored_parts
+        except ValueError as error:
+            raise RecipeError(
+                f"Quantize: the weight {planned.site.name} cannot be quantized to {planned.weight}: {error}"
+            ) from error
+
+    if isinstance(program.weights[planned.site.name], StoredTensor):  # read again, it would be another tensor
+        return SolvedSites([make()])
+    cached = weight_cache.cached(("codes", str(planned.weight), clip), [original], make)
+    program.alive.append(cached)
+    return SolvedSites([cached.tensors])

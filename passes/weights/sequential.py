@@ -6,41 +6,26 @@ graph order (qcompile/calibration/layerwise_run.py), and one Hessian for all sit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from qcompile.calibration.hessian import Gram, hessian_of, refuse_infinite
 from qcompile.calibration.layerwise_run import LayerwiseRun
+from qcompile.calibration.ranks import Ranks
 from qcompile.calibration.statistics import CalibrationError
 from qcompile.ir.program import Program
 from qcompile.memory.process import release_freed_memory
 from qcompile.numerics.format import Format
-from qcompile.numerics.qtensor import QTensor
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
 from qcompile.passes.qdq.site_plan import PlannedSite, Quantize, planned_sites
+from qcompile.passes.weights.choice import Choose, damage, stacked
+from qcompile.passes.weights.expert_codes import expert_codes
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.report import PassReport
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What an algorithm chose for a weight.
-
-    Attributes:
-        codes: the quantized weight.
-        fell_back: whether it is rounded to nearest because the Hessian is singular.
-    """
-
-    codes: QTensor
-    fell_back: bool = False
-
-
-Choose = Callable[[Tensor, Tensor, Format], Choice]
-"""weight [N, K] float32 (sites on one input, stacked), Hessian [K, K] float64, format -> codes."""
+from qcompile.recipe.solved_sites import SolvedSites, solve_together
 
 Aim = Callable[[Tensor, Tensor, Tensor], Tensor]
 """weight [N, K], Hessian X X^T, and X~ X^T with the float model's inputs X~ -> the weight to aim at."""
@@ -80,31 +65,42 @@ def quantize_sequentially(
             )
         else:
             groups.setdefault((planned.site.input, planned.weight), []).append(planned)
-    run = context.layerwise_run(program)
-    for (_, form), members in context.track(groups.items(), report.name):
-        run.advance(members[0].site.node)
-        release_freed_memory()
-        if members[0].site.kind == "experts":
-            for planned in members:
-                q, fell_back = _experts(program, run, planned, choose)
-                fallbacks += fell_back
-                put_codes(program, planned, q.stored_parts, context)
-                report.done.append(planned.site.name)
-                if aim is not None:
-                    report.notes.append(f"{planned.site.name}: experts read other rows once routing differs; GPTQ")
-            continue
-        weights = torch.cat([program.weights[w.site.name].float() for w in members])
-        if aim is None or reference is None:
-            hessian = hessian_of(run, members[0].site)
-        else:
-            hessian, cross = reference.moments(run, members[0])
-            weights = aim(weights, hessian, cross)
-        choice = choose(weights, hessian, form)
-        if choice.fell_back:
-            fallbacks += [planned.site.name for planned in members]
-        for planned, q in zip(members, choice.codes.split([w.site.N for w in members]), strict=True):
-            put_codes(program, planned, q.stored_parts, context)
+    run = context.layerwise_run(program, shared=True)
+    owners = context.ranks.owners([sum(w.site.K**3 + w.site.N * w.site.K**2 for w in ws) for ws in groups.values()])
+    for ((_, form), members), owner in context.track(list(zip(groups.items(), owners, strict=True)), report.name):
+
+        def solve(is_owner: bool, form: Format = form, members: list[PlannedSite] = members) -> SolvedSites | None:
+            if context.finished is not None and reference is None:  # two runs side by side are computed again
+                context.finished.restore_run(run)
+                run.advance(members[0].site.node)
+                context.finished.keep_run(run)
+            run.advance(members[0].site.node)
+            release_freed_memory()
+            if members[0].site.kind == "experts":
+                return expert_codes(program, run, members, choose, context.finished, is_owner)
+            if reference is None or aim is None:
+                hessian, cross = hessian_of(run, members[0].site, context.ranks), None
+            else:
+                hessian, cross = reference.moments(run, members[0], context.ranks)
+            if not is_owner:
+                return None
+            weights = stacked([program.weights[w.site.name] for w in members])
+            if aim is not None and cross is not None:
+                weights = aim(weights, hessian, cross)
+            choice = choose(weights, hessian, form)
+            parts = [q.stored_parts for q in choice.codes.split([w.site.N for w in members])]
+            fell_back = [planned.site.name for planned in members if choice.fell_back]
+            measured = None if context.finished is None else damage(weights, hessian, choice.codes)
+            return SolvedSites(parts, fell_back, measured)
+
+        names = [planned.site.name for planned in members]
+        solved = solve_together(context.finished, names, owner, solve)
+        fallbacks += solved.fell_back
+        for planned, parts in zip(members, solved.parts, strict=True):
+            put_codes(program, planned, parts, context)
             report.done.append(planned.site.name)
+            if aim is not None and planned.site.kind == "experts":
+                report.notes.append(f"{planned.site.name}: experts read other rows once routing differs; GPTQ")
     report.notes += run.notes()
     if fallbacks:
         report.notes.append(f"singular Hessian, rounded to nearest: {', '.join(fallbacks)}")
@@ -116,9 +112,9 @@ class FloatReference:
 
     def __init__(self, program: Program, context: PassContext) -> None:
         self.nodes = {node.name: node for node in program.graph.nodes}
-        self.run = LayerwiseRun(program, context.data())
+        self.run = context.layerwise_run(program, shared=True)
 
-    def moments(self, quantized: LayerwiseRun, planned: PlannedSite) -> tuple[Tensor, Tensor]:
+    def moments(self, quantized: LayerwiseRun, planned: PlannedSite, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """X X^T and X~ X^T, float64 [K, K]: X the site's rounded inputs, X~ those of the float program.
 
         Every token counts alike, divided by the root mean square of its float input: else the few tokens with
@@ -144,6 +140,8 @@ class FloatReference:
             rows = (x if act is None else as_rounded(x, act)).float() * even
             sums.add(rows)
             cross += (aim * even).t() @ rows
+        for tensor in (sums.sums, cross):
+            ranks.add(tensor)
         refuse_infinite(quantized, site, sums.sums)
         return sums.whole(), cross
 
@@ -151,44 +149,3 @@ class FloatReference:
 def as_rounded(x: Tensor, act: Format) -> Tensor:
     """What a site reads once its input is quantized to `act`."""
     return quantize_tensor(x, act).dequantize().to(x.dtype)
-
-
-def _experts(program: Program, run: LayerwiseRun, planned: PlannedSite, choose: Choose) -> tuple[QTensor, list[str]]:
-    """Codes of a stack [E N, K], each expert's by the rows that are routed to it, and the experts that fell back.
-
-    An expert that no row reached has a Hessian of zeros: every algorithm then rounds to nearest.
-    """
-    site, found, fallbacks = planned.site, list[QTensor](), list[str]()
-    ends = [value.tolist() for value in run.values_of(site.node.all_input_nodes[2])] if site.grouped else []
-
-    def rows_of(expert: int) -> Iterator[Tensor]:
-        for batch, (x, tokens) in enumerate(zip(run.values_of(site.input), run.tokens_along(site.input), strict=True)):
-            if site.batched:
-                own: int | slice = expert
-            else:
-                own = slice(int(ends[batch][expert - 1]) if expert else 0, int(ends[batch][expert]))
-            yield x[own] if tokens is None else x[own][tokens[own]]
-
-    for expert, weight in enumerate(matrix_of(program, site).float().split(site.N)):
-        sums = Gram(site.K, weight.device)
-        for rows in rows_of(expert):
-            sums.add(rows.float())
-        choice = choose(weight, sums.whole(), planned.weight)
-        found.append(choice.codes)
-        if choice.fell_back:
-            fallbacks.append(f"{site.name}[{expert}]")
-    zeros = [_as_rows(q.zero) for q in found if q.zero is not None]
-    group_scales = [q.group_scale for q in found if q.group_scale is not None]
-    whole = QTensor(
-        torch.cat([q.codes for q in found]),
-        torch.cat([_as_rows(q.scale) for q in found]),
-        torch.cat(zeros) if zeros else None,
-        torch.cat(group_scales) if group_scales else None,
-        planned.weight,
-    )
-    return whole, fallbacks
-
-
-def _as_rows(part: Tensor) -> Tensor:
-    """One scale for a whole matrix, as a row of its own."""
-    return part if part.ndim else part.reshape(-1, 1)

@@ -10,6 +10,7 @@ from torch import nn
 
 from qcompile.api.model_checks import check_model
 from qcompile.api.model_wrappers import inner_model
+from qcompile.api.quantize_folder import quantize_folder
 from qcompile.api.rewrite_model import rewrite_model
 from qcompile.checkpoint.save_as_pretrained import give_save_pretrained
 from qcompile.modules.generation_plan import with_own_prefix
@@ -21,7 +22,7 @@ from qcompile.recipe.rule import RecipeError
 
 
 def quantize(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     recipe: str | Recipe | dict[str, object] = "int8",
     batches: Iterable[Any] | None = None,
     *,
@@ -29,13 +30,17 @@ def quantize(
     verify: bool = True,
     progress: bool = True,
     dump: str | Path | None = None,
+    out: str | Path | None = None,
+    memory: int | str | None = None,
+    resume: bool = False,
 ) -> Report:
-    """Quantize a model in place.
+    """Quantize a model in place, or that of a folder to another folder.
 
     Args:
         model: any module; its class, `generate`, `state_dict` and device moves stay. Of a model wrapped by
             torch.compile, DataParallel or adapters the inner one is quantized. No parameter requires a gradient
-            afterwards: `qa_lora` trains adapters, `requires_grad_` whatever you choose.
+            afterwards: `qa_lora` trains adapters, `requires_grad_` whatever you choose. Or a folder of transformers
+            with safetensors files, larger than memory perhaps: see `quantize_folder`.
         recipe: preset name (`qcompile recipes`), "auto" (see pipeline/advise.py), Recipe, plain data or path to a
             JSON file.
         batches: calibration data: dicts of keyword arguments, tuples of arguments, or tensors; arrays and lists of
@@ -45,6 +50,9 @@ def quantize(
         verify: certify every exact pass on the first batch.
         progress: show bars.
         dump: folder for the graph before and after every pass, as text with diffs: the way to debug a pass.
+        out: the folder to write, where `model` is a folder.
+        memory: what a run on a folder may take, in bytes or as "12GB".
+        resume: go on with what a killed run left beside `out`.
 
     Returns:
         What was done, what was skipped and why; its metrics hold the distance from the float model on the first batch.
@@ -56,6 +64,25 @@ def quantize(
         ValueError: (as RecipeError, CaptureError, CalibrationError, NothingToQuantize) with the
             place and the fix; the model is then unchanged.
     """
+    if isinstance(model, (str, Path)):
+        if out is None:
+            raise ValueError(f"{model} is a folder, and out= names none to write. Fix: quantize(.., out=<path>)")
+        return quantize_folder(
+            model,
+            out,
+            recipe,
+            batches,
+            example=example,
+            memory=memory,
+            resume=resume,
+            dump=dump,
+            verify=verify,
+            progress=progress,
+        )
+    if out is not None or memory is not None or resume:
+        raise ValueError(
+            "out=, memory= and resume= go with a folder, the model is in memory. Fix: qcompile.save(model, path)"
+        )
     model = inner_model(model)
     check_model(model)
     refuse_training(model, "qcompile.quantize")

@@ -20,8 +20,11 @@ from qcompile.analysis.facts import Facts
 from qcompile.api.example_inputs import read_batches
 from qcompile.api.result_check import ResultCheck
 from qcompile.api.traced_model import TracedModel
+from qcompile.api.workspace import Workspace
 from qcompile.api.write_back import WriteBack
 from qcompile.memory.process import peak_resident_bytes
+from qcompile.memory.spilled_weights import SpilledWeights, SpillFolder
+from qcompile.memory.stored_tensor import StoredTensor
 from qcompile.modules.generation_plan import GenerationPlan
 from qcompile.pipeline.run import check_data, run
 from qcompile.recipe.recipe import Recipe
@@ -41,6 +44,7 @@ def rewrite_model(
     progress: bool,
     dump: str | Path | None,
     keep_float: KeepFloat = lambda _facts: {},
+    workspace: Workspace | None = None,
 ) -> tuple[Report, Recipe]:
     """Rewrite a model in place.
 
@@ -53,6 +57,7 @@ def rewrite_model(
         progress: show bars.
         dump: folder for the graph before and after every pass.
         keep_float: sites that stay as they are, beside those of no module.
+        workspace: where a model of stored tensors puts what it finished; None: a temporary folder.
 
     Returns:
         What was done, and the recipe as it ran.
@@ -69,6 +74,14 @@ def rewrite_model(
         facts = Facts(program)
         calls = GenerationPlan.fit(model, traced.recipe, traced.call.args, traced.call.kwargs, len(facts.attentions))
         places = WriteBack.of(model, facts)
+        finished, offload = None, None
+        if workspace is not None:
+            plan = workspace.plan(facts, calls.recipe, flat)
+            finished = workspace.begin(model, calls.recipe, flat)
+            offload = SpillFolder(finished.spill) if plan.offloads else None
+        if any(isinstance(weight, StoredTensor) for weight in program.weights.values()):
+            spill = SpillFolder(None if finished is None else finished.spill)
+            program.weights = SpilledWeights(program.weights, spill)
         rewritten, report = run(
             program,
             calls.recipe,
@@ -79,6 +92,8 @@ def rewrite_model(
             keep_float=keep_float(facts) | places.not_plain,
             progress=progress,
             dump=dump,
+            finished=finished,
+            offload=offload,
         )
         writes = places.check(rewritten)
         calls.finish(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from qcompile.analysis.sites import Site
 from qcompile.calibration.layerwise_run import LayerwiseRun
+from qcompile.calibration.ranks import Ranks
 from qcompile.calibration.statistics import CalibrationError
 
 _BLOCK = 256  # columns of one product; blocks below the diagonal are copied
@@ -52,24 +54,20 @@ def _add_products(total: Tensor, x: Tensor) -> None:
     _add_products(total[half:, half:], right)
 
 
-def _joined_rows(run: LayerwiseRun, site: Site, least: int = 4096) -> Iterator[Tensor]:
-    """A site's input as rows [T, K], batches joined: each sum x^T x costs a pass over [K, K] as well."""
-    joined: list[Tensor] = []
-    for rows in run.rows_of(site.input):
-        joined.append(rows.float())
-        if sum(map(len, joined)) >= least:
-            yield torch.cat(joined)
-            joined = []
-    if joined:
-        yield torch.cat(joined)
+def _joined_rows(run: LayerwiseRun, site: Site) -> Iterator[Tensor]:
+    """A site's input as rows [T, K], block by block."""
+    rows = run.rows_of(site.input)
+    for size in run.blocks:
+        yield torch.cat([batch.float() for batch in itertools.islice(rows, size)])
 
 
-def hessian_of(run: LayerwiseRun, site: Site) -> Tensor:
+def hessian_of(run: LayerwiseRun, site: Site, ranks: Ranks = Ranks()) -> Tensor:  # noqa: B008  it is frozen
     """The Hessian of a site: sum x x^T of its input over all tokens of all batches.
 
     Args:
         run: stopped at the site.
         site: a linear site.
+        ranks: the processes over whose tokens it is summed.
 
     Returns:
         [K, K] float64.
@@ -80,6 +78,7 @@ def hessian_of(run: LayerwiseRun, site: Site) -> Tensor:
     sums = Gram(site.K, run.program.weights[site.name].device)
     for x in _joined_rows(run, site):
         sums.add(x)
+    ranks.add(sums.sums)
     refuse_infinite(run, site, sums.sums)
     return sums.whole()
 

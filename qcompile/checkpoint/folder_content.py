@@ -14,7 +14,7 @@ from torch import nn
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.folder_meta import FolderMeta
 from qcompile.checkpoint.model_state import ModelState
-from qcompile.checkpoint.tensor_file import DEFAULT_SHARD, OWN_STEM, PLAIN_STEM, digests, shard_bytes, write_tensors
+from qcompile.checkpoint.tensor_file import DEFAULT_SHARD, OWN_STEM, PLAIN_STEM, digests, size_in_bytes, write_tensors
 from qcompile.checkpoint.transformers_folder import implementations, write_files
 from qcompile.modules.training_module import refuse_training
 from qcompile.modules.wrappers import unwrapped
@@ -53,7 +53,7 @@ class FolderContent:
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         recipe = getattr(model, "qcompile_recipe", None)
-        return FolderContent(inner, recipe, ModelState.of(inner), shard_bytes(max_shard_size))
+        return FolderContent(inner, recipe, ModelState.of(inner), size_in_bytes(max_shard_size))
 
     @property
     def size(self) -> int:

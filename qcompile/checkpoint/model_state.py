@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.module_entries import describe
 from qcompile.checkpoint.tensor_file import digests
+from qcompile.memory.stored_tensor import StoredTensor
 from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
 from qcompile.modules.static_quant import StaticQuantConv
@@ -21,7 +22,7 @@ Kind = Literal["parameter", "buffer", "computed", "attribute"]
 """A computed tensor is a buffer that is not persistent, an attribute no buffer at all: both are saved as well."""
 
 _WRAPPER = "_orig_mod."  # what torch.compile puts before the names of a module's tensors
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter, StoredTensor)
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class ModelState:
         """Tensors that are stored one by one share no memory; computed ones with the same content are stored once."""
         visited: set[int] = set()
         for name, tensor in self.tensors.items():
+            if isinstance(tensor, StoredTensor):  # has no memory
+                continue
             storage = tensor.untyped_storage().data_ptr()
             if tensor.numel() and storage in visited:
                 self.tensors[name] = tensor.clone()

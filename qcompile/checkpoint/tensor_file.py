@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.memory.fingerprint import as_bytes
+from qcompile.memory.tensor_bytes import write_values
 from qcompile.recipe.strict_json import DamagedJson, read_json
 
 PLAIN_STEM = "model"
@@ -55,11 +55,12 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
 
 
-def shard_bytes(size: int | str) -> int:
-    """The largest size of one file, in bytes.
+def size_in_bytes(size: int | str, name: str = "max_shard_size") -> int:
+    """A size in bytes.
 
     Args:
         size: bytes, or a number with a unit: "5GB" (10^9 bytes), "200MiB" (2^20).
+        name: of the argument, for the message.
 
     Raises:
         CheckpointError: it is no size.
@@ -67,7 +68,7 @@ def shard_bytes(size: int | str) -> int:
     found = _SIZE.fullmatch(size) if isinstance(size, str) else None
     count = int(float(found[1]) * _UNITS[found[2].upper()]) if found else size
     if type(count) is not int or count < 1:
-        raise CheckpointError(f"max_shard_size={size!r} is no size of a file. Fix: bytes, or a text as '5GB'")
+        raise CheckpointError(f"{name}={size!r} is no size. Fix: bytes, or a text as '5GB'")
     return count
 
 
@@ -86,17 +87,45 @@ def write_tensors(tensors: Mapping[str, Tensor], work: Path, stem: str, size: in
     """
     shards = _shards(tensors, size)
     if len(shards) == 1:
-        save_file(shards[0], str(work / f"{stem}.safetensors"), metadata=metadata)
+        write_shard(shards[0], work / f"{stem}.safetensors", metadata)
         return f"{stem}.safetensors"
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, str(work / name), metadata=metadata)
+        write_shard(shard, work / name, metadata)
         places |= dict.fromkeys(shard, name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (work / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return f"{stem}{INDEX}"
+
+
+def write_shard(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, tensor after tensor: a stored one is in memory while it is written.
+
+    Args:
+        tensors: on the CPU.
+        file: to write.
+        metadata: for its header.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    # Wide dtypes first, so that every tensor begins at a multiple of its element's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    first = 0
+    for name in names:
+        tensor = tensors[name]
+        end = first + tensor.nbytes
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
+        first = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb", buffering=0) as raw:
+        raw.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            write_values(raw, tensors[name])
 
 
 def read_tensors(path: Path, expected: Mapping[str, str] | None) -> dict[str, Tensor]:
@@ -110,11 +139,11 @@ def read_tensors(path: Path, expected: Mapping[str, str] | None) -> dict[str, Te
         CheckpointError: a file is missing, truncated or no such file, or a tensor is not the one that was written.
     """
     tensors: dict[str, Tensor] = {}
-    for file in _files(path):
-        with _opened(file) as reader:
+    for file in files_of(path):
+        with opened(file) as reader:
             tensors |= {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118  not a dict
     if expected is not None:
-        _compare(path, tensors, expected)
+        require_digests(path, tensors, expected)
     return tensors
 
 
@@ -126,7 +155,7 @@ def read_named(files: list[Path], names: set[str]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for file in files:
-        with _opened(file) as reader:
+        with opened(file) as reader:
             found |= {name: reader.get_tensor(name) for name in names.intersection(reader.keys())}
     return found
 
@@ -139,14 +168,14 @@ def read_empty(files: list[Path]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for file in files:
-        with _opened(file) as reader:
+        with opened(file) as reader:
             for name in reader.keys():  # noqa: SIM118  not a dict
                 part = reader.get_slice(name)
-                found[name] = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
+                found[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
     return found
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -157,9 +186,15 @@ _DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""What a header of safetensors calls a dtype."""
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def _shards(tensors: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
@@ -176,7 +211,7 @@ def _shards(tensors: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]
     return [{name: tensors[name] for name in names} for names in split.filename_to_tensors.values()]
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """The files behind a file or an index; an index names files of its own folder only."""
     if not path.is_file():
         raise CheckpointError(f"{path} cannot be read (it is missing, or no file). {_FIX}")
@@ -193,7 +228,8 @@ def _files(path: Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """A reader of a safetensors file. Raises CheckpointError if it is missing, truncated or damaged."""
     if not path.is_file():
         raise CheckpointError(f"{path} cannot be read (it is missing, or no file). {_FIX}")
     try:
@@ -206,7 +242,17 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _compare(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, str]) -> None:
+def require_digests(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, str]) -> None:
+    """Check that tensors are those that were written.
+
+    Args:
+        path: of their file, for the message.
+        tensors: as read.
+        expected: their digests.
+
+    Raises:
+        CheckpointError: some are missing, unknown or changed.
+    """
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise CheckpointError(

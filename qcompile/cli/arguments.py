@@ -18,6 +18,7 @@ from qcompile.calibration.dataset import DataRows
 from qcompile.cli.interruption import Commands
 from qcompile.cli.output import console, note, tell
 from qcompile.cli.path_checks import data_rows, html_file, output_folder, text_file
+from qcompile.memory.process import available_bytes
 from qcompile.version import VERSION
 
 app = typer.Typer(
@@ -140,15 +141,37 @@ def _names(field: Field[Any]) -> list[str]:
     return [f"--{field.name.replace('_', '-')}"] if field.default is False else []
 
 
-def load(name: str, dtype: str = "float32", *, any_class: bool = False) -> tuple[Any, Any]:
-    """A model and its tokenizer by name, with a spinner; `any_class`: also one that generates no text."""
+def load(name: str, dtype: str = "float32", *, any_class: bool = False, stream: bool = False) -> tuple[Any, Any]:
+    """A model and its tokenizer by name, with a spinner.
+
+    Args:
+        name: of the model.
+        dtype: of the weights.
+        any_class: also one that generates no text.
+        stream: leave the weights in the files of a folder; so it is where they do not fit in memory, and said.
+    """
     from qcompile.generation.pretrained import load_pretrained
 
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype {dtype!r} is unknown. Fix: use float32 or bfloat16")
+    if not stream and (size := _bytes_of(name, dtype)) > _SHARE * available_bytes():
+        stream = True
+        note(f"{name} takes {size / 1e9:.1f} GB, more than memory has for it: weights are read as they are needed")
     with console.status(Text(f"loading {name}")):
-        options = {"any_class": True} if any_class else {}
+        options = {option: True for option, is_set in (("any_class", any_class), ("stream", stream)) if is_set}
         return load_pretrained("" if name == "embedded" else name, getattr(torch, dtype), **options)
+
+
+def _bytes_of(name: str, dtype: str) -> int:
+    """What the weights of a folder of safetensors files take in memory; 0 of another model."""
+    files = list(Path(name).glob("*.safetensors")) if name and Path(name).is_dir() else []
+    quantized = (Path(name) / "qcompile.json").exists()
+    wider = 2 if dtype == "float32" and not quantized else 1  # most folders hold 16 bits a value
+    return wider * sum(file.stat().st_size for file in files)
+
+
+_SHARE = 0.7
+"""Of the free memory that weights may take: activations need the rest."""
 
 
 def load_encoder(name: str) -> tuple[Any, Any]:
@@ -209,6 +232,13 @@ def cap_length(length: int, model: Any, tokenizer: Any, what: str = "windows") -
     if capped < length:
         note(f"{what} of {capped} tokens, not {length}: the context of the model ends there")
     return capped
+
+
+def is_float_folder(model: str) -> bool:
+    """Whether MODEL is a folder of a float model in safetensors files, which can be read in parts."""
+    folder = Path(model)
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any((folder / name).is_file() for name in names) and not (folder / "qcompile.json").exists()
 
 
 def is_exported(model: str) -> bool:

@@ -20,6 +20,7 @@ from qcompile.cli.arguments import (
     calibration_batches,
     check_recipes,
     flags_of,
+    is_float_folder,
     load,
     load_encoder,
 )
@@ -56,11 +57,26 @@ def quantize(
     dtype: Dtype = "float32",
     dump: Dump = None,
     report_file: ReportFile = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="what a run may take; of a MODEL in safetensors files", metavar="12GB"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with FOLDER.unfinished, which a run that was killed left")
+    ] = False,
 ) -> None:
-    """Quantize MODEL and write it to FOLDER (safetensors and JSON), or to a GGUF file if MODEL is one."""
-    from qcompile.api.quantize import quantize as run
-    from qcompile.checkpoint.save_load import save as write
+    """Quantize MODEL and write it to FOLDER (safetensors and JSON), or to a GGUF file if MODEL is one.
 
+    A folder of safetensors files is read in parts, and may be larger than memory.
+    """
+    from qcompile.api.quantize import quantize as run
+    from qcompile.api.quantize_folder import quantize_folder as run_in_parts
+    from qcompile.checkpoint.save_load import save as write
+    from qcompile.checkpoint.tensor_file import size_in_bytes
+
+    stream = is_float_folder(model)
+    for flag in [name for name, given in (("--resume", resume), ("--memory", memory)) if given and not stream]:
+        raise ValueError(f"{flag} goes with a folder of safetensors files, and {model} is none. Fix: drop it")
     if folder.suffix == SUFFIX:
         if dump is not None:
             raise ValueError(f"--dump {dump} goes with a folder, and {folder} is a file. Fix: drop it")
@@ -69,11 +85,26 @@ def quantize(
         quantize_file(model, folder, recipe, text, data)
         return
     check_recipes(recipe)
-    with kept(lambda: f"{folder} was not written"):
-        loaded, tokenizer = load(model, dtype, any_class=True)
+    limit = None if memory is None else size_in_bytes(memory, "--memory")
+    with kept(lambda: f"{folder} was not written{_said_finished(folder)}"):
+        loaded, tokenizer = load(model, dtype, any_class=True, stream=stream)
         _require_space(folder, loaded, recipe, text or data)
-        report = run(loaded, recipe, calibration_batches(recipe, loaded, tokenizer, text, data), dump=dump)
-        write(loaded, folder, tokenizer)
+        batches = calibration_batches(recipe, loaded, tokenizer, text, data)
+        if stream:
+            report = run_in_parts(
+                model,
+                folder,
+                recipe,
+                batches,
+                model=loaded,
+                tokenizer=tokenizer,
+                memory=limit,
+                resume=resume,
+                dump=dump,
+            )
+        else:
+            report = run(loaded, recipe, batches, dump=dump)
+            write(loaded, folder, tokenizer)
     tell(report)
     tell(f"written: {folder}")
     write_report(report_file, f"{model}, quantized by {recipe}", report=report)
@@ -144,6 +175,13 @@ def export_onnx(
         report = write(loaded, folder, recipe, batches, example=example, tokenizer=tokenizer, **flags)
     tell(report)
     tell(f"written: {folder}")
+
+
+def _said_finished(folder: Path) -> str:
+    """What an interrupted run says of the sites that it finished."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    count = len(list(unfinished.glob("sites/*.safetensors")))
+    return f"; {count} finished groups of sites are in {unfinished}: --resume goes on from there" if count else ""
 
 
 def _require_space(folder: Path, loaded: Any, recipe: str, text: object) -> None:

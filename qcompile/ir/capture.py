@@ -24,6 +24,7 @@ from qcompile.ir.linear_modules import find_linear_modules, recorded_calls
 from qcompile.ir.node_meta import DYNAMO_INDEX, STATIC, WEIGHT
 from qcompile.ir.normalize import normalize
 from qcompile.ir.program import Program, copy_graph
+from qcompile.ir.stand_ins import stand_ins
 from qcompile.ir.trace_failure import CaptureError, failure
 from qcompile.ir.vmap_regions import expand_vmaps
 
@@ -73,9 +74,10 @@ def capture(
         torch.compiler.set_stance("force_eager"),
         torch.no_grad(),
         recorded_calls(module) as odd,
+        stand_ins(module, tensors) as traced,
     ):
         try:
-            exported = torch.export.export(flat, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+            exported = torch.export.export(flat, tuple(traced), dynamic_shapes=(shapes,), strict=False)
         except Exception as error:
             raise failure(module, call, error) from error
     program = from_exported(exported, flat, "module.", find_linear_modules(module, odd, "module."))

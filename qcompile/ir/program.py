@@ -139,7 +139,9 @@ class Program:
         with self.graph.inserting_after(last):
             node = self.graph.placeholder("w_" + "".join(c if c.isalnum() else "_" for c in name))
         node.meta[WEIGHT] = name
-        node.meta["val"] = self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+        with self.fake_mode:
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        node.meta["val"] = like
         self.weights[name] = tensor.detach()
         return node
 
@@ -222,7 +224,7 @@ class Program:
         """A program that can be rewritten without touching this one; tensors are shared."""
         return Program(
             copy_graph(self.graph_module),
-            dict(self.weights),
+            self.weights.copy(),
             {name: list(others) for name, others in self.aliases.items()},
             set(self.transposed),
             list(self.cache_pairs),

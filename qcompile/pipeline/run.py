@@ -25,6 +25,7 @@ from qcompile.calibration.statistics import Statistics, observe
 from qcompile.ir.op_calls import QLinearCall, site_name
 from qcompile.ir.program import Program
 from qcompile.memory.process import release_freed_memory
+from qcompile.memory.spilled_weights import SpillFolder
 from qcompile.passes import Quantize
 from qcompile.pipeline.dump import GraphDump
 from qcompile.recipe.certificate import certify
@@ -34,6 +35,7 @@ from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.registry import Registered, registered
 from qcompile.recipe.report import Report, SiteReport
 from qcompile.recipe.rule import RecipeError, Rule
+from qcompile.recipe.solved_sites import FinishedSites
 
 
 class NothingToQuantize(ValueError):
@@ -52,6 +54,8 @@ def run(
     keep_float: dict[str, str] | None = None,
     progress: bool = False,
     dump: str | Path | None = None,
+    finished: FinishedSites | None = None,
+    offload: SpillFolder | None = None,
 ) -> tuple[Program, Report]:
     """Run a recipe.
 
@@ -66,6 +70,8 @@ def run(
         keep_float: sites to keep float, with the reason for the report.
         progress: show bars.
         dump: folder for the graph before the first pass and after each (see pipeline/dump.py).
+        finished: keeps the sites that are solved, and has those that an earlier run solved.
+        offload: where values of batches go that are not being computed with; None: they stay in memory.
 
     Returns:
         The rewritten copy and the report.
@@ -98,6 +104,8 @@ def run(
         sites=_site_reports(program, facts),
         reference=program,
         progress=progress,
+        finished=finished,
+        offload=offload,
     )
     current, outputs = program.copy(), None
     for index, config in enumerate(recipe.passes):
@@ -197,8 +205,17 @@ def _statistics(program: Program, entry: Registered, config: PassConfig, context
     needs = set(entry.needs(config))
     if not {"absmax", "keys"} & needs:
         return Statistics()
+    ranks = context.ranks
+    data = context.data() if ranks.count == 1 else ranks.share(list(context.data()))[0]
+    sites, attentions = "absmax" in needs, "keys" in needs
     return observe(
-        program, context.data(), sites="absmax" in needs, attentions="keys" in needs, progress=context.progress
+        program,
+        data,
+        sites=sites,
+        attentions=attentions,
+        progress=context.progress,
+        ranks=ranks,
+        offload=context.offload,
     )
 
 

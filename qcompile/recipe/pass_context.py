@@ -11,10 +11,13 @@ from rich.progress import track
 
 from qcompile.analysis.facts import Facts
 from qcompile.calibration.layerwise_run import LayerwiseRun
+from qcompile.calibration.ranks import Ranks
 from qcompile.calibration.statistics import CalibrationError, Statistics
 from qcompile.ir.program import Program
+from qcompile.memory.spilled_weights import SpillFolder
 from qcompile.recipe.report import KVConstants, PassReport, SiteReport
 from qcompile.recipe.rule import Rule
+from qcompile.recipe.solved_sites import FinishedSites
 
 Batches = Callable[[], Iterable[Sequence[Any]]]
 """Gives a fresh iterator of a program's flat inputs, one batch after another."""
@@ -37,6 +40,8 @@ class PassContext:
         constants: what earlier passes computed for the key/value cache.
         reference: the program before all passes.
         keep_float_weights: a later pass compares the codes with the float weights, so they must be kept (LoRC).
+        finished: keeps the sites that are solved; None: nothing is kept.
+        offload: where values of batches go that are not being computed with; None: they stay in memory.
         progress: whether to show bars.
         last_iterator: what `batches` gave last, if it is an iterator: it cannot be read again.
     """
@@ -50,6 +55,8 @@ class PassContext:
     constants: KVConstants = field(default_factory=KVConstants)
     reference: Program | None = None
     keep_float_weights: bool = False
+    finished: FinishedSites | None = None
+    offload: SpillFolder | None = None
     progress: bool = False
     last_iterator: Iterator[Sequence[Any]] | None = field(default=None, repr=False)
 
@@ -60,7 +67,7 @@ class PassContext:
 
     def on(self, program: Program, **changes: Any) -> PassContext:
         """The same surroundings for a copy of the program, on which a search tries a pass: no site is reported."""
-        return dataclasses.replace(self, **{"facts": Facts(program), "sites": {}, **changes})
+        return dataclasses.replace(self, **{"facts": Facts(program), "sites": {}, "finished": None, **changes})
 
     def data(self) -> Iterable[Sequence[Any]]:
         """A fresh iterator of the calibration batches. Raises CalibrationError if there are none."""
@@ -75,12 +82,27 @@ class PassContext:
         self.last_iterator = data if isinstance(data, Iterator) else None
         return data
 
-    def layerwise_run(self, program: Program) -> LayerwiseRun:
-        """All batches, before the first node of a program. Raises CalibrationError for an empty iterator."""
-        run = LayerwiseRun(program, self.data())
+    def layerwise_run(self, program: Program, *, shared: bool = False) -> LayerwiseRun:
+        """All batches, before the first node of a program.
+
+        Args:
+            program: what runs.
+            shared: only this rank's share of them: the caller adds its sums up over the ranks.
+
+        Raises:
+            CalibrationError: an empty iterator.
+        """
+        ranks = self.ranks if shared else Ranks()
+        data, blocks = ranks.share(list(self.data()))
+        run = LayerwiseRun(program, data, blocks=blocks, offload=self.offload)
         if not run.values:
             raise CalibrationError("the calibration iterator is empty: give at least one batch")
         return run
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share this run."""
+        return Ranks() if self.finished is None else self.finished.ranks
 
     def track(self, items: Iterable[T], label: str) -> Iterable[T]:
         """The items, with a progress bar where bars are shown."""

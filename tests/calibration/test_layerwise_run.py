@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from qcompile.analysis.sites import find_sites
 from qcompile.api.example_inputs import flat_inputs
 from qcompile.calibration.layerwise_run import LayerwiseRun
 from qcompile.ir.capture import capture
+from qcompile.memory.stored_tensor import StoredTensor
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "phi3", "mixtral"])
@@ -123,3 +126,43 @@ def test_batches_of_another_shape_are_refused():
     _, program = three_layers()
     with pytest.raises(ValueError, match="takes 1 inputs"):
         LayerwiseRun(program, [[torch.randn(2, 8), 3]])
+
+
+def test_a_value_that_is_kept_stays_until_it_is_released():
+    _, program = three_layers()
+    run = LayerwiseRun(program, [[torch.randn(3, 8)], [torch.randn(2, 8)]])
+    first, second, third = (site.node for site in find_sites(program))
+    run.kept.add(first)
+    run.advance(third)
+    assert all(first in values and second not in values for values in run.values)
+    assert [len(value) for value in run.values_of(first)] == [3, 2]
+    run.release(first)
+    assert not any(first in values for values in run.values)
+
+
+def test_a_released_value_that_is_still_to_be_read_stays():
+    _, program = three_layers()
+    run = LayerwiseRun(program, [[torch.randn(3, 8)]])
+    first, second, _ = find_sites(program)
+    run.kept.add(second.input)
+    run.advance(second.node)
+    run.release(second.input)
+    run.advance(program.output_node)
+    assert [value.shape for value in run.values_of(program.outputs[0])] == [(3, 4)]
+
+
+def test_weights_in_files_are_read_once_for_all_batches():
+    model, program = three_layers()
+    reads = Counter()
+    for name, weight in list(program.weights.items()):
+        program.weights[name] = StoredTensor(weight, lambda name=name, w=weight: (reads.update([name]), w.clone())[1])
+    batches = [torch.randn(5, 8), torch.randn(2, 8), torch.randn(1, 8)]
+    run = LayerwiseRun(program, [[x] for x in batches])
+    for site in find_sites(program):
+        run.advance(site.node)
+    run.advance(program.output_node)
+    with torch.no_grad():
+        for x, value in zip(batches, run.values_of(program.outputs[0]), strict=True):
+            assert torch.equal(value, model(x))
+    assert set(reads.values()) == {1} and len(reads) == len(program.weights)
+    assert not run._loaded

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from padded_batches import LAYOUTS, decoder, padded, texts, unpadded
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from zoo import build, example
 
 from qcompile.analysis import facts as facts_module
 from qcompile.analysis.facts import Facts
+from qcompile.calibration.ranks import Ranks
 from qcompile.calibration.statistics import CalibrationError, observe
 from qcompile.ir.capture import capture
+from qcompile.memory.stored_tensor import StoredTensor
 
 H, D, S = 2, 4, 12
 
@@ -148,3 +153,97 @@ def test_nothing_but_vectors_is_kept():
     statistics = observe(program, [list(inputs.values())] * 2)
     tensors = [t for group in (statistics.absmax, statistics.keys, statistics.cached) for t in group.values()]
     assert tensors and all(t.ndim <= 2 and t.dtype == torch.float32 and not t.requires_grad for t in tensors)
+
+
+def stored_copy(program):
+    """The same program with weights that are read when they are needed, and how often each was."""
+    copied, reads = program.copy(), {}
+
+    def stored(name, weight):
+        def read():
+            reads[name] = reads.get(name, 0) + 1
+            return weight.clone()
+
+        return StoredTensor(weight, read)
+
+    copied.weights = {name: stored(name, weight) for name, weight in program.weights.items()}
+    return copied, reads
+
+
+def assert_equal_statistics(found, want):
+    assert (found.batches, found.notes) == (want.batches, want.notes)
+    for field in dataclasses.fields(want):
+        ours, theirs = getattr(found, field.name), getattr(want, field.name)
+        if isinstance(theirs, dict):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items()), field.name
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mixtral"])
+@pytest.mark.parametrize("sites, attentions", [(True, True), (True, False), (False, True)])
+def test_by_layer_is_by_batch(name, sites, attentions):
+    """And reads every weight once for all batches."""
+    inputs = example(name)
+    program = capture(build(name), (), inputs)
+    generator = torch.Generator().manual_seed(3)
+    batches = [[torch.randint(3, 128, t.shape, generator=generator) for t in inputs.values()] for _ in range(3)]
+    streamed, reads = stored_copy(program)
+    found = observe(streamed, batches, sites=sites, attentions=attentions)
+    assert_equal_statistics(found, observe(program, batches, sites=sites, attentions=attentions))
+    assert found.batches == 3 and max(reads.values()) == 1
+
+
+def test_by_layer_is_by_batch_where_memory_is_filled_late(attention):
+    plain, _, batches = attention
+    program = capture(Allocated(plain.decomposed), (torch.randn(2, S, 8),))
+    assert_equal_statistics(observe(stored_copy(program)[0], batches), observe(program, batches))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("left", [False, True])
+def test_by_layer_is_by_batch_with_padding(layout, left):
+    _, program = decoder(layout)
+    rows = texts([7, 3, 5])
+    for batches in ([padded(rows, left=left, extra=2), padded(rows[:1])], unpadded(rows)):
+        assert_equal_statistics(observe(stored_copy(program)[0], batches), observe(program, batches))
+
+
+def test_by_layer_refuses_what_by_batch_does(attention):
+    _, program, batches = attention
+    streamed, _ = stored_copy(program)
+    with pytest.raises(CalibrationError, match="the calibration iterator is empty: give at least one batch"):
+        observe(streamed, iter(()))
+    batches[1][0][0, 5, 0] = torch.nan
+    with pytest.raises(CalibrationError, match="batch 2 brings NaN or Inf to query.weight"):
+        observe(streamed, batches)
+
+
+class OtherHalf(Ranks):
+    """The first of two ranks, of which the other one has observed other batches."""
+
+    def __init__(self, other):
+        super().__init__(0, 2)
+        object.__setattr__(self, "other", other)
+        object.__setattr__(self, "log", [])
+
+    def raise_to_largest(self, tensor):
+        self.log.append("max")
+        torch.maximum(tensor, tensor * 0 + self.other, out=tensor)
+
+    def add(self, tensor):
+        self.log.append("sum")
+        tensor.mul_(2)
+
+
+def test_ranks_share_maxima_and_means(attention):
+    """A rank that has observed the same batches changes no mean and no maximum below its own."""
+    _, program, batches = attention
+    alone = observe(program, batches)
+    shared = observe(program, batches, ranks=OtherHalf(0.0))
+    assert shared.batches == 2 * alone.batches
+    for name in ("absmax", "cached", "keys", "key_means"):
+        ours, theirs = getattr(shared, name), getattr(alone, name)
+        assert all(torch.equal(ours[node], tensor) for node, tensor in theirs.items()), name
+    larger = observe(program, batches, ranks=OtherHalf(1e6))
+    assert all(bool((t == 1e6).all()) for group in (larger.absmax, larger.cached) for t in group.values())
+    assert all(torch.equal(larger.key_means[node], tensor) for node, tensor in alone.key_means.items())

@@ -94,15 +94,15 @@ def test_an_error_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "m")
     before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
     written = []
-    real = tensor_file.save_file
+    real = tensor_file.write_shard
 
     def full_disk(tensors, path, metadata):
         if written:
             raise OSError(28, "No space left on device")
         written.append(path)
-        real(tensors, path, metadata=metadata)
+        real(tensors, path, metadata)
 
-    monkeypatch.setattr(tensor_file, "save_file", full_disk)
+    monkeypatch.setattr(tensor_file, "write_shard", full_disk)
     with pytest.raises(WriteError, match="No space left on device.*Fix: free some space"):
         model.save_pretrained(tmp_path / "m", max_shard_size="30KB")
     assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before

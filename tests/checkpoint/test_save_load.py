@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from zoo import build, example
 
 import qcompile
-from qcompile.checkpoint import tensor_file
+from qcompile.checkpoint import stored_files, tensor_file
 from qcompile.checkpoint.atomic_folder import CheckpointError
+from qcompile.memory.stored_tensor import StoredTensor
 from qcompile.modules.kv_cache import KVCache
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
 from qcompile.numerics.format import Format
@@ -232,7 +233,7 @@ def test_full_folder_is_refused_and_nothing_is_half_written(tmp_path, monkeypatc
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensor_file, "save_file", full_disk)
+    monkeypatch.setattr(tensor_file, "write_shard", full_disk)
     with pytest.raises(CheckpointError, match="new cannot be written .*No space left on device.*Fix: free some space"):
         qcompile.save(model, tmp_path / "new")
     assert sorted(os.listdir(tmp_path)) == ["full"] and os.listdir(tmp_path / "full") == ["x"]
@@ -253,3 +254,32 @@ def test_scales_are_stored_in_the_dtype_of_their_format(tmp_path, form):
             assert str(module.format) == form and torch.equal(module.weight, model.get_submodule(name).weight)
     half = again.half()  # a cast leaves scales as they are
     assert {m.scale.dtype for m in half.modules() if isinstance(m, QuantLinear)} == {Format.parse(form).scale_dtype}
+
+
+@pytest.mark.parametrize("recipe", ["w4a16", "int8"])
+def test_a_folder_is_read_in_parts(tmp_path, monkeypatch, recipe):
+    monkeypatch.setattr(stored_files, "SMALL", 0)
+    monkeypatch.setattr(stored_files.stored_tensors, "__defaults__", (0,))
+    model = build("llama")
+    qcompile.quantize(model, recipe, example=example("llama"), progress=False)
+    qcompile.save(model, tmp_path / "q")
+    parts = qcompile.load(tmp_path / "q", stream=True)
+    tensors = [*parts.parameters(), *parts.buffers()]
+    assert tensors and all(isinstance(tensor, StoredTensor) for tensor in tensors)
+    with torch.no_grad():
+        assert torch.equal(parts(**example("llama")).logits, model(**example("llama")).logits)
+    qcompile.save(parts, tmp_path / "again")
+    for file in (tmp_path / "q").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_folder_in_parts_is_checked(tmp_path):
+    model = build("llama")
+    qcompile.quantize(model, "int8", example=example("llama"), progress=False)
+    qcompile.save(model, tmp_path / "q")
+    file = tmp_path / "q/qcompile.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        qcompile.load(tmp_path / "q", stream=True)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import weakref
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.tensor_file import (
@@ -17,9 +20,11 @@ from qcompile.checkpoint.tensor_file import (
     read_empty,
     read_named,
     read_tensors,
-    shard_bytes,
+    size_in_bytes,
+    write_shard,
     write_tensors,
 )
+from qcompile.memory.stored_tensor import StoredTensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool,
           torch.float8_e4m3fn]  # fmt: skip
@@ -113,13 +118,13 @@ def test_every_dtype_has_an_empty_tensor(dtype, tmp_path):
     "text, count", [(7, 7), ("5GB", 5 * 10**9), ("1.5 kb", 1500), ("2MiB", 2**21), ("1TB", 10**12)]
 )
 def test_sizes(text, count):
-    assert shard_bytes(text) == count
+    assert size_in_bytes(text) == count
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "", "5", "GB", "5 bytes", None, True, "0KB"])
 def test_what_is_no_size(size):
-    with pytest.raises(CheckpointError, match="is no size of a file. Fix: bytes, or a text as '5GB'"):
-        shard_bytes(size)
+    with pytest.raises(CheckpointError, match="is no size. Fix: bytes, or a text as '5GB'"):
+        size_in_bytes(size)
 
 
 @pytest.mark.parametrize(
@@ -140,3 +145,56 @@ def test_a_damaged_index_ends_in_one_line(index, words, tmp_path):
     with pytest.raises(CheckpointError, match=words) as caught:
         read_tensors(path, None)
     assert "Fix: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+STORED = [*DTYPES, torch.int32, torch.int16, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64]
+
+
+@given(st.lists(st.tuples(st.sampled_from(STORED), st.lists(st.integers(0, 3), max_size=3)), max_size=8), st.data())
+def test_the_library_reads_what_is_written(tmp_path_factory, entries, data):
+    """Any dtypes and shapes, stored tensors and transposed ones, each at a multiple of its element's size."""
+    tensors, given_tensors = {}, {}
+    for index, (dtype, shape) in enumerate(entries):
+        tensor = (torch.rand(shape) * 90).to(torch.int32).to(dtype)
+        kind = data.draw(st.sampled_from(["plain", "stored", "transposed"]))
+        name = f"layers.{index}.\u00e9"
+        tensors[name] = tensor.t().contiguous() if kind == "transposed" and tensor.ndim == 2 else tensor
+        given_tensors[name] = (
+            StoredTensor(tensor, tensor.clone)
+            if kind == "stored"
+            else tensor.t()
+            if kind == "transposed" and tensor.ndim == 2
+            else tensor
+        )
+    file = tmp_path_factory.mktemp("shard") / "x.safetensors"
+    write_shard(given_tensors, file, {"format": "pt", "note": "\u00e9"} if entries else {})
+    found = load_file(file)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert digest(found[name]) == digest(tensor)
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert header.pop("__metadata__", None) == ({"format": "pt", "note": "\u00e9"} if entries else None)
+    for name, entry in header.items():
+        first, end = entry["data_offsets"]
+        assert first % max(1, tensors[name].element_size()) == 0 and end - first == tensors[name].nbytes
+
+
+def test_a_stored_tensor_is_read_while_it_is_written_and_not_before(tmp_path):
+    alive, most = [], []
+
+    def stored(seed):
+        def read():
+            tensor = torch.full((1000,), float(seed))
+            alive.append(weakref.ref(tensor))
+            most.append(sum(ref() is not None for ref in alive))
+            return tensor
+
+        return StoredTensor(torch.empty(1000), read)
+
+    write_shard({str(seed): stored(seed) for seed in range(6)}, tmp_path / "x.safetensors", {})
+    assert max(most) <= 2, "the last one that was read, and the one that is being written"
+    assert all(float(t[0]) == int(name) for name, t in load_file(tmp_path / "x.safetensors").items())

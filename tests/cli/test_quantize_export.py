@@ -34,6 +34,18 @@ def test_quantize_calibrates_on_a_data_set(folder, tmp_path, call, fail):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("flags, name", [(("--resume",), "--resume"), (("--memory", "1GB"), "--memory")])
+def test_flags_of_folders_in_parts_are_refused_elsewhere(folder, tmp_path, fail, flags, name):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "config.json").write_text("{}")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    for model, out in (("embedded", "q"), (tmp_path / "bin", "q"), (tmp_path / "x.gguf", "q.gguf")):
+        error = fail("quantize", model, tmp_path / out, "-r", "int8", *flags)
+        assert error == f"error: {name} goes with a folder of safetensors files, and {model} is none. Fix: drop it"
+    assert "is no size" in fail("quantize", folder, tmp_path / "q", "-r", "int8", "--memory", "much")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "x.gguf"]
+
+
 def test_auto_takes_a_preset(folder, tmp_path, call):
     assert "15 of 15 sites" in call("quantize", folder, tmp_path / "auto", "--recipe", "auto")
 

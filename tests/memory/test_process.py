@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from qcompile.memory import process
-from qcompile.memory.process import measure_peak, peak_resident_bytes, release_freed_memory, resident_bytes
+from qcompile.memory.process import (
+    large_blocks_returned,
+    measure_peak,
+    peak_resident_bytes,
+    release_freed_memory,
+    resident_bytes,
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -43,3 +49,23 @@ def test_a_system_that_opens_no_library_without_a_name_is_no_error(monkeypatch):
 
     monkeypatch.setattr(process.ctypes, "CDLL", refuse)
     release_freed_memory()
+
+
+def test_large_blocks_are_returned_while_a_block_runs(monkeypatch):
+    """And the C library's own limit is back afterwards, whatever happens."""
+    limits = []
+    monkeypatch.setattr(process, "_set_map_threshold", limits.append)
+    with pytest.raises(KeyError), large_blocks_returned(1 << 21):
+        assert limits == [1 << 21]
+        raise KeyError
+    assert limits == [1 << 21, 1 << 25]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_a_block_above_the_limit_is_mapped_by_itself():
+    """What is freed goes to the system at once, also from below what the C library would keep."""
+    with large_blocks_returned():
+        blocks = [torch.ones(8 * 2**20, dtype=torch.uint8) for _ in range(20)]
+        full = resident_bytes()
+        del blocks[::2]
+        assert full - resident_bytes() > 60 * 2**20

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.checkpoint.tensor_file import PLAIN_STEM, size_in_bytes, write_tensors
 from qcompile.checkpoint.transformers_folder import CONFIG, write_files
 from qcompile.checkpoint.writers.export_refusals import ExportError
 from qcompile.checkpoint.writers.float_tensors import float_tensors, model_dtype
 from qcompile.checkpoint.writers.shard_reader import ShardReader
 from qcompile.memory.fingerprint import as_bytes
+from qcompile.memory.stored_tensor import StoredTensor
 from qcompile.recipe.strict_json import read_json
 
 
@@ -48,16 +50,12 @@ def write_served_folder(model: Any, layout: ServedLayout, work: Path, tokenizer:
     Raises:
         ExportError: a tensor of the files is not the one that was written, or a name stands twice.
     """
-    from huggingface_hub import save_torch_state_dict
-
     rest = float_tensors(model, layout.target)
     twice = sorted(rest.keys() & layout.tensors.keys())
     if twice:
         raise ExportError(f"{twice[0]} is the name of codes and of a float tensor. Fix: rename the float one")
     tensors = _separate({**rest, **layout.tensors})
-    save_torch_state_dict(tensors, work, max_shard_size=shard, metadata={"format": "pt"})
-    for path in work.glob("*.safetensors"):
-        path.chmod(0o644)  # of temporary files: a server may be another user
+    write_tensors(tensors, work, PLAIN_STEM, size_in_bytes(shard), {"format": "pt"})
     _compare(work, tensors)
     write_files(model, tokenizer, work, mark=False)
     config = read_json(work / CONFIG)
@@ -72,6 +70,9 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     visited: set[int] = set()
     for name, tensor in tensors.items():
+        if isinstance(tensor, StoredTensor):  # has no memory
+            found[name] = tensor
+            continue
         storage = tensor.untyped_storage()
         whole = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in visited
         found[name] = tensor if whole else tensor.clone()

@@ -15,7 +15,7 @@ from qcompile.numerics.hadamard import random_orthogonal
 from qcompile.numerics.qparams import expand_qparams
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes.weights import gptq as gptq_module
-from qcompile.passes.weights.gptq import GPTQ, compensate, gptq, grid_of, inverse_factor, loss
+from qcompile.passes.weights.gptq import GPTQ, compensate, gptq, grid_of, inverse_factor, invert_triangle, loss
 from qcompile.recipe.recipe import Recipe
 
 FORMATS = [
@@ -134,7 +134,8 @@ def test_rows_beyond_a_block_of_rows_have_their_own_scales(monkeypatch):
     weight, hessian = torch.randn(9, 32) * torch.logspace(-2, 2, 9)[:, None], correlated(0, 32)
     grid = quantize_tensor(weight, Format.parse("int3/group32/zero"))
     whole = compensate(weight, hessian, grid, GPTQ()).codes
-    monkeypatch.setattr(gptq_module, "_ROWS", 4)
+    monkeypatch.setattr(gptq_module, "_ELEMENTS", 4)
+    monkeypatch.setattr(gptq_module, "_LEAST_ROWS", 4)
     assert torch.equal(compensate(weight, hessian, grid, GPTQ()).codes.codes, whole.codes)
 
 
@@ -158,6 +159,36 @@ def test_the_factor_of_the_inverse(columns):
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
     assert torch.equal(upper, upper.triu()) and bool((upper.diagonal() > 0).all())
     assert torch.allclose(upper.t() @ upper @ damped, torch.eye(columns, dtype=torch.float64), atol=1e-8)
+
+
+@given(st.integers(1, 300), st.integers(0, 2**20), st.sampled_from([torch.float64, torch.float32]), st.booleans())
+def test_the_factor_in_an_order_is_that_of_the_permuted_hessian(columns, seed, dtype, ordered):
+    """The plain definition: the upper Cholesky factor of the inverse."""
+    hessian = correlated(seed, columns, 2 * columns)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed)) if ordered else None
+    kept = hessian.clone()
+    upper = inverse_factor(hessian, 0.01, order, dtype)
+    by = torch.arange(columns) if order is None else order
+    damped = hessian[by][:, by] + 0.01 * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    plain = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    assert upper.dtype == dtype and torch.equal(hessian, kept)
+    tight = {"rtol": 1e-6, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
+    assert torch.allclose(upper.double(), plain, **{**tight, "atol": tight["atol"] * float(plain.abs().max())})
+    assert torch.equal(inverse_factor(hessian[by][:, by].contiguous(), 0.01, None, dtype), upper)
+
+
+@given(st.integers(1, 700), st.integers(0, 2**20), st.booleans())
+def test_a_triangle_is_inverted_in_place(size, seed, flipped):
+    generator = torch.Generator().manual_seed(seed)
+    lower = torch.randn(size, size, generator=generator, dtype=torch.float64).tril(-1) / size**0.5
+    lower += torch.diag(0.5 + torch.rand(size, generator=generator, dtype=torch.float64))
+    found = lower.clone()
+    if flipped:  # columns first, as LAPACK writes them
+        found = lower.t().clone(memory_format=torch.contiguous_format).t()
+    invert_triangle(found)
+    one = torch.eye(size, dtype=torch.float64)
+    assert torch.equal(found, found.tril())
+    assert torch.allclose(found @ lower, one, atol=1e-8 * float(found.abs().max()))
 
 
 @pytest.mark.parametrize("recipe", ["w4a16-gptq", "int8-gptq"])

@@ -16,10 +16,11 @@ from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import Quantize
+from qcompile.passes.weights.choice import Choice
 from qcompile.passes.weights.dgq import DGQ
 from qcompile.passes.weights.gptaq import GPTAQ
 from qcompile.passes.weights.gptq import GPTQ, gptq, inverse_factor
-from qcompile.passes.weights.sequential import Choice, quantize_sequentially
+from qcompile.passes.weights.sequential import quantize_sequentially
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.registry import registered

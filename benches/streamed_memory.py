@@ -1,0 +1,191 @@
+"""Quantizing a model that is larger than memory: peak memory, time and bytes, streamed and in memory.
+
+    python benches/streamed_memory.py                compare both on a synthetic decoder of 8 layers
+    python benches/streamed_memory.py --large        12 GB of weights, each process limited to 4 GB of address space
+    .. --commit                                      write the rows to benches/results/streamed_memory.json
+
+Each run is a process of its own, which imports and traces a small model first: peaks are above that. The weights are
+random, which changes neither memory nor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from qcompile.cli.output import print_table, tell
+from qcompile.memory.environment import versions
+
+RESULTS = Path(__file__).parent / "results" / "streamed_memory.json"
+RECIPES = ["w4a16", "w4a16-gptq"]
+SIZES = {
+    "8 layers of 2048": dict(hidden=2048, inner=5632, layers=8),
+    "206 layers of 2048": dict(hidden=2048, inner=2048, layers=206),
+    "tiny": dict(hidden=64, inner=64, layers=1),
+}
+BATCHES, TOKENS, VOCABULARY, LIMIT = 8, 256, 8192, 4_000_000_000
+
+
+def make(size: str, folder: Path) -> None:
+    """Write a decoder with random bfloat16 weights, layer by layer: it is never whole in memory."""
+    import torch
+    from transformers import AutoConfig
+
+    from qcompile.checkpoint.tensor_file import INDEX, write_shard
+
+    of = SIZES[size]
+    h, i = of["hidden"], of["inner"]
+    config = AutoConfig.for_model(
+        "llama",
+        architectures=["LlamaForCausalLM"],
+        vocab_size=VOCABULARY,
+        hidden_size=h,
+        intermediate_size=i,
+        num_hidden_layers=of["layers"],
+        num_attention_heads=max(1, h // 128),
+        num_key_value_heads=max(1, h // 128),
+        tie_word_embeddings=False,
+        max_position_embeddings=512,
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (0.02 * torch.randn(*shape, generator=generator)).bfloat16()
+
+    def layer(index: int) -> dict[str, torch.Tensor]:
+        shapes = {"self_attn.q_proj": (h, h), "self_attn.k_proj": (h, h), "self_attn.v_proj": (h, h)}
+        shapes |= {"self_attn.o_proj": (h, h), "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)}
+        found = {f"model.layers.{index}.{name}.weight": random(*shape) for name, shape in shapes.items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            found[f"model.layers.{index}.{name}.weight"] = torch.ones(h, dtype=torch.bfloat16)
+        return found
+
+    places: dict[str, str] = {}
+    for number in range(of["layers"] + 1):
+        if number < of["layers"]:
+            tensors = layer(number)
+        else:
+            tensors = {"model.embed_tokens.weight": random(VOCABULARY, h), "lm_head.weight": random(VOCABULARY, h)}
+            tensors["model.norm.weight"] = torch.ones(h, dtype=torch.bfloat16)
+        name = f"model-{number + 1:05}-of-{of['layers'] + 1:05}.safetensors"
+        write_shard(tensors, folder / name, {"format": "pt"})
+        places |= dict.fromkeys(tensors, name)
+    (folder / f"model{INDEX}").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def one(source: str, out: str, recipe: str, streamed: bool, tiny: str) -> dict[str, Any]:
+    """Quantize a folder in this process; seconds, peak bytes, and the plan."""
+    import warnings
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import qcompile
+    from qcompile.api.memory_plan import MemoryPlan
+    from qcompile.api.quantize_folder import quantize_folder
+    from qcompile.memory.process import measure_peak, resident_bytes
+
+    warnings.simplefilter("ignore")
+    plans: list[MemoryPlan] = []
+    inner = MemoryPlan.within
+
+    def within(plan: MemoryPlan, limit: int | None) -> MemoryPlan:
+        plans.append(inner(plan, limit))
+        return plans[-1]
+
+    MemoryPlan.within = within  # type: ignore[method-assign]  # the plan of the run is a row of the table
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(0, VOCABULARY, (1, TOKENS), generator=generator) for _ in range(BATCHES)]
+    with tempfile.TemporaryDirectory() as warm:
+        quantize_folder(tiny, Path(warm) / "out", recipe, batches, progress=False)
+    start = time.perf_counter()
+    with measure_peak() as peak:
+        if streamed:
+            quantize_folder(source, out, recipe, batches, progress=False)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source).eval()
+            qcompile.quantize(model, recipe, batches, progress=False)
+            qcompile.save(model, out)
+    whole = resident_bytes("VmHWM")
+    planned = plans[-1].peak if streamed else None
+    return {"seconds": time.perf_counter() - start, "peak": peak.bytes, "process": whole, "planned": planned}
+
+
+def bar(size: str, recipe: str) -> int:
+    """(The largest layer in float32, its Hessians, the residual stream) x 1.25, in bytes."""
+    of = SIZES[size]
+    h, i = of["hidden"], of["inner"]
+    layer = 4 * (4 * h * h + 3 * h * i)
+    hessians = 8 * (3 * h * h + i * i) if "gptq" in recipe else 0
+    stream = 2 * BATCHES * TOKENS * (h + max(h, i)) if "gptq" in recipe else 0
+    return int(1.25 * (layer + hessians + stream))
+
+
+def same_bytes(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same files but for the log."""
+    names = sorted(path.name for path in first.iterdir() if path.name != "quantize.jsonl")
+    return all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def run(arguments: list[object], limit: int | None) -> dict[str, Any]:
+    """`one` in a process of its own."""
+    script = f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import streamed_memory as s; "
+    if limit is not None:
+        script += f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit})); "
+    script += f"print(json.dumps(s.one(*{arguments!r})))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Make the models, run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--large", action="store_true", help="12 GB of weights under a limit of 4 GB")
+    parser.add_argument("--commit", action="store_true", help=f"write {RESULTS.name}")
+    options = parser.parse_args()
+    size = "206 layers of 2048" if options.large else "8 layers of 2048"
+    table = Table(
+        "model", "recipe", "way", "seconds", "peak MB", "bar MB", "of the process MB", "planned MB", "same bytes"
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        source, tiny = Path(work) / "model", Path(work) / "tiny"
+        for name, folder in ((size, source), ("tiny", tiny)):
+            folder.mkdir()
+            make(name, folder)
+        weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        tell(f"{size}: {weights / 1e9:.2f} GB of weights")
+        for recipe in RECIPES:
+            outs = {}
+            for streamed in (True,) if options.large else (False, True):
+                out = outs[streamed] = Path(work) / f"{recipe}-{streamed}"
+                limit = LIMIT if options.large else None
+                row = run([str(source), str(out), recipe, streamed, str(tiny)], limit)
+                equal = same_bytes(outs[False], outs[True]) if streamed and not options.large else None
+                row |= {"model": size, "weights": weights, "recipe": recipe, "streamed": streamed, "same_bytes": equal}
+                row |= {"bar": bar(size, recipe), "limit": limit, "isa": versions()["isa"]}
+                rows.append(row)
+                cells = [f"{row[key] / 1e6:.0f}" if row[key] else "" for key in ("peak", "bar", "process", "planned")]
+                way = "streamed" if streamed else "in memory"
+                table.add_row(recipe, way, f"{row['seconds']:.0f}", *cells, "" if equal is None else str(equal))
+    print_table(table)
+    if options.commit:
+        others = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
+        rows = [*(row for row in others if row["model"] != size), *rows]
+        RESULTS.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
