@@ -2,6 +2,7 @@
 
     python benches/streamed_memory.py                compare both on a synthetic decoder of 8 layers
     python benches/streamed_memory.py --large        12 GB of weights, each process limited to 4 GB of address space
+    .. --recipes w4a16                               only these
     .. --commit                                      write the rows to benches/results/streamed_memory.json
 
 Each run is a process of its own, which imports and traces a small model first: peaks are above that. The weights are
@@ -153,6 +154,7 @@ def main() -> None:
     """Make the models, run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true", help="12 GB of weights under a limit of 4 GB")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, metavar="RECIPE")
     parser.add_argument("--commit", action="store_true", help=f"write {RESULTS.name}")
     options = parser.parse_args()
     size = "206 layers of 2048" if options.large else "8 layers of 2048"
@@ -167,7 +169,7 @@ def main() -> None:
             make(name, folder)
         weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         tell(f"{size}: {weights / 1e9:.2f} GB of weights")
-        for recipe in RECIPES:
+        for recipe in options.recipes:
             outs = {}
             for streamed in (True,) if options.large else (False, True):
                 out = outs[streamed] = Path(work) / f"{recipe}-{streamed}"
@@ -183,7 +185,8 @@ def main() -> None:
     print_table(table)
     if options.commit:
         others = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-        rows = [*(row for row in others if row["model"] != size), *rows]
+        now = {(row["model"], row["recipe"]) for row in rows}
+        rows = [*(row for row in others if (row["model"], row["recipe"]) not in now), *rows]
         RESULTS.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
 
 
