@@ -158,6 +158,11 @@ def gptq(
     return result
 
 
+def rows_at_once(columns: int) -> int:
+    """How many rows of a weight [N, columns] are solved together."""
+    return max(_LEAST_ROWS, _ELEMENTS // columns)
+
+
 @rewrites(GPTQ, Stage.QUANTIZE, exact=False, needs=("batches",))
 def gptq_sites(program: Program, config: GPTQ, context: PassContext) -> PassReport:
     """Quantize every planned site, in the order of the graph, each on quantized upstream inputs."""
@@ -192,7 +197,7 @@ def compensate(weight: Tensor, hessian: Tensor, grid: QTensor, config: GPTQ) -> 
     for harder in (1, 10, 100):
         upper = inverse_factor(hessian, config.damp_percent * harder, order, weight.dtype)
         if upper is not None:
-            sizes = [len(rows) for rows in weight.split(max(_LEAST_ROWS, _ELEMENTS // len(order)))]
+            sizes = [len(rows) for rows in weight.split(rows_at_once(len(order)))]
             parts = zip(weight.split(sizes), grid.split(sizes), strict=True)
             found = [gptq(rows, hessian, of_rows, upper, order, config.block_size).codes for rows, of_rows in parts]
             codes = QTensor(torch.cat(found), grid.scale, grid.zero, grid.group_scale, grid.format)

@@ -1,14 +1,13 @@
 """How much memory a streamed run will take, before it begins: what is largest at a time, not what the model is.
 
-The terms were read off measured runs (benches/streamed_memory.py compares them with the peak of a run); each counts
-what is alive at once, so a plan is a little above what a run takes.
+Each term counts what is alive at once; benches/streamed_memory.py compares the plan with the peak of a run.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
@@ -17,7 +16,7 @@ from qcompile.analysis.sites import Site
 from qcompile.ir.program import Program
 from qcompile.memory.process import available_bytes
 from qcompile.passes import Quantize
-from qcompile.passes.weights.gptq import GPTQ
+from qcompile.passes.weights.gptq import GPTQ, rows_at_once
 from qcompile.recipe.recipe import Recipe
 
 _FIXED = 800e6  # Python, libraries, graph and modules
@@ -79,11 +78,18 @@ class MemoryPlan:
         stages = (self.solving, self.table, self.outputs)
         return int(_FIXED + max(stages) + (0 if self.offloads else self.values))
 
+    @property
+    def _largest(self) -> str:
+        """What decides the peak, for a message."""
+        if self.solving >= max(self.table, self.outputs):
+            return self.site
+        return "the largest table" if self.table > self.outputs else "comparing the outputs of one batch"
+
     def within(self, limit: int | None) -> MemoryPlan:
         """The plan that keeps to a limit.
 
         Args:
-            limit: bytes; None: what the machine has free, beyond which a run only warns.
+            limit: bytes; None: what the machine has free, which decides whether values go to files and refuses nothing.
 
         Raises:
             TooLittleMemory: even with values in files it takes more.
@@ -91,12 +97,11 @@ class MemoryPlan:
         allowed = available_bytes() if limit is None else limit
         if self.peak <= allowed:
             return self
-        offloaded = MemoryPlan(self.site, self.solving, self.table, self.values, self.outputs, True)
+        offloaded = replace(self, offloads=True)
         if limit is not None and offloaded.peak > limit:
             raise TooLittleMemory(
-                f"{_gb(limit)} are too little: {self.site or 'the largest table'} needs "
-                f"{_gb(offloaded.peak)}. Fix: memory of at least {_gb(offloaded.peak)}, "
-                "shorter batches, or a recipe that reads no inputs"
+                f"{_gb(limit)} are too little: {self._largest} needs {_gb(offloaded.peak)}. "
+                f"Fix: memory of at least {_gb(offloaded.peak)}, shorter batches, or a recipe that reads no inputs"
             )
         return offloaded
 
@@ -113,7 +118,7 @@ def _solving(program: Program, sites: Sequence[Site], sequential: bool) -> int:
     if not sequential:
         return _WEIGHT_COPIES * 4 * elements
     k = sites[0].K
-    pieces = min(elements, max(1 << 22, 1024 * k))  # rows that are solved at a time
+    pieces = min(elements, rows_at_once(k) * k)
     return int(_HESSIANS * 8 * k * k) + 4 * elements + 2 * elements + 8 * 4 * pieces
 
 

@@ -7,6 +7,7 @@ Nothing here starts, restarts or places processes: torchrun does, or what sets i
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Ranks:
             return Ranks()
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
             dist.init_process_group("gloo")
+            atexit.register(_leave)
         if not dist.is_initialized():
             return Ranks()
         return Ranks(dist.get_rank(), dist.get_world_size())
@@ -125,3 +127,9 @@ class Ranks:
             loads[owner] += cost
             found.append(owner)
         return found
+
+
+def _leave() -> None:
+    """Leave the process group that was joined here."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

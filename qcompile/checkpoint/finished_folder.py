@@ -75,6 +75,7 @@ class FinishedFolder:
         self._earlier = {file.name for file in (path / _SITES).glob("*.safetensors")}  # the same on all ranks
         self._start = self._kept_at = time.monotonic()
         self._keeping, self._restores = 0.0, bool(self._earlier)
+        self._read: set[str] = set()  # groups of sites that the program has by now
         ranks.wait()
 
     @property
@@ -104,6 +105,7 @@ class FinishedFolder:
         changed = [name for name, tensor in tensors.items() if digest(tensor) != notes["digests"].get(name)]
         if changed or notes["sites"] != list(sites):
             raise CheckpointError(f"{file} is damaged ({changed or notes['sites']}). Fix: remove it, and resume")
+        self._read.add(file.name)
         return _solved(tensors, notes)
 
     def add(self, sites: Sequence[str], solved: SolvedSites) -> None:
@@ -160,6 +162,8 @@ class FinishedFolder:
             notes = {
                 "done": state.done,
                 "sizes": state.sizes,
+                "sites": sorted(self._read),
+                "digests": {name: digest(value) for name, value in tensors.items()},
                 "strides": {n: v.stride() for n, v in state.values.items()},
             }
             partial = self._run_file.with_suffix(".partial")
@@ -182,8 +186,12 @@ class FinishedFolder:
             return
         with opened(self._run_file) as reader:
             notes = json.loads(reader.metadata()["notes"])
-            strides = notes["strides"]
-            tensors = {name: _with_strides(reader.get_tensor(name), strides[name]) for name in strides}
+            if not self._read.issuperset(notes["sites"]):  # a file of an earlier site was removed: compute it again
+                return
+            tensors = {name: reader.get_tensor(name) for name in notes["strides"]}
+        if any(digest(tensor) != notes["digests"][name] for name, tensor in tensors.items()):
+            raise CheckpointError(f"{self._run_file} is damaged. Fix: remove it, and resume")
+        tensors = {name: _with_strides(tensor, notes["strides"][name]) for name, tensor in tensors.items()}
         run.restore(RunState(notes["done"], tensors, notes["sizes"]))
 
     @property

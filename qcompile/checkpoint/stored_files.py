@@ -17,11 +17,9 @@ from torch import Tensor
 
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.tensor_file import DTYPES, INDEX, files_of, opened
+from qcompile.memory.spilled_weights import SMALL
 from qcompile.memory.stored_tensor import StoredTensor
 from qcompile.memory.tensor_bytes import read_values
-
-SMALL = 1 << 16
-"""Bytes of a tensor that is read at once: norms and biases."""
 
 
 def safetensors_of(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qcompile.calibration.ranks import Ranks
 from qcompile.cli.arguments import (
     DataSource,
     Dtype,
@@ -105,6 +106,8 @@ def quantize(
         else:
             report = run(loaded, recipe, batches, dump=dump)
             write(loaded, folder, tokenizer)
+    if not Ranks.joined().is_first:
+        return
     tell(report)
     tell(f"written: {folder}")
     write_report(report_file, f"{model}, quantized by {recipe}", report=report)

@@ -189,6 +189,17 @@ def test_a_resumed_run_computes_no_layer_again(models, tmp_path, monkeypatch, re
     assert len(state.done) > 60 and names and not names & set(state.done)
 
 
+def test_a_site_whose_file_was_removed_is_solved_again(models, tmp_path, monkeypatch):
+    source, out = models("two layers"), tmp_path / "q"
+    want = streamed(source, tmp_path / "want", "w4a16-gptq", token_batches())
+    monkeypatch.setattr(FinishedFolder, "seconds_between", 0.0)
+    killed(monkeypatch, 6, source, out, "w4a16-gptq")
+    finished_sites(out)[0].unlink()  # the values that were kept stand behind it
+    restored = []
+    monkeypatch.setattr(LayerwiseRun, "restore", lambda run, state: restored.append(state))
+    assert streamed(source, out, "w4a16-gptq", token_batches(), resume=True) == want and not restored
+
+
 @pytest.mark.parametrize("recipe", ["w4a16-gptq", "int8-smooth"])
 def test_values_in_files_change_nothing(models, tmp_path, monkeypatch, recipe):
     want = streamed(models("plain"), tmp_path / "want", recipe, token_batches())
