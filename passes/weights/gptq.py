@@ -159,7 +159,7 @@ def gptq(
 
 
 def rows_at_once(columns: int) -> int:
-    """How many rows of a weight [N, columns] are solved together."""
+    """The rows of a weight [N, columns] that are solved together."""
     return max(_LEAST_ROWS, _ELEMENTS // columns)
 
 
