@@ -43,6 +43,7 @@ def test_pages_run(page, smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "load_pretrained", lambda *_, **__: (one_layer_llama(len(tokenizer)), tokenizer))
     brief = functools.partial(text.batches, count=2, length=64)
     monkeypatch.setattr(text, "batches", lambda *args, **sizes: brief(*args, **{**sizes, "length": 64}))
+    one_layer_llama(len(tokenizer)).save_pretrained("big-model")
     space = {
         "model": one_layer_llama(len(tokenizer)),
         "tokenizer": tokenizer,
