@@ -27,17 +27,16 @@ check: $(READY) ## style, types and the quick tests: before every commit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) --quick -m "not slow and not exhaustive"
+	$(PYTEST) --budget check -m "not slow and not exhaustive"
 
-test: $(READY) ## everything that CI runs: real models and compiles too
+test: $(READY) ## what CI runs: every test function, real models and compiles too; of slow functions a choice of their cases
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not slow and not exhaustive"
-	$(PYTEST) -m slow
+	$(PYTEST) --budget test -m "not exhaustive"
 
-exhaustive: $(READY) ## what CI leaves out: every kernel for every GPU, every preset on every architecture
-	$(PYTEST) -m exhaustive
+exhaustive: $(READY) ## every case of every test, every kernel for every GPU, every preset on every architecture: hours
+	$(PYTEST)
 
 # What is loaded into Python by LD_PRELOAD, and must be found by the compiler that Inductor uses.
 CXX ?= g++

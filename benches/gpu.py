@@ -139,7 +139,7 @@ def time_model(
         device: of the model.
         rounds: readings of each.
         keep: is given all rows after every one.
-        seconds: no row begins after so many.
+        seconds: no row begins after so many, nor another candidate of one: each compiles for most of a minute.
     """
     assert WARMUP_CALLS + (rounds + 1) * CALLS <= CACHE, "the cache would overflow"
     torch._dynamo.config.recompile_limit = 256  # every candidate compiles the same code anew
@@ -155,6 +155,9 @@ def time_model(
         timers = {}
         for candidate, compiled in models.items():
             on_gpu = device.type == "cuda"
+            if timers and time.monotonic() - start > seconds:
+                row["absent"][candidate] = "out of time"
+                continue
             try:
                 if on_gpu:
                     torch.cuda.reset_peak_memory_stats()

@@ -1,11 +1,11 @@
 """Q-GaLore: validation loss, bytes and step time beside AdamW, GaLore and the authors' code, on a small decoder.
 
-    python benches/q_galore.py [kind ..] [--reference DIR] [--steps 200] [--seeds 0 ..] [--only losses|times]
+    python benches/q_galore.py [kind ..] [--reference DIR] [--steps 200] [--seeds 0 ..] [--only losses|times|memory]
 
 writes benches/results/q_galore.json. The model has 4 layers and reads bytes of Python's own documentation. DIR is a
 checkout of VITA-Group/Q-GaLore; peers that are not installed are skipped and named. Rows of other kinds and seeds stay.
 Times are medians of interleaved steps without a new basis, so that only their ratios count; those of compiled steps are
-at hidden size 512.
+at hidden size 512. Peaks of memory are of processes of their own (q_galore_memory.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import q_galore_memory
 import torch
-from q_galore_variants import KINDS, Variant, batch, build, rate
+from q_galore_variants import KINDS, Variant, batch, build, one_step, rate
 from rich.table import Table
 
 from qcompile.cli.output import print_table
@@ -40,17 +41,6 @@ def train(variant: Variant, steps: int, lr: float, seed: int) -> dict[str, Any]:
         one_step(variant, step + 1000 * seed)
     sizes = variant.sizes()
     return dict(loss=evaluate(variant), bytes=sizes, total=sum(sizes.values()), svd=variant.decompositions())
-
-
-def one_step(variant: Variant, step: int, forward: Any = None) -> None:
-    """One step on one batch; gradients stay until the next."""
-    ids = batch(step)
-    variant.optimizer.zero_grad()
-    (variant.model if forward is None else forward)(input_ids=ids, labels=ids).loss.backward()
-    variant.optimizer.step()
-    for parameter in variant.model.parameters():
-        if hasattr(parameter, "float_grad"):  # which the reference does not clear by itself
-            parameter.float_grad = None
 
 
 @torch.no_grad()
@@ -113,12 +103,12 @@ def main() -> None:
     parser.add_argument("--reference", help="a checkout of VITA-Group/Q-GaLore")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--only", choices=["losses", "times"])
+    parser.add_argument("--only", choices=["losses", "times", "memory"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     result = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"losses": {}, "missing": {}}
-    for kind in options.kinds if options.only != "times" else []:
+    for kind in options.kinds if options.only in (None, "losses") else []:
         for seed in options.seeds:
             try:
                 variant = build(kind, KINDS[kind], reference=options.reference, seed=seed)
@@ -133,7 +123,17 @@ def main() -> None:
             result["losses"][kind] = found
             print(kind, json.dumps(found), flush=True)
             write(result)
-    if options.only != "losses":
+    for kind in options.kinds if options.only in (None, "memory") else []:
+        if kind in q_galore_memory.KINDS:
+            try:
+                row = q_galore_memory.in_own_processes(kind, reference=options.reference)
+            except ImportError as error:
+                result["missing"][kind] = str(error)
+                continue
+            result["memory"] = {**result.get("memory", {}), kind: row}
+            print(kind, json.dumps(row), flush=True)
+            write(result, "memory_versions")
+    if options.only in (None, "times"):
         kinds = ["adamw", "bitsandbytes", "reference", "ours", "ours-galore"]
         result["eager_ms"] = {"128": step_times(128, "", kinds, options.reference, 15)}
         result["eager_ms"]["512"] = step_times(512, "", ["adamw", "ours", "ours-galore"], None, 5)
@@ -147,15 +147,16 @@ def main() -> None:
     show(result)
 
 
-def write(result: dict[str, Any]) -> None:
-    """Write what there is, with versions."""
+def write(result: dict[str, Any], key: str = "versions") -> None:
+    """Write what there is, with the versions and the processor of now: those of peaks by a key of their own."""
     found = versions()
     for name in PEERS:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    RESULTS.write_text(json.dumps({**result, "versions": found}, indent=1) + "\n")
+    result[key] = found
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def show(result: dict[str, Any]) -> None:

@@ -44,6 +44,24 @@ def losses(_: str) -> str:
     return "\n".join(lines)
 
 
+def memory(_: str) -> str:
+    """Peaks of processes."""
+    rows = measured().get("memory", {})
+    lines = [
+        "| | built | peak of the first step | of later steps | peak above the process | of AdamW | "
+        "with freed blocks returned | of AdamW |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, name in NAMES.items():
+        if kind in rows:
+            default, returned = rows[kind]["default"], rows[kind]["returned"]
+            cells = [f"{default[part] / 1e6:.0f}" for part in ("built", "first", "later", "peak")]
+            cells.append(f"{default['peak'] / rows['adamw']['default']['peak']:.2f}")
+            cells += [f"{returned['peak'] / 1e6:.0f}", f"{returned['peak'] / rows['adamw']['returned']['peak']:.2f}"]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def times(_: str) -> str:
     """Step times relative to AdamW's."""
     found = measured()
@@ -70,4 +88,9 @@ def weight_gradients(_: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"q-galore": losses, "q-galore-times": times, "q-galore-gradients": weight_gradients}
+TABLES = {
+    "q-galore": losses,
+    "q-galore-memory": memory,
+    "q-galore-times": times,
+    "q-galore-gradients": weight_gradients,
+}

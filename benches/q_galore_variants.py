@@ -69,17 +69,29 @@ def rate(step: int, steps: int, peak: float) -> float:
 def build(kind: str, lr: float, hidden: int = 128, reference: str | None = None, seed: int = 0) -> Variant:
     """One of KINDS. Raises ImportError where a peer is not there."""
     model = decoder(hidden, seed=seed)
+    rank = max(RANK, hidden // 4)
     if kind == "reference":
-        return _reference(model, lr, reference)
+        return _reference(model, lr, rank, reference)
     if kind.startswith("galore_torch"):
-        return _galore_torch(model, lr)
+        return _galore_torch(model, lr, rank)
     if kind.startswith("adamw"):
         return _plain(model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0))
     if kind == "bitsandbytes":
         import bitsandbytes
 
         return _plain(model, bitsandbytes.optim.AdamW8bit(model.parameters(), lr=lr, weight_decay=0.0))
-    return _ours(model, kind, lr, max(RANK, hidden // 4))
+    return _ours(model, kind, lr, rank)
+
+
+def one_step(variant: Variant, step: int, forward: Any = None, rows: int = BATCH) -> None:
+    """One step on one batch of `rows` windows; gradients stay until the next."""
+    ids = batch(step, rows)
+    variant.optimizer.zero_grad()
+    (variant.model if forward is None else forward)(input_ids=ids, labels=ids).loss.backward()
+    variant.optimizer.step()
+    for parameter in variant.model.parameters():
+        if hasattr(parameter, "float_grad"):  # which the reference does not clear by itself
+            parameter.float_grad = None
 
 
 KINDS = {
@@ -160,25 +172,27 @@ def _projected(model: nn.Module, projections: list[Any], optimizer: torch.optim.
     return Variant(model, optimizer, sizes, lambda: sum(getattr(p, "svd_count", 0) for p in projectors()))
 
 
-def _groups(model: nn.Module, kinds: tuple[str, ...], options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+def _groups(
+    model: nn.Module, kinds: tuple[str, ...], rank: int, options: dict[str, Any]
+) -> tuple[list[Any], list[Any]]:
     """The weights of projections, and parameter groups in which they have `options`."""
     chosen = [m.weight for m in model.modules() if type(m).__name__ in kinds]
     chosen = [w for w in chosen if w is not model.lm_head.weight]
     ids = {id(weight) for weight in chosen}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    low = {"params": chosen, "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "proj_type": "std", **options}
+    low = {"params": chosen, "rank": rank, "update_proj_gap": GAP, "scale": SCALE, "proj_type": "std", **options}
     return chosen, [{"params": rest}, low]
 
 
-def _galore_torch(model: nn.Module, lr: float) -> Variant:
+def _galore_torch(model: nn.Module, lr: float, rank: int) -> Variant:
     from galore_torch import GaLoreAdamW
 
-    chosen, groups = _groups(model, ("Linear",), {})
+    chosen, groups = _groups(model, ("Linear",), rank, {})
     optimizer = GaLoreAdamW(groups, lr=lr, eps=1e-8, weight_decay=0.0, no_deprecation_warning=True)
     return _projected(model, chosen, optimizer)
 
 
-def _reference(model: nn.Module, lr: float, folder: str | None) -> Variant:
+def _reference(model: nn.Module, lr: float, rank: int, folder: str | None) -> Variant:
     if folder is None:
         raise ImportError("no checkout of VITA-Group/Q-GaLore was given")
     for name in [name for name in sys.modules if name.startswith("q_galore_torch")]:
@@ -209,7 +223,7 @@ def _reference(model: nn.Module, lr: float, folder: str | None) -> Variant:
     arguments = types.SimpleNamespace(weight_bits=8, weight_group_size=256, stochastic_round=True)
     model = prepare_model_for_int8_training(model, arguments, list(PROJECTIONS))
     options = dict(quant=True, quant_n_bit=4, quant_group_size=256, cos_threshold=0.4, gamma_proj=2, queue_size=5)
-    chosen, groups = _groups(model, ("QGaLoreLinear",), options)
+    chosen, groups = _groups(model, ("QGaLoreLinear",), rank, options)
     return _projected(model, chosen, Adapted(groups, lr=lr, weight_decay=0.0))
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import qcompile
-from qcompile.backend import decode_step
 from qcompile.backend.decode_step import DecodeStep
 from qcompile.backend.options import Options
 from qcompile.memory.environment import versions
@@ -38,7 +37,7 @@ def main() -> None:
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     past = ids.shape[1] - 1
     qcompile.quantize(model, "w4a8", progress=False, verify=False)
-    decode_step._compile = lambda program, inputs: (None, {})  # run node by node
+    DecodeStep._compile = lambda step, inputs, options: None  # type: ignore[method-assign]  # run node by node
     step = DecodeStep(model, Options.read({"verify": False, "on_slow_kernel": "quantize"}))
     with torch.no_grad():
         buffers = []

@@ -25,9 +25,15 @@ def stored_weight(program: Program, call: QLinearCall) -> StoredParts:
 def weight_names(program: Program, calls: Sequence[QLinearCall]) -> str:
     """A name for the weights of some calls together, which no other weights have.
 
-    One weight may be merged with others in one place of a graph, and with still others, or alone, in another.
+    One weight may be merged with others in one place of a graph, and with still others, or alone, in another; and equal
+    codes may have other scales.
     """
-    return " + ".join(str(program.weight_name(call.weight)) for call in calls)
+    return tensor_names(program, [part for call in calls for part in call.stored if part is not None])
+
+
+def tensor_names(program: Program, tensors: Sequence[fx.Node]) -> str:
+    """A name for some weights of a program together, which no other weights have."""
+    return " + ".join(str(program.weight_name(tensor)) for tensor in tensors)
 
 
 def prepared_weights(

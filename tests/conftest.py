@@ -9,7 +9,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import hypothesis
 import pytest
 import torch
-from slower_functions import LISTED, function_of
+from case_budget import RUNS, chosen, kept
 
 if not torch.cuda.is_available():  # Triton kernels run in its interpreter, which triton decides when it is imported:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before torch._dynamo, which imports it
@@ -30,15 +30,14 @@ hypothesis.settings.load_profile("qcompile")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="without the functions of tests/slower_functions.txt")
+    parser.addoption("--budget", choices=RUNS, help="as many cases of slow functions as tests/case_budget.txt says")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--quick"):
-        listed = set(LISTED.read_text().split("\n"))
-        left = [item for item in items if function_of(item.nodeid) in listed]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+    if config.getoption("--budget"):
+        few = chosen((item.nodeid for item in items), kept(config.getoption("--budget")))
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in few])
+        items[:] = [item for item in items if item.nodeid in few]
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from torch import nn
 import qcompile
 from qcompile.modules.low_rank_linear import LowRankLinear
 from qcompile.passes import QGaLore
+from qcompile.training.optim import QGaLoreAdamW8bit, fold_after
 
 FLOAT = dict(weight=None, basis=None, factor=1)  # GaLore itself
 
@@ -51,6 +52,21 @@ def steps(model, optimizer, first, last, *, forward=None, accumulate=1):
             batch = data(step * accumulate + part, dtype=dtype)
             loss_of(forward or model, batch, 1 / accumulate).backward()
         optimizer.step()
+
+
+def adamw(model, **options):
+    """AdamW of torch, folded; no decay."""
+    return fold_after(torch.optim.AdamW(model.parameters(), **{"lr": 1e-2, "weight_decay": 0.0, **options}))
+
+
+def eight_bits(model, **options):
+    """AdamW with moments in 8 bits."""
+    return QGaLoreAdamW8bit(model.parameters(), **{"lr": 1e-2, **options})
+
+
+def weights(model):
+    """Copies of the weights, module by module."""
+    return [m.weight.detach().clone() for m in model if hasattr(m, "weight")]
 
 
 def low_rank_linears(model):

@@ -30,7 +30,7 @@ from qcompile.codegen.cpu.linear_weights import (
 from qcompile.codegen.cpu.native_kernels import load_native_kernels, ops
 from qcompile.codegen.cpu.short_attention import lower_short_attentions
 from qcompile.codegen.kernel_choice import KernelChoice
-from qcompile.codegen.prepared_weights import prepared_weights, stored_weight, weight_names
+from qcompile.codegen.prepared_weights import prepared_weights, stored_weight, tensor_names
 from qcompile.codegen.rows import rows_label, rows_of
 from qcompile.codegen.sibling_products import Siblings, find_siblings, merged_parts, share_quantizations
 from qcompile.ir.aten_ops import aten
@@ -168,7 +168,7 @@ class _Lowering:
             return program.insert(aten._to_copy.default, (first,), {"dtype": torch.float32}, before=self.before)
         sources = [program.weight_of(value) for value in values]
         (made,) = self.remember(f"joined {what}", sources, lambda: (torch.cat([s.float() for s in sources]),))
-        joined = f"{weight_names(program, self.siblings.calls)}.joined {what}"
+        joined = f"{tensor_names(program, values)}.joined {what}"  # of its own: one weight may have several biases
         return program.node_of(joined) if joined in program.weights else program.add_weight(joined, made)
 
 

@@ -12,7 +12,14 @@ import torch
 from qcompile.codegen.kernel_choice import KernelChoice
 from qcompile.codegen.triton.kernels.dtypes import NAMES
 from qcompile.codegen.triton.kernels.gpu import Gpu
-from qcompile.codegen.triton.kernels.kernel_support import codes_of, operator_for, row_quant_codes, why_no_kernel
+from qcompile.codegen.triton.kernels.kernel_support import (
+    codes_of,
+    experts_operator_for,
+    operator_for,
+    row_quant_codes,
+    why_no_experts_kernel,
+    why_no_kernel,
+)
 from qcompile.codegen.triton.launch.measured_times import (
     Variant,
     a8_name,
@@ -31,17 +38,23 @@ def without_kernel(reason: str) -> KernelChoice:
     return KernelChoice("dequantize, then cuBLAS", note=reason, has_kernel=False)
 
 
-def choose_experts_kernel(gpu: Gpu, form: Format, dtype: torch.dtype) -> KernelChoice:
-    """The kernel of rows sorted by expert times a stack of weights, weight-only; nothing measures it yet.
+def choose_experts_kernel(gpu: Gpu, form: Format, act: str, dtype: torch.dtype, k: int) -> KernelChoice:
+    """The kernel of rows sorted by expert times a stack of weights; nothing measures it yet.
 
     Args:
         gpu: that runs it.
         form: format of the stack.
+        act: format of the rows, "" where they are float.
         dtype: of the model.
+        k: input channels.
     """
-    if operator_for(form, "", dtype, gpu.capability) is None:
-        return without_kernel(why_no_kernel(form, "", dtype, gpu.capability))
-    return KernelChoice("gemm_experts", None, "not measured on this GPU")
+    operator = experts_operator_for(form, act, dtype, k, gpu.capability)
+    if operator is None:
+        return without_kernel(why_no_experts_kernel(form, act, dtype, k, gpu.capability))
+    kernel = {"experts_w": "gemm_experts", "experts_w4a8": "gemm_experts_w4a8"}.get(operator, "gemm_experts_a8")
+    if operator == "experts_a8" and form.dual:
+        kernel += ", int8 of dual codes"
+    return KernelChoice(kernel, None, "not measured on this GPU")
 
 
 def choose_gpu_kernel(gpu: Gpu, form: Format, act: str, dtype: torch.dtype, m: int, k: int, n: int) -> KernelChoice:

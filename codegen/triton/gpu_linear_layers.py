@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.codegen import aten_fallback
-from qcompile.codegen.prepared_weights import prepared_weights, stored_weight, weight_names
+from qcompile.codegen.prepared_weights import prepared_weights, stored_weight, tensor_names
 from qcompile.codegen.rows import rows_of
 from qcompile.codegen.sibling_products import Siblings, find_siblings, merged_parts
 from qcompile.codegen.triton.gpu_kernel_choice import choose_gpu_kernel, without_kernel
@@ -149,5 +149,5 @@ class LinearLayers:
             return biases[0] if biases else None
         values = [self.program.weight_of(bias) for bias in biases]
         (made,) = self.remember("joined bias", values, lambda: (torch.cat(values),))
-        name = f"{weight_names(self.program, self.siblings.calls)}.joined bias"
+        name = f"{tensor_names(self.program, biases)}.joined bias"  # of its own: one weight may have several biases
         return self.program.node_of(name) if name in self.program.weights else self.program.add_weight(name, made)

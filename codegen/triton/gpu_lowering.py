@@ -5,6 +5,8 @@
                                  linear_a8      int8 x int8, fp8 x fp8; two-level scales of other groups as int8
                                  linear_group   int4 with scales of groups x int8 or int4, also with groups; fp4 x fp8
     qexperts, x float            experts_w      formats of linear_w, rows gathered inside (lower_experts.py)
+    qexperts, x quantized        experts_w4a8   as linear_w4a8, of rows with a scale each
+                                 experts_a8     as linear_a8
     any other                    plain ATen     dequantize and multiply (aten_fallback.py)
     linear + low-rank correction, + residual    the kernel's epilogue
     what stands before a quantize               row_quant, with it (fuse_row_quant.py)
@@ -29,6 +31,7 @@ from qcompile.codegen.triton.gpu_linear_layers import LinearLayers, merged_sibli
 from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.lower_experts import lower_experts
 from qcompile.codegen.triton.lower_kv_attention import lower_kv_attentions
+from qcompile.codegen.triton.quantize_before_views import quantize_before_views
 from qcompile.codegen.triton.triton_op_calls import LinearA8Call, LinearGroupCall, LinearW4A8Call, LinearWCall
 from qcompile.ir.aten_ops import LINEAR
 from qcompile.ir.op_calls import site_name
@@ -54,8 +57,10 @@ def lower_to_gpu(program: Program, remember: Remember, gpu: Gpu | None = None) -
         site name -> label of M (rows.py) -> kernel, for the report.
     """
     gpu = gpu or Gpu()
-    share_quantizations(program)
     chosen = lower_experts(program, remember, gpu)
+    quantize_before_views(program)
+    program.cleanup()  # quantizations that moved, before a gather or a view
+    share_quantizations(program)
     for siblings in merged_siblings(program):
         sites = [(site_name(program, node), rows_label(node)) for node in siblings.nodes]
         kernel = LinearLayers(program, siblings, remember, gpu).lower()

@@ -13,12 +13,27 @@ from qcompile.codegen.triton.define_op import TritonOp
 from qcompile.codegen.triton.kernels.dtypes import NAMES
 from qcompile.codegen.triton.kernels.experts_spec import GemmExperts
 from qcompile.codegen.triton.kernels.weight_layout import WeightLayout, split_scales, unpack_weight
-from qcompile.codegen.triton.launch.experts import ExpertsCall, ExpertSizes, plan_experts
+from qcompile.codegen.triton.launch.experts import ExpertSizes, plan_experts
 from qcompile.codegen.triton.launch.gemm import PackedWeight, gpu
+from qcompile.codegen.triton.launch.gemm_plan import GemmPlan
 from qcompile.codegen.triton.triton_experts_checks import check_experts_w
 from qcompile.ir.op_checks import check_ends
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import expand_groups
+
+
+def product_by_expert(x: Tensor, ends: Tensor, stack: Tensor) -> Tensor:
+    """Rows [S, K], sorted by expert, times the transposed weight [E, N, K] of each one's expert; zeros behind the last.
+
+    Raises:
+        ValueError: ends that fall, or lie behind the rows.
+    """
+    lasts = ends.tolist()
+    check_ends(lasts, len(x))
+    out = stack.new_zeros(len(x), stack.shape[1])
+    for first, last, matrix in zip([0, *lasts], lasts, stack, strict=False):
+        out[first:last] = x[first:last] @ matrix.t()
+    return out
 
 
 @TritonOp
@@ -42,7 +57,7 @@ def experts_w(
         [S, N] in x's dtype; rows beyond the last end are zero.
     """
 
-    def decide() -> tuple[ExpertsCall | None, int, int]:
+    def decide() -> tuple[GemmPlan | None, int, int]:
         weight = PackedWeight(packed, scale, zero, checked(), columns)
         experts, count = len(ends), len(x if rows is None else rows)
         sizes = ExpertSizes(count, len(x), experts, len(packed) // experts, columns)
@@ -54,13 +69,12 @@ def experts_w(
         return check_experts_w(x, rows, ends, packed, scale, zero, format, columns)
 
     tensors = dense(x, rows, ends, packed, scale, zero)
-    call, count, channels = decided(tensors, ("experts_w", format, columns), decide)
+    plan, count, channels = decided(tensors, ("experts_w", format, columns), decide)
     out = x.new_empty(count, channels)
-    if call is None:
+    if plan is None:
         return out
     with on_device(x):
-        call((*tensors, out))
-    return out
+        return plan.run((*tensors, None, None), out, count, channels)
 
 
 @experts_w.on_cpu
@@ -71,16 +85,11 @@ def _(
     layout = check_experts_w(x, rows, ends, packed, scale, zero, format, columns)
     form, experts = Format.parse(format), len(ends)
     source = x if rows is None else x[rows]
-    lasts = ends.tolist()
-    check_ends(lasts, len(source))
     if not scale.is_floating_point():
         scale, zero = split_scales(scale)
     points = 2.0 ** (form.bits - 1) if zero is None else expand_groups(zero.t().float(), form, columns)
     weight = (unpack_weight(packed, layout, columns).float() - points) * expand_groups(scale.t(), form, columns)
-    out = x.new_zeros(len(source), len(packed) // experts)
-    for first, last, matrix in zip([0, *lasts], lasts, weight.unflatten(0, (experts, -1)), strict=False):
-        out[first:last] = (source[first:last].float() @ matrix.t()).to(x.dtype)
-    return out
+    return product_by_expert(source.float(), ends, weight.unflatten(0, (experts, -1))).to(x.dtype)
 
 
 @experts_w.on_fake

@@ -11,6 +11,7 @@ from torch import fx
 import qcompile.codegen.triton.triton_experts_op
 import qcompile.codegen.triton.triton_group_op
 import qcompile.codegen.triton.triton_ops
+import qcompile.codegen.triton.triton_quantized_experts_op
 import qcompile.codegen.triton.triton_w4a8_op  # noqa: F401  all register torch.ops.qcompile_triton
 from qcompile.ir.op_calls import OpCall, Operand
 
@@ -115,6 +116,39 @@ class ExpertsWCall(OpCall):
     zero: Operand
     format: str
     columns: int
+
+
+@dataclass(frozen=True)
+class ExpertsA8Call(OpCall):
+    """qcompile_triton::experts_a8, the same of 8-bit codes on both sides."""
+
+    target: ClassVar[Any] = torch.ops.qcompile_triton.experts_a8.default
+
+    x: fx.Node
+    x_scale: fx.Node
+    rows: Operand
+    ends: fx.Node
+    weight: fx.Node
+    scale: fx.Node
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class ExpertsW4A8Call(OpCall):
+    """qcompile_triton::experts_w4a8, the same of int8 rows and 4-bit codes."""
+
+    target: ClassVar[Any] = torch.ops.qcompile_triton.experts_w4a8.default
+
+    x: fx.Node
+    x_scale: fx.Node
+    rows: Operand
+    ends: fx.Node
+    packed: fx.Node
+    steps: fx.Node
+    scale: fx.Node
+    format: str
+    columns: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from qcompile.ir.aten_ops import LINEAR
 from qcompile.ir.node_meta import LOW_RANK, MODULE, SITE
-from qcompile.ir.op_calls import DequantizeCall, QExpertsCall, QLinearCall
+from qcompile.ir.op_calls import DequantizeCall, Operand, QExpertsCall, QLinearCall
 from qcompile.ir.program import Program
 from qcompile.passes.qdq.site_plan import Quantize
 from qcompile.recipe.pass_config import PassConfig
@@ -44,9 +44,7 @@ def fuse(program: Program, config: Fuse, context: PassContext) -> PassReport:
 def _linear(program: Program, node: fx.Node) -> fx.Node:
     weight = DequantizeCall.of(node.args[1])
     x, _, *rest = node.all_input_nodes  # activation, weight, and a bias if there is one
-    act, x_scale, x_zero = "", None, None
-    if DequantizeCall.matches(x) and (quantized := DequantizeCall.of(x)).of_activation:
-        x, x_scale, x_zero, act = quantized.codes, quantized.scale, quantized.zero, quantized.format
+    x, x_scale, x_zero, act = _activation(x)
     call = QLinearCall(
         x=x,
         x_scale=x_scale,
@@ -67,24 +65,36 @@ def _linear(program: Program, node: fx.Node) -> fx.Node:
     return fused
 
 
+def _activation(x: fx.Node) -> tuple[fx.Node, Operand, Operand, str]:
+    """The left operand of a product: codes, their scale, zero point and format; x, None, None and "" where float."""
+    if not DequantizeCall.matches(x) or not (quantized := DequantizeCall.of(x)).of_activation:
+        return x, None, None, ""
+    return quantized.codes, quantized.scale, quantized.zero, quantized.format
+
+
 def _experts(program: Program, node: fx.Node) -> fx.Node:
     """A product with a dequantized stack, transposed to [E, K, N], becomes one qexperts.
 
     A batched one, x [E, T, K], is a grouped one of its rows [E T, K] where every expert has T.
     """
     x, transposed, *ends = node.all_input_nodes
+    x, x_scale, x_zero, act = _activation(x)
     batched = not ends
     if batched:
         x, *ends = program.inline(_rows_and_ends, (x,), before=node)
+        x_scale, x_zero = (_rows_of(program, part, node) for part in (x_scale, x_zero))
     stack = DequantizeCall.of(transposed.args[0])
     call = QExpertsCall(
         x=x,
+        x_scale=x_scale,
+        x_zero=x_zero,
         ends=ends[0],
         weight=stack.codes,
         scale=stack.scale,
         zero=stack.zero,
         group_scale=stack.group_scale,
         format=stack.format,
+        act=act,
         columns=stack.columns,
         dtype=node.meta["val"].dtype,
     )
@@ -96,6 +106,14 @@ def _experts(program: Program, node: fx.Node) -> fx.Node:
         result = program.inline(lambda rows: rows.unflatten(0, (experts, -1)), (fused,), before=node)
     program.replace(node, result)
     return fused
+
+
+def _rows_of(program: Program, part: Operand, node: fx.Node) -> Operand:
+    """What a batched product has for each row [E, T, ..] as rows [E T, ..]; a single value stays one."""
+    if part is None or not part.meta["val"].ndim:
+        return part
+    rows: fx.Node = program.inline(lambda of: of.flatten(0, 1), (part,), before=node)
+    return rows
 
 
 def _rows_and_ends(x: Tensor) -> tuple[Tensor, Tensor]:

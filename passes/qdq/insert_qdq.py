@@ -38,20 +38,20 @@ def put_codes(program: Program, planned: PlannedSite, parts: StoredParts, contex
         context: its report of the site is filled in.
     """
     site = planned.site
-    dtype = program.weights[site.name].dtype
+    dtype, device = program.weights[site.name].dtype, program.weights[site.name].device
+    placed = [None if part is None else part.to(device) for part in parts]  # those of a resumed run are in a file
     site.node.meta[SITE] = site.name
     if site.kind == "experts":
-        nodes = _add_parts(program, site.name, [_unstacked(part, site) for part in parts])
+        nodes = _add_parts(program, site.name, [_unstacked(part, site) for part in placed])
         weight = DequantizeCall(*nodes, str(planned.weight), site.K, dtype).insert(program, before=site.node)
-        args = (site.node.args[0], _as_operand(program, weight, site), *site.node.args[2:])
+        weight = _as_operand(program, weight, site)
     else:
         if context.keep_float_weights:
             site.node.meta[FLOAT_WEIGHT] = program.weights[site.name]
-        nodes = _add_parts(program, site.name, list(parts))
+        nodes = _add_parts(program, site.name, placed)
         weight = DequantizeCall(*nodes, str(planned.weight), site.K, dtype).insert(program, before=site.node)
-        x = site.input if planned.act is None else _quantized_input(program, site, planned.act)
-        args = (x, weight, *site.node.args[2:])
-    site.node.args = args
+    x = site.input if planned.act is None else _quantized_input(program, site, planned.act)
+    site.node.args = (x, weight, *site.node.args[2:])
     if site.name in context.sites:
         stored = sum(part.nbytes for part in parts if part is not None)
         context.sites[site.name].set_quantized(planned.weight, planned.act, stored)

@@ -45,10 +45,12 @@ class Quantize(PassConfig):
     clip: bool = False
     # Format of weights whose columns are no multiple of 256, where theirs is in blocks of 256 (k6). None: refused.
     undivided: Format | None = field(default=None, metadata=ONLY_WHERE_SET)
+    # Activation format of stacks of experts, in a compiled graph: no module of a model holds it. None: they stay float.
+    experts_act: Format | None = field(default=None, metadata=ONLY_WHERE_SET)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for act in (self.act, self.lm_head_act):
+        for act in (self.act, self.lm_head_act, self.experts_act):
             if act is not None and act.two_level:
                 raise RecipeError(f"Quantize: activations have no second level of scales, got {act}")
             if act is not None and act.scale != "f32":
@@ -148,14 +150,15 @@ def formats_of(
     site: Site, config: Quantize, rule: Rule | None, logits: bool | None = None
 ) -> tuple[Format, Format | None]:
     """Weight and activation format of one site; `logits`: whether its weight gives the output, here or elsewhere."""
-    weight, act = config.weight, config.act
+    experts = site.kind == "experts"
+    weight, act = config.weight, config.experts_act if experts else config.act
     if config.lm_head is not None and (writes_output(site) if logits is None else logits):
-        weight, act = config.lm_head, config.lm_head_act
+        weight, act = config.lm_head, act if experts else config.lm_head_act
     if config.undivided is not None and not weight.fits(site.K):
         weight = config.undivided
     if rule is not None:
         weight, act = rule.weight or weight, rule.act or act
-    return weight, None if site.kind == "experts" else act
+    return weight, None if experts and config.experts_act is None else act
 
 
 def writes_output(site: Site) -> bool:

@@ -5,7 +5,8 @@ Law:    the gradient of L is the projected gradient of the weight, (g^T x) P^T =
         optimizer's step on L = 0 is its step in the basis P.
 Keeps:  nothing exactly: the weights are rounded to int8.
 Needs:  nothing.
-Skips:  what gives the output (logits), weights that something else reads too, frozen weights, stacks of experts.
+Skips:  what gives the output (logits), weights that something else reads too, frozen weights, stacks of experts,
+        weights with a side smaller than the rank.
 """
 
 from __future__ import annotations
@@ -83,12 +84,10 @@ def q_galore(program: Program, config: QGaLore, context: PassContext) -> PassRep
     """Replace the products by ones that train, in place.
 
     Raises:
-        RecipeError: the rank is larger than a weight, of any site; a rule with a format that cannot be; no site is
-            left.
+        RecipeError: a rule with a format that cannot be; no site is left.
     """
     report = PassReport("QGaLore")
-    chosen = [site for site in context.facts.sites if _is_chosen(site, context, report)]
-    _check_rank(config.rank, chosen)
+    chosen = [site for site in context.facts.sites if _is_chosen(site, config, context, report)]
     formats = {site.name: _format_of(site, config, context) for site in chosen}
     names = list(dict.fromkeys(site.name for site in chosen))
     for site in chosen:
@@ -100,7 +99,7 @@ def q_galore(program: Program, config: QGaLore, context: PassContext) -> PassRep
     return report
 
 
-def _is_chosen(site: Site, context: PassContext, report: PassReport) -> bool:
+def _is_chosen(site: Site, config: QGaLore, context: PassContext, report: PassReport) -> bool:
     sites = [other for other in context.facts.sites if other.weight is site.weight]
     rule = context.rules.get(site.name)
     module = site.node.meta.get(MODULE)
@@ -115,19 +114,12 @@ def _is_chosen(site: Site, context: PassContext, report: PassReport) -> bool:
             obstacle = f"its weight is tied: {min(node.name for node in others)} reads it too"
     if obstacle is None and any(writes_output(other) for other in sites):
         obstacle = "it gives the output"
+    if obstacle is None and config.rank > min(site.N, site.K):
+        fix = f"QGaLore(rank={min(site.N, site.K)}) or smaller"
+        obstacle = f"rank {config.rank} is larger than a side of its weight. Fix: {fix}"
     if obstacle is not None:
         context.skip(report, site.name, obstacle, site.node.name)
     return obstacle is None
-
-
-def _check_rank(rank: int, sites: list[Site]) -> None:
-    small = {str(site): min(site.N, site.K) for site in sites if rank > min(site.N, site.K)}
-    if small:
-        shown = ", ".join(list(small)[:8]) + (f", and {len(small) - 8} more" if len(small) > 8 else "")
-        raise RecipeError(
-            f"QGaLore: rank {rank} is larger than a side of {len(small)} weights: {shown}. Fix: keep those float by "
-            f"rules, Rule('<name>', keep=True), or QGaLore(rank={min(small.values())})"
-        )
 
 
 def _format_of(site: Site, config: QGaLore, context: PassContext) -> Format | None:

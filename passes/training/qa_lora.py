@@ -1,12 +1,14 @@
 """QALoRA: a group-pooled low-rank adapter beside every product with a weight that is quantized in groups.
 
+A stack of experts has an adapter for each expert, beside the weights: the model multiplies them itself.
+
 Source: QA-LoRA, arXiv:2309.14717 sec. 3.3, alg. 1. A [r, K/G] is drawn (Xavier uniform, as in the authors' code), B is
         zero.
 Law:    qlinear(x) + c pool(x) A^T B^T = qlinear(x) with zero points z - (c/G) (B A) / s (numerics/zero_shift.py).
 Keeps:  the output, bit for bit: B = 0.
 Needs:  a model that was quantized in groups.
 Skips:  formats whose zero points cannot move (one scale a row, two-level, float codes), activations with runtime
-        smoothing, what gives the output, stacks of experts.
+        smoothing, what gives the output, weights with a side smaller than the rank.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from torch import Tensor, fx
 
 from qcompile.analysis.network_ends import is_last
 from qcompile.ir.aten_ops import aten
-from qcompile.ir.node_meta import MODULE, SITE
-from qcompile.ir.op_calls import DequantizeCall, GroupAdapterCall, QExpertsCall, QLinearCall, site_name
+from qcompile.ir.node_meta import MODULE
+from qcompile.ir.op_calls import DequantizeCall, GroupAdapterCall, QLinearCall, StackAdapterCall, site_name
 from qcompile.ir.program import Program
+from qcompile.ir.quantized_stacks import quantized_stacks, stack_site
+from qcompile.numerics.format import Format
 from qcompile.numerics.zero_shift import shift_obstacle
 from qcompile.recipe.pass_config import PassConfig
 from qcompile.recipe.pass_context import PassContext
@@ -55,28 +59,30 @@ def qa_lora(program: Program, config: QALoRA, context: PassContext) -> PassRepor
     """Add adapters to the graph, in place.
 
     Raises:
-        RecipeError: the rank is larger than a weight, of any site; or no product can have an adapter.
+        RecipeError: no product can have an adapter.
     """
     report = PassReport("QALoRA")
-    chosen = [(n, c) for n, c in QLinearCall.find(program) if _is_chosen(program, n, c, context, report)]
-    _check_rank(program, config.rank, [node for node, _ in chosen])
-    for node, _ in QExpertsCall.find(program):
-        report.skip(node.meta.get(SITE, node.name), "a stack of experts has no adapter", node.name)
+    chosen = [(n, c) for n, c in QLinearCall.find(program) if _is_chosen(program, n, c, config, context, report)]
+    stacks = [found for found in quantized_stacks(program) if _is_stack_chosen(*found, config, context, report)]
     names = list(dict.fromkeys(site_name(program, node) for node, _ in chosen))
+    paths = list(dict.fromkeys(path for *_, path in stacks))
     for node, call in chosen:
         name = site_name(program, node)
         _insert(program, node, call, config, name, names.index(name))
+    for found, stack, path in stacks:
+        _insert_stack(program, found, stack, config, path, len(names) + paths.index(path))
+    names += [stack_site(path) for path in paths]
     report.done += names
     if not names:
         reasons = "; ".join(str(item) for item in report.skipped[:8]) or "the model has no quantized product"
-        raise RecipeError(
-            f"QALoRA adapts no product: {reasons}. "
-            "Fix: qcompile.quantize(model, 'w4a16-g32') first, which quantizes in groups"
-        )
+        fix = "Fix: qcompile.quantize(model, 'w4a16-g32') first, which quantizes in groups"
+        raise RecipeError(f"QALoRA adapts no product: {reasons}" + ("" if "Fix:" in reasons else f". {fix}"))
     return report
 
 
-def _is_chosen(program: Program, node: fx.Node, call: QLinearCall, context: PassContext, report: PassReport) -> bool:
+def _is_chosen(
+    program: Program, node: fx.Node, call: QLinearCall, config: QALoRA, context: PassContext, report: PassReport
+) -> bool:
     name = site_name(program, node)
     rule = context.rules.get(name)
     obstacle = shift_obstacle(call.weight_format)
@@ -86,23 +92,28 @@ def _is_chosen(program: Program, node: fx.Node, call: QLinearCall, context: Pass
         obstacle = f"kept as it is by the rule {rule.match!r}"
     if obstacle is None and is_last(node):
         obstacle = "it gives the output"
+    side = min(int(node.meta["val"].shape[-1]), call.columns)
+    if obstacle is None and config.rank > side:
+        obstacle = f"rank {config.rank} is larger than a side of its weight. Fix: rank={side} or smaller"
     if obstacle is not None:
         report.skip(name, obstacle, node.name)
     return obstacle is None
 
 
-def _check_rank(program: Program, rank: int, nodes: list[fx.Node]) -> None:
-    small = {}
-    for node in nodes:
-        call = QLinearCall.of(node)
-        least = min(int(node.meta["val"].shape[-1]), call.columns)
-        if rank > least:
-            small[site_name(program, node)] = least
-    if small:
-        shown = ", ".join(f"{name} (at most {least})" for name, least in list(small.items())[:8])
-        raise RecipeError(
-            f"QALoRA: rank {rank} is larger than {len(small)} weights: {shown}. Fix: rank={min(small.values())}"
-        )
+def _is_stack_chosen(
+    node: fx.Node, call: DequantizeCall, path: str, config: QALoRA, context: PassContext, report: PassReport
+) -> bool:
+    name = stack_site(path)
+    rule = context.rules.get(name)
+    obstacle = shift_obstacle(Format.parse(call.format))
+    if obstacle is None and rule is not None and rule.keep:
+        obstacle = f"kept as it is by the rule {rule.match!r}"
+    side = min(node.meta["val"].shape[1:])
+    if obstacle is None and config.rank > side:
+        obstacle = f"rank {config.rank} is larger than a side of its weights. Fix: rank={side} or smaller"
+    if obstacle is not None:
+        report.skip(name, obstacle, node.name)
+    return obstacle is None
 
 
 def _insert(program: Program, node: fx.Node, call: QLinearCall, config: QALoRA, name: str, index: int) -> None:
@@ -126,8 +137,25 @@ def _insert(program: Program, node: fx.Node, call: QLinearCall, config: QALoRA, 
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
 
-def _drawn(config: QALoRA, groups: int, index: int) -> Tensor:
-    """A [r, groups], Xavier uniform, a draw of its own for every site."""
+def _insert_stack(program: Program, node: fx.Node, call: DequantizeCall, config: QALoRA, path: str, index: int) -> None:
+    experts, rows, _ = node.meta["val"].shape
+    form = Format.parse(call.format)
+    if f"{path}.lora_a" in program.weights:
+        a, b = program.node_of(f"{path}.lora_a"), program.node_of(f"{path}.lora_b")
+    else:
+        device = program.weight_of(call.codes).device
+        b = program.add_weight(f"{path}.lora_b", torch.zeros(experts, rows, config.rank, device=device))
+        a = program.add_weight(f"{path}.lora_a", _drawn(config, form.groups(call.columns), index, experts).to(device))
+    width, scaling = form.width(call.columns), config.alpha / config.rank
+    added = StackAdapterCall(a, b, call.columns, width, scaling, call.dtype).insert(program, after=node)
+    added.meta[MODULE] = path
+    total = program.insert(aten.add.Tensor, (node, added), after=added)
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+def _drawn(config: QALoRA, groups: int, index: int, experts: int | None = None) -> Tensor:
+    """A [r, groups], or [E, r, groups]: Xavier uniform, a draw of its own for every site."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
     bound = (6.0 / (groups + config.rank)) ** 0.5
-    return torch.empty(config.rank, groups).uniform_(-bound, bound, generator=generator)
+    shape = (config.rank, groups) if experts is None else (experts, config.rank, groups)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

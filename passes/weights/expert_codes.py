@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from qcompile.calibration.layerwise_run import LayerwiseRun
 from qcompile.calibration.ranks import Ranks
 from qcompile.ir.program import Program
 from qcompile.memory.stored_tensor import loaded
-from qcompile.numerics.qtensor import QTensor
+from qcompile.numerics.qtensor import QTensor, StoredParts
 from qcompile.passes.qdq.insert_qdq import matrix_of
 from qcompile.passes.qdq.site_plan import PlannedSite
-from qcompile.passes.weights.choice import Choose
+from qcompile.passes.weights.choice import Choose, damage
 from qcompile.recipe.solved_sites import FinishedSites, SolvedSites
 
 
@@ -41,7 +41,11 @@ def expert_codes(
     found = [stack for stack in stacks if stack is not None]
     if not is_owner:
         return None
-    return SolvedSites([codes.stored_parts for codes, _ in found], [name for _, names in found for name in names])
+    return SolvedSites(
+        [part for stack in found for part in stack.parts],
+        [name for stack in found for name in stack.fell_back],
+        _mean([stack.damage for stack in found]),
+    )
 
 
 def _codes_of_stack(
@@ -51,12 +55,12 @@ def _codes_of_stack(
     choose: Choose,
     finished: FinishedSites | None,
     is_owner: bool,
-) -> tuple[QTensor, list[str]] | None:
+) -> SolvedSites | None:
     """Codes of a stack [E N, K], each expert's by the rows that are routed to it, and the experts that fell back.
 
     An expert that no row reached has a Hessian of zeros: every algorithm then rounds to nearest.
     """
-    site, found, fallbacks = planned.site, list[QTensor](), list[str]()
+    site, found, fallbacks, damages = planned.site, list[QTensor](), list[str](), list[tuple[float, float] | None]()
     ends = [value.tolist() for value in run.values_of(site.node.all_input_nodes[2])] if site.grouped else []
 
     def rows_of(expert: int) -> Iterator[Tensor]:
@@ -77,8 +81,10 @@ def _codes_of_stack(
             sums.add(rows.float())
         ranks.add(sums.sums)
         if expert % ranks.count == ranks.rank:
-            choice = choose(weight.float(), sums.whole(), planned.weight)
-            solved[label] = SolvedSites([choice.codes.stored_parts], [label] if choice.fell_back else [])
+            weight, hessian = weight.float(), sums.whole()
+            choice = choose(weight, hessian, planned.weight)
+            measured = damage(weight, hessian, choice.codes) if bool(hessian.any()) else None
+            solved[label] = SolvedSites([choice.codes.stored_parts], [label] if choice.fell_back else [], measured)
             if finished is not None and ranks.count > 1:
                 finished.add([label], solved[label])
     ranks.wait()
@@ -89,8 +95,9 @@ def _codes_of_stack(
         if own is None:
             assert finished is not None
             own = finished.find([label])
-        found.append(QTensor.from_stored(loaded(own.parts[0]), planned.weight, site.K))
+        found.append(QTensor.from_stored(_on(weights[0].device, own.parts[0]), planned.weight, site.K))
         fallbacks += own.fell_back
+        damages.append(own.damage)
     zeros = [_as_rows(q.zero) for q in found if q.zero is not None]
     group_scales = [q.group_scale for q in found if q.group_scale is not None]
     whole = QTensor(
@@ -100,7 +107,23 @@ def _codes_of_stack(
         torch.cat(group_scales) if group_scales else None,
         planned.weight,
     )
-    return whole, fallbacks
+    return SolvedSites([whole.stored_parts], fallbacks, _mean(damages))
+
+
+def _mean(damages: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
+    """Of those that were measured."""
+    measured = [pair for pair in damages if pair is not None]
+    if not measured:
+        return None
+    nearest, chosen = (sum(part) / len(measured) for part in zip(*measured, strict=True))
+    return nearest, chosen
+
+
+def _on(device: torch.device, parts: StoredParts) -> StoredParts:
+    """Values of parts on a device: those of another rank are read from a file."""
+    codes, scale, *rest = (part if part is None else loaded(part).to(device) for part in parts)
+    assert codes is not None and scale is not None
+    return codes, scale, rest[0], rest[1]
 
 
 def _as_rows(part: Tensor) -> Tensor:

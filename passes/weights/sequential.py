@@ -90,8 +90,7 @@ def quantize_sequentially(
             choice = choose(weights, hessian, form)
             parts = [q.stored_parts for q in choice.codes.split([w.site.N for w in members])]
             fell_back = [planned.site.name for planned in members if choice.fell_back]
-            measured = None if context.finished is None else damage(weights, hessian, choice.codes)
-            return SolvedSites(parts, fell_back, measured)
+            return SolvedSites(parts, fell_back, damage(weights, hessian, choice.codes))
 
         names = [planned.site.name for planned in members]
         solved = solve_together(context.finished, names, owner, solve)
@@ -99,6 +98,8 @@ def quantize_sequentially(
         for planned, parts in zip(members, solved.parts, strict=True):
             put_codes(program, planned, parts, context)
             report.done.append(planned.site.name)
+            if planned.site.name in context.sites:
+                context.sites[planned.site.name].output_error = solved.damage
             if aim is not None and planned.site.kind == "experts":
                 report.notes.append(f"{planned.site.name}: experts read other rows once routing differs; GPTQ")
     report.notes += run.notes()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.api.device_placement import device_of
 from qcompile.api.missing_masks import with_all_masks
 from qcompile.calibration.statistics import CalibrationError
 from qcompile.ir.call_tree import CallTree, map_leaves, shape_of
@@ -52,7 +53,7 @@ def read_batches(batches: Iterable[Any]) -> list[Any]:
 def call_of(
     batch: Any, model: nn.Module | None = None, name: str = "a batch"
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments that a batch stands for.
+    """The arguments that a batch stands for, on the device of the model.
 
     Args:
         batch: a mapping of keyword arguments (None values are dropped), a tuple or list of arguments, or one argument.
@@ -65,6 +66,15 @@ def call_of(
     Raises:
         CalibrationError: text, or lists of which no tensor can be made.
     """
+    args, kwargs = _arguments_of(batch, model, name)
+    device = None if model is None else device_of(model)
+    if device is None:
+        return args, kwargs
+    call = CallTree.of(args, kwargs).mapped(lambda _path, v: v.to(device) if isinstance(v, Tensor) else v)
+    return call.args, call.kwargs
+
+
+def _arguments_of(batch: Any, model: nn.Module | None, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     _refuse_text(batch, name, model)
     lists = not _holds_tensors(batch)
     if hasattr(batch, "_fields"):  # a namedtuple: arguments if it has their names, else one argument

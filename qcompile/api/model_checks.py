@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from qcompile.analysis.facts import Facts
 from qcompile.modules.generation_hooks import hooks_of
+from qcompile.passes.qdq.site_plan import Quantize
+from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import RecipeError
 
 
@@ -37,6 +40,22 @@ def check_model(model: nn.Module) -> None:
             f"{type(model).__name__} was quantized before and has a {what}, which would run inside the second run. "
             "Fix: quantize the float model with one recipe"
         )
+
+
+def check_experts(recipe: Recipe, facts: Facts) -> None:
+    """Refuse to quantize what experts read in place: a model multiplies its stacks itself, so no module can do it.
+
+    Raises:
+        RecipeError: a recipe with experts_act, for a model with experts.
+    """
+    site = next((site for site in facts.sites if site.kind == "experts"), None)
+    for config in recipe.passes:
+        if site is not None and isinstance(config, Quantize) and config.experts_act is not None:
+            raise RecipeError(
+                f"{site.name}: {type(config).__name__} quantizes what experts read (experts_act={config.experts_act}), "
+                "which no module of a model can do. Fix: drop experts_act, or "
+                f"torch.compile(model, backend='qcompile', options={{'recipe': {recipe.name!r}}})"
+            )
 
 
 def _is_offloaded(module: nn.Module) -> bool:

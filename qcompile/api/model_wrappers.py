@@ -8,11 +8,12 @@ from qcompile.modules.wrappers import unwrapped
 from qcompile.recipe.rule import RecipeError
 
 
-def inner_model(model: nn.Module) -> nn.Module:
+def inner_model(model: nn.Module, fix: str = "quantize the whole model before it is sharded") -> nn.Module:
     """The model behind its wrappers, which is what is quantized: the wrapper then calls the quantized model.
 
     Args:
         model: any module; of a wrapper with `get_base_model`, as adapters are, one with parameters of its own stays.
+        fix: what to do with parameters that are shards.
 
     Raises:
         RecipeError: the parameters are shards of which other processes have the rest.
@@ -20,7 +21,7 @@ def inner_model(model: nn.Module) -> nn.Module:
     outer = None
     while outer is not model:
         outer, model = model, _without_adapters(unwrapped(model))
-    _check_whole(model)
+    _check_whole(model, fix)
     return model
 
 
@@ -38,13 +39,13 @@ def described(model: nn.Module) -> nn.Module:
     return base if isinstance(base, nn.Module) else model
 
 
-def _check_whole(model: nn.Module) -> None:
+def _check_whole(model: nn.Module, fix: str) -> None:
     sharded = [path for path, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]
     if sharded:
-        raise RecipeError(f"{sharded[0] or 'the model'} is sharded by FSDP. Fix: quantize it before it is sharded")
+        raise RecipeError(f"{sharded[0] or 'the model'} is sharded by FSDP. Fix: {fix}")
     for name, parameter in model.named_parameters():
         if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
             raise RecipeError(
                 f"{name} is a shard of a parameter that other processes hold too (FSDP or tensor parallelism). "
-                "Fix: quantize the whole model before it is sharded"
+                f"Fix: {fix}"
             )

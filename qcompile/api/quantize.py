@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qcompile.api.model_checks import check_model
@@ -31,6 +32,7 @@ def quantize(
     progress: bool = True,
     dump: str | Path | None = None,
     out: str | Path | None = None,
+    device: str | torch.device | None = None,
     memory: int | str | None = None,
     resume: bool = False,
 ) -> Report:
@@ -51,6 +53,8 @@ def quantize(
         progress: show bars.
         dump: folder for the graph before and after every pass, as text with diffs: the way to debug a pass.
         out: the folder to write, where `model` is a folder.
+        device: where the model of a folder is computed, as "cuda"; None: on the CPU. A model in memory is computed
+            where it is, and batches are moved there.
         memory: what a run on a folder may take, in bytes or as "12GB".
         resume: go on with what a killed run left beside `out`.
 
@@ -73,15 +77,17 @@ def quantize(
             recipe,
             batches,
             example=example,
+            device=device or "cpu",
             memory=memory,
             resume=resume,
             dump=dump,
             verify=verify,
             progress=progress,
         )
-    if out is not None or memory is not None or resume:
+    if out is not None or device is not None or memory is not None or resume:
         raise ValueError(
-            "out=, memory= and resume= go with a folder, the model is in memory. Fix: qcompile.save(model, path)"
+            "out=, device=, memory= and resume= go with a folder, the model is in memory. "
+            "Fix: model.to(device), and qcompile.save(model, path)"
         )
     model = inner_model(model)
     check_model(model)

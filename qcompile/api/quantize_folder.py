@@ -16,6 +16,7 @@ import torch
 from rich import get_console
 from torch import nn
 
+from qcompile.api.device_placement import move_to_device
 from qcompile.api.rewrite_model import rewrite_model
 from qcompile.api.workspace import Workspace
 from qcompile.calibration.ranks import Ranks
@@ -44,6 +45,7 @@ def quantize_folder(
     tokenizer: Any = None,
     example: Any = None,
     dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
     memory: int | str | None = None,
     resume: bool = False,
     dump: str | Path | None = None,
@@ -62,6 +64,7 @@ def quantize_folder(
         tokenizer: to be saved too.
         example: what to trace with where there are no batches.
         dtype: of the float weights; None: the one that config.json names.
+        device: where computing is done, as "cuda": a weight goes there when it is read.
         memory: bytes that the run may take, or a text as "12GB"; values of batches go to files beside `out` where they
             do not fit. None: what is free.
         resume: go on with `<out>.unfinished`, which a run that was killed left there.
@@ -80,6 +83,7 @@ def quantize_folder(
     if model is None:
         model, own = load_in_parts(source, dtype)
         tokenizer = tokenizer if tokenizer is not None else own
+    move_to_device(model, device)
     ranks = Ranks.joined()
     target = Path(out)
     workspace = Workspace(

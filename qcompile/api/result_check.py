@@ -1,13 +1,16 @@
 """The last check of `quantize`: the changed model computes what its rewritten graph does; and its distance from float.
 
 Analyses may be wrong about a model, and a module may read its weights in a way that no graph shows. So the model itself
-is called, before and after, on the user's own batch; if it does not compute what was proven, it is restored.
+is called, before and after, on the user's own batch; if it does not compute what was proven, it is restored. A model
+without a whole graph has to compute what it does as it came, if each linear gives the result of the new one.
 """
 
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from qcompile.api.module_writes import ModuleWrites
 from qcompile.api.traced_model import TracedModel
 from qcompile.ir.capture import run_as_captured
 from qcompile.ir.program import Program
+from qcompile.ir.repeated_draws import repeated_draws
 from qcompile.numerics.output_distance import ENOUGH_TOKENS, OutputDistance
 from qcompile.passes import Fuse, Quantize
 from qcompile.pipeline.run import run
@@ -31,6 +35,8 @@ _TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 5e-2, tor
 
 _POOR_AGREEMENT = 0.8
 _POOR_ERROR = 0.3
+_OF_GRAPH = "than its rewritten graph"
+_OF_MODULES = "than its own modules with the results of the quantized ones"
 _MUCH_NEARER = 0.5  # a difference that is none of the few tokens compared
 
 
@@ -55,7 +61,8 @@ class ResultCheck:
     @staticmethod
     def before(model: nn.Module, traced: TracedModel, *, rounds_cache: bool) -> ResultCheck:
         """Call the float model, which is in evaluation mode."""
-        return ResultCheck(model, traced, *run_as_captured(model, traced.call), rounds_cache)
+        with repeated_draws():
+            return ResultCheck(model, traced, *run_as_captured(model, traced.call), rounds_cache)
 
     def apply(self, writes: ModuleWrites, rewritten: Program, report: Report) -> None:
         """Write results into the model, call it, and compare; the distance to float goes into the report.
@@ -70,15 +77,19 @@ class ResultCheck:
         """
         snapshot = ModuleSnapshot(self.model)
         try:
+            whole = bool(self.traced.flat)
+            without_graph = None if whole else (self._by_new_modules(writes), self._called())
             writes.apply()
-            outputs, _ = run_as_captured(self.model, self.traced.call)
-            wrong = self._difference(rewritten, outputs)
+            outputs = self._called()
+            expected, again = without_graph or (self._of(rewritten), None)
+            wrong = self._difference(expected, outputs)
             # Where two calls of the float model differ as well, nothing can be compared.
-            if wrong is not None and self._difference(self.traced.program, self.outputs) is None:
+            if wrong is not None and self._difference(again or self._of(self.traced.program), self.outputs) is None:
+                other = _OF_GRAPH if whole else _OF_MODULES
                 raise RecipeError(
-                    f"the quantized model gives another output than its rewritten graph ({wrong}): its code "
-                    "depends on its modules in another way than by calling them. It is as it was. Fix: "
-                    "torch.compile(model, backend='qcompile'), which replaces no module"
+                    f"the quantized model gives another output {other} ({wrong}): its code depends on its modules in "
+                    "another way than by calling them. It is as it was. Fix: torch.compile(model, backend='qcompile'), "
+                    "which replaces no module"
                 )
             distance = OutputDistance.between(self.outputs, outputs, self.logits)
             self._warn(distance, report)
@@ -87,11 +98,30 @@ class ResultCheck:
             raise
         report.metrics |= distance.metrics()
 
-    def _difference(self, program: Program, outputs: list[Tensor]) -> str | None:
-        """How outputs differ from those of a graph, as text; None if they do not, or where the graph is another one."""
-        if not self.traced.flat or self.rounds_cache:
+    def _called(self) -> list[Tensor]:
+        with repeated_draws():
+            return run_as_captured(self.model, self.traced.call)[0]
+
+    def _of(self, program: Program) -> list[Tensor]:
+        with repeated_draws():
+            return [value for value in program(*self.traced.flat[0]) if isinstance(value, Tensor)]
+
+    def _by_new_modules(self, writes: ModuleWrites) -> list[Tensor]:
+        """What the float model gives where each module that is to be replaced gives the result of the new one."""
+        with ExitStack() as hooks:
+            for path, new in writes.modules.items():
+
+                def hook(_old: nn.Module, args: Any, kwargs: Any, _result: Any, new: nn.Module = new) -> Any:
+                    return new(*args, **kwargs)
+
+                handle = self.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+                hooks.callback(handle.remove)
+            return self._called()
+
+    def _difference(self, expected: list[Tensor], outputs: list[Tensor]) -> str | None:
+        """How outputs differ from what is expected, as text; None if they do not, or the graph rounds more."""
+        if self.rounds_cache:
             return None
-        expected = [value for value in program(*self.traced.flat[0]) if isinstance(value, Tensor)]
         if [value.shape for value in expected] != [value.shape for value in outputs]:
             return "other shapes"
         error = OutputDistance.between(expected, outputs, None).error
@@ -130,5 +160,4 @@ class ResultCheck:
         program, _ = run(
             self.traced.program, Recipe("plain", (plain, Fuse()), recipe.rules), keep_float=kept, verify=False
         )
-        outputs = [value for value in program(*self.traced.flat[0]) if isinstance(value, Tensor)]
-        return OutputDistance.between(self.outputs, outputs, self.logits)
+        return OutputDistance.between(self.outputs, self._of(program), self.logits)

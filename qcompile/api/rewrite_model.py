@@ -18,6 +18,7 @@ from torch import nn
 
 from qcompile.analysis.facts import Facts
 from qcompile.api.example_inputs import read_batches
+from qcompile.api.model_checks import check_experts
 from qcompile.api.result_check import ResultCheck
 from qcompile.api.traced_model import TracedModel
 from qcompile.api.workspace import Workspace
@@ -73,6 +74,7 @@ def rewrite_model(
         program, flat = traced.program, traced.flat
         facts = Facts(program)
         calls = GenerationPlan.fit(model, traced.recipe, traced.call.args, traced.call.kwargs, len(facts.attentions))
+        check_experts(calls.recipe, facts)
         places = WriteBack.of(model, facts)
         finished, offload = None, None
         if workspace is not None:

@@ -8,11 +8,19 @@ from typing import Any
 from torch import fx, nn
 
 from qcompile.ir.node_meta import LOW_RANK_STEP
-from qcompile.ir.op_calls import FixedPointConvCall, FixedPointLinearCall, GroupAdapterCall, LowRankLinearCall
+from qcompile.ir.op_calls import (
+    FixedPointConvCall,
+    FixedPointLinearCall,
+    GroupAdapterCall,
+    LowRankLinearCall,
+    StackAdapterCall,
+)
 from qcompile.ir.program import Program
 from qcompile.modules.adapted_linear import AdaptedLinear
+from qcompile.modules.adapted_stack import AdaptedStack
 from qcompile.modules.fixed_point_modules import FixedPointConv, FixedPointLinear, FixedPointStart
 from qcompile.modules.low_rank_linear import STATE, LowRankLinear, LowRankRule
+from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.code_convolution import ConvolutionShape
 from qcompile.numerics.fixed_point_format import FixedPointFormat
@@ -26,6 +34,12 @@ def _adapted(program: Program, node: fx.Node, old: nn.Module) -> nn.Module:
     call = GroupAdapterCall.of(node)
     assert isinstance(old, QuantLinear)
     return AdaptedLinear(old, program.weight_of(call.a), program.weight_of(call.b), call.scaling)
+
+
+def _adapted_stack(program: Program, node: fx.Node, old: nn.Module) -> nn.Module:
+    call = StackAdapterCall.of(node)
+    assert isinstance(old, QuantStack)
+    return AdaptedStack(old, program.weight_of(call.a), program.weight_of(call.b), call.scaling)
 
 
 def _low_rank(program: Program, node: fx.Node, old: nn.Module) -> nn.Module:
@@ -62,6 +76,7 @@ def _parameter(program: Program, node: fx.Node | None, old: nn.Module) -> nn.Par
 
 BUILDERS: dict[Any, Build] = {
     GroupAdapterCall.target: _adapted,
+    StackAdapterCall.target: _adapted_stack,
     LowRankLinearCall.target: _low_rank,
     FixedPointLinearCall.target: _fixed_point,
     FixedPointConvCall.target: _fixed_point,

@@ -68,7 +68,7 @@ class Workspace:
         Raises:
             CheckpointError: it has an earlier run and `resume` is off, or another run; a file of the model is gone.
         """
-        sums = [digest(tensor.contiguous()) for batch in batches for tensor in batch]
+        sums = [digest(tensor.cpu().contiguous()) for batch in batches for tensor in batch]
         gone = [file for file in self.source if not file.is_file()]
         if gone:
             raise CheckpointError(f"{gone[0]} is not there any more. Fix: restore it, and run again")

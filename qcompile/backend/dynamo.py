@@ -38,7 +38,7 @@ from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
 from qcompile.recipe.rule import RecipeError, Rule
 
-TRAINING_OPS = ("qcompile.group_adapter", "qcompile.fixed_point_", "qcompile.low_rank_linear")
+TRAINING_OPS = ("qcompile.group_adapter", "qcompile.stack_adapter", "qcompile.fixed_point_", "qcompile.low_rank_linear")
 """Names of operators that only a model in training calls."""
 
 reports: deque[Report] = deque(maxlen=64)

@@ -44,7 +44,7 @@ def float_fallback_sites(
         weight, act = formats_of(site, config, rules[site.name])
         m, dtype = rows or rows_of(site.input)[0], site.node.meta["val"].dtype
         if site.kind == "experts":
-            choice = _choose_for_experts(device, weight, dtype)
+            choice = _choose_for_experts(device, weight, str(act) if act else "", dtype, site.K)
         else:
             choice = _choose(device, weight, str(act) if act else "", dtype, m, site.K, site.N)
         if choice.slower_than_float:
@@ -64,14 +64,16 @@ def _choose(
     return choose_gpu_kernel(gpu(device), weight, act, dtype, m, k, n)
 
 
-def _choose_for_experts(device: torch.device | None, weight: Format, dtype: torch.dtype) -> KernelChoice:
+def _choose_for_experts(
+    device: torch.device | None, weight: Format, act: str, dtype: torch.dtype, k: int
+) -> KernelChoice:
     """The kernel of routed rows times a stack of experts on a device; None is the CPU, which has none."""
     if device is None:
         return KernelChoice("dequantize, then a product for each expert", has_kernel=False)
     from qcompile.codegen.triton.gpu_kernel_choice import choose_experts_kernel
     from qcompile.codegen.triton.launch.gemm import gpu
 
-    return choose_experts_kernel(gpu(device), weight, dtype)
+    return choose_experts_kernel(gpu(device), weight, act, dtype, k)
 
 
 def _rows_label(x: fx.Node, rows: int | None) -> str:

@@ -166,9 +166,9 @@ class LayerwiseRun:
         self.done = {nodes[name] for name in state.done}
         self.fixed, self.values = {}, [{} for _ in self.values]
         for name, value in {**state.values, **state.sizes}.items():
-            place, _, node = name.partition(".")
-            holder = self.fixed if place == "fixed" else self.values[int(place)]
-            holder[nodes[node]] = value
+            place, _, label = name.partition(".")
+            node, holder = nodes[label], self.fixed if place == "fixed" else self.values[int(place)]
+            holder[node] = value.to(node.meta["val"].device) if isinstance(value, Tensor) else value
 
     def _load(self, nodes: list[fx.Node]) -> None:
         """Read the weights of some nodes that lie in files, once for all batches."""

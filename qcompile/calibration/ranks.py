@@ -42,7 +42,7 @@ class Ranks:
         if not dist.is_available():
             return Ranks()
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-            dist.init_process_group("gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
             atexit.register(_leave)
         if not dist.is_initialized():
             return Ranks()

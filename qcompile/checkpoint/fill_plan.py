@@ -14,8 +14,10 @@ from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.folder_meta import FolderMeta
 from qcompile.checkpoint.model_state import Slot, apply_scalars, slots
 from qcompile.checkpoint.module_entries import build, describe, replaced_parameters
+from qcompile.ir.quantized_stacks import STACK_SUFFIX
+from qcompile.modules.fast_paths import leave_fast_paths
 from qcompile.modules.kv_constants import CENTERS, PREFIX, SCALES
-from qcompile.modules.quant_experts import STACK_SUFFIX, QuantStack, replace_parameter
+from qcompile.modules.quant_experts import QuantStack, replace_parameter
 
 _FIX = "Fix: pass the float model that was quantized"
 _CONSTANTS = {"Prefix": PREFIX, "Centers": CENTERS, "Scales": SCALES}
@@ -106,6 +108,7 @@ class FillPlan:
             self.model.add_module(path, module)
         else:
             self.model.set_submodule(path, module)
+            leave_fast_paths(self.model, path)
 
     def _place_of(self, path: str, kind: object) -> nn.Module | None:
         """The float module that an entry stands for; None of entries that stand for a parameter, or for none."""

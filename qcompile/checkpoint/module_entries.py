@@ -30,8 +30,9 @@ from qcompile.checkpoint.stored_checks import (
     refuse,
     require,
 )
+from qcompile.ir.quantized_stacks import STACK_SUFFIX
 from qcompile.modules.kv_constants import Centers, Prefix, Scales
-from qcompile.modules.quant_experts import STACK_SUFFIX, QuantStack
+from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import BUFFERS, QuantLinear, RotatedLinear
 from qcompile.modules.static_quant import StaticQuantConv, StaticQuantLinear
 from qcompile.numerics.format import Format

@@ -62,6 +62,9 @@ def quantize(
         str | None,
         typer.Option(help="what a run may take; of a MODEL in safetensors files", metavar="12GB"),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="where computing is done, as cuda; weights go there when they are read")
+    ] = "cpu",
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with FOLDER.unfinished, which a run that was killed left")
     ] = False,
@@ -70,6 +73,7 @@ def quantize(
 
     A folder of safetensors files is read in parts, and may be larger than memory.
     """
+    from qcompile.api.device_placement import known_device, move_to_device
     from qcompile.api.quantize import quantize as run
     from qcompile.api.quantize_folder import quantize_folder as run_in_parts
     from qcompile.checkpoint.save_load import save as write
@@ -79,16 +83,18 @@ def quantize(
     for flag in [name for name, given in (("--resume", resume), ("--memory", memory)) if given and not stream]:
         raise ValueError(f"{flag} goes with a folder of safetensors files, and {model} is none. Fix: drop it")
     if folder.suffix == SUFFIX:
-        if dump is not None:
-            raise ValueError(f"--dump {dump} goes with a folder, and {folder} is a file. Fix: drop it")
-        if report_file is not None:
-            raise ValueError(f"--report {report_file} goes with a folder, and {folder} is a file. Fix: drop it")
+        given = {"--dump": dump, "--report": report_file, "--device": None if device == "cpu" else device}
+        for flag, value in given.items():
+            if value is not None:
+                raise ValueError(f"{flag} {value} goes with a folder, and {folder} is a file. Fix: drop it")
         quantize_file(model, folder, recipe, text, data)
         return
     check_recipes(recipe)
+    known_device(device)
     limit = None if memory is None else size_in_bytes(memory, "--memory")
     with kept(lambda: f"{folder} was not written{_said_finished(folder)}"):
         loaded, tokenizer = load(model, dtype, any_class=True, stream=stream)
+        move_to_device(loaded, device)
         _require_space(folder, loaded, recipe, text or data)
         batches = calibration_batches(recipe, loaded, tokenizer, text, data)
         if stream:
@@ -99,6 +105,7 @@ def quantize(
                 batches,
                 model=loaded,
                 tokenizer=tokenizer,
+                device=device,
                 memory=limit,
                 resume=resume,
                 dump=dump,

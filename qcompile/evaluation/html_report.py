@@ -5,6 +5,7 @@ The file holds its styles, scripts and plots, so that it opens anywhere and can 
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from qcompile.evaluation import plots
+from qcompile.evaluation import output_errors, plots
 from qcompile.evaluation.compare import RecipeResult
 from qcompile.evaluation.sensitivity import Damage
 from qcompile.memory.atomic_file import write_whole
@@ -60,12 +61,19 @@ class HTMLReport:
             formats=list(dict.fromkeys(str(d.formats) for d in self.damages)),
             largest=max((d.kl for d in self.damages), default=0.0),
             figures=self._figures(),
-            no_plots=None if plots.is_available() or not self.drawings else plots.NEEDS,
+            no_plots=None if plots.is_available() or not self._drawings else plots.NEEDS,
         )
 
     def write(self, path: str | Path) -> None:
         """Write the file, whole or not at all. Raises OSError."""
         write_whole(path, str(self))
+
+    @property
+    def _drawings(self) -> dict[str, Callable[[Path], None]]:
+        """Those that were given, and the output errors where a pass measured some."""
+        if self.report is None or not any(site.output_error for site in self.report.sites):
+            return self.drawings
+        return {**self.drawings, output_errors.CAPTION: functools.partial(output_errors.plot, self.report)}
 
     def _figures(self) -> list[tuple[str, str]]:
         """Captions, and plots as SVG elements."""
@@ -73,7 +81,7 @@ class HTMLReport:
             return []
         with tempfile.TemporaryDirectory() as folder:
             found = []
-            for index, (caption, draw) in enumerate(self.drawings.items()):
+            for index, (caption, draw) in enumerate(self._drawings.items()):
                 path = Path(folder) / f"{index}.svg"
                 draw(path)
                 found.append((caption, _element(path.read_text(encoding="utf-8"), index)))

@@ -146,17 +146,20 @@ class QLinearCall(OpCall):
 
 @dataclass(frozen=True)
 class QExpertsCall(OpCall):
-    """qcompile::qexperts, rows sorted by expert times each one's weight."""
+    """qcompile::qexperts, rows sorted by expert times each one's weight; `act` is "" where x is float."""
 
     target: ClassVar[Any] = torch.ops.qcompile.qexperts.default
 
     x: fx.Node
+    x_scale: Operand
+    x_zero: Operand
     ends: fx.Node
     weight: fx.Node
     scale: fx.Node
     zero: Operand
     group_scale: Operand
     format: str
+    act: str
     columns: int
     dtype: torch.dtype
 
@@ -177,6 +180,20 @@ class GroupAdapterCall(OpCall):
     b: fx.Node
     group: int
     scaling: float
+
+
+@dataclass(frozen=True)
+class StackAdapterCall(OpCall):
+    """qcompile::stack_adapter, what QA-LoRA adapters add to a stack of expert weights (see adapter_op.py)."""
+
+    target: ClassVar[Any] = torch.ops.qcompile.stack_adapter.default
+
+    a: fx.Node
+    b: fx.Node
+    columns: int
+    group: int
+    scaling: float
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

@@ -207,27 +207,34 @@ def check_qlinear(
         check.refuse("x", x, f"[.., {columns}]: `columns` is {columns}")
     check.packed("weight", weight, form, columns, x, None)
     check.codes("", weight, scale, zero, group_scale, form, columns)
-    if act:
-        act_form = check.format("act", act)
-        if act_form.two_level:
-            check.refuse("act", act, "a format with a single level of scales")
-        if act_form.scale != "f32":
-            check.refuse("act", act, "a format with float32 scales")
-        check.tensor("x", x, (act_form.code_dtype,), x, f"codes of {act}, {act_form.code_dtype}")
-        check.codes("x_", x, x_scale, x_zero, None, act_form, columns)
-    else:
-        check.tensor("x", x, FLOATS, x, "float")
-        for name, part in (("x_scale", x_scale), ("x_zero", x_zero)):
-            if part is not None:
-                check.refuse(name, part, "None where x is float (act is '')")
+    _check_activation(check, x, x_scale, x_zero, act, columns)
     if bias is not None:
         check.tensor("bias", bias, FLOATS, x, f"float [{weight.shape[0]}]", weight.shape[0])
     return form
 
 
+def _check_activation(
+    check: OpChecks, x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, act: str, columns: int
+) -> None:
+    """The left operand of a product: float, or codes with what their format demands."""
+    if not act:
+        check.tensor("x", x, FLOATS, x, "float")
+        for name, part in (("x_scale", x_scale), ("x_zero", x_zero)):
+            if part is not None:
+                check.refuse(name, part, "None where x is float (act is '')")
+        return
+    form = check.format("act", act)
+    if form.two_level:
+        check.refuse("act", act, "a format with a single level of scales")
+    if form.scale != "f32":
+        check.refuse("act", act, "a format with float32 scales")
+    check.tensor("x", x, (form.code_dtype,), x, f"codes of {act}, {form.code_dtype}")
+    check.codes("x_", x, x_scale, x_zero, None, form, columns)
+
+
 def check_qexperts(
-    x: Tensor, ends: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, group_scale: Tensor | None,
-    format: str, columns: int, dtype: torch.dtype,
+    x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, ends: Tensor, weight: Tensor, scale: Tensor,
+    zero: Tensor | None, group_scale: Tensor | None, format: str, act: str, columns: int, dtype: torch.dtype,
 ) -> Format:  # fmt: skip
     """Arguments of qcompile::qexperts, but the values of `ends`."""
     check = OpChecks("qcompile::qexperts")
@@ -235,7 +242,11 @@ def check_qexperts(
     form = check.format("format", format)
     check.columns(columns)
     check.float_dtype("dtype", dtype)
-    check.tensor("x", x, FLOATS, x, f"float [S, {columns}]", None, columns)
+    check.tensor("x", x, (x.dtype,), x, f"[S, {columns}]", None, columns)
+    _check_activation(check, x, x_scale, x_zero, act, columns)
+    for name, part in (("x_scale", x_scale), ("x_zero", x_zero)):
+        if part is not None and part.ndim and (part.ndim != 2 or not same_size(part.shape[0], x.shape[0])):
+            check.refuse(name, part, f"a single value, or one for each of the {x.shape[0]} rows")
     check.packed("weight", weight, form, columns, x, None, None)
     check.codes("", weight, scale, zero, group_scale, form, columns)
     for name, part in (("scale", scale), ("zero", zero), ("group_scale", group_scale)):

@@ -36,8 +36,7 @@ def qlinear_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ValueError: x came as codes, and something wants its gradient.
     """
     dx = db = None
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        _refuse_codes()
+    _refuse_scales(ctx)
     if ctx.needs_input_grad[0]:
         # The operator, not its formula: Inductor (torch 2.13, CPU) misreads scales of ragged groups in dynamic shapes.
         values = torch.ops.qcompile.dequantize(*ctx.saved_tensors, ctx.format, ctx.columns, gradient.dtype)
@@ -49,16 +48,21 @@ def qlinear_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 def keep_qexperts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """What the gradient of a qexperts reads."""
-    x, ends, weight, scale, zero, group_scale, format, columns, _ = inputs
+    x, _, _, ends, weight, scale, zero, group_scale, format, _, columns, _ = inputs
     ctx.save_for_backward(ends, weight, scale, zero, group_scale)
     ctx.format, ctx.columns, ctx.x_dtype = format, columns, x.dtype
 
 
 def qexperts_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """(dx, None, ...) for g [S, N]."""
+    """(dx, None, ...) for g [S, N].
+
+    Raises:
+        ValueError: x came as codes, and something wants its gradient.
+    """
+    _refuse_scales(ctx)
     parts = ctx.saved_tensors
     dx: Tensor = torch.ops.qcompile.qexperts_backward(gradient.contiguous(), *parts, ctx.format, ctx.columns)
-    return (dx.to(ctx.x_dtype), None, None, None, None, None, None, None, None)
+    return (dx.to(ctx.x_dtype), *[None] * 11)
 
 
 @torch.library.custom_op("qcompile::qexperts_backward", mutates_args=())
@@ -145,6 +149,12 @@ def quantize_gradient(ctx: Any, *gradients: Tensor | None) -> NoReturn:
 def straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     """(g, None)."""
     return gradient, None
+
+
+def _refuse_scales(ctx: Any) -> None:
+    """Scale and zero point of x, the second and third input of a product, come from a quantize."""
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        _refuse_codes()
 
 
 def _refuse_codes() -> NoReturn:

@@ -9,7 +9,7 @@ op_gradients.py.
     dequantize(codes, scale, zero, ...)       -> float
     hadamard(x, signs)                        -> x diag(signs) H / sqrt(n)
     qlinear(x, x_scale, x_zero, weight, ...)  -> dq(x) @ dq(weight).T + bias
-    qexperts(x, ends, weight, ...)            -> rows of each expert @ dq(its weight).T
+    qexperts(x, x_scale, x_zero, ends, ...)   -> rows of each expert @ dq(its weight).T
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ from qcompile.ir.op_checks import (
     check_qlinear,
     check_quantize,
 )
-from qcompile.numerics.code_matmul import code_matmul
-from qcompile.numerics.format import Format
 from qcompile.numerics.hadamard import apply_hadamard
-from qcompile.numerics.int8_matmul import MAX_K
-from qcompile.numerics.qtensor import dequantize_codes, dequantize_to_int8, unpack_codes
+from qcompile.numerics.qtensor import dequantize_codes, unpack_codes
+from qcompile.numerics.quantized_product import quantized_product
 from qcompile.numerics.rounding import quantize_tensor
 
 
@@ -154,22 +152,9 @@ def qlinear(
         [.., N].
     """
     form = check_qlinear(x, x_scale, x_zero, weight, scale, zero, group_scale, bias, format, act, columns, dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    codes = unpack_codes(weight, form, columns)
-    if act and Format.parse(act).is_int8_rows and _integer_rows(form) and columns <= MAX_K:
-        assert x_scale is not None
-        if form.dual:
-            codes = dequantize_to_int8(codes, zero, group_scale, form)
-        sums = code_matmul(x.reshape(-1, columns), codes).reshape(*x.shape[:-1], len(codes))
-        out = sums.to(wide) * x_scale.to(wide) * scale.squeeze(-1).to(wide)
-    else:
-        if act:
-            assert x_scale is not None
-            x = dequantize_codes(x, x_scale, x_zero, None, Format.parse(act))
-        values = dequantize_codes(codes, scale, zero, group_scale, form)
-        out = torch.nn.functional.linear(x.to(wide), values.to(wide))
+    out = quantized_product(x, x_scale, x_zero, (weight, scale, zero, group_scale), form, act, columns, dtype)
     if bias is not None:
-        out = out + bias.to(wide)
+        out = out + bias.to(out.dtype)
     return out.to(dtype)
 
 
@@ -198,66 +183,76 @@ qlinear.register_autograd(op_gradients.qlinear_gradient, setup_context=op_gradie
 @torch.library.custom_op("qcompile::qexperts", mutates_args=())
 def qexperts(
     x: Tensor,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
     ends: Tensor,
     weight: Tensor,
     scale: Tensor,
     zero: Tensor | None,
     group_scale: Tensor | None,
     format: str,
+    act: str,
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows sorted by expert times each one's weight; only experts that have rows are dequantized.
+    """Rows sorted by expert times each one's weight, as qlinear multiplies them; only experts that have rows are read.
 
     Args:
-        x: [S, K].
+        x: [S, K]; float when `act` is "", else codes in the format `act`.
+        x_scale: scale of the codes, or None.
+        x_zero: their zero point, or None.
         ends: [E] one past the last row of each expert, rising.
         weight: stored codes of [E, N, K].
         scale: of the weight, as in QTensor with a leading E, or one for all experts; so are zero and group_scale.
         zero: its zero point, or None.
         group_scale: its second-level scale, or None.
         format: of the weight.
+        act: the format of x, or "".
         columns: K.
         dtype: of the result.
 
     Returns:
         [S, N]; rows beyond the last end are zero.
     """
-    form = check_qexperts(x, ends, weight, scale, zero, group_scale, format, columns, dtype)
+    form = check_qexperts(x, x_scale, x_zero, ends, weight, scale, zero, group_scale, format, act, columns, dtype)
     lasts = ends.tolist()
     check_ends(lasts, x.shape[0])
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.zeros(x.shape[0], weight.shape[1], dtype=dtype, device=x.device)
     start = 0
     for expert, end in enumerate(lasts):
         if end > start:
-            s, z, g = (t if t is None or not t.ndim else t[expert] for t in (scale, zero, group_scale))
-            assert s is not None
-            values = dequantize_codes(unpack_codes(weight[expert], form, columns), s, z, g, form)
-            out[start:end] = (x[start:end].to(wide) @ values.to(wide).t()).to(dtype)
+            rows = slice(start, end)
+            part_scale, part_zero = (_part(t, rows) for t in (x_scale, x_zero))
+            own_scale, own_zero, own_group_scale = (_part(t, expert) for t in (scale, zero, group_scale))
+            assert own_scale is not None
+            stored = weight[expert], own_scale, own_zero, own_group_scale
+            out[rows] = quantized_product(x[rows], part_scale, part_zero, stored, form, act, columns, dtype).to(dtype)
             start = end
     return out
+
+
+def _part(tensor: Tensor | None, own: slice | int) -> Tensor | None:
+    """What some rows, or one expert, have of a tensor; a single value is shared by all."""
+    return tensor if tensor is None or not tensor.ndim else tensor[own]
 
 
 @qexperts.register_fake
 def _(
     x: Tensor,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
     ends: Tensor,
     weight: Tensor,
     scale: Tensor,
     zero: Tensor | None,
     group_scale: Tensor | None,
     format: str,
+    act: str,
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    check_qexperts(x, ends, weight, scale, zero, group_scale, format, columns, dtype)
+    check_qexperts(x, x_scale, x_zero, ends, weight, scale, zero, group_scale, format, act, columns, dtype)
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
 
 
 qexperts.register_autograd(op_gradients.qexperts_gradient, setup_context=op_gradients.keep_qexperts)
-
-
-def _integer_rows(form: Format) -> bool:
-    """Whether the sum over K of products of codes is the whole integer part: a per-channel scale."""
-    return form.dual or (form.dtype in ("int2", "int3", "int4", "int8") and form.per == "row" and form.zero == "none")

@@ -185,10 +185,13 @@ class Program:
             rest = iter(values)
             return function(*[next(rest) if isinstance(a, fx.Node) else a for a in args])
 
-        with self.fake_mode, torch.no_grad():
-            traced = make_fx(over_nodes, tracing_mode="real", _allow_non_fake_inputs=True)(
-                *[n.meta["val"] for n in nodes]
-            )
+        trace, mode = make_fx(over_nodes, tracing_mode="real", _allow_non_fake_inputs=True), self.fake_mode
+        allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True  # constants of `function` are real
+        try:
+            with mode, torch.no_grad():
+                traced = trace(*[n.meta["val"] for n in nodes])
+        finally:
+            mode.allow_non_fake_inputs = allowed
         memo: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
         result: Any = None
         with self.graph.inserting_before(before):
@@ -197,7 +200,7 @@ class Program:
                     result = fx.node.map_arg(node.args[0], lambda n: memo[n])
                 elif node.op == "get_attr":
                     name = next(c for i in itertools.count() if not hasattr(self.graph_module, c := f"constant_{i}"))
-                    setattr(self.graph_module, name, getattr(traced, node.target))
+                    self.graph_module.register_buffer(name, getattr(traced, node.target))  # Inductor takes no other
                     memo[node] = self.graph.get_attr(name)
                     memo[node].meta = dict(node.meta)
                 elif node.op != "placeholder":

@@ -39,7 +39,9 @@ def stand_ins(module: nn.Module, inputs: list[Tensor]) -> Iterator[list[Tensor]]
     for holder, name, tensor in places:
         with mode:
             if id(tensor) not in made:  # tied ones share theirs
-                made[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                made[id(tensor)] = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+                )
         is_parameter = isinstance(tensor, nn.Parameter)
         holder[name] = nn.Parameter(made[id(tensor)], requires_grad=False) if is_parameter else made[id(tensor)]
     try:

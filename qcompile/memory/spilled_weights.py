@@ -38,17 +38,17 @@ class SpillFolder:
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
     def spill(self, tensor: Tensor) -> Tensor:
-        """A stored tensor of the same values; the tensor itself if it is small, stored already or on another device.
+        """A stored tensor of the same values on the same device; the tensor itself if it is small or stored already.
 
         Raises:
             OSError: the disk is full, or the folder cannot be written.
         """
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.nbytes <= SMALL or tensor.device.type != "cpu":
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.nbytes <= SMALL or tensor.is_meta:
             return tensor
         file = self.path / f"{os.getpid()}-{next(_FILES)}.bin"
         try:
             with file.open("xb", buffering=0) as raw:
-                write_values(raw, tensor)
+                write_values(raw, tensor.cpu())
         except OSError as error:
             file.unlink(missing_ok=True)
             free = shutil.disk_usage(self.path).free
@@ -56,7 +56,7 @@ class SpillFolder:
                 error.errno, f"{tensor.nbytes / 1e6:.0f} MB do not fit, {free / 1e6:.0f} MB are free", str(self.path)
             ) from error
         like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        spilled = StoredTensor(like, functools.partial(_read, self, file, like))
+        spilled = StoredTensor(like, functools.partial(_read, self, file, like), tensor.device)
         weakref.finalize(spilled._read, file.unlink, missing_ok=True)
         return spilled
 

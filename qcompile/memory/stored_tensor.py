@@ -31,7 +31,7 @@ _NOTED = {
     aten.alias.default, aten.detach.default, aten._to_copy.default, aten.t.default, aten.transpose.int,
     aten.permute.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
     aten.squeeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.select.int, aten.cat.default, aten.stack.default,
-    aten.clone.default, aten.narrow.default,
+    aten.clone.default, aten.narrow.default, aten.index_select.default,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.expand.default,
 }  # fmt: skip
 """Operations that compute nothing: values in another place, order or dtype."""
@@ -47,39 +47,40 @@ _LOOKS = {
 _MOVES = {
     "to", "detach", "t", "transpose", "permute", "view", "reshape", "unsqueeze", "squeeze", "__getitem__", "cat",
     "concat", "stack", "contiguous", "split", "chunk", "unbind", "expand", "float", "double", "bfloat16",
-    "half", "flatten", "unflatten", "cpu", "alias", "swapaxes", "movedim", "select", "narrow",
+    "half", "flatten", "unflatten", "cpu", "cuda", "alias", "swapaxes", "movedim", "select", "narrow", "index_select",
 }  # fmt: skip
 """Methods that are made of `_NOTED` operations."""
 
 
 class StoredTensor(Tensor):
-    """A tensor on the CPU without values of its own; see the module's text."""
+    """A tensor without values of its own, which are read and moved to its device; see the module's text."""
 
     _read: Read
-    _last: ClassVar[tuple[Read, Tensor] | None] = None  # what was read last, whole: an algorithm looks several times
+    _last: ClassVar[tuple[Read, torch.device, Tensor] | None] = None  # what was read last: an algorithm looks again
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
     @staticmethod
-    def __new__(cls, like: Tensor, read: Read) -> StoredTensor:
-        """A tensor of the shape, strides and dtype of `like`, whose values `read` gives."""
+    def __new__(cls, like: Tensor, read: Read, device: torch.device = _CPU) -> StoredTensor:
+        """A tensor of the shape, strides and dtype of `like` on a device, whose values `read` gives on any device."""
         made: StoredTensor = Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=_CPU, requires_grad=False
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device, requires_grad=False
         )
         made._read = read
         return made
 
-    def __init__(self, like: Tensor, read: Read) -> None:
+    def __init__(self, like: Tensor, read: Read, device: torch.device = _CPU) -> None:
         super().__init__()
 
     def read(self) -> Tensor:
         """The values, as a plain tensor. Raises OSError if the file is gone or shorter than it was."""
+        device = self.device
         with self._lock:
             last = StoredTensor._last
-        if last is not None and last[0] is self._read:
-            return last[1]
-        values = self._read()
+        if last is not None and last[0] is self._read and last[1] == device:
+            return last[2]
+        values = self._read().to(device)
         with self._lock:
-            StoredTensor._last = (self._read, values)
+            StoredTensor._last = (self._read, device, values)
         return values
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -127,27 +128,28 @@ class StoredTensor(Tensor):
     ) -> Any:
         """As `__torch_function__`, for calls from C++."""
         kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if func not in _NOTED or (device is not None and torch.device(device).type != "cpu"):
+        if func not in _NOTED:
             args, kwargs = loaded((args, kwargs))
             return func(*args, **kwargs)
         if func is aten.detach.default:
             return _noted(args[0])
-        shapes = func(*tree_map_only(Tensor, _empty, args), **{**kwargs, **({"device": "meta"} if device else {})})
+        moved = kwargs.get("device")
+        device = next(t.device for t in tree_leaves(args) if isinstance(t, StoredTensor)) if moved is None else moved
+        shapes = func(*tree_map_only(Tensor, _empty, args), **{**kwargs, **({"device": "meta"} if moved else {})})
         args = tree_map_only(StoredTensor, _noted, args)  # `.data = ` may give them other values
         if isinstance(shapes, Tensor):
-            return StoredTensor(shapes, lambda: func(*loaded(args), **kwargs))
+            return StoredTensor(shapes, lambda: func(*loaded(args), **kwargs), device)
 
         def part(index: int) -> Tensor:
             found: Tensor = func(*loaded(args), **kwargs)[index]
             return found
 
-        return [StoredTensor(shape, functools.partial(part, index)) for index, shape in enumerate(shapes)]
+        return [StoredTensor(shape, functools.partial(part, index), device) for index, shape in enumerate(shapes)]
 
 
 def _noted(tensor: StoredTensor) -> StoredTensor:
     """Another tensor of the same values."""
-    return StoredTensor(_empty(tensor), tensor._read)
+    return StoredTensor(_empty(tensor), tensor._read, tensor.device)
 
 
 def _empty(tensor: Tensor) -> Tensor:

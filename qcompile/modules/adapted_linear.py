@@ -72,17 +72,31 @@ def merged(base: QuantLinear, product: Tensor, scaling: float) -> QuantLinear:
         ValueError: NaN or Inf in the adapter, or one so large beside the scales that float32 zero points lose more of
             the weights than rounding of float32 does.
     """
-    width = base.format.width(base.in_features)
     weight = QTensor.from_stored((base.codes, base.scale, base.zero, None), base.format, base.in_features)
-    delta = scaling / width * product
+    shifted = shifted_exactly(weight, product, scaling)
+    tensors: dict[str, Tensor | None] = {name: getattr(base, name) for name in BUFFERS}
+    tensors |= dict(zip(PARTS, shifted.stored_parts, strict=True))
+    return QuantLinear(base.in_features, base.out_features, shifted.format, base.act, tensors)
+
+
+def shifted_exactly(weight: QTensor, product: Tensor, scaling: float) -> QTensor:
+    """A quantized weight plus what a group-pooled adapter adds to it, compared with the sum in float64.
+
+    Args:
+        weight: [N, K].
+        product: B A, [N, groups], float64.
+        scaling: alpha / r.
+
+    Raises:
+        ValueError: as of `merged`.
+    """
+    delta = scaling / weight.format.width(weight.columns) * product
     shifted = shift_groups(weight, delta)
-    expected = weight.dequantize().double() + expand_groups(delta, base.format, base.in_features)
+    expected = weight.dequantize().double() + expand_groups(delta, weight.format, weight.columns)
     error = float((shifted.dequantize().double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not error <= MERGE_TOLERANCE:
         raise ValueError(
             f"its adapter cannot be merged: the weights would change by {error:.1e} of the largest, more than "
             f"{MERGE_TOLERANCE:.0e}. Fix: train with a smaller learning rate, or load another checkpoint of it"
         )
-    tensors: dict[str, Tensor | None] = {name: getattr(base, name) for name in BUFFERS}
-    tensors |= dict(zip(PARTS, shifted.stored_parts, strict=True))
-    return QuantLinear(base.in_features, base.out_features, shifted.format, base.act, tensors)
+    return shifted

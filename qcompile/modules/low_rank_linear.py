@@ -28,7 +28,7 @@ from qcompile.numerics.counter_random import derived_stream
 from qcompile.numerics.format import Format
 from qcompile.numerics.low_rank import expand, is_left
 from qcompile.numerics.qtensor import QTensor
-from qcompile.numerics.whole_tensor import is_finite, is_zero
+from qcompile.numerics.whole_tensor import gathered, is_finite, is_sharded, is_zero
 
 STATE = ("codes", "scale", "zero", "basis", "basis_scale", "basis_zero", "first", "similarities", "schedule")
 """The buffers: the weight's codes (or the float weight), and the basis with its schedule."""
@@ -150,7 +150,7 @@ class LowRankLinear(TrainingModule):
         Raises:
             ValueError: the step holds NaN or Inf; the weight is then as it was, and L zero.
         """
-        change = self.low if step is None else step
+        change = gathered(self.low if step is None else step)
         finite = is_finite(change)
         dtype = self.first.dtype  # at least float32
         values = expand(change.to(dtype), self._basis().to(dtype), self.left).mul_(self.rule.scale)
@@ -181,7 +181,9 @@ class LowRankLinear(TrainingModule):
             self.low.data = self.low.data.new_zeros(()).expand(self.low.shape)
 
     def hold_low(self) -> None:
-        """Give L memory of its own, for an optimizer that writes to it."""
+        """Give L memory of its own, for an optimizer that writes to it; a shard has it, and FSDP knows it."""
+        if is_sharded(self.low):
+            return
         self.low.data = torch.zeros_like(self.low.data, memory_format=torch.contiguous_format)
 
     def settled(self) -> nn.Module:

@@ -20,11 +20,11 @@ from qcompile.analysis.sites import find_sites
 from qcompile.ir.node_meta import SITE
 from qcompile.ir.op_calls import QExpertsCall
 from qcompile.ir.program import Program
+from qcompile.ir.quantized_stacks import STACK_SUFFIX
 from qcompile.modules.fixed_dtype import FixedDtypeModule
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import PARTS
 
-STACK_SUFFIX = "_codes"  # of the submodule that takes the place of a parameter
 _DERIVED = (
     "_qcompile_derived"  # attribute of a class made at run time: the class it is derived from, and the properties
 )

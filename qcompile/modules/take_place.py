@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from qcompile.modules.fast_paths import leave_fast_paths
+
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -40,3 +42,4 @@ def take_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for path in paths:
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
+        leave_fast_paths(model, path)

@@ -24,6 +24,7 @@ from qcompile.calibration.padding import refuse_empty_batches
 from qcompile.calibration.statistics import Statistics, observe
 from qcompile.ir.op_calls import QLinearCall, site_name
 from qcompile.ir.program import Program
+from qcompile.ir.quantized_stacks import quantized_stacks, stack_site
 from qcompile.memory.process import release_freed_memory
 from qcompile.memory.spilled_weights import SpillFolder
 from qcompile.passes import Quantize
@@ -89,6 +90,7 @@ def run(
         if recipe.trains:  # so can convolutions, and what is quantized already
             names += [site_name(program, node) for node, _ in QLinearCall.find(program)]
             names += [site.name for site in find_conv_sites(program)]
+            names += [stack_site(path) for *_, path in quantized_stacks(program)]
         rules = recipe.resolve(dict.fromkeys(names), program.aliases)
     check_data(recipe, batches is not None)
     check_weights(program, facts.sites)

@@ -3,7 +3,8 @@
 Before and after run on the same inputs. Where the weights are float64 (as `qcompile verify` makes
 them) the law must hold to 1e-9; in a narrower storage the folded weights were rounded once, and the
 tolerance is that rounding's, which still catches a wrong law: it errs by percents. If they differ,
-the first node that differs outside of what the pass changed on purpose is named.
+the first node that differs outside of what the pass changed on purpose is named. What a model draws at random is the
+same in all runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.program import Program
+from qcompile.ir.repeated_draws import repeated_draws
 from qcompile.recipe.report import Certificate
 
 # Storage dtype of the weights -> relative difference of the outputs that rounding can explain.
@@ -90,8 +92,8 @@ def certify(
     dtype = torch.float64 if storage == torch.float64 else torch.float32
     wide_inputs = widen(inputs, dtype)
     if before_outputs is None:
-        before_outputs = before.widened(dtype)(*wide_inputs)
-    outputs = after.widened(dtype)(*wide_inputs)
+        before_outputs = _run(before.widened(dtype), wide_inputs)
+    outputs = _run(after.widened(dtype), wide_inputs)
     error = relative_error(outputs, before_outputs)
     tolerance = TOLERANCE[storage]
     blame = "" if error <= tolerance else first_difference(before, after, wide_inputs, changed, dtype, tolerance)
@@ -139,6 +141,12 @@ def first_difference(
     def calls(program: Program) -> list[Any]:
         return [n for n in program.graph.nodes if n.op == "call_function" and n.name in common]
 
-    first.watch(calls(first), inputs, remember)
-    second.watch(calls(second), inputs, compare)
+    for program, see in ((first, remember), (second, compare)):
+        with repeated_draws():
+            program.watch(calls(program), inputs, see)
     return different[0] if different else "the output"
+
+
+def _run(program: Program, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    with repeated_draws():
+        return program(*inputs)

@@ -149,6 +149,9 @@ class SiteReport:
         reason: why the site stays float.
         bytes_before: of the float weight.
         bytes_after: of codes, scales and zero points, or of the float weight.
+        output_error: ||(W - W^) x||^2 / ||W x||^2 over the calibration tokens, rounded to nearest and as chosen; None
+            where the pass read no inputs. Sites that read one input share it; of a stack of experts it is the mean over
+            those that tokens reached.
     """
 
     name: str
@@ -160,6 +163,7 @@ class SiteReport:
     reason: str = ""
     bytes_before: int = 0
     bytes_after: int = 0
+    output_error: tuple[float, float] | None = None
 
     @property
     def quantized(self) -> bool:
@@ -230,6 +234,14 @@ class Report:
         for (weight, act, kernel), count in kinds.most_common():
             kernels = ", ".join(f"{rows}: {name}" for rows, name in kernel)
             lines.append(f"  {count:4d} x  weight {weight:<28s} act {act:<12s} {kernels}")
+        measured = {site.name: site.output_error for site in self.sites if site.output_error is not None}
+        if measured:
+            nearest, chosen = (sum(part) / len(measured) for part in zip(*measured.values(), strict=True))
+            worst = max(measured, key=lambda name: measured[name][1])
+            lines.append(
+                f"  output error of {len(measured)} sites, mean: {nearest:.2e} rounded to nearest, {chosen:.2e} as "
+                f"chosen; largest {measured[worst][1]:.2e} at {worst}"
+            )
         reasons = Counter(site.reason for site in self.skipped)
         for reason, count in reasons.most_common():
             names = [s.name for s in self.skipped if s.reason == reason]

@@ -14,12 +14,15 @@ from qcompile.api.rewrite_model import evaluation_mode, rewrite_model
 from qcompile.api.traced_model import TracedModel
 from qcompile.checkpoint.training_folder import mark_training_folders
 from qcompile.modules.adapted_linear import AdaptedLinear
+from qcompile.modules.adapted_stack import AdaptedStack
+from qcompile.modules.quant_linear import QuantLinear
 from qcompile.passes import QALoRA
 from qcompile.pipeline.run import run
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.report import Report
 from qcompile.recipe.rule import Rule
 from qcompile.training.settle import check_not_in_training
+from qcompile.training.train import SHARD_LATER
 
 
 def qa_lora(
@@ -55,14 +58,14 @@ def qa_lora(
         ValueError: (as RecipeError, CaptureError) no product that can have an adapter, a rank larger than a weight, a
             model that is in training already. The model is then unchanged.
     """
-    model = inner_model(model)
+    model = inner_model(model, SHARD_LATER)
     check_not_in_training(model)
     check_model(model)
     recipe = _recipe(rank, alpha, seed, rules)
     report, _ = rewrite_model(model, recipe, None, example=example, verify=True, progress=False, dump=dump)
     model.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, (AdaptedLinear, AdaptedStack)):
             module.lora_a.requires_grad_(True)
             module.lora_b.requires_grad_(True)
     mark_training_folders(model)
@@ -70,7 +73,7 @@ def qa_lora(
 
 
 def adapted_names(model: nn.Module, rank: int, alpha: float, example: Any = None) -> list[str]:
-    """The paths of the modules that `qa_lora` would give an adapter.
+    """The paths of the linears that `qa_lora` would give an adapter; stacks of experts are no modules to PEFT.
 
     Args:
         model: not changed.
@@ -86,7 +89,8 @@ def adapted_names(model: nn.Module, rank: int, alpha: float, example: Any = None
         recipe = _recipe(rank, alpha, 0, ())
         program = TracedModel.of(model, recipe, None, example).program
         _, report = run(program, recipe, verify=False)
-    return report.passes[0].done
+    modules = dict(model.named_modules())
+    return [name for name in report.passes[0].done if isinstance(modules.get(name), QuantLinear)]
 
 
 def _recipe(rank: int, alpha: float, seed: int, rules: Iterable[Rule]) -> Recipe:

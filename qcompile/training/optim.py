@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qcompile.modules.low_rank_linear import LowRankLinear, modules_of
 from qcompile.numerics.dynamic_map import from_codes, to_codes
-from qcompile.numerics.whole_tensor import is_finite, is_zero
+from qcompile.numerics.whole_tensor import is_finite, is_sharded, is_zero
 
 _SMALL = 4096  # a smaller parameter keeps float32 moments: norms and biases
 
@@ -32,7 +32,8 @@ def fold_after(optimizer: O) -> O:
 
     Args:
         optimizer: of torch, bitsandbytes, torchao, ..., made from parameters of a model in Q-GaLore training. One that
-            LRScheduler, GradScaler or accelerate then wraps still folds.
+            LRScheduler, GradScaler or accelerate then wraps still folds. Parameters may be sharded by fully_shard:
+            every process then folds the whole step.
 
     Returns:
         The optimizer.
@@ -122,7 +123,7 @@ class QGaLoreAdamW8bit(torch.optim.Optimizer):
             weight_decay: decoupled.
 
         Raises:
-            ValueError: a value out of its range; none of the parameters is a low-rank one.
+            ValueError: a value out of its range; none of the parameters is a low-rank one; they are sharded (FSDP).
         """
         for name, value, right in (
             ("lr", float(lr), float(lr) >= 0.0),
@@ -136,6 +137,11 @@ class QGaLoreAdamW8bit(torch.optim.Optimizer):
                 )
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         _check_parameters(self)
+        if any(is_sharded(parameter) for parameter in _parameters(self)):
+            raise ValueError(
+                "QGaLoreAdamW8bit takes no parameters that are sharded (FSDP): blocks of its moments would end at "
+                "other places. Fix: qcompile.optim.fold_after(torch.optim.AdamW(..)), or DistributedDataParallel"
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -10,6 +10,12 @@ from qcompile.modules.take_place import take_place
 from qcompile.modules.training_module import TrainingModule, refuse_training
 from qcompile.recipe.rule import RecipeError
 
+_WHOLE = (
+    "read the whole state by torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+    "StateDictOptions(full_state_dict=True)), load it into a model that was prepared in the same way and is not "
+    "sharded, and settle that"
+)
+
 
 def settle(model: nn.Module) -> None:
     """Replace, in place, what `train` and `qa_lora` put into a model by quantized modules for inference.
@@ -22,9 +28,9 @@ def settle(model: nn.Module) -> None:
 
     Raises:
         RecipeError: nothing in the model is in training, or a module cannot be settled (NaN in an adapter). The model
-            is then as it was.
+            is then as it was. Parameters are sharded (FSDP).
     """
-    model = inner_model(model)
+    model = inner_model(model, _WHOLE)
     training = training_modules(model)
     if not training:
         refuse_training(model, "qcompile.settle")  # adapters of PEFT

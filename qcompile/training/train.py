@@ -24,6 +24,8 @@ from qcompile.recipe.report import Report
 from qcompile.recipe.rule import RecipeError
 from qcompile.training.settle import check_not_in_training
 
+SHARD_LATER = "prepare the whole model, then shard it, then make the optimizer"
+
 OnSlowKernel = Literal["quantize", "keep_float"]
 
 _NOT_COMPARED = (
@@ -73,7 +75,7 @@ def train(
     Warns:
         UserWarning: sites train slower than in float.
     """
-    model = inner_model(model)
+    model = inner_model(model, SHARD_LATER)
     check_model(model)
     chosen = find_recipe(recipe, model)
     if not chosen.trains:

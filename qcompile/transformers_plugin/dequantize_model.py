@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.ir.quantized_stacks import STACK_SUFFIX
 from qcompile.modules.generation_hooks import hooks_of
 from qcompile.modules.kv_constants import CENTERS, PREFIX, SCALES
-from qcompile.modules.quant_experts import STACK_SUFFIX, QuantStack, restore_parameter
+from qcompile.modules.quant_experts import QuantStack, restore_parameter
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
 from qcompile.modules.static_quant import StaticQuantConv
 from qcompile.numerics.hadamard import undo_hadamard

@@ -132,6 +132,23 @@ def test_each_side_of_an_encoder_decoder_has_its_own_mask(both, dynamic):
     }
 
 
+def test_rows_of_both_sides_are_no_texts_of_the_encoder():
+    """Flattened rows are followed by the operands, of which the first here is of the other side."""
+
+    class Gated(TwoSides):
+        def forward(self, x, attention_mask, decoder_x):
+            memory = (self.encode(x) * attention_mask[..., None]).reshape(-1, 4)
+            return self.out(memory * self.decode(decoder_x).reshape(-1, 4))
+
+    x = torch.randn(2, 3, 4)
+    inputs = {"x": x, "attention_mask": torch.ones(2, 3, dtype=torch.long), "decoder_x": x.clone()}
+    program = capture(Gated(), (), inputs)
+    _, layouts = layouts_of(program)
+    out = next(site for site in find_sites(program) if site.name == "out.weight")
+    (memory, _) = out.input.args
+    assert layouts.of(memory).mask.name == "attention_mask" and layouts.of(out.input) is None
+
+
 class Rows(nn.Module):
     """What `function` makes of rows, beside a mask that is read."""
 
@@ -225,6 +242,9 @@ FIXED = {  # x [2, 3, 4] and the mask [2, 3], unless another shape is given
     "as many channels as tokens, of all": (lambda m, x, a: x * 2, (2, 3, 3), TokenLayout(None, 0, (1,))),
     "as many heads as sequences": (
         lambda m, x, a: x.view(2, 3, 2, 2).transpose(1, 2) * 2, (2, 3, 4), TokenLayout(None, 0, (2,))
+    ),
+    "as many heads as sequences, behind the tokens of none": (
+        lambda m, x, a: x.sum(0).view(3, 2, 2) * 2, (2, 3, 4), None
     ),
     "as many heads as tokens": (lambda m, x, a: x.view(2, 3, 3, 2).transpose(1, 2) * 2, (2, 3, 6), None),
     "as many sequences as tokens": (lambda m, x, a: x * 2, (3, 3, 4), TokenLayout(None, 0, (1,))),

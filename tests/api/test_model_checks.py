@@ -11,7 +11,7 @@ import qcompile
 from qcompile import RecipeError
 from qcompile.api.model_checks import check_model
 from qcompile.modules.generation_hooks import attach
-from qcompile.passes import QuantizeKV
+from qcompile.passes import Fuse, Quantize, QuantizeKV
 from qcompile.recipe.recipe import Recipe
 
 
@@ -41,3 +41,14 @@ def test_a_second_run_on_a_model_with_a_quantized_cache_is_refused():
     ):
         qcompile.quantize(model, "int8", progress=False)
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+
+
+def test_what_experts_read_is_quantized_in_graphs_only():
+    model, recipe = build("mixtral"), Recipe("quantized", (Quantize(experts_act="int8"), Fuse()))
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    with pytest.raises(
+        RecipeError, match=r"experts\S+: Quantize quantizes .*experts_act=int8/row.*Fix: drop experts_act"
+    ):
+        qcompile.quantize(model, recipe, progress=False)
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+    assert qcompile.quantize(nn.Sequential(nn.Linear(8, 8)), recipe, example=torch.ones(2, 8), progress=False).sites

@@ -255,6 +255,17 @@ def test_a_quantized_model_that_nobody_trains_runs_its_kernels_with_gradients_en
     assert torch.equal(got, want) and not got.requires_grad
 
 
+def test_a_rotation_whose_size_is_no_power_of_two_is_compiled():
+    """Its Hadamard matrix of 12 is a constant of the graph, which nothing but Inductor's own kernels multiplies by."""
+    model = nn.Sequential(nn.Linear(192, 192), nn.ReLU(), nn.Linear(192, 64)).eval()
+    x = torch.randn(16, 192)
+    qcompile.quantize(model, "int8-rotated", [x], progress=False)
+    assert any(getattr(module, "signs", None) is not None for module in model.modules())
+    with torch.no_grad():
+        found = torch.compile(model, backend="qcompile", options={"recipe": "exact"})(x)
+        assert relative_error(found, model(x)) < 1e-5
+
+
 @pytest.mark.parametrize("recipe", ["w4a16", "int8"])
 def test_gradients_of_a_quantized_model_are_those_of_eager(recipe, monkeypatch):
     monkeypatch.setattr(dynamo, "_warned", [])

@@ -13,6 +13,8 @@ from zoo import build
 
 from qcompile.codegen.triton.tuning.gemm_benchmark import GemmComparison, GemmTiming, Timed
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for a GPU that is there")
+
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
@@ -72,13 +74,23 @@ def test_a_candidate_that_fails_and_time_that_is_up(bench, monkeypatch):
     kept = []
     monkeypatch.setattr(bench.time, "monotonic", itertools.count(step=60).__next__)
     monkeypatch.setattr(bench, "WORK", [("prompt", 16), ("prompt", 8)])
-    rows = bench.time_model(model, [], device, rounds=2, keep=lambda rows: kept.append(len(rows)), seconds=90)
+    rows = bench.time_model(model, [], device, rounds=2, keep=lambda rows: kept.append(len(rows)), seconds=130)
     assert kept == [1] and rows[0]["absent"] == {"qcompile bad": "RuntimeError: no kernel"}
     assert list(rows[0]["times"]) == [bench.INDUCTOR] and set(rows[1]["absent"].values()) == {"out of time"}
     columns = [list(column.cells) for column in bench.table_of(rows).columns]
     assert columns[2] == ["-", "-"] and columns[1][1] == "-"
     with pytest.raises(AssertionError, match="overflow"):
         bench.time_model(None, [], device, rounds=20)
+
+
+def test_time_that_is_up_within_a_row_leaves_what_was_measured(bench, monkeypatch):
+    """The baseline and the first recipe fit; the second would begin too late."""
+    model, device = build("llama").bfloat16(), torch.device("cpu")
+    monkeypatch.setattr(bench, "candidates", lambda *_: dict.fromkeys([bench.INDUCTOR, "a", "b"], model))
+    monkeypatch.setattr(bench, "WORK", [("prompt", 16)])
+    monkeypatch.setattr(bench.time, "monotonic", itertools.count(step=40).__next__)
+    (row,) = bench.time_model(model, [], device, rounds=2, seconds=90)
+    assert list(row["times"]) == [bench.INDUCTOR, "a"] and row["absent"] == {"b": "out of time"}
 
 
 def test_auto_is_what_it_chooses_and_not_timed_twice(bench):

@@ -128,6 +128,19 @@ def test_batches_of_another_shape_are_refused():
         LayerwiseRun(program, [[torch.randn(2, 8), 3]])
 
 
+def test_a_value_that_no_input_reaches_is_that_of_every_batch():
+    class Waves(nn.Module):
+        def forward(self, x):
+            return x * torch.arange(4.0).sin()
+
+    program = capture(Waves(), (torch.randn(2, 4),))
+    run = LayerwiseRun(program, [[torch.randn(2, 4)], [torch.randn(3, 4)]])
+    run.advance(program.outputs[0])
+    (waves,) = [node for node in program.graph.nodes if node.target is torch.ops.aten.sin.default]
+    found = list(run.values_of(waves))
+    assert len(found) == 2 and all(torch.equal(value, torch.arange(4.0).sin()) for value in found)
+
+
 def test_a_value_that_is_kept_stays_until_it_is_released():
     _, program = three_layers()
     run = LayerwiseRun(program, [[torch.randn(3, 8)], [torch.randn(2, 8)]])

@@ -98,6 +98,7 @@ ONES = torch.tensor([[1, 1, 0], [1, 1, 1]])
         ("mask", ONES.flip(0), 19.0),
         ("key_padding_mask", ~ONES.flip(0).bool(), 19.0),
         ("source_attention_mask", ONES.flip(0), 19.0),
+        ("attention_mask_2", ONES.flip(0), 19.0),
         ("weights", ONES.flip(0), 23.0),
     ],
 )
@@ -124,6 +125,80 @@ def test_masks_of_another_kind_rule_nothing_out_and_the_report_says_so(parameter
     statistics = observe(program, [batch])
     assert float(next(iter(statistics.absmax.values())).max()) == 23.0
     assert statistics.notes == [f"{parameter} is not 2-D of 0 and 1: no position counts as padding by it"]
+
+
+class Beside(Named):
+    """A mask of attention, and another input named mask."""
+
+    def forward(self, x, attention_mask, mask):
+        return self.inner(x) * 1 + attention_mask.sum() * 0 + mask.sum() * 0
+
+
+def test_an_input_named_mask_does_not_count_beside_an_attention_mask():
+    x, ones = torch.arange(24.0).reshape(2, 3, 4), torch.ones_like(ONES)
+    for mask, other, largest in ((ONES.flip(0), ones, 19.0), (ones, ONES.flip(0), 23.0)):
+        program = capture(Beside(), (x, mask, other))
+        assert [node.name for node in TokenMask(program).masks] == ["attention_mask"]
+        assert float(next(iter(observe(program, [[x, mask, other]]).absmax.values())).max()) == largest
+
+
+class TwoPlain(Named):
+    """Two inputs that may each be the mask."""
+
+    def forward(self, x, mask, mask_2):
+        return self.inner(x) * 1 + mask.sum() * 0 + mask_2.sum() * 0
+
+
+def test_of_two_inputs_named_mask_neither_is_taken():
+    batch = [torch.arange(24.0).reshape(2, 3, 4), ONES.flip(0), ONES.flip(0)]
+    statistics = observe(capture(TwoPlain(), tuple(batch)), [batch])
+    assert float(next(iter(statistics.absmax.values())).max()) == 23.0 and not statistics.notes
+
+
+class Chosen(nn.Module):
+    """Rows in an order that the data decides, and a row that is padding wherever there is any."""
+
+    def __init__(self):
+        super().__init__()
+        self.every, self.one = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, attention_mask):
+        rows, order = x.reshape(-1, 4), attention_mask.reshape(-1).argsort(stable=True)
+        return self.every(rows[order].relu()), self.one(rows[order[:1]].relu())
+
+
+def test_rows_that_were_chosen_count_where_they_are_tokens():
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    program = capture(Chosen(), (x, ONES))
+    for mask, largest in ((ONES.flip(0), [19.0, 0.0]), (ONES, [23.0, 0.0]), (torch.ones_like(ONES), [23.0, 3.0])):
+        statistics = observe(program, [[x, mask]])
+        peaks = [statistics.absmax[site.input.name] for site in find_sites(program)]
+        assert [float(peak.max()) for peak in peaks] == largest and not statistics.notes
+    both = observe(program, [[x, ONES], [x, torch.ones_like(ONES)]])
+    assert [float(both.absmax[site.input.name].max()) for site in find_sites(program)] == [23.0, 3.0]
+
+
+def test_only_what_was_asked_for_is_observed():
+    x, seen = torch.arange(24.0).reshape(2, 3, 4), []
+    program = capture(Chosen(), (x, ONES))
+    tokens, site = TokenMask(program).of([x, ONES]), find_sites(program)[0]
+    tokens.watch([site.input], [x, ONES], lambda node, value, of: seen.append((node, of.rows(node, value).shape[0])))
+    assert seen == [(site.input, 5)]
+
+
+def test_an_error_is_one_line():
+    program, (x, mask) = named("attention_mask", ONES)
+    x = x.clone()
+    x[0, 0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match="batch 1 brings NaN or Inf to inner.weight") as error:
+        observe(program, [[x, mask]])
+    assert "\n" not in str(error.value)
+
+
+def test_a_mask_of_other_dimensions_than_the_traced_one_is_not_read():
+    program, (x, mask) = named("attention_mask", ONES)
+    tokens = TokenMask(program)
+    assert not tokens.of([x, mask.flip(0)[None]]).has_padding and list(tokens.unread) == ["attention_mask"]
 
 
 class TwoMasks(Named):

@@ -10,8 +10,9 @@ from torch import nn
 
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.module_entries import build, describe, replaced_parameters
+from qcompile.ir.quantized_stacks import STACK_SUFFIX
 from qcompile.modules.kv_constants import Centers, Prefix, Scales
-from qcompile.modules.quant_experts import STACK_SUFFIX, QuantStack
+from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import PARTS

@@ -46,6 +46,15 @@ def test_flags_of_folders_in_parts_are_refused_elsewhere(folder, tmp_path, fail,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "x.gguf"]
 
 
+def test_a_device_that_is_not_there_is_refused_before_the_model_is_read(folder, tmp_path, fail):
+    for model in (folder, "embedded"):
+        line = fail("quantize", model, tmp_path / "q", "-r", "int8", "--device", "nowhere")
+        assert line.startswith("error: device 'nowhere' is not there: ") and line.endswith(
+            "Fix: another device, or none"
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_auto_takes_a_preset(folder, tmp_path, call):
     assert "15 of 15 sites" in call("quantize", folder, tmp_path / "auto", "--recipe", "auto")
 

@@ -78,8 +78,9 @@ def test_places_that_do_not_fit_are_refused(floats, tmp_path, fail, loaded):
     assert "there.gguf exists. Fix: choose another name, or remove it" in fail("quantize", floats, there)
     line = fail("quantize", "some/folder", tmp_path / "out.gguf", "-r", "gguf-q4_k")
     assert "is made after a GGUF file, and some/folder is none. Fix: name a folder to write, or qcompile export" in line
-    line = fail("quantize", floats, tmp_path / "out.gguf", "-r", "gguf-q4_k", "--dump", tmp_path / "d")
-    assert "goes with a folder" in line
+    for flag, value in (("--dump", tmp_path / "d"), ("--device", "cuda"), ("--report", tmp_path / "r.html")):
+        line = fail("quantize", floats, tmp_path / "out.gguf", "-r", "gguf-q4_k", flag, value)
+        assert f"{flag} {value} goes with a folder" in line
     assert not loaded and [p.name for p in tmp_path.iterdir()] == ["there.gguf"]
 
 

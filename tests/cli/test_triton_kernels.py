@@ -97,7 +97,10 @@ def test_the_group_needs_a_command():
 @pytest.fixture
 def on_stand_in(monkeypatch, own_cache):
     """Timing runs in the interpreter, on what stands in for a GPU."""
-    import kernel_cases  # noqa: F401  a correct bfloat16
+    import kernel_cases  # a correct bfloat16
+
+    if kernel_cases.DEVICE == "cuda":
+        pytest.skip("a stand-in for a GPU that is there")
 
     def problems(spec, launch, architecture):
         return ["spills"] * (launch != Launch(16, 64, 4, 4))
@@ -125,3 +128,11 @@ def test_the_tune_command(on_stand_in, call, screen):
     assert {tuple(sorted(v)) for v in kept.values()} == {
         ("launch", "microseconds"), ("dequant", "float", "kernel"), ("float", "kernel")
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["tune", "--recipes", "w4a16,w8a16,int8,fp8,w4a8,w4a4-groups"], ["bench"]])
+def test_timing_draws_nothing_from_the_callers_generator(command, on_stand_in, call):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    call("kernels", *command, "--shapes", "128x64", "--rows", "16")
+    assert torch.equal(torch.get_rng_state(), before)

@@ -19,6 +19,7 @@ from qcompile.evaluation import plots
 from qcompile.evaluation.compare import RecipeResult
 from qcompile.evaluation.compare import plot as plot_comparison
 from qcompile.evaluation.html_report import HTMLReport
+from qcompile.evaluation.output_errors import CAPTION
 from qcompile.evaluation.sensitivity import Damage, SiteFormats
 from qcompile.evaluation.sensitivity import plot as plot_damages
 from qcompile.recipe.report import Certificate, PassReport, Report, SiteReport, Skipped
@@ -28,7 +29,7 @@ NAME = "block.<b>0</b>.weight"
 REPORT = Report(
     "mine",
     sites=[
-        SiteReport(NAME, 32, 64, "int4/group32", "int8/row", {"decode": "w4a8"}, "", 4096, 1280),
+        SiteReport(NAME, 32, 64, "int4/group32", "int8/row", {"decode": "w4a8"}, "", 4096, 1280, (0.02, 0.0125)),
         SiteReport("logits.weight", 90, 64, "float", "float", {}, "kept float by the rule 'logits.*'", 11520, 11520),
     ],
     passes=[PassReport("Rotate", ["stream 0"], [Skipped("a & b", "its norm is open", "add_3")], ["hadamard 64"])],
@@ -94,8 +95,19 @@ def test_everything_is_in_the_file():
         page.tables[name] for name in ("sites", "certificates", "recipes", "damage")
     )
     assert sites[1:] == [
-        [NAME, "32", "64", "int4/group32", "int8/row", "decode: w4a8", "4.1 kB", "1.3 kB", ""],
-        ["logits.weight", "90", "64", "float", "float", "", "11.5 kB", "11.5 kB", "kept float by the rule 'logits.*'"],
+        [NAME, "32", "64", "int4/group32", "int8/row", "decode: w4a8", "4.1 kB", "1.3 kB", "1.25e-02", ""],
+        [
+            "logits.weight",
+            "90",
+            "64",
+            "float",
+            "float",
+            "",
+            "11.5 kB",
+            "11.5 kB",
+            "",
+            "kept float by the rule 'logits.*'",
+        ],
     ]
     assert [row[1] for row in certificates[1:]] == ["holds", "broken, undone"] and certificates[2][-1] == "mul_2"
     assert [row[:5] for row in recipes[1:]] == [
@@ -139,7 +151,7 @@ def test_parts_that_are_empty_are_omitted():
 def test_plots_are_in_the_file_and_share_no_names():
     text = str(whole())
     figures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(figures) == 2
+    assert len(figures) == 3 and CAPTION in text, "those that were given, and the output errors of the report"
     names = []
     for figure in figures:
         tree = ElementTree.fromstring(figure)

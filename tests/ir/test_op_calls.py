@@ -19,14 +19,15 @@ from qcompile.ir.op_calls import (
     QExpertsCall,
     QLinearCall,
     QuantizeCall,
+    StackAdapterCall,
 )
 from qcompile.numerics.fixed_point_format import FixedPointFormat
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 
 VIEWS = [
-    QuantizeCall, DequantizeCall, HadamardCall, QLinearCall, QExpertsCall, GroupAdapterCall, LowRankLinearCall,
-    FixedPointLinearCall, FixedPointConvCall,
+    QuantizeCall, DequantizeCall, HadamardCall, QLinearCall, QExpertsCall, GroupAdapterCall, StackAdapterCall,
+    LowRankLinearCall, FixedPointLinearCall, FixedPointConvCall,
 ]  # fmt: skip
 ops = torch.ops.qcompile
 WEIGHT, ACT = "int4/group16/zero", "int8/row"
@@ -54,10 +55,11 @@ class EveryOperator(torch.nn.Module):
         weight = self.codes, self.scale, self.zero
         y = ops.qlinear(codes, scale, None, *weight, None, None, WEIGHT, ACT, 32, torch.float32)
         stack = (part.unflatten(0, (2, 6)) for part in weight)
-        z = ops.qexperts(x, self.ends, *stack, None, WEIGHT, 32, torch.float32)
+        z = ops.qexperts(codes, scale, None, self.ends, *stack, None, WEIGHT, ACT, 32, torch.float32)
         state = self.act_range, self.gamma, self.counter, None, None, str(FixedPointFormat()), False, torch.float32
         trained = [
             ops.group_adapter(x, self.a, self.b, 16, 2.0),
+            ops.stack_adapter(self.a[None], self.b[None], 32, 16, 2.0, torch.float32),
             ops.low_rank_linear(
                 x, self.matrix, None, None, self.low, None, self.basis, None, None, self.first, self.similarities,
                 self.schedule, "", "", 0.4, 2, torch.float32,

@@ -40,13 +40,18 @@ def qlinear_arguments(m, k, n, weight, act, dtype, bias):
             "dtype": dtype}  # fmt: skip
 
 
-def qexperts_arguments(rows, k, n, weight, dtype):
+def qexperts_arguments(rows, k, n, weight, act, dtype):
     experts = 3
+    x, x_scale, x_zero = torch.randn(rows, k).to(dtype), None, None
+    if act:
+        x, x_scale, x_zero = ops.quantize(x, act)
+        x_zero = x_zero if "zero" in act else None
     q = quantize_tensor(torch.randn(experts * n, k), Format.parse(weight))
     parts = {"weight": q.stored(), **tensors_of(q)}
     parts = {name: t.unflatten(0, (experts, n)) if t is not None and t.ndim else t for name, t in parts.items()}
     ends = torch.randint(0, rows + 1, (experts,)).sort().values
-    return {"x": torch.randn(rows, k).to(dtype), "ends": ends, **parts, "format": weight, "columns": k, "dtype": dtype}
+    return {"x": x, "x_scale": x_scale, "x_zero": x_zero, "ends": ends, **parts, "format": weight, "act": act,
+            "columns": k, "dtype": dtype}  # fmt: skip
 
 
 def dequantized(codes, scale, zero, group_scale, text, columns, packed=True):
@@ -87,6 +92,8 @@ def qlinear_value(a):
 def qexperts_value(a):
     w = dequantized(a["weight"], a["scale"], a["zero"], a["group_scale"], a["format"], a["columns"])
     x, ends = a["x"].double(), a["ends"].tolist()
+    if a["act"]:
+        x = dequantized(a["x"], a["x_scale"], a["x_zero"], None, a["act"], a["columns"], packed=False)
     assert len(ends) == len(w)
     expert = torch.bucketize(torch.arange(len(x)), torch.tensor(ends), right=True)
     own = torch.cat((w, torch.zeros_like(w[:1])))[expert]
@@ -161,11 +168,11 @@ def test_qlinear_is_right_or_refused(size, weight, act, dtype, bias, kind, which
     check_call(ops.qlinear.default, a, qlinear_value, list(a)[which], kind, at, by)
 
 
-@given(sizes, st.sampled_from(WEIGHTS), st.sampled_from(FLOATS), kinds, st.integers(0, 8), st.integers(0, 2),
-       st.integers(0, 5))  # fmt: skip
-def test_qexperts_is_right_or_refused(size, weight, dtype, kind, which, at, by):
+@given(sizes, st.sampled_from(WEIGHTS), st.sampled_from(ACTS), st.sampled_from(FLOATS), kinds, st.integers(0, 11),
+       st.integers(0, 2), st.integers(0, 5))  # fmt: skip
+def test_qexperts_is_right_or_refused(size, weight, act, dtype, kind, which, at, by):
     (m, k, n) = size
-    a = qexperts_arguments(m[0] if m else 7, k, max(n, 1), weight, dtype)
+    a = qexperts_arguments(m[0] if m else 7, k, max(n, 1), weight, act, dtype)
     check_call(ops.qexperts.default, a, qexperts_value, list(a)[which], kind, at, by)
 
 
@@ -224,7 +231,7 @@ def test_hadamard_is_orthogonal_or_refused(shape, signs, dtype):
 
 @pytest.mark.parametrize("ends", [[3, 2, 7], [0, 5, 8], [-1, 3, 7]])
 def test_ends_of_experts_that_do_not_rise_are_refused(ends):
-    a = qexperts_arguments(7, 32, 4, "int8", torch.float32) | {"ends": torch.tensor(ends)}
+    a = qexperts_arguments(7, 32, 4, "int8", "int8", torch.float32) | {"ends": torch.tensor(ends)}
     with pytest.raises(ValueError, match=r"qexperts: ends is \[.*rising from 0 to at most 7"):
         ops.qexperts(*a.values())
     op_checks.check_ends([0, 3, 7], 7)

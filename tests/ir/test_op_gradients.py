@@ -98,7 +98,7 @@ def test_each_expert_gives_its_rows_their_gradient(counts, beyond):
     ends = torch.tensor(counts).cumsum(0)
     x = torch.randn(sum(counts) + beyond, 80, requires_grad=True)
     g = torch.randn(len(x), 10)
-    (dx,) = torch.autograd.grad(ops.qexperts(x, ends, *parts, None, str(form), 80, torch.float32), x, g)
+    (dx,) = torch.autograd.grad(ops.qexperts(x, None, None, ends, *parts, None, str(form), "", 80, torch.float32), x, g)
     want = torch.zeros_like(x)
     for q, end, count in zip(stack, ends.tolist(), counts, strict=True):
         want[end - count : end] = g[end - count : end] @ q.dequantize()
@@ -119,8 +119,17 @@ def test_opcheck():
     torch.library.opcheck(ops.hadamard.default, (torch.randn(2, 12, requires_grad=True), torch.ones(12)))
     torch.library.opcheck(ops.fake_quantize.default, (torch.randn(2, 12, requires_grad=True), "int8/row"))
     parts = [part[None] for part in weight.stored_parts[:3]]
-    stack = (torch.randn(4, 80, requires_grad=True), torch.tensor([3]), *parts, None, "int4/group32/zero", 80)
+    x = torch.randn(4, 80, requires_grad=True)
+    stack = (x, None, None, torch.tensor([3]), *parts, None, "int4/group32/zero", "", 80)
     torch.library.opcheck(ops.qexperts.default, (*stack, torch.float32))
+
+
+def test_codes_of_experts_pass_no_gradient_and_say_so():
+    q = quantize_tensor(torch.randn(10, 80), Format.parse("int8"))
+    x, scale, _ = ops.quantize(torch.randn(4, 80), "int8")
+    rest = torch.tensor([4]), q.codes[None], q.scale[None], None, None, "int8", "int8", 80, torch.float32
+    with pytest.raises(ValueError, match="a gradient reached qcompile::quantize"):
+        ops.qexperts(x, scale.requires_grad_(), None, *rest).sum().backward()
 
 
 def test_integers_pass_no_gradient_and_say_so():

@@ -85,14 +85,34 @@ def test_the_operator_is_the_product_of_each_experts_rows(form):
     q = quantize_tensor(weight, form)
     stacked = [None if t is None else t if not t.ndim else t.unflatten(0, (e, n)) for t in q.stored_parts]
     ends = torch.tensor([3, 3, 7, 8], dtype=torch.int32)  # no row for the second expert, no expert for the last row
-    got = torch.ops.qcompile.qexperts(x, ends, *stacked, str(form), k, torch.float32)
+    got = torch.ops.qcompile.qexperts(x, None, None, ends, *stacked, str(form), "", k, torch.float32)
     values = q.dequantize().unflatten(0, (e, n))
     expert_of = [0, 0, 0, 2, 2, 2, 2, 3]
     want = torch.stack([values[o] @ row for o, row in zip(expert_of, x, strict=False)])
     assert torch.allclose(got[:8], want, atol=1e-5) and not got[8].any()
     if form.dtype != "fp8":  # torch has no arithmetic of its own on these, which the check uses
-        arguments = (x, ends, *stacked, str(form), k, torch.float32)
+        arguments = (x, None, None, ends, *stacked, str(form), "", k, torch.float32)
         torch.library.opcheck(torch.ops.qcompile.qexperts, arguments)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4/row", "int4/group32/zero/dual", "int8/tensor", "int4/group32/zero"])
+@pytest.mark.parametrize("act", ["int8", "int8/tensor", "int8/group32", "int8/row/zero"])
+def test_codes_by_experts_are_what_qlinear_makes_of_each_experts_rows(form, act):
+    """The same bits: exact integer sums where both sides have one scale a row."""
+    form, (e, n, k) = Format.parse(form), (3, 6, 64)
+    stack = [quantize_tensor(torch.randn(n, k), form).stored_parts for _ in range(e)]
+    if form.per == "tensor":  # which all experts share
+        stack = [(codes, stack[0][1], zero, group) for codes, _, zero, group in stack]
+    stacked = [None if t[0] is None else torch.stack(t) if t[0].ndim else t[0] for t in zip(*stack, strict=True)]
+    x, x_scale, x_zero = torch.ops.qcompile.quantize(torch.randn(9, k), act)
+    x_zero = x_zero if "zero" in act else None
+    ends = torch.tensor([3, 3, 8])
+    got = torch.ops.qcompile.qexperts(x, x_scale, x_zero, ends, *stacked, str(form), act, k, torch.float32)
+    for expert, rows in ((0, slice(0, 3)), (2, slice(3, 8))):
+        own = [None if t is None else t[rows] if t.ndim else t for t in (x, x_scale, x_zero)]
+        want = torch.ops.qcompile.qlinear(*own, *stack[expert], None, str(form), act, k, torch.float32)
+        assert torch.equal(got[rows], want)
+    assert not got[8].any()
 
 
 @pytest.mark.parametrize("form", ["int8/row", "int8/row/zero", "int4/group4/zero", "fp8/row"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qcompile.memory import fingerprint as fingerprint_module
-from qcompile.memory.fingerprint import fingerprint
+from qcompile.memory.fingerprint import as_bytes, fingerprint
 
 
 def weight(*shape, dtype=torch.bfloat16, seed=0):
@@ -72,3 +72,9 @@ def test_shape_dtype_and_place_count_but_not_strides():
     assert fingerprint(tensor.t()) == fingerprint(tensor.t().contiguous()) != fingerprint(tensor)
     assert fingerprint(tensor[1:]) == fingerprint(tensor[1:].clone())  # a view that starts within a word
     assert fingerprint(torch.nn.Parameter(tensor)) == fingerprint(tensor)
+
+
+@pytest.mark.parametrize("strides", [(16,), (16, 1), (3, 16)])
+def test_bytes_of_sizes_of_one_with_any_stride(strides):
+    tensor = torch.arange(32.0).as_strided((1,) * len(strides), strides, 5)
+    assert as_bytes(tensor).tolist() == as_bytes(torch.tensor([5.0])).tolist() == [0, 0, 160, 64]

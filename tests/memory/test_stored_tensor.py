@@ -82,6 +82,7 @@ def moves(draw, shape):
             "flatten": lambda t: t.flatten(),
             "squeeze one": lambda t: t.squeeze(axis),
             "movedim": lambda t: t.movedim(axis, other),
+            "index_select": lambda t: t.index_select(axis, torch.tensor([index, 0, index])),
         }
     return chosen[draw(st.sampled_from(sorted(chosen)))]
 

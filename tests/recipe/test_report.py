@@ -35,6 +35,7 @@ def test_report_is_data():
 def test_text():
     report = Report("mine", [site("a"), site("b"), site("c", False, "too small"), site("d", False, "too small")])
     report.sites[0].kernel = {"rows 1": "fast"}
+    report.sites[0].output_error, report.sites[1].output_error = (0.02, 0.01), (0.04, 0.03)
     report.seconds, report.peak_bytes, report.metrics = 1.25, 3_000_000, {"perplexity": 12.3456}
     entry = PassReport("Quantize", ["a", "b"], notes=["a note"])
     entry.skip("c", "too small", "linear_2")
@@ -44,6 +45,7 @@ def test_text():
         "recipe mine: 2 of 4 sites quantized, 0.0 MB -> 0.0 MB of linear weights, 1.2 s, peak 3.0 MB",
         "     1 x  weight int8/row" + " " * 20 + " act float" + " " * 7 + " rows 1: fast",
         "     1 x  weight int8/row" + " " * 20 + " act float" + " " * 7 + " ",
+        "  output error of 2 sites, mean: 3.00e-02 rounded to nearest, 2.00e-02 as chosen; largest 3.00e-02 at b",
         "     2 x  float: too small (c, d)",
         "  pass Quantize: 2 done, 1 skipped",
         "       a note",

@@ -12,6 +12,7 @@ from zoo import build, example
 import qcompile
 from qcompile import Format, QuantLinear, Recipe, RecipeError, Rule
 from qcompile.modules.adapted_linear import AdaptedLinear
+from qcompile.modules.adapted_stack import AdaptedStack
 from qcompile.passes import Fuse, Quantize
 from qcompile.training.adapters import adapted_names
 
@@ -137,6 +138,45 @@ def test_the_same_seed_draws_the_same_adapters():
     assert not torch.equal(drawn[0][0], drawn[0][1][:, :2]), "each site has its own draw"
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_have_adapters_too(name, tmp_path):
+    model, inputs = quantized(name)
+    untouched, before = copy.deepcopy(model), logits(model, inputs)
+    report = qcompile.qa_lora(model, rank=4, alpha=8, example=inputs)
+    stacks = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedStack)}
+    assert stacks and {path.removesuffix("_codes") for path in stacks} <= set(report.passes[0].done)
+    assert torch.equal(logits(model, inputs), before), "B is zero"
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuned = logits(trained(model, inputs), inputs)
+    for path in stacks:
+        assert not torch.equal(model.state_dict()[f"{path}.lora_b"], start[f"{path}.lora_b"])
+        codes = f"{path}.base_stack.codes"
+        assert torch.equal(model.state_dict()[codes], start[codes])
+    again = copy.deepcopy(untouched)
+    qcompile.qa_lora(again, rank=4, alpha=8, example=inputs)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again, inputs), tuned)
+    qcompile.settle(model)
+    assert torch.allclose(logits(model, inputs), tuned, rtol=0, atol=1e-4 * float(tuned.abs().max()))
+    qcompile.save(model, tmp_path / "merged")
+    loaded = qcompile.load(tmp_path / "merged", build(name))
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    linears = [name for name in report.passes[0].done if f"{name}_codes" not in stacks]
+    assert adapted_names(untouched, 4, 8, inputs) == linears
+
+
+def test_only_experts_and_rules_for_them():
+    model, inputs = quantized("mixtral")
+    names = adapted_names(model, 4, 8, inputs)
+    rules = [Rule(f"*{name.rpartition('.')[2]}", keep=True) for name in names]
+    report = qcompile.qa_lora(copy.deepcopy(model), rank=4, rules=rules, example=inputs)
+    assert report.passes[0].done and all("experts" in name for name in report.passes[0].done)
+    kept = qcompile.qa_lora(model, rank=4, rules=[Rule("*experts*", keep=True)], example=inputs)
+    reasons = {item.site: item.reason for item in kept.passes[0].skipped if "experts" in item.site}
+    assert reasons and all("kept as it is by the rule" in reason for reason in reasons.values())
+    assert not any(isinstance(module, AdaptedStack) for module in model.modules())
+
+
 @pytest.mark.parametrize("weight,why", [("int8/row", "one scale for a row"), ("int4/group32/zero/dual", "two-level")])
 def test_a_model_without_movable_zero_points_is_refused_as_it_was(weight, why):
     model, inputs = quantized(weight=weight)
@@ -150,7 +190,7 @@ def test_bad_input_is_named():
     with pytest.raises(RecipeError, match="adapts no product.*has no quantized product"):
         qcompile.qa_lora(build("mlp"), example=example("mlp"))
     model, inputs = quantized()
-    with pytest.raises(RecipeError, match="rank 4000 is larger than 2 weights: 0 .at most 48., 2 .at most 64.*rank=48"):
+    with pytest.raises(RecipeError, match="adapts no product: 0: rank 4000 is larger .*rank=48 or.*; 2: .*rank=64 or"):
         qcompile.qa_lora(model, rank=4000, example=inputs)
     for wrong in ({"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}):
         with pytest.raises(RecipeError, match="QALoRA: (rank|alpha) is"):

@@ -38,6 +38,18 @@ AUDIO = {
         dynamic=False,
     ),
     "hubert": wave(lambda: tf.HubertForCTC(tf.HubertConfig(**WAVE))),
+    "moonshine": Architecture(
+        lambda: tf.MoonshineForConditionalGeneration(
+            tf.MoonshineConfig(
+                vocab_size=128, hidden_size=64, intermediate_size=128, encoder_num_hidden_layers=2,
+                decoder_num_hidden_layers=2, encoder_num_attention_heads=4, decoder_num_attention_heads=4,
+                max_position_embeddings=64, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+            )
+        ),
+        lambda: {"input_values": torch.randn(2, 2000), "decoder_input_ids": torch.randint(3, 128, (2, 5))},
+        generates=True,
+        dynamic=False,
+    ),
     "sew": wave(lambda: tf.SEWModel(tf.SEWConfig(squeeze_factor=2, **WAVE))),
     "unispeech_sat": wave(lambda: tf.UniSpeechSatModel(tf.UniSpeechSatConfig(**WAVE))),
     "wav2vec2": wave(

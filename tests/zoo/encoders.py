@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers as tf
 
 from zoo.architecture import ENCODER, PLAIN, Architecture
@@ -76,6 +77,29 @@ ENCODERS = {
         )
     ),
     "mpnet": encoder(lambda: tf.MPNetModel(tf.MPNetConfig(**ROBERTA))),
+    "perceiver": Architecture(
+        lambda: tf.PerceiverForMaskedLM(
+            tf.PerceiverConfig(
+                num_latents=8, d_latents=64, d_model=32, num_blocks=1, num_self_attends_per_block=2,
+                num_self_attention_heads=4, num_cross_attention_heads=4, vocab_size=128, max_position_embeddings=16,
+                qk_channels=32, v_channels=64,
+            )
+        ),
+        lambda: {"inputs": torch.randint(3, 128, (2, 16)), "attention_mask": torch.ones(2, 16)},
+        dynamic=False,
+    ),
+    "reformer": Architecture(  # it draws random rotations in every call
+        lambda: tf.ReformerModel(
+            tf.ReformerConfig(
+                attn_layers=["local", "lsh"], hidden_size=64, num_attention_heads=4, attention_head_size=16,
+                feed_forward_size=128, vocab_size=128, axial_pos_shape=[4, 8], axial_pos_embds_dim=[32, 32],
+                max_position_embeddings=32, local_attn_chunk_length=8, lsh_attn_chunk_length=8, num_hashes=1,
+                num_buckets=2, hash_seed=3, is_decoder=False,
+            )
+        ),
+        lambda: {"input_ids": torch.randint(3, 128, (2, 32))},
+        dynamic=False,
+    ),
     "roberta": encoder(lambda: tf.RobertaModel(tf.RobertaConfig(**ROBERTA))),
     "roformer": encoder(lambda: tf.RoFormerModel(tf.RoFormerConfig(**ENCODER))),
     "squeezebert": encoder(lambda: tf.SqueezeBertModel(tf.SqueezeBertConfig(embedding_size=64, **ENCODER))),

@@ -45,6 +45,14 @@ HYBRIDS = {
             tf.Mamba2Config(hidden_size=64, num_heads=8, head_dim=16, n_groups=1, chunk_size=8, **STATE, **TOKENS)
         )
     ),
+    "minimax": decoder(
+        lambda: tf.MiniMaxForCausalLM(
+            tf.MiniMaxConfig(
+                num_local_experts=4, head_dim=16, layer_types=["linear_attention", "full_attention"], block_size=8,
+                **SIZES,
+            )
+        )
+    ),
     "qwen3_next": decoder(
         lambda: tf.Qwen3NextForCausalLM(
             tf.Qwen3NextConfig(

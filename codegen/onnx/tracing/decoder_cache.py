@@ -12,6 +12,7 @@ from qcompile.modules.cache_argument import cache_name, returned_cache
 from qcompile.modules.recurrent_layers import recurrent_layers
 
 _WITHOUT = "Fix: pass example={'input_ids': ids} for a file without a cache, which reads the whole text in each call"
+_SCANS = " (refused too where the model's own code computes with the length, as scans of state-space models do)"
 
 
 def cache_layers(model: nn.Module) -> list[Any]:
@@ -32,17 +33,19 @@ def cache_layers(model: nn.Module) -> list[Any]:
                 f"{name} is not called as a causal LM is, with input_ids and use_cache ({type(error).__name__}: "
                 f"{error}). Fix: pass example=, the inputs that it takes"
             ) from error
-    layers = getattr(returned_cache(out), "layers", None)
-    # A newer transformers gives a model without attention a cache as well, of nothing but recurrent layers.
-    if not layers or len(recurrent_layers(layers)) == len(layers):
+    layers = getattr(returned_cache(out), "layers", None) or []
+    # A newer transformers gives a model without attention a cache as well, of layers without keys; of some hybrids each
+    # layer has both.
+    states = recurrent_layers(layers)
+    if all(index in states and not hasattr(layer, "keys") for index, layer in enumerate(layers)):
         raise OnnxUnsupportedError(
-            f"{name} returns no keys and values in {cache_name()}, where a causal LM has its cache. {_WITHOUT}"
+            f"{name} returns no keys and values in {cache_name()}, where a causal LM has its cache. {_WITHOUT}{_SCANS}"
         )
-    recurrent = [f"layer {index} ({kind})" for index, kind in recurrent_layers(layers).items()]
+    recurrent = [f"layer {index} ({kind})" for index, kind in states.items()]
     if recurrent:
         raise OnnxUnsupportedError(
             f"{name} is a hybrid: beside keys and values it caches the state of a convolution or of a recurrence in "
-            f"{', '.join(recurrent[:3])}{' ..' if len(recurrent) > 3 else ''}. {_WITHOUT}"
+            f"{', '.join(recurrent[:3])}{' ..' if len(recurrent) > 3 else ''}. {_WITHOUT}{_SCANS}"
         )
     empty = [str(index) for index, layer in enumerate(layers) if not isinstance(getattr(layer, "keys", None), Tensor)]
     if empty:

@@ -19,7 +19,7 @@ from typing import Any
 
 from qcompile.codegen.triton.aot.main_loop import main_loop, programs_together
 from qcompile.codegen.triton.kernels.attention_spec import KVDecode, KVMerge, KVRead, KVWrite
-from qcompile.codegen.triton.kernels.experts_spec import GemmExperts
+from qcompile.codegen.triton.kernels.experts_spec import AnyExperts, QuantizedExperts, SumExperts
 from qcompile.codegen.triton.kernels.group_spec import GemmGroup
 from qcompile.codegen.triton.kernels.jit import kernel
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, KernelSpec, Pack, RowQuant, SumK
@@ -98,7 +98,7 @@ def types_of(spec: KernelSpec) -> dict[str, str]:
     if isinstance(spec, GemmGroup):
         found |= dict(x="*fp8e4nv" if spec.fp8 else "*i8", steps="*i64", groups="i32")
         found |= dict(out="*fp32") if spec.parts else {}
-    if isinstance(spec, GemmExperts):
+    if isinstance(spec, AnyExperts | SumExperts):
         found |= dict(rows="*i64", ends="*i32", T="i32", experts="i32", channels="i32")
     if isinstance(spec, (KVDecode, KVMerge, KVRead, KVWrite)):
         new = "new_keys", "new_values", "read_keys", "read_values"
@@ -114,7 +114,7 @@ def types_of(spec: KernelSpec) -> dict[str, str]:
         found |= dict(out="*i32" if codes == "int8" else "*fp32")
     if getattr(spec, "paired", False):
         found |= dict(scale="*i32")
-    if isinstance(spec, SumK):
+    if isinstance(spec, SumK | SumExperts):
         found |= dict(sums="*i32" if codes == "int8" else "*fp32")
     return found
 
@@ -145,7 +145,8 @@ def compile_kernel(spec: KernelSpec, launch: Launch, architecture: int, **consta
     signature = {name: "constexpr" if name in fixed else types[name] for name in names}
     aligned = [["tt.divisibility", 16]]
     multiples = {"each"} if isinstance(spec, Gemm8) else set()  # of 16: columns there, blocks in other kernels
-    multiples |= set() if getattr(spec, "ragged", False) else set(_MULTIPLES)
+    ragged = getattr(spec, "ragged", False) and not isinstance(spec, QuantizedExperts)  # which demand 16 of any K
+    multiples |= set() if ragged else set(_MULTIPLES)
     hints = {
         (index,): aligned for index, name in enumerate(names) if signature[name].startswith("*") or name in multiples
     }

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from qcompile.codegen.triton.kernels.attention_spec import KVDecode, KVMerge, KVRead, KVWrite
-from qcompile.codegen.triton.kernels.experts_spec import GemmExperts
+from qcompile.codegen.triton.kernels.experts_spec import (
+    GemmExperts,
+    GemmExpertsA8,
+    GemmExpertsW4A8,
+    QuantizedExperts,
+    SumExperts,
+)
 from qcompile.codegen.triton.kernels.group_spec import GemmFp4Fp8, GemmGroup
 from qcompile.codegen.triton.kernels.kernel_support import has_format
 from qcompile.codegen.triton.kernels.spec import (
@@ -93,6 +99,7 @@ def _all(architecture: int) -> Iterator[ShippedKernel]:
             yield from _quantized_activations(codes, capability)
     yield from _w4a8(capability)
     yield from _experts(capability)
+    yield from _quantized_experts(capability)
     yield from _groups(capability)
     if has_format("fp8", capability):
         yield from _fp4_by_fp8(capability)
@@ -153,10 +160,35 @@ def _experts(capability: tuple[int, int]) -> Iterator[ShippedKernel]:
         GemmExperts("bf16", **of_rows, gather=True),
         GemmExperts("bf16", **fields | {"ragged": True}),
         GemmExperts("fp16", group=32, zero="int", gather=True),
+        GemmExperts("bf16", **fields, parts=True, gather=True),
     ):
         yield ShippedKernel(spec, launch_of(spec, 16, capability), experts=8)
     many = GemmExperts("bf16", **fields, gather=True)
     yield ShippedKernel(many, launch_of(many, 16, capability), experts=128)
+
+
+def _quantized_experts(capability: tuple[int, int]) -> Iterator[ShippedKernel]:
+    codes = [each for each in GEMM_CODES if has_format(each, capability)]
+    gathered: list[QuantizedExperts] = [
+        *(GemmExpertsA8("bf16", each, gather=True) for each in codes),
+        GemmExpertsW4A8(gather=True),
+    ]
+    for m in M_REGIMES:
+        for spec in gathered:
+            yield ShippedKernel(spec, launch_of(spec, m, capability), experts=8)
+    for spec in (
+        *(GemmExpertsA8("bf16", each) for each in codes),
+        GemmExpertsW4A8(),
+        GemmExpertsA8(ragged=True, gather=True),
+        GemmExpertsW4A8(group=0, gather=True),
+        GemmExpertsW4A8(group=32, chunk=32, ragged=True, gather=True),
+        *(dataclasses.replace(spec, parts=True) for spec in gathered),
+    ):
+        yield ShippedKernel(spec, launch_of(spec, 16, capability), experts=8)
+    for sums in (SumExperts("bf16", each, gather=True) for each in codes):
+        yield ShippedKernel(sums, launch_of(sums), experts=8)
+    for spec in (GemmExpertsA8(gather=True), GemmExpertsW4A8(gather=True)):
+        yield ShippedKernel(spec, launch_of(spec, 16, capability), experts=128)
 
 
 def _groups(capability: tuple[int, int]) -> Iterator[ShippedKernel]:

@@ -15,6 +15,10 @@ from qcompile.numerics.format import CodeType, Format
 Operator = Literal["linear_w", "linear_a8", "linear_w4a8", "linear_group"]
 """The operators: weight-only, 8-bit codes on both sides, 4-bit weights by int8 activations, and by 8 bits in groups."""
 
+ExpertsOperator = Literal["experts_w", "experts_a8", "experts_w4a8"]
+"""The same of stacks of experts; rows of codes have a scale each."""
+
+ROW_BYTES = 16  # that a row of codes must be a multiple of where rows are gathered: else a byte is a load
 _TENSOR_CORES = (8, 0)  # compute capability from which there are tensor cores for bf16 and int8
 _MIN_CAPABILITY = {"fp8": (8, 9)}  # of formats that need more
 
@@ -48,6 +52,35 @@ def operator_for(form: Format, act: str, dtype: torch.dtype, capability: tuple[i
     if form.dtype == of_x.dtype == "fp8" and of_x.per != "group" and _per_channel(form):
         return "linear_a8"
     return "linear_group" if group_layout_of(form, of_x) is not None else None
+
+
+def experts_operator_for(
+    form: Format, act: str, dtype: torch.dtype, columns: int, capability: tuple[int, int]
+) -> ExpertsOperator | None:
+    """The operator that computes a product with a stack of experts, or None where none does.
+
+    Args:
+        form: format of the stack.
+        act: format of x, "" where it is float.
+        dtype: of the model.
+        columns: K.
+        capability: of the GPU.
+    """
+    operator = operator_for(form, act, dtype, capability)
+    if operator == "linear_w":
+        return "experts_w"
+    if operator is None or operator == "linear_group" or Format.parse(act).per != "row" or columns % ROW_BYTES:
+        return None
+    return "experts_a8" if operator == "linear_a8" else "experts_w4a8"
+
+
+def why_no_experts_kernel(form: Format, act: str, dtype: torch.dtype, columns: int, capability: tuple[int, int]) -> str:
+    """Why `experts_operator_for` has no operator, in words for a report; arguments as there."""
+    if operator_for(form, act, dtype, capability) is None:
+        return why_no_kernel(form, act, dtype, capability)
+    if columns % ROW_BYTES and Format.parse(act).per == "row":
+        return f"K = {columns} is no multiple of {ROW_BYTES}"
+    return f"no kernel for stacks of {form} weights by {act} x"
 
 
 def _per_channel(form: Format) -> bool:

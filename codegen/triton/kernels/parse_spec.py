@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, get_args, get_type_hints
 
 from qcompile.codegen.triton.kernels.attention_spec import KVDecode, KVMerge, KVRead, KVWrite
-from qcompile.codegen.triton.kernels.experts_spec import GemmExperts
+from qcompile.codegen.triton.kernels.experts_spec import GemmExperts, GemmExpertsA8, GemmExpertsW4A8, SumExperts
 from qcompile.codegen.triton.kernels.group_spec import GemmFp4Fp8, GemmGroup
 from qcompile.codegen.triton.kernels.spec import (
     Dequant,
@@ -22,8 +22,8 @@ from qcompile.codegen.triton.kernels.training_spec import ChangeCodes, RoundGrad
 from qcompile.codegen.triton.kernels.w4a8_spec import GemmW4A8
 
 _KINDS = (
-    GemmW, Gemm8, GemmW4A8, GemmGroup, GemmFp4Fp8, GemmExperts, SumK, RowQuant, Dequant, Pack, RoundGradient,
-    RoundValues, ChangeCodes, KVDecode, KVMerge, KVRead, KVWrite,
+    GemmW, Gemm8, GemmW4A8, GemmGroup, GemmFp4Fp8, GemmExperts, GemmExpertsA8, GemmExpertsW4A8, SumExperts, SumK,
+    RowQuant, Dequant, Pack, RoundGradient, RoundValues, ChangeCodes, KVDecode, KVMerge, KVRead, KVWrite,
 )  # fmt: skip
 KINDS: dict[str, type[KernelSpec]] = {kind.template: kind for kind in _KINDS}
 

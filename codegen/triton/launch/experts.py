@@ -1,7 +1,8 @@
-"""Run the kernel of a stack of expert weights, and prepare what it reads."""
+"""Run the kernels of a stack of expert weights, and prepare what the weight-only one reads."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -9,19 +10,28 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.triton.kernels.dtypes import NAMES
-from qcompile.codegen.triton.kernels.experts_spec import GemmExperts
+from qcompile.codegen.triton.kernels.experts_spec import (
+    AnyExperts,
+    GemmExperts,
+    GemmExpertsA8,
+    GemmExpertsW4A8,
+    SumExperts,
+)
 from qcompile.codegen.triton.kernels.gpu import Gpu
+from qcompile.codegen.triton.kernels.spec import GemmCodes, SumK
 from qcompile.codegen.triton.launch.gemm import PackedWeight, gpu
+from qcompile.codegen.triton.launch.gemm_plan import GemmPlan
 from qcompile.codegen.triton.launch.kernel_call import KernelCall
 from qcompile.codegen.triton.launch.pack_weights import prepare
-from qcompile.codegen.triton.launch.tiles import launch_of, place_scales
+from qcompile.codegen.triton.launch.split_k import split_k_of
+from qcompile.codegen.triton.launch.tiles import launch_of, place_scales, tiles_of
 from qcompile.numerics.format import Format
 
 
 class ExpertsCall(KernelCall):
-    """A launch of gemm_experts."""
+    """A launch of a kernel of experts, or of one that adds its partial sums."""
 
-    names = ("x", "rows", "ends", "w", "scale", "zero", "out")
+    names = ("x", "rows", "ends", "w", "scale", "zero", "x_scale", "steps", "out", "sums")
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ def prepare_experts(
     return prepare(codes, scales, zeros, group_scales, form, k, dtype)
 
 
-def linear_experts(x: Tensor, rows: Tensor | None, ends: Tensor, weight: PackedWeight) -> Tensor:
+def linear_experts(x: Tensor, rows: Tensor | None, ends: Tensor, weight: PackedWeight, split_k: int = 0) -> Tensor:
     """Rows of x, sorted by expert, times the weight of each row's expert.
 
     Args:
@@ -75,6 +85,7 @@ def linear_experts(x: Tensor, rows: Tensor | None, ends: Tensor, weight: PackedW
         rows: int32 or int64 [S]: row i of the product is row rows[i] of x; None is all rows of x in their order.
         ends: int32 or int64 [E], one past the last row of each expert, rising.
         weight: of [E N, K].
+        split_k: ranges of K that are summed apart; 0 takes as many as the model of split_k.py says.
 
     Returns:
         [S, N]; rows beyond the last end are zero.
@@ -86,21 +97,50 @@ def linear_experts(x: Tensor, rows: Tensor | None, ends: Tensor, weight: PackedW
         return out
     spec = GemmExperts(NAMES[x.dtype], **weight.spec_fields, gather=rows is not None)
     with torch.cuda.device(x.get_device()):  # the current one may be another
-        plan_experts(gpu(x.device), spec, sizes)((x, rows, ends, weight.packed, weight.scale, weight.zero, out))
-    return out
+        plan = plan_experts(gpu(x.device), spec, sizes, split_k)
+        tensors = x, rows, ends, weight.packed, weight.scale, weight.zero, None, None
+        return plan.run(tensors, out, sizes.rows, sizes.channels)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_experts(gpu: Gpu, spec: GemmExperts, sizes: ExpertSizes) -> ExpertsCall:
-    """The launch of a product of experts: tiles for the rows that an expert has on average.
+def plan_experts(gpu: Gpu, spec: AnyExperts, sizes: ExpertSizes, split_k: int = 0) -> GemmPlan:
+    """The launches of a product of experts: tiles for the rows that an expert has on average.
 
-    Its grid is a bound: every expert, and the rows without one, may end in a tile that is not full.
+    Its grid is a bound: every expert, and the rows without one, may end in a tile that is not full. Split-K is chosen
+    for those that have work on average: the tiles of as many experts as there are rows, at most all.
+
+    Args:
+        gpu: that runs them.
+        spec: of the product, without split-K.
+        sizes: of the product.
+        split_k: as of linear_experts.
     """
-    m = -(-sizes.rows // sizes.experts)
+    m, n, k = -(-sizes.rows // sizes.experts), sizes.channels, sizes.columns
     launch = launch_of(spec, m, gpu.capability)
-    tiles = sizes.rows // launch.block_m + min(sizes.rows, sizes.experts + 1)
-    return ExpertsCall(
-        place_scales(spec, m, gpu.capability), launch, (tiles, -(-sizes.channels // launch.block_n)), M=sizes.rows,
-        T=sizes.source_rows, N=sizes.experts * sizes.channels, K=sizes.columns, blocks=-(-sizes.columns // spec.block),
-        experts=sizes.experts, channels=sizes.channels, EXPERTS=1 << sizes.experts.bit_length(),
-    )  # fmt: skip
+    block = launch.block_k if isinstance(spec, GemmExpertsA8) else spec.block
+    bits_of_codes = 4 if isinstance(spec, GemmExpertsW4A8) else 8
+    bits, x_bytes = (spec.bits, 2) if isinstance(spec, GemmExperts) else (bits_of_codes, 1)
+    blocks = -(-k // block)
+    busy = min(sizes.rows, sizes.experts) * tiles_of(m, n, launch)
+    split_k = split_k or split_k_of(sizes.rows, n, -(-k // 128), bits, x_bytes, launch, gpu.multiprocessors, busy)
+    split_k = min(blocks, split_k)
+    each = -(-blocks // split_k)
+    if isinstance(spec, GemmExperts):
+        spec = place_scales(spec, m, gpu.capability)
+    fields = dict(M=sizes.rows, T=sizes.source_rows, N=sizes.experts * n, K=k, blocks=blocks, experts=sizes.experts,
+                  channels=n, EXPERTS=1 << sizes.experts.bit_length())  # fmt: skip
+    grid = sizes.rows // launch.block_m + min(sizes.rows, sizes.experts + 1), -(-n // launch.block_n), split_k
+    if split_k == 1:
+        return GemmPlan(ExpertsCall(spec, launch, grid, **fields), 1, torch.float32, None)
+    part = dataclasses.replace(spec, parts=True)
+    gemm = ExpertsCall(part, launch, grid, each=each * block if isinstance(spec, GemmExpertsA8) else each, **fields)
+    return GemmPlan(gemm, split_k, *_sum_of(spec, split_k, fields))
+
+
+def _sum_of(spec: AnyExperts, split_k: int, fields: dict[str, int]) -> tuple[torch.dtype, ExpertsCall]:
+    """Of what type partial sums are, and the launch that adds them."""
+    codes: GemmCodes = "fp8" if isinstance(spec, GemmExpertsA8) and spec.codes == "fp8" else "int8"
+    sums = SumK(spec.dtype) if isinstance(spec, GemmExperts) else SumExperts(spec.dtype, codes, spec.gather)
+    launch, n = launch_of(sums), fields["channels"]
+    call = ExpertsCall(sums, launch, (fields["M"], -(-n // launch.block_n)), parts=split_k, **{**fields, "N": n})
+    return torch.int32 if isinstance(sums, SumExperts) and codes == "int8" else torch.float32, call

@@ -26,7 +26,9 @@ SECOND_KERNEL = 2e-6  # seconds: its launch in a CUDA graph, its start and its e
 
 
 @functools.lru_cache(maxsize=4096)
-def split_k_of(m: int, n: int, steps: int, step_bits: int, x_bytes: int, launch: Launch, multiprocessors: int) -> int:
+def split_k_of(
+    m: int, n: int, steps: int, step_bits: int, x_bytes: int, launch: Launch, multiprocessors: int, tiles: int = 0
+) -> int:
     """The number of ranges of K that are summed apart.
 
     Args:
@@ -37,18 +39,21 @@ def split_k_of(m: int, n: int, steps: int, step_bits: int, x_bytes: int, launch:
         x_bytes: bytes of a value of x.
         launch: tile sizes.
         multiprocessors: of the GPU.
+        tiles: of the output, where its rows are of several experts; 0 counts those of [M, N].
     """
+    tiles = tiles or tiles_of(m, n, launch)
     return min(
         (split for split in SPLITS if split == 1 or steps // split >= 2),
-        key=lambda split: (seconds(m, n, steps, step_bits, x_bytes, launch, multiprocessors, split), split),
+        key=lambda split: (seconds(m, n, steps, step_bits, x_bytes, launch, multiprocessors, split, tiles), split),
     )
 
 
 def seconds(
-    m: int, n: int, steps: int, step_bits: int, x_bytes: int, launch: Launch, multiprocessors: int, split: int
-) -> float:
+    m: int, n: int, steps: int, step_bits: int, x_bytes: int, launch: Launch, multiprocessors: int, split: int,
+    tiles: int = 0,
+) -> float:  # fmt: skip
     """The predicted time of a GEMM of so many ranges; arguments as of split_k_of."""
-    tiles = tiles_of(m, n, launch)
+    tiles = tiles or tiles_of(m, n, launch)
     together = -(-tiles * split // multiprocessors)  # programs of the busiest multiprocessor
     tile_bytes = 128 * (launch.block_n * step_bits / 8 + launch.block_m * x_bytes)
     products = launch.block_m * launch.block_n * 128

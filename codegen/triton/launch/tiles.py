@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from qcompile.codegen.triton.kernels.group_spec import GemmGroup
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW, KernelSpec
 from qcompile.codegen.triton.kernels.w4a8_spec import GemmW4A8
+
+WeightOnly = TypeVar("WeightOnly", bound=GemmW)
 
 M_REGIMES = (16, 32, 64, 128, 256)  # of tensor core GEMMs: M up to each, and beyond the last
 
@@ -58,18 +60,20 @@ _GROUPS = {
     128: Launch(64, 256, 8, 3),
     256: Launch(64, 256, 8, 3),
 }
+_BYTES = {
+    16: Launch(16, 64, 4, 4),
+    32: Launch(32, 64, 4, 4),
+    64: Launch(64, 128, 8, 4),
+    128: Launch(128, 128, 8, 3),
+    256: Launch(128, 256, 8, 3),
+}
 TABLE: dict[str, dict[int, Launch]] = {
     "gemm_w": _WEIGHT_ONLY,
     "gemm_experts": _WEIGHT_ONLY,
     "gemm_group": _GROUPS,
     "gemm_fp4_fp8": _GROUPS,
-    "gemm_a8": {
-        16: Launch(16, 64, 4, 4),
-        32: Launch(32, 64, 4, 4),
-        64: Launch(64, 128, 8, 4),
-        128: Launch(128, 128, 8, 3),
-        256: Launch(128, 256, 8, 3),
-    },
+    "gemm_a8": _BYTES,
+    "gemm_experts_a8": {**_BYTES, 256: _BYTES[128]},  # each gathered row has an address of its own, in registers
     "gemm_w4a8": {
         16: Launch(16, 128, 4, 4),
         32: Launch(32, 128, 4, 4),
@@ -77,7 +81,9 @@ TABLE: dict[str, dict[int, Launch]] = {
         128: Launch(128, 128, 8, 3),
         256: Launch(128, 256, 8, 3),
     },
+    "gemm_experts_w4a8": _GROUPS,
     "sum_k": {1: Launch(1, 1024, 4, 1)},
+    "sum_experts": {1: Launch(1, 512, 4, 1)},
     "dequant": {1: Launch(1, 64, 4, 1)},
     "pack": {1: Launch(1, 64, 4, 1)},
     "round_gradient": {1: Launch(1, 1024, 4, 1)},
@@ -132,7 +138,7 @@ def _takes_wide_tiles(spec: GemmW | Gemm8 | GemmW4A8, capability: tuple[int, int
     return not (isinstance(spec, Gemm8) and spec.codes == "int8" and spec.residual)
 
 
-def place_scales(spec: GemmW, m: int, capability: tuple[int, int] = (9, 0)) -> GemmW:
+def place_scales(spec: WeightOnly, m: int, capability: tuple[int, int] = (9, 0)) -> WeightOnly:
     """The spec with the scales where they cost less: on the sums for small M, on the weights for large M.
 
     A per-channel scale is applied to the sums at the end; fp16 could not hold a small scale without loss; on sm_100

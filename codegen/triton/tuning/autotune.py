@@ -183,7 +183,7 @@ def _a8_variants(weights: WeightCopies, form: Format, m: int) -> tuple[str, Call
     codes = codes_of(form)
     assert codes == "int8" or codes == "fp8"
     x, copies = weights.normal(m, weights.k).bfloat16(), getattr(weights, codes)
-    scale, spec = torch.rand(weights.n, 1, device=weights.device), RowQuant("bf16", codes=codes)
+    scale, spec = weights.uniform(weights.n, 1), RowQuant("bf16", codes=codes)
 
     def kernel(i: int) -> Tensor:
         x_codes, x_scale, *_ = row_quant(spec, x)

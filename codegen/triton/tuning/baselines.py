@@ -55,6 +55,11 @@ class WeightCopies:
     device: torch.device
 
     @cached_property
+    def generator(self) -> torch.Generator:
+        """What all values are drawn from: the caller's own generators stay as they are."""
+        return torch.Generator(self.device).manual_seed(0)
+
+    @cached_property
     def dense(self) -> list[Tensor]:
         """bf16 [N, K]."""
         return [self.normal(self.n, self.k).bfloat16() / self.k**0.5 for _ in range(self.copies)]
@@ -78,9 +83,9 @@ class WeightCopies:
     @cached_property
     def tinygemm(self) -> tuple[list[Tensor], Tensor]:
         """torch's int4 layout, and scales with zero points."""
-        bits = torch.randint(0, 256, (self.n, self.k // 2), dtype=torch.uint8, device=self.device)
+        bits = self.integers(256, self.n, self.k // 2)
         packed = [torch._convert_weight_to_int4pack(bits, 8) for _ in range(self.copies)]
-        return packed, torch.rand(self.k // 128, self.n, 2, device=self.device).bfloat16()
+        return packed, self.uniform(self.k // 128, self.n, 2).bfloat16()
 
     @cached_property
     def gemlite(self) -> list[Any]:
@@ -95,7 +100,7 @@ class WeightCopies:
                 4, group_size=128, in_features=self.k, out_features=self.n, input_dtype=DType.BF16,
                 output_dtype=DType.BF16,
             )  # fmt: skip
-            codes = torch.randint(0, 16, (self.n, self.k), dtype=torch.uint8, device=self.device)
+            codes = self.integers(16, self.n, self.k)
             scales = self.normal(self.n * self.k // 128, 1).abs().bfloat16() / self.k**0.5
             layer.pack(codes, scales, torch.full_like(scales, 8), None)
             layers.append(layer)
@@ -103,7 +108,15 @@ class WeightCopies:
 
     def normal(self, *shape: int) -> Tensor:
         """Normally distributed float32 values."""
-        return torch.randn(*shape, device=self.device)
+        return torch.randn(*shape, device=self.device, generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """float32 values from 0 to 1."""
+        return torch.rand(*shape, device=self.device, generator=self.generator)
+
+    def integers(self, end: int, *shape: int) -> Tensor:
+        """uint8 values below `end`."""
+        return torch.randint(0, end, shape, dtype=torch.uint8, device=self.device, generator=self.generator)
 
     def codes(self, kind: str, rows: int) -> Tensor:
         """[rows, K] int8 or fp8."""
@@ -116,9 +129,15 @@ def cold_copy(weight: PackedWeight) -> PackedWeight:
     return dataclasses.replace(weight, packed=weight.packed.clone(), scale=weight.scale.clone(), zero=zero)
 
 
+def random_weight(k: int, n: int, device: torch.device) -> Tensor:
+    """float32 [N, K], the same at every call; no generator of the caller's is drawn from."""
+    weight: Tensor = torch.randn(n, k, device=device, generator=torch.Generator(device).manual_seed(0)) / k**0.5
+    return weight
+
+
 def random_packed_weight(form: Format, k: int, n: int, device: torch.device) -> PackedWeight:
     """A random quantized weight [N, K] on a device, packed for the kernels."""
-    q = quantize_tensor(torch.randn(n, k, device=device) / k**0.5, form)
+    q = quantize_tensor(random_weight(k, n, device), form)
     layout = layout_of(form)
     assert layout is not None
     return PackedWeight(*prepare(*q.stored_parts, form, k, torch.bfloat16), layout, k)
@@ -129,7 +148,7 @@ def timed_linears(weights: WeightCopies, m: int) -> Iterator[tuple[str, Callable
     k, n = weights.k, weights.n
     activation_bytes = 2 * m * (k + n)
     x = weights.normal(m, k).bfloat16()
-    x_scale, scale = (torch.rand(size, 1, device=weights.device) for size in (m, n))
+    x_scale, scale = (weights.uniform(size, 1) for size in (m, n))
 
     def w4a16() -> TimedLinear:
         one = weights.int4[0]

@@ -14,7 +14,7 @@ from qcompile.codegen.triton.kernels.spec import RowQuant
 from qcompile.codegen.triton.launch.gemm import Epilogue
 from qcompile.codegen.triton.launch.group_gemm import GroupWeight, linear_group, prepare_group
 from qcompile.codegen.triton.launch.row_quant import row_quant
-from qcompile.codegen.triton.tuning.baselines import WeightCopies
+from qcompile.codegen.triton.tuning.baselines import WeightCopies, random_weight
 from qcompile.numerics.format import Format
 from qcompile.numerics.qtensor import expand_groups
 from qcompile.numerics.rounding import quantize_tensor
@@ -22,7 +22,7 @@ from qcompile.numerics.rounding import quantize_tensor
 
 def random_group_weight(form: Format, act: Format, k: int, n: int, device: torch.device) -> GroupWeight:
     """A random quantized weight [N, K] on a device, prepared for gemm_group or gemm_fp4_fp8."""
-    q = quantize_tensor(torch.randn(n, k, device=device) / k**0.5, form)
+    q = quantize_tensor(random_weight(k, n, device), form)
     layout = group_layout_of(form, act)
     assert layout is not None
     return GroupWeight(*prepare_group(*q.stored_parts, form, act, k), layout, k)

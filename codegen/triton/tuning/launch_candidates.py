@@ -6,6 +6,7 @@ not spill and use its tensor cores.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
@@ -37,11 +38,16 @@ def without_problems(
 
 
 def problems_by_compiling(spec: Gemm, launch: Launch, architecture: int) -> list[str]:
-    """What is wrong with a launch, found by compiling it."""
+    """What is wrong with a launch, found by compiling it once, whatever shapes and rows it is a candidate for."""
     try:
-        return complaints(spec, architecture, compile_kernel(spec, launch, architecture))
+        return list(_complaints(spec, launch, architecture))
     except Exception as error:  # the compiler raises whatever it likes
         return [str(error)]
+
+
+@functools.cache
+def _complaints(spec: Gemm, launch: Launch, architecture: int) -> tuple[str, ...]:
+    return tuple(complaints(spec, architecture, compile_kernel(spec, launch, architecture)))
 
 
 def fastest(launches: list[Launch], time: Callable[[Launch], float]) -> tuple[Launch, float]:

@@ -13,14 +13,14 @@ from qcompile.codegen.triton.kernels.w4a8_layout import byte_layout_of
 from qcompile.codegen.triton.launch.gemm import Epilogue
 from qcompile.codegen.triton.launch.row_quant import row_quant
 from qcompile.codegen.triton.launch.w4a8 import ByteWeight, linear_w4a8, prepare_w4a8
-from qcompile.codegen.triton.tuning.baselines import WeightCopies
+from qcompile.codegen.triton.tuning.baselines import WeightCopies, random_weight
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 
 
 def random_byte_weight(form: Format, k: int, n: int, device: torch.device) -> ByteWeight:
     """A random quantized weight [N, K] on a device, prepared for gemm_w4a8."""
-    q = quantize_tensor(torch.randn(n, k, device=device) / k**0.5, form)
+    q = quantize_tensor(random_weight(k, n, device), form)
     layout = byte_layout_of(form)
     assert layout is not None
     return ByteWeight(*prepare_w4a8(*q.stored_parts, form, k), layout, k)

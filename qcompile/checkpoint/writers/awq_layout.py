@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qcompile.checkpoint.writers.deferred_tensors import deferred
 from qcompile.checkpoint.writers.export_refusals import quantized_linears, refuse
 from qcompile.checkpoint.writers.float_tensors import model_dtype
 from qcompile.checkpoint.writers.gptq_layout import check_sixteen_bits, one_format
@@ -56,7 +57,8 @@ def awq_layout(model: nn.Module) -> ServedLayout:
         if linear.out_features % len(ORDER):
             fix = f"keep it float, Rule('{path}.*', keep=True)"
             refuse(TARGET, path, f"N = {linear.out_features}, no multiple of {len(ORDER)}", fix)
-        tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in _tensors(linear, dtype).items()}
+        found = deferred(lambda linear: _tensors(linear, dtype), linear)
+        tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in found.items()}
     config = {
         "quant_method": TARGET,
         "bits": 4,

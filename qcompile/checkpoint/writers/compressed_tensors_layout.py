@@ -13,11 +13,13 @@ compressors/naive_quantized, and its quantization/quant_config.py for config.jso
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qcompile.checkpoint.writers.deferred_tensors import deferred
 from qcompile.checkpoint.writers.expert_linears import served_linears
 from qcompile.checkpoint.writers.export_refusals import refuse
 from qcompile.checkpoint.writers.float_tensors import SHORT, model_dtype
@@ -98,7 +100,7 @@ def compressed_layout(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, An
     tensors = {
         f"{path}.{name}": tensor
         for path, linear in linears.items()
-        for name, tensor in stored_tensors(linear, schemes[path], dtype).items()
+        for name, tensor in deferred(partial(stored_tensors, scheme=schemes[path], dtype=dtype), linear).items()
     }
     ignored = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     return tensors, quantization_config(schemes, ignored), schemes

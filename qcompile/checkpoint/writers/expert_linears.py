@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.checkpoint.writers.export_refusals import quantized_linears, refuse
-from qcompile.modules.quant_experts import STACK_SUFFIX, QuantStack
+from qcompile.ir.quantized_stacks import STACK_SUFFIX
+from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.qtensor import PARTS
 
@@ -73,6 +74,9 @@ def _rows_of(model: nn.Module, name: str, stack: QuantStack, target: str) -> dic
 
 def _linear(stack: QuantStack, rows: Tensor) -> QuantLinear:
     parts = (getattr(stack, name) for name in PARTS)
-    chosen = [part if part is None or part.ndim < 3 else part.detach().cpu().flatten(0, 1)[rows] for part in parts]
+    chosen = [
+        part if part is None or part.ndim < 3 else part.detach().cpu().flatten(0, 1).index_select(0, rows)
+        for part in parts
+    ]
     tensors: dict[str, Tensor | None] = dict(zip(PARTS, chosen, strict=True))
     return QuantLinear(stack.columns, len(rows), stack.format, None, tensors)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.module_entries import describe
+from qcompile.ir.quantized_stacks import STACK_SUFFIX
 from qcompile.modules.generation_hooks import hooks_of
 from qcompile.modules.kv_constants import SCALES
-from qcompile.modules.quant_experts import STACK_SUFFIX, QuantStack, float_class
+from qcompile.modules.quant_experts import QuantStack, float_class
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.modules.static_quant import StaticQuantConv, StaticQuantLinear
 from qcompile.modules.training_module import refuse_training

@@ -13,6 +13,7 @@ from qcompile.checkpoint.writers.compressed_tensors_proof import require_same
 from qcompile.checkpoint.writers.export_refusals import ExportError, quantized_linears
 from qcompile.checkpoint.writers.gguf_blocks import blocks_of
 from qcompile.checkpoint.writers.gguf_template import GgufTemplate
+from qcompile.memory.stored_tensor import StoredTensor
 from qcompile.modules.quant_linear import QuantLinear
 
 _FILE_TYPE, _VERSION = "general.file_type", "general.quantization_version"
@@ -38,7 +39,8 @@ def write_gguf(model: Any, template: GgufTemplate, path: Path) -> int:
     embedding = _embedding_name(model)
     linears = quantized_linears(model)
     template.check(model)
-    writer = gguf.GGUFWriter(str(path), template.architecture)
+    in_parts = any(isinstance(tensor, StoredTensor) for _, tensor in _tensors(model))
+    writer = gguf.GGUFWriter(str(path), template.architecture, use_temp_file=in_parts)
     kinds: dict[str, str] = {}
     try:
         for name, tensor in _tensors(model):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.checkpoint.writers.deferred_tensors import deferred
 from qcompile.checkpoint.writers.export_refusals import quantized_linears, refuse
 from qcompile.checkpoint.writers.float_tensors import SHORT, model_dtype
 from qcompile.checkpoint.writers.int32_words import pack_words, unsigned_stream, words
@@ -88,7 +89,8 @@ def gptq_layout(model: nn.Module) -> ServedLayout:
         if linear.out_features % _LANES:
             fix = f"keep it float, Rule('{path}.*', keep=True)"
             refuse(TARGET, path, f"N = {linear.out_features}, no multiple of {_LANES}", fix)
-        tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in _tensors(linear, dtype).items()}
+        found = deferred(lambda linear: _tensors(linear, dtype), linear)
+        tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in found.items()}
     config = {
         "quant_method": TARGET,
         "bits": form.bits,

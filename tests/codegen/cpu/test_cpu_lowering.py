@@ -119,6 +119,31 @@ def test_siblings_are_one_product_with_the_same_bits(weight, act, bias):
         assert torch.equal(got, one(x)[0])
 
 
+class _OneWeight(torch.nn.Module):
+    """One weight with five biases, in two pairs of siblings and alone, as gates that begin with equal weights."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(8, 64))
+        self.biases = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(8)) for _ in range(5)])
+        self.to(dtype)
+
+    def forward(self, x):
+        y = torch.tanh(x)
+        places = [x, x, y, y, torch.sin(x)]
+        pairs = zip(places, self.biases, strict=True)
+        return [torch.nn.functional.linear(place, self.weight, bias) for place, bias in pairs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", ["int8/row", None])
+def test_one_weight_with_several_biases(act, dtype):
+    program, result, _, _ = lowered("int8/row", act, _OneWeight(dtype), torch.randn(7, 64, dtype=dtype))
+    x = torch.randn(7, 64, dtype=dtype)
+    for got, want in zip(result(x), program(x), strict=True):
+        assert torch.allclose(got, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
 def test_codes_that_two_products_read_are_made_once():
     """A product with a bias and one without stay two; the codes of one are made inside of it, and are the same."""
     x = torch.randn(7, 64)

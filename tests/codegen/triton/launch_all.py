@@ -16,11 +16,17 @@ fake = fake_driver.install(int(sys.argv[1]))
 from qcompile.codegen.triton.kernels.group_layout import group_layout_of  # noqa: E402
 from qcompile.codegen.triton.kernels.kernel_support import has_format  # noqa: E402
 from qcompile.codegen.triton.kernels.spec import RowQuant  # noqa: E402
+from qcompile.codegen.triton.kernels.w4a8_layout import byte_layout_of  # noqa: E402
 from qcompile.codegen.triton.kernels.weight_layout import layout_of  # noqa: E402
 from qcompile.codegen.triton.launch.experts import linear_experts, prepare_experts  # noqa: E402
 from qcompile.codegen.triton.launch.gemm import Epilogue, PackedWeight, dequantize, linear_a8, linear_w  # noqa: E402
 from qcompile.codegen.triton.launch.group_gemm import GroupWeight, linear_group, prepare_group  # noqa: E402
 from qcompile.codegen.triton.launch.pack_weights import prepare  # noqa: E402
+from qcompile.codegen.triton.launch.quantized_experts import (  # noqa: E402
+    plan_experts_a8,
+    plan_experts_w4a8,
+    prepare_experts_w4a8,
+)
 from qcompile.codegen.triton.launch.row_quant import row_quant  # noqa: E402
 from qcompile.numerics.format import Format  # noqa: E402
 from qcompile.numerics.rounding import quantize_tensor  # noqa: E402
@@ -80,6 +86,28 @@ def experts():
                 linear_experts(x, torch.zeros(2 * m, dtype=torch.int64), ends, weight)
 
 
+def quantized_experts():
+    form, layout = Format.parse("int4/group128/dual"), byte_layout_of(Format.parse("int4/group128/dual"))
+    packed, steps, scale = prepare_experts_w4a8(*quantize_tensor(torch.randn(8, N, K), form).stored_parts, form, K)
+    codes = [torch.int8, torch.float8_e4m3fn] if has_format("fp8", CAPABILITY) else [torch.int8]
+    for m, gather in ((m, gather) for m in ROWS for gather in (False, True)):
+        indices = torch.zeros(2 * m, dtype=torch.int64) if gather else None
+        ends = torch.full((8,), m, dtype=torch.int32)
+        for code in codes:
+            x, weight, out = (
+                torch.ones(*s).to(t) for s, t in (((m, K), code), ((8, N, K), code), ((2 * m, N), torch.half))
+            )
+            plan = plan_experts_a8(x, indices, ends, N, torch.half)
+            plan.run(
+                (x, indices, ends, weight, scale, None, torch.rand(m, 1), None), out, len(indices) if gather else m, N
+            )
+        x = torch.ones(m, K, dtype=torch.int8)
+        plan = plan_experts_w4a8(x, indices, ends, N, layout, torch.half)
+        plan.run(
+            (x, indices, ends, packed, scale, None, torch.rand(m, 1), steps), out, len(indices) if gather else m, N
+        )
+
+
 def rows():
     codes = [codes for codes in ("int8", "fp8", "int4") if codes == "int4" or has_format(codes, CAPABILITY)]
     for code, m in ((code, m) for code in codes for m in (1, 16)):
@@ -89,7 +117,7 @@ def rows():
         row_quant(RowQuant("bf16", "gate", codes=code, group=128), x, gate=x)
 
 
-for part in (weight_only, eight_bit, groups, experts, rows):
+for part in (weight_only, eight_bit, groups, experts, quantized_experts, rows):
     part()
 for launch in fake.launches:
     print(json.dumps([launch.name, launch.grid, launch.shared, launch.signature]))

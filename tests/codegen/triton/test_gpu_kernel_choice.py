@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qcompile.codegen.triton.gpu_kernel_choice import choose_gpu_kernel, without_kernel
+from qcompile.codegen.triton.gpu_kernel_choice import choose_experts_kernel, choose_gpu_kernel, without_kernel
 from qcompile.codegen.triton.kernels.gpu import Gpu
 from qcompile.codegen.triton.launch.measured_times import a8_name, remember_times
 from qcompile.numerics.format import Format
@@ -39,3 +39,19 @@ def test_groups_and_who_quantizes_x():
     for act, says in (("int4/group128", ""), ("int4/group128/smooth", ", x to int4/group128/smooth by PyTorch")):
         choice = choose_gpu_kernel(Gpu(), Format.parse("int4/group128/zero"), act, torch.bfloat16, 8, 128, 32)
         assert str(choice) == f"gemm_group{says} (not measured on this GPU)"
+
+
+@pytest.mark.parametrize(
+    "form,act,kernel",
+    [
+        ("int4/group128/zero", "", "gemm_experts"),
+        ("int4/group128/zero/dual", "int8/row", "gemm_experts_w4a8"),
+        ("int4/group16/zero/dual", "int8/row", "gemm_experts_a8, int8 of dual codes"),
+        ("fp8/row", "fp8/row", "gemm_experts_a8"),
+    ],
+)
+def test_stacks_of_experts(form, act, kernel):
+    choice = choose_experts_kernel(Gpu(), Format.parse(form), act, torch.bfloat16, 64)
+    assert str(choice) == f"{kernel} (not measured on this GPU)" and not choice.slower_than_float
+    float32 = choose_experts_kernel(Gpu(), Format.parse(form), act, torch.float32, 64)
+    assert float32.note == "no kernel for float32" and not float32.has_kernel

@@ -92,6 +92,76 @@ def test_a_table_of_two_streams_is_rotated_once():
     assert len(report.done) == 1 and not report.skipped
 
 
+class Positions(nn.Module):
+    """A stream of tokens to which a learned position is added, as `place` does it."""
+
+    def __init__(self, norm, place):
+        super().__init__()
+        self.tokens, self.positions, self.place = nn.Embedding(11, 8), nn.Embedding(9, 8), place
+        self.table, self.narrow, self.widen = nn.Parameter(torch.randn(9, 8)), nn.Embedding(9, 4), nn.Linear(4, 8)
+        self.register_buffer("waves", torch.randn(9, 8))
+        self.norms = nn.ModuleList([norm(8) for _ in range(2)])
+        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 11)
+        for gain in self.norms.parameters():
+            nn.init.normal_(gain)
+
+    def forward(self, ids):
+        at = torch.arange(ids.shape[1])
+        x = self.place(self, self.tokens(ids), ids, at)
+        x = x + self.down(torch.relu(self.up(self.norms[0](x))))
+        return self.head(self.norms[1](x))
+
+
+POSITIONS = {
+    "an embedding": (lambda m, x, ids, at: x + m.positions(at), {"positions.weight"}),
+    "counted from a mask": (
+        lambda m, x, ids, at: x + m.positions((ids >= 0).long().cumsum(1) + 1),
+        {"positions.weight"},
+    ),
+    "a parameter": (lambda m, x, ids, at: x + m.table[: len(at)], {"table"}),
+    "a buffer": (lambda m, x, ids, at: x + m.waves[: len(at)], {"waves"}),
+    "beside scaled tokens": (lambda m, x, ids, at: x * 8**0.5 + m.positions(at), {"positions.weight"}),
+    "from a smaller basis": (lambda m, x, ids, at: x + m.widen(m.narrow(at)), {"widen.weight", "widen.bias"}),
+    "twice": (lambda m, x, ids, at: (x + m.positions(at)) + m.positions(at + 1), {"positions.weight"}),
+}
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("place", POSITIONS)
+def test_positions_are_in_the_basis_of_the_stream(norm, place):
+    """Of a table that kept its basis, or its mean, the output would tell."""
+    function, moved = POSITIONS[place]
+    ids = torch.randint(11, (2, 7))
+    before, after, (_, rotated) = rewritten(Positions(norm, function), FoldNorm(), Rotate(heads=False), x=ids)
+    assert len(rotated.done) == 1 and not rotated.skipped
+    producers = {"tokens.weight", "down.weight", "down.bias"} | moved
+    tables = {"positions.weight", "table", "waves", "narrow.weight", "widen.weight", "widen.bias"}
+    for name in (producers | tables) & set(before.weights):
+        assert torch.equal(after.weights[name], before.weights[name]) == (name not in producers), name
+
+
+@pytest.mark.parametrize("config", [SmoothQuant(), AWQ(), SmoothQuantPlus()])
+@pytest.mark.parametrize("place", ["an embedding", "a parameter", "beside scaled tokens"])
+def test_positions_keep_their_size_where_inputs_are_smoothed(config, place):
+    """What scales move into is behind the sum: a table that took one would change what the other readers get."""
+    before, after, _ = rewritten(Positions(nn.LayerNorm, POSITIONS[place][0]), config, x=torch.randint(11, (2, 7)))
+    for name in {"tokens.weight", "positions.weight", "table"} & set(before.weights):
+        assert torch.equal(after.weights[name], before.weights[name]), name
+
+
+def test_a_position_that_is_read_as_a_weight_too_keeps_the_basis():
+    """Scores of each token with all positions: the table is no longer the stream's alone."""
+
+    def place(m, x, ids, at):
+        x = x + m.positions(at)
+        return x + torch.softmax(x @ m.positions.weight.t(), -1) @ m.positions.weight
+
+    model, ids = Positions(nn.RMSNorm, place), torch.randint(11, (2, 7))
+    before, after, reports = rewritten(model, FoldNorm(), Rotate(heads=False), x=ids)
+    assert not reports[1].done and reports[1].skipped
+    assert torch.equal(after.weights["positions.weight"], before.weights["positions.weight"])
+
+
 def test_a_long_vector_is_rotated_whole():
     matrix = random_orthogonal(96, 0)
     vector = torch.randn(96 * 86, dtype=torch.float64)

@@ -79,13 +79,16 @@ def test_rows_of_one_linear_are_scaled_as_queries_as_keys_or_not_at_all(grouped)
     assert torch.allclose(after.weights["qkv.bias"], before.weights["qkv.bias"] * factor)
 
 
-def test_rows_of_values_stay_where_keys_come_last():
+@pytest.mark.parametrize("order", ["vqk", "vkq"])
+def test_rows_of_values_stay_where_keys_or_queries_come_last(order):
     class Last(Fused):
         def forward(self, x):
-            v, q, k = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-            return nn.functional.scaled_dot_product_attention(q, k, v)
+            parts = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+            named = dict(zip(order, parts, strict=True))
+            return nn.functional.scaled_dot_product_attention(named["q"], named["k"], named["v"])
 
-    before, after, _ = rewritten(Last(False), SmoothAttention(), x=torch.randn(2, 3, 8, dtype=torch.float64))
+    before, after, (report,) = rewritten(Last(False), SmoothAttention(), x=torch.randn(2, 3, 8, dtype=torch.float64))
+    assert report.done == ["qkv.weight"]
     assert torch.equal(after.weights["qkv.weight"][:8], before.weights["qkv.weight"][:8])
 
 

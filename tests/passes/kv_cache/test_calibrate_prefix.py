@@ -123,6 +123,20 @@ def test_the_last_quarter_judges_and_the_rest_trains():
         assert torch.equal(part[:, 0], part[:, 1]) and not torch.equal(part[:, 1], part[:, 2])
 
 
+def test_a_prefix_that_training_harms_is_the_one_before():
+    """Each step of this size is worse on the texts that judge; the first prefix is given, bit for bit."""
+    program, quantized, start, batches = small_problem()
+    context = PassContext(
+        Facts(quantized), batches=lambda: batches, constants=KVConstants(prefix=start), reference=program
+    )
+    report = calibrate_prefix(quantized, CalibratePrefix(steps=4, lr=10.0), context)
+    trained = report.constants.prefix
+    pairs = zip((*trained.keys, *trained.values), (*start.keys, *start.values), strict=True)
+    assert all(torch.equal(now, before) for now, before in pairs)
+    (note,) = report.notes
+    assert note.split()[3] == note.split()[5], note
+
+
 def test_heads_that_repeat_one_another_are_trained_as_one():
     start = torch.randn(1, 2, 3, 4).repeat_interleave(2, dim=1)
     heads = PrefixHeads(start)

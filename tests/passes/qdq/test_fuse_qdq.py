@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -76,6 +78,18 @@ def test_grouped_experts_keep_their_value():
     assert all(call.format == "int4/group32" for call in calls)
 
 
+@pytest.mark.parametrize("act", ["int8", "int8/row/zero", "fp8"])
+def test_grouped_experts_read_codes(act):
+    inputs = example("mixtral")
+    program = capture(build("mixtral"), (), inputs)
+    flat = flat_inputs(program, inputs, inputs)
+    unfused, fused, _ = both(program, Quantize("int8", None, lm_head=None, experts_act=act))
+    assert relative_error(fused(*flat)[:1], unfused(*flat)[:1]) < 1e-5
+    calls = [call for _, call in QExpertsCall.find(fused)]
+    assert [call.act for call in calls] == [str(Format.parse(act))] * 4 and not list(DequantizeCall.find(fused))
+    assert all((call.x_zero is not None) == ("zero" in act) for call in calls)
+
+
 def test_batched_experts_become_grouped_rows():
     class Batched(nn.Module):
         def __init__(self):
@@ -87,9 +101,12 @@ def test_batched_experts_become_grouped_rows():
 
     torch.manual_seed(0)
     x, model = torch.randn(3, 5, 16), Batched().requires_grad_(False)
-    for form in ("int8", "int4/group8/zero", "int4/group8/zero/dual"):
-        unfused, fused, report = both(capture(model, (x,)), Quantize(form, None, lm_head=None))
-        ((node, _),) = QExpertsCall.find(fused)
+    acts = [None, "int8", "int8/tensor", "int8/row/zero", "int8/group8"]
+    for form, act in itertools.product(("int8", "int4/group8/zero", "int4/group8/zero/dual"), acts):
+        config = Quantize(form, None, lm_head=None, experts_act=act)
+        unfused, fused, report = both(capture(model, (x,)), config)
+        ((node, call),) = QExpertsCall.find(fused)
+        assert call.act == ("" if act is None else str(Format.parse(act)))
         assert report.passes[-1].done == [node.meta[SITE]] == ["stack"]
         for length in (5, 2):  # rows of an expert, a free size
             rows = x[:, :length].contiguous()

@@ -129,6 +129,9 @@ def test_what_chooses_experts_is_skipped_unless_a_rule_says_otherwise():
     assert {place.site for place in report.skipped} == routers
     experts = [entry for entry in planned if entry.site.kind == "experts"]
     assert len(experts) == 4 and all(entry.act is None for entry in experts), "stacks are weight-only"
+    for rule, acts in ((None, (None, INT8)), (Rule("*", act="fp8"), (None, Format("fp8")))):
+        found = [formats_of(experts[0].site, Quantize(INT4, experts_act=act), rule)[1] for act in (None, INT8)]
+        assert found == list(acts), "experts read codes where the recipe says so, and only there"
     rules = {name: Rule(name, weight=INT8) for name in routers}
     planned = planned_sites(Quantize(), PassContext.of(program, rules=rules), PassReport("Quantize"))
     assert routers <= {entry.site.name for entry in planned}
@@ -149,6 +152,7 @@ CHOICES = {
     "the index of a maximum": (lambda y: nn.functional.one_hot(y.argmax(-1), 4), True),
     "a maximum with its index": (lambda y: y * nn.functional.one_hot(y.max(-1).indices, 4), True),
     "a threshold under a maximum": (lambda y: y.max(-1).values, False),
+    "a scale by a maximum": (lambda y: y / y.max(-1, keepdim=True).values, False),
     "a prediction": (lambda y: y.argmax(-1).to(torch.int32).view(-1), False),
     "a maximum over the last dimension by its number": (lambda y: nn.functional.one_hot(y.argmax(2), 4), True),
     "the largest channels": (lambda y: nn.functional.one_hot(y.topk(2).indices, 4), True),
@@ -190,15 +194,24 @@ def test_a_weight_has_one_format_wherever_it_is_read():
     assert [place.site for place in report.skipped] == ["layer.weight"] * 2
 
 
+class Stacks(nn.Module):
+    """A product with a stack of three weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(3, 8, 4))
+
+    def forward(self, x):
+        return torch.matmul(x, self.stack)
+
+
+def test_a_stack_that_is_multiplied_in_a_batch_is_quantized():
+    program, report = capture(Stacks().requires_grad_(False), (torch.randn(3, 5, 8),), dynamic=False), PassReport("Q")
+    (planned,) = planned_sites(Quantize(), PassContext.of(program), report)
+    assert planned.site.name == "stack" and planned.site.batched and not report.skipped
+
+
 def test_stacks_of_other_products_stay_float():
-    class Stacks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stack = nn.Parameter(torch.randn(3, 8, 4))
-
-        def forward(self, x):
-            return torch.matmul(x, self.stack)
-
     program, report = capture(Stacks().requires_grad_(False), (torch.randn(2, 3, 5, 8),)), PassReport("Quantize")
     assert [site.kind for site in find_sites(program)] == ["experts"]
     assert not planned_sites(Quantize(), PassContext.of(program), report)
@@ -206,7 +219,7 @@ def test_stacks_of_other_products_stay_float():
 
 
 def test_formats_that_no_site_can_have_are_refused():
-    for act in ({"act": "int4/group32/dual"}, {"lm_head_act": "int4/group32/dual"}):
+    for act in ({name: "int4/group32/dual"} for name in ("act", "lm_head_act", "experts_act")):
         with pytest.raises(RecipeError, match="activations have no second level of scales"):
             Quantize(**act)
     with pytest.raises(RecipeError, match="runtime smoothing is for activations"):

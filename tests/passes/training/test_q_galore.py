@@ -133,11 +133,20 @@ def unchanged(model, attempt, match):
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
+def test_a_weight_that_is_smaller_than_the_rank_is_left_and_the_others_are_trained():
+    model = net((12, 20, 16, 16, 8))
+    report = train(model, rank=13)
+    assert report.passes[0].done == ["2.weight", "4.weight"] and type(model[0]) is nn.Linear
+    reason = "rank 13 is larger than a side of its weight. Fix: QGaLore(rank=12) or smaller"
+    assert (report.passes[0].skipped[0].site, report.passes[0].skipped[0].reason) == ("0.weight", reason)
+    assert {site.name: site.reason for site in report.sites}["0.weight"] == reason
+    model(torch.randn(4, 12)).sum().backward()
+    QGaLoreAdamW8bit(model.parameters()).step()
+
+
 def test_refused_ranks_and_rules_name_the_sites():
     model = net((12, 20, 16, 16, 8))
-    match = r"rank 13 is larger than a side of 1 weights: 0\.weight \[20x12\]\. Fix: keep .* QGaLore\(rank=12\)"
-    unchanged(model, lambda: train(model, rank=13), match)
-    match = r"a side of 3 weights: 0\.weight.*2\.weight.*4\.weight.*QGaLore\(rank=12\)"
+    match = r"trains no weight: 0\.weight: rank 17 is larger.*QGaLore\(rank=12\) or.*; 2\.weight.*rank=16.*; 4\.weight"
     unchanged(model, lambda: train(model, rank=17), match)
     unchanged(model, lambda: train(model, Rule("0.*", weight="int4/group32")), "by the rule '0.*', is int4/group32")
     unchanged(model, lambda: train(model, Rule("0.*", act="int8")), "has act=int8/row, but QGaLore keeps activations")

@@ -48,8 +48,22 @@ def test_sites_without_adapters_say_why():
     assert [(item.site, item.reason) for item in report.passes[0].skipped] == [
         ("4", "int8/row has one scale for a row: quantize in groups, as int4/group32/zero")
     ]
-    with pytest.raises(RecipeError, match="rank 65 is larger than 2 weights: 0 .at most 64., 2 .at most 64.*rank=64"):
+    match = r"adapts no product: 0: rank 65 is larger than a side of its weight. Fix: rank=64 or smaller.*; 2: rank 65"
+    with pytest.raises(RecipeError, match=match) as error:
         run(program, Recipe("a", (QALoRA(65, 8.0),)))
+    assert "w4a16-g32" not in str(error.value), "that would not help"
+
+
+def test_a_weight_that_is_smaller_than_the_rank_is_left_and_the_others_are_adapted():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
+                          nn.Linear(64, 8))  # fmt: skip
+    qcompile.quantize(model.eval(), "w4a16-g32", example=torch.randn(3, 64), progress=False)
+    report = qcompile.qa_lora(model, rank=32, example=torch.randn(3, 64))
+    assert report.passes[0].done == ["4"]
+    skipped = {item.site: item.reason for item in report.passes[0].skipped}
+    assert all("rank 32 is larger than a side of its weight. Fix: rank=16" in skipped[name] for name in ("0", "2"))
+    qcompile.settle(model)
 
 
 def test_adapters_and_quantization_are_two_recipes():

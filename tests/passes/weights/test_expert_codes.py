@@ -17,7 +17,7 @@ from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import Quantize
 from qcompile.passes.qdq.insert_qdq import matrix_of
 from qcompile.passes.qdq.site_plan import planned_sites
-from qcompile.passes.weights.choice import Choice
+from qcompile.passes.weights.choice import Choice, damage
 from qcompile.passes.weights.expert_codes import expert_codes
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.report import PassReport
@@ -76,7 +76,8 @@ def test_codes_are_those_of_each_expert_by_its_own_rows(stack, form):
     program, batches = stack
     choose = Recorded(fell_back=lambda number: number == 1)
     members, run, solved = solve(program, batches, form, choose)
-    assert len(solved.parts) == len(members) and solved.damage is None
+    assert len(solved.parts) == len(members)
+    damages = []
     number, count = 0, matrix_of(program, members[0].site).shape[0] // members[0].site.N
     assert solved.fell_back == [f"{members[0].site.name}[1]"] and len(choose.given) == count * len(members)
     for planned, parts in zip(members, solved.parts, strict=True):
@@ -94,12 +95,17 @@ def test_codes_are_those_of_each_expert_by_its_own_rows(stack, form):
             found, hessian = choose.given[number]
             x = torch.cat(rows[expert])
             assert torch.equal(found, weight) and torch.allclose(hessian, x.t() @ x, rtol=1e-4, atol=1e-6)
-            codes.append(Recorded()(weight, hessian, planned.weight).codes.stored_parts)
+            choice = Recorded()(weight, hessian, planned.weight)
+            codes.append(choice.codes.stored_parts)
+            if len(rows[expert]) and x.any():
+                damages.append(damage(weight, hessian, choice.codes))
             number += 1
         for part, own in zip(parts, zip(*codes, strict=True), strict=True):
             assert (part is None) == (own[0] is None)
             if part is not None:
                 assert torch.equal(part, torch.cat([p if p.ndim else p.reshape(-1, 1) for p in own]))
+    for found, measured in zip(solved.damage, zip(*damages, strict=True), strict=True):
+        assert found == pytest.approx(sum(measured) / len(measured), rel=1e-3)
 
 
 def test_stacks_in_files_have_the_same_codes(stack):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import rewrite
+from torch import nn
 from zoo import build, example
 
 import qcompile
@@ -53,6 +54,11 @@ def test_matching_the_output_is_a_problem_of_weights(seed, rows):
     assert max(rests) - min(rests) <= 1e-8 * apart(weight)
     assert apart(aim) < 0.9 * apart(weight)
     assert all(apart(aim) <= apart(aim + 1e-3 * q) for q in tried)
+
+
+def test_inputs_that_are_all_zero_move_nothing():
+    weight, none = torch.randn(3, 5), torch.zeros(5, 5, dtype=torch.float64)
+    assert torch.equal(towards_float(weight, none, none, damp_percent=0.01), weight)
 
 
 @given(st.integers(0, 2**20), st.floats(0, 1))
@@ -159,13 +165,32 @@ def test_a_token_whose_float_input_is_nothing_decides_nothing():
     assert torch.allclose(mine, plain, rtol=0.2)
 
 
+class Exact(nn.Module):
+    """NaN wherever the first linear is not what it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(32, 32, bias=False), nn.Linear(32, 32), nn.Linear(32, 8)
+        self.kept = nn.Parameter(self.a.weight.detach().clone())
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.c(self.b(torch.where((h - (x[..., None, :] * self.kept).sum(-1)).abs() < 1e-4, h, torch.nan)))
+
+
+def test_nan_that_only_the_quantized_model_gives_is_named():
+    with pytest.raises(CalibrationError, match=r"NaN or Inf.*b\.weight"):
+        qcompile.quantize(Exact(), Recipe("r", (GPTAQ(W3, None), Fuse())), [torch.randn(1, 8, 32)], progress=False)
+
+
 def test_bad_input():
     broken = torch.randn(1, 8, 32)
     broken[0, 3, 5] = torch.nan
     with pytest.raises(CalibrationError, match=r"batch 2 brings NaN or Inf to a\.weight \(node x\) in the float model"):
         qcompile.quantize(Dead(), Recipe("r", (GPTAQ(), Fuse())), [torch.randn(1, 8, 32), broken], progress=False)
-    with pytest.raises(ValueError, match=r"strength must be between 0 and 1, got 1\.5"):
-        GPTAQ(strength=1.5)
+    for strength in (1.5, -0.5):
+        with pytest.raises(ValueError, match=rf"strength must be between 0 and 1, got {strength}"):
+            GPTAQ(strength=strength)
     with pytest.raises(CalibrationError, match="empty"):
         qcompile.quantize(build("llama"), Recipe("r", (GPTAQ(), Fuse())), [], progress=False)
     recipe = Recipe("r", (GPTAQ(W3, None, strength=0.5), Fuse()))

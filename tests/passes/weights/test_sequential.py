@@ -24,7 +24,7 @@ from qcompile.passes.weights.sequential import quantize_sequentially
 from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.registry import registered
-from qcompile.recipe.report import PassReport
+from qcompile.recipe.report import PassReport, SiteReport
 from qcompile.recipe.rule import Rule
 
 
@@ -154,9 +154,10 @@ def test_hessians_are_those_of_the_input_and_fallbacks_are_named():
         problems.append((weight, hessian))
         return Choice(quantize_tensor(weight, form), fell_back=True)
 
-    context = PassContext.of(program, batches=lambda: [[x[:, :5]], [x[:, 5:]]])
+    sites = {name: SiteReport(name, 16, 16) for name in ("first.weight", "second.weight", "stack")}
+    context = PassContext.of(program, batches=lambda: [[x[:, :5]], [x[:, 5:]]], sites=sites)
     report = quantize_sequentially(program, Quantize("int8", None, lm_head=None), context, PassReport(""), choose)
-    assert report.done == ["first.weight", "second.weight", "stack"]
+    assert report.done == list(sites)
     assert report.notes == [
         "singular Hessian, rounded to nearest: first.weight, second.weight, stack[0], stack[1], stack[2]"
     ]
@@ -164,6 +165,12 @@ def test_hessians_are_those_of_the_input_and_fallbacks_are_named():
     assert torch.equal(both, torch.cat([model.first.weight, model.second.weight]))  # one Hessian for siblings
     rows = x.flatten(0, 1).double()
     assert torch.allclose(hessian, rows.t() @ rows, rtol=1e-5)
+    exact = both.double() @ rows.t()
+    error = (both - quantize_tensor(both, Format("int8")).dequantize()).double() @ rows.t()
+    expected = float(error.square().sum() / exact.square().sum())
+    for name in ("first.weight", "second.weight"):
+        assert sites[name].output_error == pytest.approx((expected, expected), rel=1e-3)
+    assert sites["stack"].output_error is not None and 0 < sites["stack"].output_error[1] < 0.01
     first, second = (
         quantize_tensor(layer.weight, Format("int8")).dequantize() for layer in (model.first, model.second)
     )

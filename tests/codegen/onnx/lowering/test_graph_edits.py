@@ -41,6 +41,21 @@ def test_constant_nodes_read_initializers_only():
     assert [node.outputs[0].name for node in constant_nodes(model.graph)] == ["scale"]
 
 
+def test_what_reads_constant_nodes_only_is_constant_too():
+    text = SCALED.replace("doubled =", "more = Mul (scale, a)\n        doubled =").replace(
+        "doubled, scale", "doubled, more"
+    )
+    model = graph_of(text, a=np.float32([2, 3]), b=np.float32([5, 5]))
+    assert [node.outputs[0].name for node in constant_nodes(model.graph)] == ["scale", "more"]
+
+
+def test_what_the_graph_gives_out_counts_as_read():
+    model = scaled()
+    model.graph.outputs.append(model.graph.initializers["unread"])
+    clean_up(model)
+    assert "unread" in model.graph.initializers
+
+
 def test_two_graphs_of_the_same_values_are_branches_of_one():
     """The second computes something else from the same input and the same constants."""
     model, other = scaled(), scaled()

@@ -84,6 +84,52 @@ def test_the_copy_for_inexact_processors_takes_the_other_branch():
     assert np.array_equal(run(copy, x)[0], x @ weight.astype(np.float32))
 
 
+def test_the_processor_is_asked_for_the_true_sum():
+    """Whatever the processor at hand gives: a file that expects another sum would take the slower branch everywhere."""
+    lowered = lower(int8_linear(np.random.default_rng(0))[0], "prefill")
+    (asked,) = [node for node in lowered.graph if node.op_type == "MatMulInteger"]
+    (equal,) = asked.outputs[0].consumers()
+    codes, weight = (value.const_value.numpy().astype(np.int64) for value in asked.inputs)
+    assert equal.op_type == "Equal" and np.all(codes @ weight == int(equal.inputs[1].const_value.numpy()))
+    assert codes.min() == 255 and weight.min() == 127, "no larger sums of pairs"
+
+
+@pytest.mark.parametrize("contrib_ops", [True, False])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_symmetric_activations(per_row, contrib_ops):
+    """Rows of other sizes, and one whose largest value is negative, as the operator's own reference multiplies them."""
+    rng = np.random.default_rng(0)
+    codes, scale = rng.integers(-127, 128, (96, 24)), rng.uniform(0.5, 2, 24).astype(np.float32)
+    text = f"""
+        model (float[m, 96] x, {"int8" if contrib_ops else "uint8"}[96, 24] w, float[24] s) => (float[m, 24] y) {{
+            y = qcompile.Int8Linear <per_row = {int(per_row)}> (x, w, s)
+        }}"""
+    weight = dict(w=in_file(codes, contrib_ops), s=scale)
+    lowered = lower(graph_of(text, **weight), "prefill", contrib_ops=contrib_ops)
+    x = rng.normal(size=(5, 96)).astype(np.float32) * np.array([1, 0.01, 30, 3, 1], np.float32)[:, None]
+    x[3, 5], x[4] = -40.0, -np.abs(x[4])
+    for part in (x, x[1:2], x[3:4], x[4:5]):
+        tensors = (torch.from_numpy(t) for t in (part, *weight.values()))
+        want = torch.ops.qcompile_onnx.int8_linear(*tensors, None, None, per_row).numpy()
+        assert np.allclose(run(lowered, part)[0], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("contrib_ops", [True, False])
+def test_halves_are_rounded_before_the_zero_point_is_added(contrib_ops):
+    """To even: round(0.5) + 3 is 3, and round(0.5 + 3) is 4."""
+    weight = np.ones((96, 24), np.int64)
+    text = f"""
+        model (float[m, 96] x, {"int8" if contrib_ops else "uint8"}[96, 24] w, float[24] s, float[24] sums)
+            => (float[m, 24] y) {{
+            y = qcompile.Int8Linear <per_row = 1> (x, w, s, sums)
+        }}"""
+    parts = dict(s=np.ones(24, np.float32), sums=np.full(24, 96, np.float32))
+    lowered = lower(graph_of(text, w=in_file(weight, contrib_ops), **parts), "prefill", contrib_ops=contrib_ops)
+    x = np.full((1, 96), 0.5, np.float32)
+    x[0, 0], x[0, 1] = -3, 252  # a scale of one, a zero point of three
+    assert np.allclose(run(lowered, x)[0], 249, atol=1e-3)
+
+
 @pytest.mark.parametrize("contrib_ops", [True, False])
 @pytest.mark.parametrize("per_row", [True, False])
 def test_activations_with_zero_points(per_row, contrib_ops):

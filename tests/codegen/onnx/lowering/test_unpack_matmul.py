@@ -9,6 +9,7 @@ import pytest
 from onnx_nodes import graph_of, open_session, operators, operators_of, run
 
 from qcompile.codegen.onnx.lowering.lower_graph import lower, lower_by_tokens
+from qcompile.codegen.onnx.lowering.unpack_matmul import _sizes
 
 K, N, BLOCK = 80, 24, 32  # three blocks, the last one ragged, and zero points for four
 BY_CHANNEL = "first, second = Split <axis = -1> (whole, uneven)"
@@ -85,6 +86,23 @@ STAYS = {
     "rows are split": dict(split="first, second = Split <axis = 1, num_outputs = 2> (whole)"),
     "a bias is added": dict(split=BY_CHANNEL, bias="bias"),
 }
+
+
+def test_what_is_an_output_of_the_graph_stays_one_matmul():
+    rng = np.random.default_rng(0)
+    model, weight = packed_matmul(rng, BY_CHANNEL)
+    (split,) = [node for node in model.graph if node.op_type == "Split"]
+    model.graph.outputs.append(split.inputs[0])
+    lowered = lower(model, "prefill")
+    kinds, x = operators_of(lowered), integers(rng, 6)
+    assert kinds["Split"] == kinds["MatMulIntegerToFloat"] == 1
+    assert np.allclose(run(lowered, x)[2], x @ weight.T, rtol=1e-6, atol=1e-3)
+
+
+def test_sizes_of_a_split_that_does_not_divide():
+    """As ONNX says: all alike but the last, which is smaller."""
+    split = ir.node("Split", [ir.val("x")], {"num_outputs": 5}, num_outputs=5)
+    assert _sizes(split, 24) == [5, 5, 5, 5, 4] and _sizes(split, 25) == [5] * 5
 
 
 @pytest.mark.parametrize("why", STAYS)

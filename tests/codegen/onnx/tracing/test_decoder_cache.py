@@ -24,6 +24,7 @@ def test_keys_and_values_of_a_decoder():
         (lambda: build("bert"), "returns no keys and values"),
         (lambda: build("mamba"), "returns no keys and values"),
         (lambda: build("lfm2"), r"is a hybrid: .* recurrence in layer 0 \(LinearAttentionLayer\)"),
+        (lambda: build("falcon_h1"), r"is a hybrid: .* recurrence in layer 0 \(LinearAttentionAndFullAttentionLayer\)"),
     ],
 )
 def test_what_has_no_such_cache_is_refused_before_it_is_quantized(model, reason, tmp_path):

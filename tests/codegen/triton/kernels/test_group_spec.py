@@ -62,7 +62,8 @@ def test_the_main_loop_of_every_tile(template, least, architecture):
     for name in names:
         cost, loop = cost_of(architecture, name)
         assert not cost["spilled"] and cost["mma"]
-        if "ragged" not in name and "tcgen05" not in cost["mma"]:  # which takes weights through memory
+        other_loop = "tcgen05" in cost["mma"] and "low_rank=32" in name  # of which Triton makes another one on sm_100
+        if "ragged" not in name and not other_loop:
             assert not loop.by_kind.get("permute", 0)
             assert not loop.waited_loads or "act=group" in name  # of x, whose scales lie in the caches
         if architecture == 90:
@@ -72,5 +73,6 @@ def test_the_main_loop_of_every_tile(template, least, architecture):
 def test_a_small_tile_moves_more_than_the_memory_gives():
     """26 bytes of packed weights a cycle and multiprocessor are 6 TB/s of an H100."""
     for name in ("gemm_group/bf16", "gemm_group/bf16/zero", "gemm_group/bf16/zero/act=group", "gemm_fp4_fp8/bf16"):
-        _, loop = cost_of(90, f"{name} 16x128 4 warps 4 stages")
-        assert 128 * 128 / 2 / loop.issue >= 26
+        for architecture in (90, 100):
+            _, loop = cost_of(architecture, f"{name} 16x128 4 warps 4 stages")
+            assert 128 * 128 / 2 / loop.issue >= 26

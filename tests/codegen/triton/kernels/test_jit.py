@@ -39,6 +39,7 @@ def test_the_jit_compiles_every_launch_for_the_sizes_that_it_specializes(archite
     assert by_name["gemm_a8"] == 18 * (1 if architecture < 89 else 2) and by_name["sum_k"] > 3
     fp8 = architecture >= 89
     assert (by_name["gemm_group"], by_name["gemm_fp4_fp8"], by_name["gemm_experts"]) == (20, 10 * fp8, 40)
+    assert (by_name["gemm_experts_a8"], by_name["gemm_experts_w4a8"]) == (10 + 10 * fp8, 10)
     one_row = [signature["M"] for name, _, _, signature in launches if name == "gemm_w"]
     assert one_row.count("constexpr") == 6 and one_row.count("i32") == 24
     assert all(min(grid) >= 1 for _, grid, _, _ in launches)

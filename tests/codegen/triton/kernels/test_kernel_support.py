@@ -7,9 +7,11 @@ import torch
 
 from qcompile.codegen.triton.kernels.kernel_support import (
     codes_of,
+    experts_operator_for,
     has_format,
     operator_for,
     row_quant_codes,
+    why_no_experts_kernel,
     why_no_kernel,
 )
 from qcompile.numerics.format import Format
@@ -51,6 +53,27 @@ from qcompile.numerics.format import Format
 def test_operators(form, act, capability, operator):
     assert operator_for(Format.parse(form), act, torch.bfloat16, capability) == operator
     assert operator_for(Format.parse(form), act, torch.float32, capability) is None
+
+
+@pytest.mark.parametrize(
+    "form,act,columns,operator,why",
+    [
+        ("int4/group128/zero", "", 100, "experts_w", ""),
+        ("int8/row", "int8/row", 64, "experts_a8", ""),
+        ("fp8/row", "fp8/row", 64, "experts_a8", ""),
+        ("int4/group16/zero/dual", "int8/row", 64, "experts_a8", ""),
+        ("int4/group64/zero/dual", "int8/row", 64, "experts_w4a8", ""),
+        ("int4/row", "int4/row", 64, "experts_w4a8", ""),
+        ("int8/row", "int8/row", 100, None, "K = 100 is no multiple of 16"),
+        ("int8/row", "int8/tensor", 64, None, "no kernel for stacks of int8/row weights by int8/tensor x"),
+        ("int4/group64", "int8/row", 64, None, "no kernel for stacks of int4/group64 weights by int8/row x"),
+        ("fp8/row", "", 64, None, "no kernel for fp8/row weights by float x"),
+    ],
+)
+def test_operators_of_experts(form, act, columns, operator, why):
+    arguments = Format.parse(form), act, torch.bfloat16, columns, (9, 0)
+    assert experts_operator_for(*arguments) == operator
+    assert operator or why_no_experts_kernel(*arguments) == why
 
 
 def test_two_level_scales_are_multiplied_as_int8():

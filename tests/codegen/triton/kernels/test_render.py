@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qcompile.codegen.triton.kernels.attention_spec import KVDecode, KVMerge, KVRead, KVWrite
-from qcompile.codegen.triton.kernels.experts_spec import GemmExperts
+from qcompile.codegen.triton.kernels.experts_spec import GemmExperts, GemmExpertsA8, GemmExpertsW4A8, SumExperts
 from qcompile.codegen.triton.kernels.group_spec import GemmFp4Fp8, GemmGroup
 from qcompile.codegen.triton.kernels.parse_spec import parse
 from qcompile.codegen.triton.kernels.render import padded, render
@@ -30,6 +30,12 @@ SPECS = [
     GemmW4A8("bf16", group=0, act="tensor", residual=True, low_rank=8),
     GemmExperts("bf16", zero="int", paired=True, gather=True),
     GemmExperts("fp16", group=0, bits=8, chunk=64, zero="int", ragged=True),
+    GemmExpertsA8("bf16", codes="fp8", gather=True),
+    GemmExpertsA8("fp16", ragged=True, parts=True),
+    SumExperts("bf16", gather=True),
+    SumExperts("fp16", codes="fp8"),
+    GemmExpertsW4A8("bf16", gather=True),
+    GemmExpertsW4A8("fp16", group=0, ragged=True),
     GemmGroup("bf16", zero=True, act="group", bias=True),
     GemmGroup("fp16", group=32, chunk=32, act="group", ragged=True, parts=True, low_rank=8),
     GemmGroup("bf16", group=256, act="tensor", residual=True),

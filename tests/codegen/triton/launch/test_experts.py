@@ -74,7 +74,7 @@ def test_every_row_is_multiplied_once_by_its_own_expert(counts, behind):
 def test_a_grid_holds_every_tile():
     """However rows are spread over the experts, and whatever is behind the last one."""
     for rows, experts in ((1, 8), (2, 8), (16, 1), (100, 4), (4096, 8), (40, 128)):
-        call = plan_experts(Gpu(), GemmExperts(), ExpertSizes(rows, rows, experts, 256, 512))
+        call = plan_experts(Gpu(), GemmExperts(), ExpertSizes(rows, rows, experts, 256, 512)).gemm
         block = call.launch.block_m
         for counts in ([rows], [0] * (experts - 1) + [rows], [rows // experts] * experts, [1] * min(rows, experts)):
             parts = [*counts, rows - sum(counts)]
@@ -84,8 +84,29 @@ def test_a_grid_holds_every_tile():
 
 def test_tiles_are_for_the_rows_of_an_expert():
     sizes = [(16, 8), (8 * 33, 8), (8 * 1000, 8)]
-    launches = [plan_experts(Gpu(), GemmExperts(), ExpertSizes(s, s, e, 256, 512)).launch for s, e in sizes]
+    launches = [plan_experts(Gpu(), GemmExperts(), ExpertSizes(s, s, e, 256, 512)).gemm.launch for s, e in sizes]
     assert [launch.block_m for launch in launches] == [16, 64, 128]
+
+
+def test_a_decoded_token_gives_work_to_the_whole_gpu():
+    """Two rows of two experts: 64 tiles of 4096 channels for 132 multiprocessors. A prompt needs no parts."""
+    token = plan_experts(Gpu(), GemmExperts(), ExpertSizes(2, 1, 8, 4096, 14336))
+    assert token.split_k > 1 and token.gemm.grid == (2, 32, token.split_k) and token.gemm.spec.parts
+    assert token.sum_k is not None and token.sum_dtype == torch.float32 and token.sum_k.grid == (2, 4, 1)
+    prompt = plan_experts(Gpu(), GemmExperts(), ExpertSizes(4096, 2048, 8, 4096, 14336))
+    assert prompt.split_k == 1 and prompt.sum_k is None and not prompt.gemm.spec.parts
+
+
+@pytest.mark.parametrize("form", ["int4/group64", "int8/row", "int4/row/zero", "int3/group64/zero"])
+@pytest.mark.parametrize("split_k", [2, 3, 100])
+def test_split_k(form, split_k):
+    weight, values = expert_stack(form, 4, 40, 520)
+    x = randn(9, 520, dtype=torch.float16)
+    rows, ends = torch.arange(30, device=DEVICE) % 9, ends_of([3, 0, 20, 1])  # six rows without an expert
+    want, size = (expert_product(a[rows], ends, b) for a, b in ((x, values), (x.abs(), values.abs())))
+    got = linear_experts(x, rows, ends, weight, split_k)
+    assert_close(got, want, size, torch.float16, 2**-10)
+    assert not got[24:].any() and torch.equal(got, linear_experts(x, rows, ends, weight, split_k))
 
 
 def test_nothing_to_multiply():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from qcompile.codegen.triton.kernels.experts_spec import GemmExpertsA8, GemmExpertsW4A8
 from qcompile.codegen.triton.kernels.spec import Gemm8, GemmW
 from qcompile.codegen.triton.kernels.training_spec import ChangeCodes
 from qcompile.codegen.triton.kernels.w4a8_spec import GemmW4A8
@@ -28,6 +29,13 @@ def test_wide_tiles_where_registers_allow():
         assert launch_of(spec, 2048, (8, 0)).block_n == 128 and launch_of(spec, 2048, (10, 0)).block_n <= 128
         assert launch_of(dataclasses.replace(spec, ragged=True), 2048).block_n == 128
     assert launch_of(GemmW(), 2048).block_n == launch_of(Gemm8(residual=True), 2048).block_n == 128
+
+
+def test_tiles_of_gathered_codes_have_few_rows_or_few_channels():
+    """Every gathered row has an address in registers."""
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        launches = [launch_of(spec, 2048, capability) for spec in (GemmExpertsA8(), GemmExpertsW4A8())]
+        assert [(launch.block_m, launch.block_n) for launch in launches] == [(128, 128), (64, 256)]
 
 
 def test_a_kernel_gets_the_constants_that_it_has():

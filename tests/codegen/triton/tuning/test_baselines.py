@@ -8,7 +8,7 @@ import types
 import torch
 from kernel_cases import DEVICE  # noqa: F401  also gives the interpreter a correct bfloat16
 
-from qcompile.codegen.triton.tuning.baselines import CODE_DTYPES, CUBLAS, WeightCopies, timed_linears
+from qcompile.codegen.triton.tuning.baselines import CODE_DTYPES, CUBLAS, WeightCopies, random_weight, timed_linears
 
 
 def test_gemlite_is_called_as_its_readme_says(monkeypatch):
@@ -42,3 +42,23 @@ def test_cublas_is_the_first_and_every_copy_is_a_tensor_of_its_own():
         copies = getattr(weights, kind)
         assert len({copy.data_ptr() for copy in copies}) == 3 and copies[0].dtype == dtype
         assert copies[0].shape == (32, 64) and copies is getattr(weights, kind)
+
+
+def test_values_are_those_of_a_generator_of_their_own():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again = (WeightCopies(128, 32, 2, torch.device("cpu")) for _ in range(2))
+    for make in (
+        lambda w: w.normal(4, 128),
+        lambda w: w.uniform(4, 2),
+        lambda w: w.integers(16, 32, 128),
+        lambda w: w.codes("int8", 32),
+        lambda w: random_weight(128, 32, w.device),
+        lambda w: w.int4[1].packed,
+        lambda w: w.dense[1],
+    ):
+        values = make(first)
+        assert torch.equal(values, make(again)) and values.float().std() > 0
+    assert int(first.integers(16, 1000).max()) == 15 and 0 <= float(first.uniform(99).min()) < 0.2
+    assert not torch.equal(first.dense[0], first.dense[1]), "copies of one weight"
+    assert torch.equal(torch.get_rng_state(), before)
