@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcompile.numerics import k_quants
 from qcompile.numerics.format import Format
 from qcompile.numerics.k_quants import check_k6_range
 from qcompile.numerics.k_scales import steps_and_offsets
@@ -130,3 +131,22 @@ def test_tiny_values_keep_a_positive_scale():
     q = quantize_tensor(torch.full((1, 256), 1e-7), K6, clip=True)
     assert float(q.scale[0, 0]) == 2.0**-24 and bool(torch.isfinite(q.dequantize()).all())
     assert float(quantize_tensor(torch.zeros(1, 256), K6, clip=True).dequantize().abs().max()) == 0
+
+
+def test_a_start_that_is_worse_than_nearest_is_dropped():
+    x = torch.randn(2, 1, 8, 32)
+    weight = torch.ones(1, 8, 32)
+    plain = k_quants._rounded(*k_quants._covering(x), K6)
+    far = plain._replace(d=plain.d * 1e-4, dmin=plain.dmin * 0, minimum=plain.minimum * 0)
+    found = k_quants._searched(x, weight, plain, far, K6)
+    error, nearest = (k_quants._block_errors(x, weight, grid) for grid in (found, plain))
+    assert bool((error <= nearest).all())
+
+
+def test_a_line_has_no_offset_below_zero():
+    """Of values above zero the best line through all codes would have one; the best through zero is the answer."""
+    x = torch.rand(3, 2, 8, 32) + 1
+    weight, codes = torch.ones(2, 8, 32), torch.randint(0, 16, x.shape).float()
+    step, offset = k_quants._line(*k_quants._sums(x, weight, codes))
+    assert torch.equal(offset, torch.zeros_like(offset))
+    assert torch.allclose(step, (x * codes).sum(-1) / codes.square().sum(-1))

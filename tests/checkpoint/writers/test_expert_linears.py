@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from zoo import build, example
 
 import qcompile
+from qcompile.api import export_model
 from qcompile.checkpoint.writers.compressed_tensors_layout import compressed_layout
 from qcompile.checkpoint.writers.expert_linears import quantized_stacks, served_linears, stack_columns
 from qcompile.checkpoint.writers.export_refusals import ExportError, quantized_linears
@@ -78,7 +79,7 @@ def test_stacks_of_their_own_format_name_every_expert(tmp_path):
     assert any("model.layers.1.block_sparse_moe.experts.3.w2" in paths for paths in targets)
 
 
-def test_columns_of_stacks_are_known_before_they_are_quantized():
+def test_columns_of_stacks_are_known_before_they_are_quantized(monkeypatch):
     model = build("mixtral")
     found = stack_columns(model)
     assert set(found) == set(quantized_stacks(quantized("mixtral")))
@@ -88,6 +89,7 @@ def test_columns_of_stacks_are_known_before_they_are_quantized():
         rules = (Rule("*experts*", weight=weight),)
         with pytest.raises(ExportError, match=words):
             qcompile.export(model, "never", recipe("int4/group32", rules=rules), progress=False)
+    monkeypatch.setattr(export_model, "quantize", lambda *_, **__: pytest.fail("work began"))
     with pytest.raises(ExportError, match="experts.*: a quantized stack of experts, which gptq cannot say. Fix: keep"):
         plain = recipe("int4/group32/bf16")
         qcompile.export(build("mixtral").bfloat16(), "never", plain, to="gptq", progress=False)
@@ -110,8 +112,16 @@ def test_columns_first_and_what_are_no_rows(monkeypatch):
     monkeypatch.setattr(core_model_loading, "revert_weight_conversion", split)
     found = served_linears(model, TARGET)
     assert torch.equal(found["e.1"].weight, stack()[1].t()), "the parameter is [E, K, N]"
-    monkeypatch.setattr(core_model_loading, "revert_weight_conversion", lambda m, s: dict(s))
-    with pytest.raises(
-        ExportError, match="w: a stack that checkpoints do not store as rows of it .w., which .*Fix: keep"
-    ):
-        served_linears(model, TARGET)
+    others = {
+        "w": lambda whole: whole,  # one tensor
+        "e.weight": lambda whole: whole[0],  # columns first
+        "mixed.weight": lambda whole: whole.permute(0, 2, 1).reshape(-1, 32).t().reshape(-1, 32),  # parts of other rows
+    }
+    for key, part in others.items():
+        monkeypatch.setattr(
+            core_model_loading, "revert_weight_conversion", lambda m, s, k=key, p=part: {k: p(next(iter(s.values())))}
+        )
+        with pytest.raises(
+            ExportError, match=f"w: a stack that checkpoints do not store as rows of it .{key}., which .*Fix: keep"
+        ):
+            served_linears(model, TARGET)

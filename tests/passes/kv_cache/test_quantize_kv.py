@@ -70,6 +70,10 @@ def test_scales_of_servers_are_of_a_layer_or_a_head_and_rounded_up_to_bfloat16()
         exact = torch.tensor(peaks) / 448
         assert torch.equal(found[:, 0], found[:, 0].bfloat16().float()) and bool((found[:, 0] >= exact).all())
         assert bool((found[:, 0] <= exact * (1 + 2**-7)).all())
+    many = torch.linspace(0.1, 9, 200)[:, None]
+    short = served_scale(many, None, "head").bfloat16()
+    below = (short.view(torch.int16) - 1).view(torch.bfloat16).float()
+    assert bool((short.float() >= many / 448).all()) and bool((below < many / 448).all()), "the least that is as large"
     powers = served_scale(torch.tensor([[448.0], [224.0]]), None, "head")
     assert powers.tolist() == [[1.0], [0.5]], "values of bfloat16 stay"
     assert served_scale(torch.tensor([[0.0, 0.0], [448.0, 0.0]]), None, "head").tolist() == [[1.0] * 2, [1.0] * 2]

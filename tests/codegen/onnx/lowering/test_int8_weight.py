@@ -30,6 +30,24 @@ def test_equal_codes_with_other_scales_are_two_int8_weights():
     assert not np.allclose(prefill[1], 2 * prefill[0], rtol=0.1)
 
 
+def test_the_ratio_of_two_scales_is_rounded():
+    """3 s / s is less than 3 for one s in fourteen."""
+    row = np.linspace(0.01, 0.1, 1000, dtype=np.float32)
+    row = row[np.float32(3) * row / row < 3][:16]
+    assert len(row) == 16
+    scales = np.repeat(np.float32(3) * row[:, None], 2, 1)
+    rng = np.random.default_rng(0)
+    q = rng.integers(0, 16, (16, 64))
+    text = """
+        model (float[m, 64] x) => (float[m, 16] y) {
+            y = qcompile.DualLinear <K = 64, N = 16, bits = 4, block_size = 32, per_row = 0> (x, codes, scales, , row)
+        }"""
+    codes = (q[:, ::2] | q[:, 1::2] << 4).astype(np.uint8).reshape(16, 2, 16)
+    x = rng.choice([-127.0, 127.0], (40, 64)).astype(np.float32)
+    (found,) = run(lower(graph_of(text, codes=codes, scales=scales, row=row), "prefill"), x)
+    assert np.allclose(found, x @ (3 * (q - 8)).T * row, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("zero_points", [True, False])
 @pytest.mark.parametrize("k", [64, 80])  # 80: three blocks of 32, the last one ragged, and zero points for four
 def test_the_largest_dual_weights(k, zero_points):
