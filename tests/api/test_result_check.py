@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import itertools
 import warnings
 
 import pytest
@@ -56,12 +56,14 @@ def test_a_model_without_a_graph_is_restored_where_it_does_more_than_call_its_mo
     assert torch.equal(model(x), before) and model.inner.down is down and not down._forward_hooks
 
 
-def test_a_model_without_a_graph_that_is_random_is_not_compared():
-    class Noisy(LooksAtItsModules):
-        def forward(self, x):
-            return super().forward(x) * random.random()
+def test_a_model_without_a_graph_whose_calls_differ_is_not_compared():
+    calls = itertools.count(1)
 
-    model = Branches(Noisy()).requires_grad_(False)
+    class Counts(LooksAtItsModules):
+        def forward(self, x):
+            return super().forward(x) * 2 ** next(calls)
+
+    model = Branches(Counts()).requires_grad_(False)
     qcompile.quantize(model, "int8", example=torch.randn(4, 32), progress=False)
     assert isinstance(model.inner.down, qcompile.QuantLinear)
 
@@ -98,15 +100,17 @@ def test_poor_agreement_without_a_graph_is_warned_of():
 
 
 def test_a_model_whose_calls_differ_is_not_compared():
-    class Noisy(nn.Module):
+    calls = itertools.count(1)
+
+    class Counts(nn.Module):
         def __init__(self):
             super().__init__()
             self.linear = nn.Linear(32, 32)
 
         def forward(self, x):
-            return self.linear(x) * (1 + 9 * random.random())
+            return self.linear(x) * 2 ** next(calls)
 
-    model = Noisy().requires_grad_(False)
+    model = Counts().requires_grad_(False)
     report = qcompile.quantize(model, "int8", example=torch.randn(4, 32), progress=False)
     assert isinstance(model.linear, qcompile.QuantLinear) and report.metrics["relative error of the output"] > 0.05
 
