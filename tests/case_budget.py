@@ -21,8 +21,8 @@ LISTED = Path(__file__).with_suffix(".txt")
 RUNS = ("check", "test")
 SLOW = 0.4
 """Seconds of a case, on average, from which `make check` leaves a function out."""
-MINUTES = 32
-"""Of processor time that the cases of `make test` take together: 16 minutes on two cores, beside style and types."""
+MINUTES = 60
+"""Of processor time that the cases of `make test` take together: half an hour on two cores, beside style and types."""
 
 
 def function_of(nodeid: str) -> str:
