@@ -73,11 +73,12 @@ class Workspace:
         if gone:
             raise CheckpointError(f"{gone[0]} is not there any more. Fix: restore it, and run again")
         files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.source]
-        dtype = next((str(p.dtype) for p in model.parameters() if p.ndim > 1), "")
+        dtype, device = next(((str(p.dtype), p.device.type) for p in model.parameters() if p.ndim > 1), ("", ""))
         run = {
             "recipe": json.dumps(recipe.to_json(), sort_keys=True),
             "model": f"{type(model).__name__} {json.dumps(files)}",
             "dtype": dtype,
+            "device": device,  # sums are in another order elsewhere
             "batches": f"{len(batches)} of {zlib.crc32(' '.join(sums).encode()):08x}",
             "versions": f"qcompile {VERSION}, torch {torch.__version__}",
         }

@@ -37,7 +37,7 @@ def begin(tmp_path):
 def test_a_run_is_described(begin, tmp_path):
     begin(resume=False)
     run = json.loads((tmp_path / "o.unfinished" / "run.json").read_text())
-    assert json.loads(run["recipe"]) == RECIPE.to_json() and run["dtype"] == "torch.float32"
+    assert json.loads(run["recipe"]) == RECIPE.to_json() and (run["dtype"], run["device"]) == ("torch.float32", "cpu")
     assert run["model"].startswith("Linear ") and "b.safetensors" in run["model"]
     assert run["batches"].startswith("2 of ") and torch.__version__ in run["versions"]
 
@@ -56,6 +56,7 @@ def test_the_same_run_goes_on(begin):
         ("recipe", {"recipe": Recipe("other", (Quantize(),))}),
         ("model", {"model": nn.Bilinear(4, 4, 4)}),
         ("dtype", {"model": nn.Linear(4, 4).bfloat16()}),
+        ("device", {"model": nn.Linear(4, 4, device="meta")}),
         ("batches", {"batches": BATCHES[:1]}),
         ("batches", {"batches": BATCHES[::-1]}),
         ("batches", {"batches": [[torch.arange(4)], [torch.arange(6) + 1]]}),

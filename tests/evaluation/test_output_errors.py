@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
+from contextlib import contextmanager
+from xml.etree import ElementTree
 
 import pytest
 
 from qcompile.evaluation import output_errors
+from qcompile.evaluation.plots import plot_file
 from qcompile.recipe.report import Report, SiteReport
 
 
@@ -14,21 +16,12 @@ def test_both_lines_are_drawn_over_the_sites_that_were_measured(tmp_path, monkey
     sites = [SiteReport(f"{i}.weight", 8, 8, output_error=(0.1 * (i + 1), 0.01 * (i + 1))) for i in range(3)]
     report = Report("my-recipe", [sites[0], SiteReport("logits.weight", 8, 8), *sites[1:]])
     drawn = []
-    real = output_errors.plot_file
 
-    def recorded(path, size):
-        context = real(path, size)
-
-        class Recorder:
-            def __enter__(self):
-                axes = context.__enter__()
-                drawn.append(axes)
-                return axes
-
-            def __exit__(self, *error):
-                return context.__exit__(*error)
-
-        return Recorder()
+    @contextmanager
+    def recorded(*args):
+        with plot_file(*args) as axes:
+            drawn.append(axes)
+            yield axes
 
     monkeypatch.setattr(output_errors, "plot_file", recorded)
     output_errors.plot(report, tmp_path / "errors.svg")
