@@ -2,6 +2,7 @@
 
     python benches/streamed_memory.py                compare both on a synthetic decoder of 8 layers
     python benches/streamed_memory.py --large        12 GB of weights, each process limited to 4 GB of address space
+    python benches/streamed_memory.py --processes 2  the time of two processes of torchrun against one of two threads
     .. --recipes w4a16                               only these
     .. --commit                                      write the rows to benches/results/streamed_memory.json
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ RECIPES = ["w4a16", "w4a16-gptq"]
 SIZES = {
     "8 layers of 2048": dict(hidden=2048, inner=5632, layers=8),
     "206 layers of 2048": dict(hidden=2048, inner=2048, layers=206),
+    "2 layers of 2048": dict(hidden=2048, inner=5632, layers=2),
     "tiny": dict(hidden=64, inner=64, layers=1),
 }
 BATCHES, TOKENS, VOCABULARY, LIMIT = 8, 256, 8192, 4_000_000_000
@@ -138,13 +141,19 @@ def same_bytes(first: Path, second: Path) -> bool:
     return all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
-def run(arguments: list[object], limit: int | None) -> dict[str, Any]:
-    """`one` in a process of its own."""
-    script = f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import streamed_memory as s; "
+def run(arguments: list[object], work: Path, limit: int | None = None, processes: int = 0) -> dict[str, Any]:
+    """`one` in a process of its own, or in several that torchrun starts, with as many threads in all."""
+    lines = [f"import sys, json, os; sys.path.insert(0, {str(Path(__file__).parent)!r}); import streamed_memory as s"]
     if limit is not None:
-        script += f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit})); "
-    script += f"print(json.dumps(s.one(*{arguments!r})))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        lines.append(f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))")
+    lines += [f"row = s.one(*{arguments!r})", "if os.environ.get('RANK', '0') == '0': print(json.dumps(row))"]
+    (work / "one.py").write_text("\n".join(lines))
+    start = [sys.executable]
+    environment = dict(os.environ)
+    if processes:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        environment["OMP_NUM_THREADS"] = str(max(1, int(versions()["threads"]) // processes))
+    done = subprocess.run([*start, str(work / "one.py")], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -154,14 +163,18 @@ def main() -> None:
     """Make the models, run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true", help="12 GB of weights under a limit of 4 GB")
+    parser.add_argument("--processes", type=int, default=0, help="compare this many processes with one")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, metavar="RECIPE")
     parser.add_argument("--commit", action="store_true", help=f"write {RESULTS.name}")
     options = parser.parse_args()
-    size = "206 layers of 2048" if options.large else "8 layers of 2048"
+    size = "206 layers of 2048" if options.large else "2 layers of 2048" if options.processes else "8 layers of 2048"
     table = Table(
         "model", "recipe", "way", "seconds", "peak MB", "bar MB", "of the process MB", "planned MB", "same bytes"
     )
     rows = []
+    variants = ["streamed"] if options.large else ["in memory", "streamed"]
+    if options.processes:
+        variants = ["streamed", f"{options.processes} processes"]
     with tempfile.TemporaryDirectory() as work:
         source, tiny = Path(work) / "model", Path(work) / "tiny"
         for name, folder in ((size, source), ("tiny", tiny)):
@@ -170,17 +183,18 @@ def main() -> None:
         weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         tell(f"{size}: {weights / 1e9:.2f} GB of weights")
         for recipe in options.recipes:
-            outs = {}
-            for streamed in (True,) if options.large else (False, True):
-                out = outs[streamed] = Path(work) / f"{recipe}-{streamed}"
-                limit = LIMIT if options.large else None
-                row = run([str(source), str(out), recipe, streamed, str(tiny)], limit)
-                equal = same_bytes(outs[False], outs[True]) if streamed and not options.large else None
+            outs: list[Path] = []
+            for way in variants:
+                outs.append(Path(work) / f"{recipe}-{len(outs)}")
+                limit, streamed = LIMIT if options.large else None, way != "in memory"
+                processes = options.processes if way.endswith("processes") else 0
+                row = run([str(source), str(outs[-1]), recipe, streamed, str(tiny)], Path(work), limit, processes)
+                equal = same_bytes(*outs) if len(outs) == 2 else None
                 row |= {"model": size, "weights": weights, "recipe": recipe, "streamed": streamed, "same_bytes": equal}
+                row |= {"processes": max(1, processes)}
                 row |= {"bar": bar(size, recipe), "limit": limit, "isa": versions()["isa"]}
                 rows.append(row)
                 cells = [f"{row[key] / 1e6:.0f}" if row[key] else "" for key in ("peak", "bar", "process", "planned")]
-                way = "streamed" if streamed else "in memory"
                 table.add_row(recipe, way, f"{row['seconds']:.0f}", *cells, "" if equal is None else str(equal))
     print_table(table)
     if options.commit:

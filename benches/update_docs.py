@@ -91,11 +91,12 @@ def streamed(_: str) -> str:
     for r in rows_of("streamed_memory"):
         way = "in parts" if r["streamed"] else "in memory"
         way += f", at most {r['limit'] / 1e9:.0f} GB of addresses" if r["limit"] else ""
+        way += f", {r['processes']} processes" if r.get("processes", 1) > 1 else ""
         planned = f"{r['planned'] / 1e6:.0f}" if r["planned"] else ""
         cells = " | ".join(f"{r[key] / 1e6:.0f}" for key in ("peak", "bar", "process"))
         lines.append(
             f"| {r['model']} | {r['weights'] / 1e9:.2f} | `{r['recipe']}` | {way} | {cells} | {planned} "
-            f"| {r['seconds']:.0f} |"
+            f"| {'' if r['seconds'] is None else round(r['seconds'])} |"
         )
     return "\n".join(lines)
 

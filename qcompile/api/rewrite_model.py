@@ -9,6 +9,7 @@ happens (an error, Ctrl-C).
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def rewrite_model(
     Raises:
         ValueError: see `quantize`; the model is then unchanged.
     """
+    started = time.perf_counter()
     recipe.check()
     check_data(recipe, batches is not None)
     data = None if batches is None else read_batches(batches)
@@ -105,7 +107,7 @@ def rewrite_model(
     report.passes += traced.dropped
     report.sites += traced.unreached
     report.passes += [calls.skipped] if calls.skipped is not None else []
-    report.peak_bytes = peak_resident_bytes()
+    report.peak_bytes, report.seconds = peak_resident_bytes(), time.perf_counter() - started
     return report, calls.recipe
 
 

@@ -61,6 +61,7 @@ def time_models(
     new: int = 16,
     rounds: int = 5,
     another_round: Callable[[float], bool] = lambda seconds: True,
+    another_model: Callable[[str, float], bool] = lambda name, seconds: True,
     progress: bool = True,
 ) -> dict[str, ModelSpeed]:
     """Prefill a prompt and decode tokens greedily with each model, interleaved.
@@ -73,6 +74,8 @@ def time_models(
         rounds: counted rounds, at most.
         another_round: whether there is time for one more round, given the seconds of the last; the first is counted
             anyway.
+        another_model: whether there is time to compile one more model, given its name and the most seconds that one
+            took so far, 0 for the first. A model that is skipped is not in the result.
         progress: show a bar.
 
     Raises:
@@ -84,8 +87,11 @@ def time_models(
         if run > 1 and not another_round(seconds):
             break
         start = time.perf_counter()
-        for name, model in models.items():
-            prefill, decode = time_text(model, ids, new)
+        for name in list(speeds):
+            if not run and not another_model(name, max(speed.first for speed in speeds.values())):
+                del speeds[name]
+                continue
+            prefill, decode = time_text(models[name], ids, new)
             if run:
                 speeds[name].prefill.append(prefill)
                 speeds[name].decode += decode

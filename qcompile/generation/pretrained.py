@@ -18,6 +18,7 @@ from torch import nn
 from qcompile.checkpoint.folder_meta import META
 from qcompile.checkpoint.save_load import load
 from qcompile.checkpoint.stored_files import safetensors_of, stored_tensors
+from qcompile.generation.gguf_reads import parsed_once
 from qcompile.generation.model_files import check_files, check_gguf, check_sizes
 from qcompile.generation.model_name import ModelNotFound as ModelNotFound
 from qcompile.generation.model_name import require_model
@@ -102,7 +103,8 @@ def load_pretrained(
         transformers = _transformers()
         with _as_not_found(str(path)):
             check_gguf(path)
-        return _from_pretrained(lambda _: transformers.AutoModelForCausalLM, str(path.parent), dtype, path.name)
+        with parsed_once():
+            return _from_pretrained(lambda _: transformers.AutoModelForCausalLM, str(path.parent), dtype, path.name)
     transformers = _transformers()
     require_model(name)
     if (path / META).is_file():

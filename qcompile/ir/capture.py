@@ -37,7 +37,7 @@ _LOGS = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor
 
 def capture(
     module: nn.Module,
-    args: Sequence[Any] = (),
+    args: Sequence[Any] | Mapping[str, Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic: bool = True,
@@ -51,7 +51,7 @@ def capture(
 
     Args:
         module: the model, in evaluation mode.
-        args: example inputs by position.
+        args: example inputs by position; one tensor, or a mapping of inputs by name, as a batch of `quantize`.
         kwargs: example inputs by name.
         dynamic: whether sizes stay symbolic.
 
@@ -62,7 +62,9 @@ def capture(
         CaptureError: the module does not run on this example, or breaks the graph; the text holds the line and the
             reason.
     """
-    call = _uncached(CallTree.of(args, kwargs or {}, module))
+    named = {**args, **(kwargs or {})} if isinstance(args, Mapping) else kwargs or {}
+    positional: Sequence[Any] = () if isinstance(args, Mapping) else (args,) if isinstance(args, Tensor) else args
+    call = _uncached(CallTree.of(positional, named, module))
     tensors = [tensor.detach() for tensor in call.tensors.values()]
     auto = torch.export.Dim.AUTO
     shapes = tuple({d: auto for d in range(min(t.ndim, 2))} if dynamic else None for t in tensors)

@@ -186,7 +186,7 @@ class Report:
         passes: every pass that ran and was not undone.
         certificates: the check of each exact pass.
         breaks: where the frontend had to split the model.
-        seconds: the time of the run.
+        seconds: of the whole call, capture and comparison with the float model included.
         peak_bytes: the largest memory of the process; 0 where it was not measured.
         metrics: what was measured of the result (perplexity, KL divergence, error of an export).
     """

@@ -143,6 +143,16 @@ class QGaLoreAdamW8bit(torch.optim.Optimizer):
                 "other places. Fix: qcompile.optim.fold_after(torch.optim.AdamW(..)), or DistributedDataParallel"
             )
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any optimizer; before the first step it frees the low-rank parameters too.
+
+        A compiled model that saw them whole at the first step would be compiled once more at the second.
+        """
+        super().zero_grad(set_to_none)
+        if not _is_distributed():  # DistributedDataParallel may yet be made, and writes to them
+            for module in modules_of(_parameters(self)).values():
+                module.free_low()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
@@ -198,6 +208,10 @@ class QGaLoreAdamW8bit(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and name != "step":
                     self.state[parameter][name] = value.to(parameter.device).clone()
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _check_gradients(parameters: list[Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 from qcompile.api import export_onnx, quantize, verify_model
 from qcompile.calibration import text
 from qcompile.cli import demo
-from qcompile.cli.demo import INT4, RECIPES, ROUNDS, STAGES, Budget, run
+from qcompile.cli.demo import EAGER, INT4, RECIPES, ROUNDS, STAGES, Budget, run
 from qcompile.evaluation import perplexity, throughput
 from qcompile.evaluation.throughput import ModelSpeed, time_models
 from qcompile.generation import onnx_session, pretrained
@@ -106,13 +106,16 @@ def stubs(monkeypatch):
             sites = [SiteReport("a", 4, 4, weight="int8/row", bytes_before=64, bytes_after=16)]
             return clock.work(20 * slowness, Report(name, sites))
 
-        def timed(candidates, ids, *, rounds, another_round, **options):
-            count = 0
-            clock.work(60 * slowness)  # compiles
+        def timed(candidates, ids, *, rounds, another_round, another_model, **options):
+            count, compiled = 0, []
+            for name in candidates:
+                if another_model(name, 20 * slowness if INT4 in compiled else 0):
+                    compiled.append(name)
+                    clock.work(0 if name in ("float32", EAGER) else 20 * slowness)
             while count < rounds and (not count or another_round(6 * slowness)):
                 count += 1
                 clock.work(6 * slowness)
-            return {name: ModelSpeed(name, 512, [1.0] * count, [0.1] * count) for name in candidates}
+            return {name: ModelSpeed(name, 512, [1.0] * count, [0.1] * count) for name in compiled}
 
         session = SimpleNamespace(stream=lambda ids, new: iter([3, 4]))
         report = Report("float", metrics={"onnx relative error": 1e-6})
@@ -131,17 +134,24 @@ def stubs(monkeypatch):
     return use
 
 
-@pytest.mark.parametrize("slowness,windows,rounds", [(1, 2, ROUNDS), (2.5, 2, ROUNDS), (3.2, 2, 2), (30, 1, 1)])
-def test_a_slow_machine_drops_windows_and_rounds_and_no_row(slowness, windows, rounds, stubs, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "slowness,windows,rounds,left_out",
+    [(1, 2, ROUNDS, []), (2.5, 2, ROUNDS, []), (3.2, 2, 2, []), (4, 2, 1, ["int8"]), (30, 1, 1, ["bfloat16", "int8"])],
+)
+def test_a_slow_machine_drops_windows_rounds_and_models_to_compile(
+    slowness, windows, rounds, left_out, stubs, tmp_path, capsys
+):
     clock = Clock()
     ran = stubs(clock, slowness)
     found = run(tmp_path, Budget(STAGES, clock))
     assert ran["recipes"] == list(RECIPES) and set(found["perplexity"]) == {"float32", "bfloat16", *RECIPES}
-    assert set(found["tokens_per_second"]) == {"bfloat16", *RECIPES}
-    assert ran["windows"] == [1, *[windows] * 4] and set(found["rounds"].values()) == {rounds}
+    assert set(found["tokens_per_second"]) == {"float32", EAGER, "bfloat16", *RECIPES} - set(left_out)
+    assert ran["windows"] == ([1] * 4 if windows == 1 else [1, *[windows] * 4])
+    assert set(found["rounds"].values()) == {rounds}
     if slowness < 4:
         assert found["seconds"] <= sum(STAGES.values())
     out = capsys.readouterr().out
+    assert all((f"{name} is not timed" in out) == (name in left_out) for name in ("bfloat16", "int8"))
     assert "PyTorch and ONNX Runtime generate the same 2 tokens" in out and "stage speed: until 470 s" in out
     assert json.loads((tmp_path / "demo.json").read_text())["samples"] == {
         f"PyTorch, {INT4}": "The capital of France is [3, 4]",

@@ -50,6 +50,19 @@ def test_the_first_round_is_not_counted():
         assert len(found[name].prefill) == 2 and len(found[name].decode) == 6 and found[name].first > 0
 
 
+def test_a_model_for_which_there_is_no_time_is_left_out():
+    models, asked = {"a": Echo(), "b": Echo(), "c": Echo()}, []
+
+    def another(name, seconds):
+        asked.append((name, seconds))
+        return name != "b"
+
+    ids = torch.zeros(1, 5, dtype=torch.int64)
+    found = time_models(models, ids, new=1, rounds=1, another_model=another, progress=False)
+    assert list(found) == ["a", "c"] and not models["b"].calls and len(models["c"].calls) == 4
+    assert asked == [("a", 0), ("b", found["a"].first), ("c", found["a"].first)]
+
+
 @pytest.mark.parametrize("kind", [Echo, Renamed])
 def test_one_text(kind):
     model = kind()

@@ -42,6 +42,12 @@ def test_weights_are_the_models_own_tensors():
     assert all(weight.data_ptr() in tensors for weight in program.weights.values())
 
 
+@pytest.mark.parametrize("args", [torch.ones(3, 8), [torch.ones(3, 8)], {"input": torch.ones(3, 8)}])
+def test_an_example_may_be_any_batch_that_quantize_takes(args):
+    program = capture(nn.Linear(8, 6), args)
+    assert [tuple(node.meta["val"].shape[1:]) for node in program.inputs] == [(8,)]
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_sizes_stay_symbolic_where_they_may(dynamic):
     program = capture(nn.Linear(8, 6), (torch.randn(3, 5, 8),), dynamic=dynamic)

@@ -22,9 +22,11 @@ from q_galore_models import (
     weights,
 )  # fmt: skip
 from torch import nn
+from torch._dynamo.utils import counters
 
 from qcompile.ir import projected_gradient_op
 from qcompile.ir.projected_gradient_op import REFRESHES, STEP
+from qcompile.training import optim
 from qcompile.training.optim import QGaLoreAdamW8bit, fold_after
 
 DOUBLE = dict(dtype=torch.float64)
@@ -246,3 +248,32 @@ def test_a_step_with_nan_changes_no_weight_and_leaves_a_model_that_runs():
         optimizer.step()
     assert all(torch.equal(a, m.codes) for a, m in zip(before, low_rank_linears(model), strict=True))
     assert torch.isfinite(loss_of(model, data(1)))
+
+
+def test_a_compiled_model_is_compiled_once():
+    """The low-rank parameters have one layout from the first step on: else the second compiles all again."""
+    counters.clear()
+    torch._dynamo.reset()
+    model = net()
+    prepared(model)
+    optimizer, compiled = eight_bits(model), torch.compile(model, backend="aot_eager")
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(compiled, data(step)).backward()
+        optimizer.step()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not any(module.low.any() or any(module.low.stride()) for module in low_rank_linears(model))
+
+
+def test_with_a_process_group_parameters_stay_whole_until_the_first_step(monkeypatch):
+    """DistributedDataParallel, which may be made later, copies the first process's values into them."""
+    monkeypatch.setattr(optim, "_is_distributed", lambda: True)
+    model = net()
+    prepared(model)
+    optimizer = eight_bits(model)
+    optimizer.zero_grad()
+    assert all(all(module.low.stride()) for module in low_rank_linears(model))
+    loss_of(model, data(0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not any(any(module.low.stride()) for module in low_rank_linears(model))
