@@ -34,7 +34,8 @@ from qcompile.checkpoint.writers.gguf_template import GgufTemplate
 from qcompile.cli.output import print_table, tell
 from qcompile.evaluation.compare import rotated_copy
 from qcompile.evaluation.perplexity import perplexity
-from qcompile.generation.pretrained import embedded, load_pretrained
+from qcompile.generation.embedded_models import embedded
+from qcompile.generation.pretrained import load_pretrained
 from qcompile.memory.environment import versions
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.numerics.format import Format

@@ -24,6 +24,7 @@ from word_tokenizer import word_tokenizer
 import qcompile
 from qcompile.api.quantize_folder import quantize_folder
 from qcompile.checkpoint.stored_files import stored_tensors
+from qcompile.checkpoint.stored_gguf import stored_gguf
 from qcompile.generation import pretrained
 from qcompile.memory import spilled_weights
 from qcompile.passes.weights import sequential
@@ -75,6 +76,7 @@ def whole_blocks() -> list[torch.Tensor]:
 def store_all(monkeypatch: Any) -> None:
     """No tensor is too small to stay in its file."""
     monkeypatch.setattr(pretrained, "stored_tensors", functools.partial(stored_tensors, small=0))
+    monkeypatch.setattr(pretrained, "stored_gguf", functools.partial(stored_gguf, small=0))
     monkeypatch.setattr(spilled_weights, "SMALL", 0)
 
 
@@ -86,9 +88,11 @@ def streamed(source: Path, out: Path, recipe: str | Recipe, batches: Any = None,
     return content(out)
 
 
-def in_memory(source: Path, out: Path, recipe: str | Recipe, batches: Any = None) -> dict[str, bytes]:
+def in_memory(
+    source: Path, out: Path, recipe: str | Recipe, batches: Any = None, dtype: torch.dtype | None = None
+) -> dict[str, bytes]:
     """The same of a model that is loaded whole."""
-    model, tokenizer = pretrained.load_pretrained(str(source), None)
+    model, tokenizer = pretrained.load_pretrained(str(source), dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         qcompile.quantize(model, recipe, batches, progress=False)

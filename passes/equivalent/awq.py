@@ -28,6 +28,7 @@ from qcompile.analysis.sites import Site
 from qcompile.analysis.tied_weights import tied_obstacle
 from qcompile.calibration.hessian import hessian_of
 from qcompile.calibration.layerwise_run import LayerwiseRun
+from qcompile.calibration.ranks import Ranks
 from qcompile.ir.program import Program
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
@@ -106,8 +107,8 @@ def awq(program: Program, config: AWQ, context: PassContext) -> PassReport:
     """Search and fold a scale for every group of consumers whose input can take one, in place."""
     report = PassReport("AWQ")
     norms, sites = context.facts.norms, context.facts.sites
-    run = context.layerwise_run(program)
-    found: list[tuple[Consumers, Source, Tensor]] = []
+    run = context.layerwise_run(program, shared=True)
+    found: list[_Group] = []
     exponents: list[float] = []
     for consumers in context.track(context.facts.consumers, "AWQ"):
         label = consumers.sites[0].name
@@ -118,11 +119,17 @@ def awq(program: Program, config: AWQ, context: PassContext) -> PassReport:
             report.skip(label, excluded(source))
         else:
             run.advance(consumers.sites[0].node)
-            hessian, mean = hessian_of(run, consumers.sites[0]), _mean_absolute(run, consumers.sites[0])
-            exponent, scale = _search(program, consumers.sites, source, hessian, mean, config)
-            exponents.append(exponent)
-            found.append((consumers, source, scale))
-    for consumers, source, scale in found:  # after the run, which must compute the model before it was scaled
+            hessian = hessian_of(run, consumers.sites[0], context.ranks)
+            is_own = len(found) % context.ranks.count == context.ranks.rank
+            mean = _mean_absolute(run, consumers.sites[0], context.ranks)
+            found.append(_Group(consumers, source, mean, hessian if is_own else None))
+            del hessian
+            if len(found) % context.ranks.count == 0:
+                exponents += _searched(program, found[len(exponents) :], config, context.ranks)
+    exponents += _searched(program, found[len(exponents) :], config, context.ranks)
+    for group, exponent in zip(found, exponents, strict=True):  # after the run, which must compute what was not scaled
+        consumers, source = group.consumers, group.source
+        scale = _scale(group.mean, source, exponent)
         fold_scale(program, source, list(consumers.sites), scale)
         report.done.append(consumers.sites[0].name)
         report.changed |= changed_by(source, consumers)
@@ -132,14 +139,54 @@ def awq(program: Program, config: AWQ, context: PassContext) -> PassReport:
     return report
 
 
-def _mean_absolute(run: LayerwiseRun, site: Site) -> Tensor:
-    """mean |x| of a site's input over all tokens of all batches, float64 [K]."""
+@dataclass
+class _Group:
+    """Consumers of one input, before their scale is folded.
+
+    Attributes:
+        consumers: the sites.
+        source: what takes the scale.
+        mean: mean |x| of the input, float64 [K].
+        hessian: of the input, [K, K]; None when it was searched with, and on ranks that do not search.
+    """
+
+    consumers: Consumers
+    source: Source
+    mean: Tensor
+    hessian: Tensor | None
+
+
+def _searched(program: Program, groups: Sequence[_Group], config: AWQ, ranks: Ranks) -> list[float]:
+    """The exponents of groups, one at most for each rank, which search side by side and tell each other."""
+    exponents = torch.zeros(len(groups), dtype=torch.float64)
+    for place, group in enumerate(groups):
+        if group.hessian is not None:
+            exponents[place], _ = _search(
+                program, group.consumers.sites, group.source, group.hessian, group.mean, config
+            )
+            group.hessian = None
+    ranks.add(exponents)
+    found: list[float] = exponents.tolist()
+    return found
+
+
+def _mean_absolute(run: LayerwiseRun, site: Site, ranks: Ranks) -> Tensor:
+    """mean |x| of a site's input over all tokens of all batches of all ranks, float64 [K]."""
     sums, rows = torch.zeros(site.K, dtype=torch.float64), 0
     for values in run.rows_of(site.input):
         x = values.float()
         sums += x.abs().sum(0).cpu()
         rows += len(x)
-    return sums / rows
+    count = torch.tensor(rows, dtype=torch.float64)
+    for total in (sums, count):
+        ranks.add(total)
+    return sums / count
+
+
+def _scale(mean: Tensor, source: Source, exponent: float) -> Tensor:
+    """The scale [K] that an exponent gives, one for channels that share a row of the source."""
+    scale = awq_scale(mean, exponent)
+    return scale if source.site is None else shared_scale(scale, source.channels, source.site.N)[0]
 
 
 def _search(
@@ -148,8 +195,7 @@ def _search(
     """Try every exponent on some rows of each weight, then compare the best of them with 0 on all rows."""
 
     def scale_of(step: int) -> Tensor:
-        scale = awq_scale(mean, step / config.steps)
-        return scale if source.site is None else shared_scale(scale, source.channels, source.site.N)[0]
+        return _scale(mean, source, step / config.steps)
 
     def error(step: int, rows: int | None) -> float:
         total = 0.0

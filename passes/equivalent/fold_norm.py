@@ -12,7 +12,8 @@ Needs:  nothing.
 Skips:  streams that no rotation could take afterwards: a gain in a weight spreads the ranges of its columns, and only
         a rotation brings them together again. So either all norms of a stream are folded or none; what prevents it is
         named: norms whose output is read by something else than linears (post-norm residuals, routers of expert
-        stacks), norms whose gain is used elsewhere too, tied weights, values that enter or leave the graph.
+        stacks), norms whose gain is used elsewhere too, tied weights, values that enter or leave the graph, linears
+        that read the mean of a stream which LayerNorms subtract (a head without a last norm).
 """
 
 from __future__ import annotations
@@ -116,8 +117,26 @@ def _stream_obstacle(
         return Obstacle(layers[0].output.name, "a LayerNorm subtracts a mean that is not folded")
     if layers and len(layers) < len(stream.norms):
         return Obstacle(layers[0].output.name, "the stream holds RMSNorms too: its mean matters to them")
+    if layers and (obstacle := _mean_obstacle(stream)) is not None:
+        return obstacle
     tied = tied_obstacle((*stream.consumers, *stream.producers))
     return tied or tied_table_obstacle(program, stream.tables, sites)
+
+
+def _mean_obstacle(stream: ResidualStream) -> Obstacle | None:
+    """The first linear that reads the mean of the stream, which LayerNorms subtract, or None."""
+    produced = {site.node for site in stream.producers}
+    without_mean = {norm.output for norm in stream.norms}
+    for site in stream.consumers:
+        work = [site.input]
+        for value in work:  # grows by what the value is a sum or a view of
+            if value in without_mean:
+                continue
+            sources = [] if value in produced else [node for node in value.all_input_nodes if node in stream.values]
+            if not sources:
+                return Obstacle(site.node.name, "it reads the stream without a norm: the mean matters to it")
+            work += [source for source in sources if source not in work]
+    return None
 
 
 def _norm_obstacle(norm: Norm, sites: list[Site]) -> Obstacle | None:
@@ -174,6 +193,10 @@ def _center(program: Program, stream: ResidualStream, report: PassReport) -> Non
         return
     if len(layers) < len(stream.norms):
         report.skip(layers[0].output.name, "the stream holds RMSNorms too: its mean matters to them")
+        return
+    reader = _mean_obstacle(stream)
+    if reader is not None:
+        report.skip(f"mean of {layers[0].output.name}", reader.reason, reader.node)
         return
     tied = tied_obstacle(stream.producers) or tied_table_obstacle(program, stream.tables, find_sites(program))
     if tied is not None:

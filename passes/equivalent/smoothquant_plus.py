@@ -81,15 +81,17 @@ def smoothquant_plus(program: Program, config: SmoothQuantPlus, context: PassCon
     tokens = [mask.of(batch, number) for number, batch in enumerate(data, 1)]
     expected = [first_output(program, batch) for batch in data]
     coarse = dataclasses.replace(config, clip=False)
-    ranked = {
-        candidate: loss_of(program, coarse, context, candidate, data[:1], expected[:1], tokens[:1])
-        for candidate in context.track(candidates(config), "SmoothQuant+")
-    }
+    ranked = context.figures_of(
+        candidates(config),
+        lambda candidate: loss_of(program, coarse, context, candidate, data[:1], expected[:1], tokens[:1]),
+        "SmoothQuant+",
+    )
     finalists: list[SmoothQuant | None] = [None, *sorted(ranked, key=ranked.__getitem__)[:_FINALISTS]]
-    losses = {
-        candidate: loss_of(program, config, context, candidate, data, expected, tokens)
-        for candidate in context.track(finalists, "SmoothQuant+, the best")
-    }
+    losses = context.figures_of(
+        finalists,
+        lambda candidate: loss_of(program, config, context, candidate, data, expected, tokens),
+        "SmoothQuant+, the best",
+    )
     best = min(losses, key=losses.__getitem__)
     report = PassReport("SmoothQuantPlus")
     if best is not None:

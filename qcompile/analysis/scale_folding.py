@@ -72,7 +72,7 @@ class Consumers:
     Attributes:
         root: the value, [.., K].
         values: the root, and what casts and layouts of its other dimensions make of it.
-        sites: linear sites, which absorb a factor for each channel.
+        sites: linear sites, in graph order, which absorb a factor for each channel.
         other_consumers: nodes that are no linear sites and absorb none.
     """
 
@@ -86,7 +86,7 @@ def find_consumers(root: fx.Node, sites: list[Site]) -> Consumers:
     """Whatever reads a value, straight or through casts and layouts of its other dimensions."""
     width = root.meta["val"].shape[-1]
     by_node = {site.node: site for site in sites}
-    found: list[Site] = []
+    found: set[fx.Node] = set()
     other_consumers: list[fx.Node] = []
     work = [root]
     for value in work:
@@ -95,12 +95,13 @@ def find_consumers(root: fx.Node, sites: list[Site]) -> Consumers:
             if not reads_elements(user, value):
                 continue
             if site is not None and site.input is value and site.kind == "linear":
-                found.append(site)
+                found.add(user)
             elif is_cast(user) or (user.target in LAYOUT and keeps_last(user, width)):
                 work.append(user)
             else:
                 other_consumers.append(user)
-    return Consumers(root, tuple(work), tuple(found), tuple(other_consumers))
+    readers = tuple(site for node, site in by_node.items() if node in found)
+    return Consumers(root, tuple(work), readers, tuple(other_consumers))
 
 
 def groups_of_consumers(sites: list[Site]) -> list[Consumers]:

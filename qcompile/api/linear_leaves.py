@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qcompile.ir.call_tree import CallTree, tensors_of
 from qcompile.ir.capture import capture
 from qcompile.ir.in_place import storage_identity
+from qcompile.ir.linear_modules import modules_with_hooks
 from qcompile.ir.program import Program
 from qcompile.ir.trace_failure import CaptureError
 from qcompile.recipe.recipe import Recipe
@@ -148,7 +149,7 @@ class _Flow(TorchDispatchMode):
         self._widths: dict[nn.Module, int] = {}
         # Holds tensors, so that no memory is used for another one.
         self._origins: dict[int, tuple[Tensor, frozenset[nn.Module]]] = {}
-        self._modules = list(model.modules())
+        self._modules = modules_with_hooks(model)
         self._remove: list[Callable[[], None]] = []
 
     def __enter__(self) -> Any:

@@ -42,7 +42,7 @@ def quantize(
         model: any module; its class, `generate`, `state_dict` and device moves stay. Of a model wrapped by
             torch.compile, DataParallel or adapters the inner one is quantized. No parameter requires a gradient
             afterwards: `qa_lora` trains adapters, `requires_grad_` whatever you choose. Or a folder of transformers
-            with safetensors files, larger than memory perhaps: see `quantize_folder`.
+            with safetensors files, or a GGUF file, larger than memory perhaps: see `quantize_folder`.
         recipe: preset name (`qcompile recipes`), "auto" (see pipeline/advise.py), Recipe, plain data or path to a
             JSON file.
         batches: calibration data: dicts of keyword arguments, tuples of arguments, or tensors; arrays and lists of

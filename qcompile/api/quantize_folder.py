@@ -26,7 +26,7 @@ from qcompile.checkpoint.save_as_pretrained import give_save_pretrained
 from qcompile.checkpoint.save_load import save
 from qcompile.checkpoint.stored_files import safetensors_of
 from qcompile.checkpoint.tensor_file import DEFAULT_SHARD, size_in_bytes
-from qcompile.generation.pretrained import load_in_parts
+from qcompile.generation.pretrained import GGUF, load_in_parts
 from qcompile.memory.process import large_blocks_returned
 from qcompile.modules.generation_plan import with_own_prefix
 from qcompile.pipeline.find_recipe import find_recipe
@@ -56,7 +56,7 @@ def quantize_folder(
     """Quantize the model of a folder and write it to another one; the model is never whole in memory.
 
     Args:
-        source: a folder of transformers with safetensors files.
+        source: a folder of transformers with safetensors files, or a GGUF file.
         out: the folder to write; must not exist, or be empty. What is finished lies in `<out>.unfinished` meanwhile.
         recipe: as for `quantize`.
         batches: calibration data, as for `quantize`.
@@ -88,7 +88,7 @@ def quantize_folder(
     target = Path(out)
     workspace = Workspace(
         target.with_name(target.name + SUFFIX),
-        tuple(safetensors_of(Path(source))),
+        (Path(source),) if Path(source).suffix == GGUF else tuple(safetensors_of(Path(source))),
         resume,
         ranks,
         None if memory is None else size_in_bytes(memory, "memory"),

@@ -148,7 +148,7 @@ def load(name: str, dtype: str = "float32", *, any_class: bool = False, stream: 
         name: of the model.
         dtype: of the weights.
         any_class: also one that generates no text.
-        stream: leave the weights in the files of a folder; so it is where they do not fit in memory, and said.
+        stream: leave the weights in their files; so it is where they do not fit in memory, and said.
     """
     from qcompile.generation.pretrained import load_pretrained
 
@@ -163,7 +163,11 @@ def load(name: str, dtype: str = "float32", *, any_class: bool = False, stream: 
 
 
 def _bytes_of(name: str, dtype: str) -> int:
-    """What the weights of a folder of safetensors files take in memory; 0 of another model."""
+    """What the weights of safetensors files, or of a GGUF file, take in memory; 0 of another model."""
+    from qcompile.generation.model_files import check_gguf
+
+    if name.endswith(".gguf") and is_read_in_parts(name):
+        return check_gguf(Path(name)) * (2 if dtype == "bfloat16" else 4)
     files = list(Path(name).glob("*.safetensors")) if name and Path(name).is_dir() else []
     quantized = (Path(name) / "qcompile.json").exists()
     wider = 2 if dtype == "float32" and not quantized else 1  # most folders hold 16 bits a value
@@ -234,9 +238,18 @@ def cap_length(length: int, model: Any, tokenizer: Any, what: str = "windows") -
     return capped
 
 
-def is_float_folder(model: str) -> bool:
-    """Whether MODEL is a folder of a float model in safetensors files, which can be read in parts."""
+def is_read_in_parts(model: str) -> bool:
+    """Whether MODEL is a float model in safetensors files, or in a GGUF file whose tensors are read one at a time."""
+    from qcompile.checkpoint.stored_gguf import reads_in_parts
+    from qcompile.generation.model_files import DamagedFile, check_gguf
+
     folder = Path(model)
+    if folder.suffix == ".gguf":
+        try:
+            check_gguf(folder)
+        except DamagedFile:  # who loads it says what is wrong
+            return False
+        return reads_in_parts(folder)
     names = ("model.safetensors", "model.safetensors.index.json")
     return any((folder / name).is_file() for name in names) and not (folder / "qcompile.json").exists()
 

@@ -50,7 +50,7 @@ def export(
     """
     from qcompile.api.export_model import export as write
     from qcompile.api.export_model import target_of
-    from qcompile.generation.pretrained import embedded
+    from qcompile.generation.embedded_models import embedded
 
     target = target_of(to)
     if recipe is not None:

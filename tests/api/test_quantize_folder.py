@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from served_models import decoder, write_template
 from streamed_models import (
     content,
     finished_sites,
@@ -37,8 +38,9 @@ from qcompile.calibration.layerwise_run import LayerwiseRun
 from qcompile.checkpoint import stored_files
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.finished_folder import FinishedFolder
+from qcompile.generation import pretrained
 from qcompile.generation.model_name import ModelNotFound
-from qcompile.generation.pretrained import load_pretrained
+from qcompile.generation.pretrained import load_in_parts, load_pretrained
 from qcompile.memory import spilled_weights
 from qcompile.memory.stored_tensor import StoredTensor
 from qcompile.passes.weights import round_to_nearest, sequential
@@ -101,6 +103,32 @@ def test_a_folder_by_its_name(models, tmp_path):
         got, want = model(ids).logits, float_model(ids).logits
     assert 0 < float((got - want).norm() / want.norm()) < 0.05
     assert not any(isinstance(tensor, StoredTensor) for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "recipe, dtype", [("w4a16", None), ("w4a16-gptq", torch.bfloat16), ("w4a16-rotated", torch.float32)]
+)
+def test_a_gguf_file_is_read_in_parts(tmp_path, monkeypatch, recipe, dtype):
+    file = write_template(decoder(), tmp_path / "m.gguf")
+    monkeypatch.setattr(pretrained, "_tokenizer", lambda *_, **__: None)  # the file has none, and whole it needs one
+    got = streamed(file, tmp_path / "parts", recipe, token_batches(), dtype=dtype)
+    assert got == in_memory(file, tmp_path / "whole", recipe, token_batches(), dtype)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "parts", "whole"], "nothing else stays"
+    model, tokenizer = load_in_parts(file, dtype)
+    assert tokenizer is None and all(isinstance(weight.data, StoredTensor) for weight in model.parameters())
+
+
+def test_a_killed_run_on_a_gguf_file_goes_on(tmp_path, monkeypatch):
+    file, out = write_template(decoder(), tmp_path / "m.gguf"), tmp_path / "q"
+    want = streamed(file, tmp_path / "want", "w4a16-gptq", token_batches())
+    killed(monkeypatch, 2, file, out, "w4a16-gptq")
+    solved = solved_now(monkeypatch)
+    assert streamed(file, out, "w4a16-gptq", token_batches(), resume=True) == want
+    assert len(solved) == 2, "of four groups"
+    killed(monkeypatch, 2, file, tmp_path / "r", "w4a16-gptq")
+    write_template(decoder(seed=1), file)
+    with pytest.raises(CheckpointError, match="of another run: its model is "):
+        streamed(file, tmp_path / "r", "w4a16-gptq", token_batches(), resume=True)
 
 
 def test_the_log_comes_along(models, tmp_path):
@@ -258,8 +286,17 @@ def test_a_process_that_was_killed_goes_on(models, tmp_path):
 
 
 @SLOW
-@pytest.mark.parametrize("model, recipe", [("two layers", "w4a16-gptq"), ("plain", "w4a16"), ("mixture", "w4a16-gptq"),
-                                           ("plain", "int8-gptq")])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, recipe",
+    [
+        ("two layers", "w4a16-gptq"),
+        ("plain", "w4a16"),
+        ("mixture", "w4a16-gptq"),
+        ("plain", "int8-gptq"),
+        ("two layers", "w4a16-awq"),
+        ("plain", "w4a16-smooth"),
+    ],
+)
 def test_ranks_write_what_one_process_writes(models, tmp_path, model, recipe):
     want = streamed(models(model), tmp_path / "want", recipe, whole_blocks())
     command, environment = script(models(model), tmp_path / "q", recipe, ranks=2)

@@ -41,7 +41,7 @@ def test_flags_of_folders_in_parts_are_refused_elsewhere(folder, tmp_path, fail,
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     for model, out in (("embedded", "q"), (tmp_path / "bin", "q"), (tmp_path / "x.gguf", "q.gguf")):
         error = fail("quantize", model, tmp_path / out, "-r", "int8", *flags)
-        assert error == f"error: {name} goes with a folder of safetensors files, and {model} is none. Fix: drop it"
+        assert error == f"error: {name} goes with safetensors or GGUF files, and {model} is in none. Fix: drop it"
     assert "is no size" in fail("quantize", folder, tmp_path / "q", "-r", "int8", "--memory", "much")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "x.gguf"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -9,9 +10,12 @@ import gguf
 import pytest
 from served_models import decoder, ids, quantized, write_template
 
+from qcompile.checkpoint.stored_gguf import stored_gguf
+from qcompile.checkpoint.writers import gguf_template
 from qcompile.checkpoint.writers.gguf_file import write_gguf
 from qcompile.checkpoint.writers.gguf_template import GgufTemplate
 from qcompile.cli import quantize_gguf
+from qcompile.generation import pretrained
 from qcompile.passes import Fuse, Quantize
 from qcompile.recipe.recipe import Recipe
 
@@ -27,7 +31,8 @@ def loaded(monkeypatch):
     """Names of the models that were read; a file here has no tokenizer."""
     names = []
 
-    def load(name, dtype="float32"):
+    def load(name, dtype="float32", *, stream):
+        assert stream, "weights stay in the file"
         names.append(name)
         return decoder(), None
 
@@ -45,6 +50,26 @@ def test_a_file_is_quantized_into_a_file(floats, tmp_path, call, loaded):
     assert f"written: {tmp_path / 'out.gguf'}  (0." in out and "note: " not in out
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(str(tmp_path / "out.gguf")).tensors}
     assert (types["blk.0.ffn_down.weight"], types["blk.0.ffn_up.weight"]) == ("Q4_K", "Q4_1")
+
+
+def test_a_file_that_is_read_in_parts_becomes_the_same_file(floats, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(quantize_gguf, "calibration_batches", lambda *arguments: [ids()])
+    monkeypatch.setattr(pretrained, "_tokenizer", lambda *_, **__: None)  # the file has none
+    read, parts = [], functools.partial(stored_gguf, small=0)
+    monkeypatch.setattr(pretrained, "stored_gguf", lambda *given: read.append(given[0]) or parts(*given))
+    call("quantize", floats, tmp_path / "parts.gguf", "-r", "gguf-q4_k")
+    assert read == [floats]
+    monkeypatch.setattr(quantize_gguf, "is_read_in_parts", lambda name: False)
+    monkeypatch.setattr(gguf_template, "reads_in_parts", lambda path: False)
+    call("quantize", floats, tmp_path / "whole.gguf", "-r", "gguf-q4_k")
+    assert read == [floats] and (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_a_file_becomes_a_folder_in_parts(floats, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(pretrained, "_tokenizer", lambda *_, **__: None)
+    out = " ".join(call("quantize", floats, tmp_path / "q", "-r", "w8a16", "--memory", "4GB").split())
+    assert "needs about 0.80 GB of memory" in out and "8 of 8 sites" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q"]
 
 
 def test_a_file_that_is_quantized_already_is_named(floats, tmp_path, call, loaded):
@@ -78,9 +103,12 @@ def test_places_that_do_not_fit_are_refused(floats, tmp_path, fail, loaded):
     assert "there.gguf exists. Fix: choose another name, or remove it" in fail("quantize", floats, there)
     line = fail("quantize", "some/folder", tmp_path / "out.gguf", "-r", "gguf-q4_k")
     assert "is made after a GGUF file, and some/folder is none. Fix: name a folder to write, or qcompile export" in line
-    for flag, value in (("--dump", tmp_path / "d"), ("--device", "cuda"), ("--report", tmp_path / "r.html")):
+    files = [("--dump", tmp_path / "d"), ("--device", "cuda"), ("--report", tmp_path / "r.html")]
+    for flag, value in [*files, ("--memory", "1GB")]:
         line = fail("quantize", floats, tmp_path / "out.gguf", "-r", "gguf-q4_k", flag, value)
         assert f"{flag} {value} goes with a folder" in line
+    line = fail("quantize", floats, tmp_path / "out.gguf", "-r", "gguf-q4_k", "--resume")
+    assert "--resume goes with a folder" in line
     assert not loaded and [p.name for p in tmp_path.iterdir()] == ["there.gguf"]
 
 

@@ -29,7 +29,8 @@ from torch import Tensor
 
 import qcompile
 from qcompile.calibration.text import batches
-from qcompile.generation.pretrained import embedded, load_pretrained
+from qcompile.generation.embedded_models import embedded
+from qcompile.generation.pretrained import load_pretrained
 from qcompile.memory.environment import versions
 from qcompile.modules.quant_linear import QuantLinear
 from qcompile.pipeline.presets import PRESETS

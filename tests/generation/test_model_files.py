@@ -30,7 +30,7 @@ GOOD = [("n", 4, struct.pack("<I", 7)), ("s", 8, struct.pack("<Q", 2) + b"ab"), 
 
 def test_a_whole_header_passes(tmp_path):
     (tmp_path / "x.gguf").write_bytes(gguf(GOOD, [("w", (4, 8), 0), ("b", (), 32)]))
-    check_gguf(tmp_path / "x.gguf")
+    assert check_gguf(tmp_path / "x.gguf") == 4 * 8 + 1
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from zoo import build, example
 
 import qcompile
-from qcompile.generation.pretrained import ModelNotFound, embedded, embedded_encoder, load_encoder, load_pretrained
+from qcompile.generation.pretrained import ModelNotFound, load_encoder, load_pretrained
 from qcompile.modules.quant_linear import QuantLinear
 
 
@@ -55,12 +54,7 @@ def test_missing_models_are_named(tmp_path):
         load_pretrained(str(tmp_path / "empty"))
 
 
-def test_missing_packages_are_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelNotFound, match="embedded model is not installed. Fix:\n  pip install"):
-        embedded()
-    with pytest.raises(ModelNotFound, match="embedded encoder is not installed. Fix:\n  pip install"):
-        embedded_encoder()
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModelNotFound, match="needs transformers. Fix: pip install"):
         load_pretrained("somewhere")

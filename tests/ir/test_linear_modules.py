@@ -10,7 +10,7 @@ from torch.nn import functional
 from qcompile.analysis.conv_sites import find_conv_sites
 from qcompile.analysis.sites import find_sites
 from qcompile.ir.capture import capture, from_exported
-from qcompile.ir.linear_modules import find_linear_modules, recorded_calls
+from qcompile.ir.linear_modules import find_linear_modules, modules_with_hooks, recorded_calls
 from qcompile.ir.node_meta import MODULE, NO_MODULE
 
 K = 8
@@ -375,3 +375,12 @@ def test_a_convolution_with_a_transposed_weight_is_no_module():
     transposed = ChangedConv(lambda m, x, f: functional.conv1d(x, m.weight.transpose(0, 1), m.bias))
     assert "0.weight" not in conv_notes(nn.Sequential(transposed, nn.Conv1d(K, K, 1)))
     assert conv_notes(nn.Sequential(transposed, nn.Conv1d(K, K, 1)))["1.weight"] == "1"
+
+
+def test_scripted_modules_take_no_hooks():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(K, K)))
+    model = nn.Sequential(nn.Linear(K, K), scripted)
+    assert modules_with_hooks(model) == [model, model[0]]
+    with recorded_calls(model) as odd:
+        model(torch.randn(2, K))
+    assert odd == {}

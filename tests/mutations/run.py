@@ -81,8 +81,10 @@ def run_pytest(copy: Path, tests: tuple[str, ...], log: Path) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] in ("mutations", "qcompile")]:
         del sys.modules[name]
     imported = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"  # here, before the fork
-    fast = ("-x", "-q", "-p", "no:cacheprovider", "-n", "0", "-m", "not slow", "-W", imported)
-    os._exit(pytest.main([*fast, *tests]))
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-n", "0", "-W", imported]
+    if not all("::" in test for test in tests):  # of a whole file the fast ones; a test that is named runs, slow or not
+        options += ["-m", "not slow"]
+    os._exit(pytest.main([*options, *tests]))
 
 
 def exit_code(copy: Path, tests: tuple[str, ...]) -> int | None:

@@ -165,6 +165,20 @@ def test_no_values_are_no_codes(text, shape):
         assert part is None or part.shape == (*shape[:-1], groups)
 
 
+@pytest.mark.parametrize(
+    "values, count",
+    [
+        ((1.0, torch.nan, 2.0), 1),
+        ((torch.inf, 1.0, -2.0), 1),
+        ((3.0, -torch.inf, 1.0), 1),
+        ((torch.nan, -torch.inf, torch.inf), 3),
+    ],
+)
+def test_what_no_scale_can_cover_is_counted(values, count):
+    with pytest.raises(ValueError, match=f"{count} NaN or Inf of 6 values, which no scale can cover. Fix: repair"):
+        quantize_tensor(torch.tensor([[0.0, 5.0, 1.0], values]), Format("int8"))
+
+
 def test_float64_beyond_float32_is_refused():
     with pytest.raises(ValueError, match="1 NaN or Inf of 2"):
         quantize_tensor(torch.tensor([[1.0, 1e300]], dtype=torch.float64), Format("int8"))

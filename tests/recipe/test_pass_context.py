@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rank_threads import Kept, Together
 from torch import nn
 
+from qcompile.calibration import ranks as ranks_module
 from qcompile.calibration.statistics import CalibrationError
 from qcompile.ir.capture import capture
 from qcompile.recipe.pass_context import PassContext
@@ -70,3 +72,24 @@ def test_a_skipped_site_is_in_both_reports(program):
 def test_bars_change_no_items(program, progress):
     context = PassContext.of(program, progress=progress)
     assert list(context.track([1, 2, 3], "working")) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_ranks_share_the_figures_of_items_and_all_get_them(program, monkeypatch, count):
+    group, asked = Together(count), []
+    monkeypatch.setattr(ranks_module, "dist", group)
+
+    def body(ranks):
+        def number(item):
+            asked.append((ranks.rank, item))
+            return {"nan": torch.nan, "inf": torch.inf}.get(item, 0.1 * len(item))
+
+        context = PassContext.of(program, finished=Kept(ranks))
+        return context.figures_of(["a", "bb", "nan", "inf", "ccccc"], number, "loss")
+
+    for found in group.run(body):
+        assert list(found) == ["a", "bb", "nan", "inf", "ccccc"]
+        assert (found["a"], found["bb"], found["inf"], found["ccccc"]) == (0.1, 0.2, torch.inf, 0.5)
+        assert found["nan"] != found["nan"]
+    assert sorted(item for _, item in asked) == ["a", "bb", "ccccc", "inf", "nan"], "each once"
+    assert {rank for rank, _ in asked} == set(range(min(count, 5)))

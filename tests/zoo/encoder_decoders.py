@@ -85,7 +85,9 @@ ENCODER_DECODERS = {
     ),
     "switch_transformers": Architecture(
         lambda: tf.SwitchTransformersForConditionalGeneration(
-            tf.SwitchTransformersConfig(num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, **T5)
+            tf.SwitchTransformersConfig(
+                num_experts=4, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, **T5
+            )
         ),
         pair_of_ids,
         generates=True,

@@ -184,6 +184,20 @@ class TwoHeads(nn.Module):
         return {"logits": self.actor(x), "value": self.critic(x)}
 
 
+class Causal(nn.Module):
+    """Words through an encoder with norms in front, a mask and no last norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(norm_first=True, batch_first=True, **LAYER)
+        self.embedding, self.head = nn.Embedding(128, 64), nn.Linear(64, 128)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(input_ids.shape[1])
+        return self.head(self.encoder(self.embedding(input_ids), mask))
+
+
 def vector():
     return {"x": torch.randn(6, 48)}
 
@@ -203,6 +217,7 @@ PLAIN_TORCH = {
     "torch_encoder": Architecture(
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(batch_first=True, **LAYER), 2), sequence("src")
     ),
+    "torch_encoder_causal": Architecture(Causal, lambda: {"input_ids": torch.randint(0, 128, (2, 8))}),
     "torch_encoder_pre_norm": Architecture(
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(norm_first=True, activation="gelu", **LAYER), 2, nn.LayerNorm(64), False

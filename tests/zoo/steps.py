@@ -216,7 +216,9 @@ def generates(case: Case) -> float:
 def decodes(case: Case) -> float:
     """`compile_for_generate`: the tokens of one text, those of the quantized model up to ties."""
     torch._dynamo.reset()
-    given = {k: v[:1] if isinstance(v, Tensor) else v for k, v in case.inputs.items() if k != "decoder_input_ids"}
+    texts = len(next(v for v in case.inputs.values() if isinstance(v, Tensor)))
+    given = {k: v[: len(v) // texts] if isinstance(v, Tensor) else v for k, v in case.inputs.items()}
+    given.pop("decoder_input_ids", None)
     eager = written(case.int8, case, given)
     model = copy.deepcopy(case.int8)
     report = qcompile.compile_for_generate(model, on_slow_kernel="quantize")

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qcompile.checkpoint.gguf_reads import parsed_once
+from qcompile.checkpoint.stored_gguf import reads_in_parts, stored_gguf
 from qcompile.checkpoint.writers.export_refusals import ExportError, quantized_linears
 
 
@@ -56,8 +58,9 @@ class GgufTemplate:
             raise ExportError(f"{error}. Fix: pip install 'torch-qcompile[gguf]'") from error
         if not path.is_file():
             raise ExportError(f"the template {path} is no file. Fix: give a GGUF file of the same model")
-        model = _load(path)
-        self.reader = gguf.GGUFReader(str(path))
+        with parsed_once() as parsed:
+            model = _load(path)
+            self.reader = parsed(str(path))
         self.architecture = str(self.reader.fields["general.architecture"].contents())
         kind = next((k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture), None)
         count = self.reader.fields.get(f"{self.architecture}.block_count")
@@ -128,12 +131,19 @@ class GgufTemplate:
 
 
 def _load(path: Path) -> Any:
-    """The template as a float model of transformers."""
+    """The template as a float model of transformers, whose weights stay in the file where it is read in parts."""
     import transformers
 
+    cls, file = transformers.AutoModelForCausalLM, {"gguf_file": path.name}
     try:
-        cls = transformers.AutoModelForCausalLM
-        return cls.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+        if not reads_in_parts(path):
+            return cls.from_pretrained(str(path.parent), dtype=torch.float32, **file)
+        config = transformers.AutoConfig.from_pretrained(str(path.parent), **file)
+        with torch.device("meta"):
+            built = cls.from_config(config)
+        return type(built).from_pretrained(
+            None, config=config, state_dict=stored_gguf(path, built), dtype=torch.float32
+        )
     except Exception as error:  # whatever reading a foreign file runs into
         reason = " ".join(str(error).split())
         raise ExportError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,16 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import UsedTwice, rewrite, rewritten
 from padded_batches import decoder, padded, texts, unpadded
+from rank_threads import Kept, Together
 from torch import nn
 from zoo import build, example
 
 import qcompile
+from qcompile.calibration import ranks as ranks_module
+from qcompile.calibration.ranks import Ranks
 from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
 from qcompile.numerics.rounding import quantize_tensor
 from qcompile.passes import AWQ, GPTQ, Fuse, Quantize, Rotate, SmoothQuantPlus
-from qcompile.passes.equivalent.awq import _search, awq_scale, scaled_error
+from qcompile.passes.equivalent.awq import _search, awq, awq_scale, scaled_error
 from qcompile.pipeline.run import run
+from qcompile.recipe.pass_context import PassContext
 from qcompile.recipe.recipe import Recipe
 from qcompile.recipe.rule import Rule
 
@@ -208,3 +213,58 @@ def test_shared_rows_are_searched_with_one_scale():
     mean = torch.arange(1.0, 9.0) ** 2
     _, scale = _search(program, (SimpleNamespace(name="w"),), source, mean.diag(), mean, AWQ(SMALL, steps=4))
     assert torch.equal(scale, scale[4:].repeat(2))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_search_side_by_side_and_fold_the_same_scales(monkeypatch, count):
+    generator = torch.Generator().manual_seed(0)
+    batches = [[torch.randn(16, 16, 64, generator=generator)] for _ in range(6)]  # each is a block of tokens
+    parts = [part for _ in range(5) for part in (nn.Linear(64, 64), nn.ReLU())]
+    program = capture(nn.Sequential(*parts).requires_grad_(False), (batches[0][0],))
+    group, searched, module = Together(count), [], sys.modules[awq.__module__]
+
+    def scaled(ranks):
+        own = program.copy()
+        context = PassContext.of(own, batches=lambda: batches, finished=Kept(ranks))
+        report = awq(own, AWQ(FORM, steps=4), context)
+        return own.weights, report.done, report.notes
+
+    want, done, notes = scaled(Ranks())
+    assert len(done) == 4 and "exponents 0.00 to 0.00" not in notes
+
+    def counted(of, sites, *rest):
+        searched.append((group.place.rank, sites[0].name))
+        return _search(of, sites, *rest)
+
+    monkeypatch.setattr(ranks_module, "dist", group)
+    monkeypatch.setattr(module, "_search", counted)
+    for weights, names, said in group.run(scaled):
+        assert (names, said) == (done, notes)
+        assert [name for name, weight in weights.items() if not torch.equal(weight, want[name])] == []
+    assert sorted(name for _, name in searched) == sorted(done), "each once"
+    shares = [sum(rank == own for own, _ in searched) for rank in range(count)]
+    assert max(shares) - min(shares) <= 1
+
+
+class FirstTokenLate(nn.Module):
+    """The first token is cut before the second, and read after it and after what follows from that."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b, self.c = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        y = self.norm(x)
+        first, second = y[:, 0], y[:, 1]
+        late = self.c(torch.relu(self.b(second)))
+        return self.a(first) + late
+
+
+def test_readers_of_one_norm_need_not_follow_one_another():
+    model, batch = FirstTokenLate().eval(), torch.randn(8, 2, 32)
+    want = model(batch).detach()
+    recipe = Recipe("awq", (AWQ(weight=FORM), Quantize(FORM), Fuse()))
+    report = qcompile.quantize(model, recipe, [batch], progress=False)
+    awq_report = next(entry for entry in report.passes if entry.name == "AWQ")
+    assert awq_report.done == ["b.weight", "c.weight"] and awq_report.skipped == []
+    assert float((model(batch) - want).norm() / want.norm()) < 0.2

@@ -283,3 +283,35 @@ def test_what_something_outside_reads_is_not_centered(function):
     *_, (report,) = rewritten(model, OPEN, x=torch.randint(11, (2, 4)))
     assert not any("RMSNorm" in done for done in report.done)
     assert any("is tied" in place.reason or "weight too" in place.reason for place in report.skipped)
+
+
+def with_gains_of_one(read):
+    model = Streams(read, nn.LayerNorm)
+    for norm in model.norms:
+        nn.init.ones_(norm.weight)
+    return model
+
+
+@pytest.mark.parametrize("read", [
+    lambda m, x: m.head(x),
+    lambda m, x: m.head(m.norms[1](x) + m.extra(m.norms[1](x))),
+    lambda m, x: m.head(m.norms[1](x)) + m.extra(m.norms[1](x) + x * 2).sum(),
+], ids=["no norm", "a sum with a producer", "a sum with the stream"])  # fmt: skip
+def test_a_stream_whose_mean_a_linear_reads_is_not_centered(read):
+    ids = torch.randint(11, (2, 4))
+    before, after, (report,) = rewritten(with_gains_of_one(read), FoldNorm(), x=ids)
+    assert_equivalent(before, after, [ids])
+    assert not report.done and any("the mean matters to it" in place.reason for place in report.skipped), report
+
+
+def test_a_stream_whose_mean_a_linear_reads_keeps_its_gains():
+    *_, (report,) = rewritten(Streams(lambda m, x: m.head(x), nn.LayerNorm), FoldNorm(), x=torch.randint(11, (2, 4)))
+    assert not report.done and any(place.site.startswith("1 norms") for place in report.skipped), report
+
+
+def test_sums_and_views_of_what_layer_norms_give_have_no_mean():
+    ids = torch.randint(11, (2, 4))
+    model = with_gains_of_one(lambda m, x: m.head((m.norms[0](x) + m.norms[1](x)).flatten(0, 1) * 2))
+    before, after, (report,) = rewritten(model, FoldNorm(), x=ids)
+    assert_equivalent(before, after, [ids])
+    assert sum("RMSNorm" in done for done in report.done) == 3

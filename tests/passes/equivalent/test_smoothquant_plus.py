@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 
 import pytest
 import torch
 from padded_batches import decoder, padded, texts
+from rank_threads import Kept, Together
+from torch import nn
 from zoo import build, example
 
 import qcompile
 from qcompile.api.example_inputs import flat_inputs
+from qcompile.calibration import ranks as ranks_module
 from qcompile.calibration.padding import TokenMask
+from qcompile.calibration.ranks import Ranks
 from qcompile.calibration.statistics import observe
 from qcompile.ir.capture import capture
 from qcompile.numerics.format import Format
@@ -139,3 +144,38 @@ def test_bad_recipes():
         Recipe("two", (SmoothQuant(), SmoothQuantPlus())).check()
     with pytest.raises(ValueError, match="needs calibration data for SmoothQuantPlus"):
         qcompile.quantize(build("llama"), "w4a16-smooth")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_try_candidates_side_by_side_and_choose_the_same(monkeypatch, count):
+    torch.manual_seed(0)
+    data, group, module = [[torch.randn(4, 16, 32)] for _ in range(2)], Together(count), sys.modules[loss_of.__module__]
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    model[0].weight.data[:3] *= 30
+    program = capture(model.requires_grad_(False), (data[0][0],))
+    statistics, tried, lock = observe(program, data), [], threading.RLock()
+    config = SmoothQuantPlus(Format.parse("int4/group32/zero"), step=0.5, logits=False)
+
+    def smoothed(ranks):
+        own = program.copy()
+        context = PassContext.of(own, batches=lambda: data, statistics=statistics, finished=Kept(ranks))
+        return smoothquant_plus(own, config, context).notes, own.weights
+
+    def counted(*given):
+        tried.append((group.place.rank, given[3]))
+        with lock:  # ranks are threads here, and torch.fx is for one
+            return loss_of(*given)
+
+    def locked(*given, real=module.smoothquant):
+        with lock:
+            return real(*given)
+
+    want_notes, want = smoothed(Ranks())
+    monkeypatch.setattr(ranks_module, "dist", group)
+    monkeypatch.setattr(module, "loss_of", counted)
+    monkeypatch.setattr(module, "smoothquant", locked)
+    for notes, weights in group.run(smoothed):
+        assert notes == want_notes and not notes[-1].startswith("no smoothing")
+        assert [name for name, weight in weights.items() if not torch.equal(weight, want[name])] == []
+    assert len(tried) == 9 + 3, "candidates, and finalists on all batches"
+    assert {rank for rank, _ in tried} == set(range(count))

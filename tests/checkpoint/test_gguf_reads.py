@@ -8,7 +8,7 @@ import torch
 import transformers
 from served_models import decoder, write_template
 
-from qcompile.generation.gguf_reads import parsed_once
+from qcompile.checkpoint.gguf_reads import parsed_once
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,10 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def parsed_once() -> Iterator[None]:
+def parsed_once() -> Iterator[Callable[[str], Any]]:
     """While it is open, `gguf` parses each file once, and makes each architecture's table of names once.
+
+    Gives what parses a file, by its path.
 
     A vocabulary is a hundred thousand small reads in Python, and the table is asked for at every module of the model:
     of the 45 s that SmolLM2's file took to load, 30 were these. One thread at a time.
@@ -36,6 +38,6 @@ def parsed_once() -> Iterator[None]:
         gguf.GGUFReader = functools.cache(Reader)
         gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
         try:
-            yield
+            yield gguf.GGUFReader
         finally:
             gguf.GGUFReader, gguf.get_tensor_name_map = before
