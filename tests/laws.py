@@ -83,3 +83,17 @@ class UsedTwice(nn.Module):
 
     def forward(self, x):
         return self.linear(self.norm(x)), self.linear(x)
+
+
+class FirstTokenLate(nn.Module):
+    """The first token is cut before the second, and read after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b, self.c = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        y = self.norm(x)
+        first, second = y[:, 0], y[:, 1]
+        late = self.c(torch.relu(self.b(second)))
+        return self.a(first) + late

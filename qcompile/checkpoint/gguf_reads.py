@@ -18,12 +18,12 @@ def parsed_once() -> Iterator[Callable[[str], Any]]:
     Gives what parses a file, by its path.
 
     A vocabulary is a hundred thousand small reads in Python, and the table is asked for at every module of the model:
-    of the 45 s that SmolLM2's file took to load, 30 were these. One thread at a time.
+    most of the time that a small file takes to load. One thread at a time.
     """
     import gguf
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]  # the package has no types
-        """Reads through a plain array: a slice of a `numpy.memmap` costs five times a slice of that."""
+        """Reads through a plain array: a slice of a `numpy.memmap` costs several of that."""
 
         @property
         def data(self) -> Any:

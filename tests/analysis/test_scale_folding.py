@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from laws import FirstTokenLate
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from zoo import build, example
@@ -357,20 +358,6 @@ def test_weights_and_scalars_as_inputs_belong_to_one_group_each():
     program = capture(Weights(), (torch.randn(3, 8),), dynamic=False)
     groups = groups_of_consumers(find_sites(program))
     assert sorted(site.name for group in groups for site in group.sites) == ["p", "v", "w"]
-
-
-class FirstTokenLate(nn.Module):
-    """The first token is cut before the second, and read after it."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.a, self.b, self.c = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
-
-    def forward(self, x):
-        y = self.norm(x)
-        first, second = y[:, 0], y[:, 1]
-        late = self.c(torch.relu(self.b(second)))
-        return self.a(first) + late
 
 
 def test_consumers_are_in_graph_order_however_their_input_is_cut():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import nn
 
@@ -22,6 +24,16 @@ def test_sites_that_the_caller_keeps_say_why():
     report, ran = rewrite_model(found, PRESETS["int8"], None, keep_float=lambda _facts: reason, **OPTIONS)
     assert {site.name: site.reason for site in report.sites}["2.1.weight"] == "the caller says so"
     assert isinstance(found[0], QuantLinear) and type(found[2][1]) is nn.Linear and ran.name == "int8"
+
+
+def test_seconds_are_of_the_whole_call():
+    class Slow(nn.Linear):
+        def forward(self, input):
+            time.sleep(0.5)  # capture and comparison call the model; passes run its graph
+            return super().forward(input)
+
+    report, _ = rewrite_model(nn.Sequential(nn.Linear(64, 64), Slow(64, 64)), PRESETS["int8"], None, **OPTIONS)
+    assert report.seconds > 1
 
 
 def test_every_module_is_in_its_own_mode_again():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import UsedTwice, rewrite, rewritten
+from laws import FirstTokenLate, UsedTwice, rewrite, rewritten
 from padded_batches import decoder, padded, texts, unpadded
 from rank_threads import Kept, Together
 from torch import nn
@@ -244,20 +244,6 @@ def test_ranks_search_side_by_side_and_fold_the_same_scales(monkeypatch, count):
     assert sorted(name for _, name in searched) == sorted(done), "each once"
     shares = [sum(rank == own for own, _ in searched) for rank in range(count)]
     assert max(shares) - min(shares) <= 1
-
-
-class FirstTokenLate(nn.Module):
-    """The first token is cut before the second, and read after it and after what follows from that."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.a, self.b, self.c = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
-
-    def forward(self, x):
-        y = self.norm(x)
-        first, second = y[:, 0], y[:, 1]
-        late = self.c(torch.relu(self.b(second)))
-        return self.a(first) + late
 
 
 def test_readers_of_one_norm_need_not_follow_one_another():
