@@ -29,14 +29,14 @@ check: $(READY) ## style, types and the quick tests: before every commit
 	$(BIN)/mypy
 	$(PYTEST) --budget check -m "not slow and not exhaustive"
 
-test: $(READY) ## what CI runs: every test function, real models and compiles too; of slow functions a choice of their cases
+test: $(READY) ## what CI runs: real models and compiles too; of slow functions some cases or none, as tests/case_budget.py says
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST) --budget test -m "not exhaustive"
 
 exhaustive: $(READY) ## every case of every test, every kernel for every GPU, every preset on every architecture: hours
-	$(PYTEST)
+	QCOMPILE_EXHAUSTIVE=1 $(PYTEST)
 
 # What is loaded into Python by LD_PRELOAD, and must be found by the compiler that Inductor uses.
 CXX ?= g++

@@ -2,6 +2,7 @@
 
     python benches/streamed_memory.py                compare both on a synthetic decoder of 8 layers
     python benches/streamed_memory.py --large        12 GB of weights, each process limited to 4 GB of address space
+    python benches/streamed_memory.py --layer        one layer of the shapes of Llama-70B
     python benches/streamed_memory.py --processes 2  the time of two processes of torchrun against one of two threads
     .. --recipes w4a16                               only these
     .. --commit                                      write the rows to benches/results/streamed_memory.json
@@ -33,6 +34,7 @@ SIZES = {
     "8 layers of 2048": dict(hidden=2048, inner=5632, layers=8),
     "206 layers of 2048": dict(hidden=2048, inner=2048, layers=206),
     "2 layers of 2048": dict(hidden=2048, inner=5632, layers=2),
+    "1 layer of 8192": dict(hidden=8192, inner=28672, layers=1, groups=8),
     "tiny": dict(hidden=64, inner=64, layers=1),
 }
 BATCHES, TOKENS, VOCABULARY, LIMIT = 8, 256, 8192, 4_000_000_000
@@ -47,6 +49,8 @@ def make(size: str, folder: Path) -> None:
 
     of = SIZES[size]
     h, i = of["hidden"], of["inner"]
+    heads = max(1, h // 128)
+    k = h * of.get("groups", heads) // heads
     config = AutoConfig.for_model(
         "llama",
         architectures=["LlamaForCausalLM"],
@@ -54,8 +58,8 @@ def make(size: str, folder: Path) -> None:
         hidden_size=h,
         intermediate_size=i,
         num_hidden_layers=of["layers"],
-        num_attention_heads=max(1, h // 128),
-        num_key_value_heads=max(1, h // 128),
+        num_attention_heads=heads,
+        num_key_value_heads=of.get("groups", heads),
         tie_word_embeddings=False,
         max_position_embeddings=512,
         dtype="bfloat16",
@@ -67,7 +71,7 @@ def make(size: str, folder: Path) -> None:
         return (0.02 * torch.randn(*shape, generator=generator)).bfloat16()
 
     def layer(index: int) -> dict[str, torch.Tensor]:
-        shapes = {"self_attn.q_proj": (h, h), "self_attn.k_proj": (h, h), "self_attn.v_proj": (h, h)}
+        shapes = {"self_attn.q_proj": (h, h), "self_attn.k_proj": (k, h), "self_attn.v_proj": (k, h)}
         shapes |= {"self_attn.o_proj": (h, h), "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)}
         found = {f"model.layers.{index}.{name}.weight": random(*shape) for name, shape in shapes.items()}
         for name in ("input_layernorm", "post_attention_layernorm"):
@@ -163,16 +167,18 @@ def main() -> None:
     """Make the models, run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true", help="12 GB of weights under a limit of 4 GB")
+    parser.add_argument("--layer", action="store_true", help="one layer of the shapes of Llama-70B, streamed")
     parser.add_argument("--processes", type=int, default=0, help="compare this many processes with one")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, metavar="RECIPE")
     parser.add_argument("--commit", action="store_true", help=f"write {RESULTS.name}")
     options = parser.parse_args()
     size = "206 layers of 2048" if options.large else "2 layers of 2048" if options.processes else "8 layers of 2048"
+    size = "1 layer of 8192" if options.layer else size
     table = Table(
         "model", "recipe", "way", "seconds", "peak MB", "bar MB", "of the process MB", "planned MB", "same bytes"
     )
     rows = []
-    variants = ["streamed"] if options.large else ["in memory", "streamed"]
+    variants = ["streamed"] if options.large or options.layer else ["in memory", "streamed"]
     if options.processes:
         variants = ["streamed", f"{options.processes} processes"]
     with tempfile.TemporaryDirectory() as work:

@@ -4,8 +4,9 @@
     python tests/case_budget.py times.xml               writes tests/case_budget.txt
 
 A line is "CHECK TEST FUNCTION": the cases that each of the two runs; a function that is not listed runs whole in both.
-Every function keeps a case in `make test`, chosen by a hash of its name, so that all laws are tried there; what is left
-out are further parameters of the same function. `make check` has no function whose cases take long.
+`make test` runs as many cases of a function as take some seconds, at least one, chosen by a hash of its name: those
+that it omits are further parameters. Functions of which one case takes long run in `make exhaustive` alone, but for those
+that go through a whole product from end to end (ENDS). `make check` has no function whose cases take long.
 """
 
 from __future__ import annotations
@@ -20,9 +21,33 @@ from pathlib import Path
 LISTED = Path(__file__).with_suffix(".txt")
 RUNS = ("check", "test")
 SLOW = 0.4
-"""Seconds of a case, on average, from which `make check` leaves a function out."""
-MINUTES = 60
-"""Of processor time that the cases of `make test` take together: half an hour on two cores, beside style and types."""
+"""Seconds of a case, on average, from which `make check` omits a function."""
+SECONDS = 2
+"""Of one function in `make test`, and at least one case."""
+LONG = 10
+"""Seconds of a case, on average, from which `make test` omits a function, if it is none of ENDS."""
+ENDS = {
+    "tests/api/test_compile_for_generate.py::test_the_tokens_are_the_models_own",
+    "tests/api/test_load_package.py::test_another_process_opens_it_without_compiling",
+    "tests/api/test_quantize_folder.py::test_a_process_that_was_killed_goes_on",
+    "tests/api/test_quantize_folder.py::test_ranks_write_what_one_process_writes",
+    "tests/backend/test_dynamo.py::test_quantized_module_compiles_to_the_same",
+    "tests/codegen/cpu/test_native_kernels.py::test_every_instruction_set_gives_the_same_bits",
+    "tests/codegen/cpu/test_short_attention.py::test_every_instruction_set",
+    "tests/codegen/onnx/fusions/attention/test_int8_kv_cache.py::test_an_int8_cache_runs_in_onnxruntime_genai",
+    "tests/codegen/onnx/fusions/test_last_token_logits.py::test_the_last_logits_are_enough_to_generate",
+    "tests/codegen/onnx/test_sentence_embedding.py::test_a_real_encoder_from_the_command_line",
+    "tests/evaluation/test_compare.py::test_rows_and_resumption",
+    "tests/modules/test_quant_experts.py::test_it_compiles",
+    "tests/passes/test_zoo.py::test_saves_loads_compiles_and_exports",
+    "tests/test_doc_snippets.py::test_pages_run",
+    "tests/test_examples.py::test_it_runs",
+    "tests/test_real_model.py::test_eager_compiled_and_onnx_choose_the_same_tokens",
+    "tests/test_real_model.py::test_perplexity",
+    "tests/training/test_fixed_point_training.py::test_two_processes_have_one_model",
+    "tests/training/test_q_galore_training.py::test_two_ranks_are_one_process",
+}
+"""Functions that take long and that `make test` runs one case of."""
 
 
 def function_of(nodeid: str) -> str:
@@ -64,34 +89,35 @@ def timed(report: Path) -> dict[str, list[float]]:
     return times
 
 
-def budget(times: dict[str, list[float]], minutes: float) -> dict[str, int]:
-    """Function -> how many cases it keeps so that all take `minutes`: each may take as long as any, and has one."""
-    least, most = 0.0, 1 + 2 * max(sum(own) for own in times.values())
-
-    def keep(seconds: float) -> dict[str, int]:
-        return {name: max(1, min(len(own), int(seconds / _mean(own)))) for name, own in times.items()}
-
-    for _ in range(40):
-        middle = (least + most) / 2
-        total = sum(count * _mean(times[name]) for name, count in keep(middle).items())
-        least, most = (least, middle) if total > 60 * minutes else (middle, most)
-    return keep(least)
+def budget(times: dict[str, list[float]], seconds: float = SECONDS) -> dict[str, int]:
+    """Function -> how many cases `make test` keeps."""
+    return {
+        name: 0 if _mean(own) >= LONG and name not in ENDS else max(1, min(len(own), int(seconds / _mean(own))))
+        for name, own in times.items()
+    }
 
 
 def _mean(seconds: list[float]) -> float:
     return max(sum(seconds) / len(seconds), 1e-4)
 
 
-def lines(times: dict[str, list[float]], minutes: float = MINUTES) -> list[str]:
-    """The lines of the list: functions of which one of the runs leaves something out."""
-    whole = budget(times, minutes)
-    found = []
-    for name, own in sorted(times.items()):
+def lines(times: dict[str, list[float]], before: Iterable[str] = ()) -> list[str]:
+    """The lines of the list: functions of which one of the runs omits something.
+
+    Args:
+        times: of all cases, or of those that `make test` runs.
+        before: the lines by which the timed run omitted cases. These functions stay listed.
+    """
+    old = {line.split(maxsplit=2)[2]: line for line in before}
+    found = {name: line for name, line in old.items() if name not in times}
+    whole = budget(times)
+    for name, own in times.items():
         check = 0 if _mean(own) >= SLOW else len(own)
-        if check < len(own) or whole[name] < len(own):
-            found.append(f"{min(check, whole[name])} {whole[name]} {name}")
-    return found
+        if check < len(own) or whole[name] < len(own) or name in old:
+            found[name] = f"{min(check, whole[name])} {whole[name]} {name}"
+    return [found[name] for name in sorted(found)]
 
 
 if __name__ == "__main__":
-    LISTED.write_text("".join(f"{line}\n" for line in lines(timed(Path(sys.argv[1])))))
+    written = lines(timed(Path(sys.argv[1])), LISTED.read_text().splitlines())
+    LISTED.write_text("".join(f"{line}\n" for line in written))

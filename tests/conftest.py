@@ -27,6 +27,8 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("qcompile")
+# Each example of a law of whole models is traced and run: QCOMPILE_EXHAUSTIVE=1 (`make exhaustive`) asks for more.
+hypothesis.settings.register_profile("models", max_examples=20 if os.environ.get("QCOMPILE_EXHAUSTIVE") else 5)
 
 
 def pytest_addoption(parser):

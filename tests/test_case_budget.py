@@ -1,9 +1,13 @@
-"""Which cases the shorter runs keep: as many as they are given, always the same, and one of every function."""
+"""Which cases the shorter runs keep: always the same, and none of functions that take long."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from case_budget import LISTED, RUNS, budget, chosen, kept, lines, timed
+from case_budget import ENDS, LISTED, LONG, RUNS, budget, chosen, kept, lines, timed
+
+ROOT = Path(__file__).parents[1]
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.ir.test_a" name="test_fast[1]" time="0.01"/>
@@ -30,14 +34,21 @@ def test_cases_are_added_up_by_function(times):
     }
 
 
-@pytest.mark.parametrize("minutes, slow", [(0.1, 1), (1.6, 1), (2.6, 2), (3.6, 3), (99, 3)])
-def test_a_budget_is_kept_to_and_no_function_is_left_out(times, minutes, slow):
-    found = budget(times, minutes)
-    assert found[SLOW] == slow and found["tests/ir/test_b.py::test_one"] == 1
+@pytest.mark.parametrize("seconds, kept", [(0.001, 1), (0.5, 1), (4, 2), (99, 3)])
+def test_every_function_keeps_a_case_and_as_many_as_take_some_seconds(seconds, kept):
+    assert budget({"a": [1, 2, 3]}, seconds) == {"a": kept}
+
+
+def test_of_long_functions_only_those_from_end_to_end_are_kept(times):
+    assert budget(times) == {"tests/ir/test_a.py::test_fast": 2, SLOW: 0, "tests/ir/test_b.py::test_one": 0}
+    end = min(ENDS)
+    assert budget({end: [LONG, LONG]}) == {end: 1} and budget({"another": [LONG]}) == {"another": 0}
 
 
 def test_what_is_whole_in_both_runs_is_not_listed(times):
-    assert lines(times, 2.6) == [f"0 2 {SLOW}", "0 1 tests/ir/test_b.py::test_one"]
+    assert lines(times) == [f"0 0 {SLOW}", "0 0 tests/ir/test_b.py::test_one"]
+    before = ["0 9 tests/ir/test_a.py::test_fast", "0 0 tests/ir/test_a.py::test_not_run"]
+    assert lines(times, before)[1:3] == ["2 2 tests/ir/test_a.py::test_fast", before[1]]
 
 
 def test_a_case_is_chosen_by_its_name_alone():
@@ -53,4 +64,6 @@ def test_the_list_is_one_that_both_runs_read():
     assert LISTED.read_text()
     for run in RUNS:
         assert kept(run) and all(count >= 0 and "::test" in name for name, count in kept(run).items())
-    assert all(count > 0 for count in kept("test").values()), "every function keeps a case"
+    files = {name.partition("::")[0] for name in (*kept("test"), *ENDS)}
+    assert all((ROOT / file).is_file() for file in files)
+    assert all(kept("test").get(name, 1) > 0 for name in ENDS)

@@ -35,6 +35,28 @@ def test_compiled_models(name, recipe):
     assert kernels and not any("dequantize, then" in kernel for kernel in kernels)
 
 
+CALIBRATED = ["w4a4-groups", "w4a4-rrs", "w4a4-rrs-sequence", "w4a8-dgq", "w4a8kv4", "w4a8kv4-qoq"]
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [*(("llama", recipe) for recipe in (*CALIBRATED, "fp4-fp8", "kv8", "kv4-hadamard"))]
+    + [("mixtral", recipe) for recipe in ("int8", "fp8", "w4a16", "w4a8")],
+)
+def test_quantized_models_are_compiled(name, recipe):
+    """Kernels of a group, of dual-grained weights, of fp4 with fp8, of quantized caches and of experts."""
+    model = build(name).bfloat16().cuda()
+    batch = {key: value.cuda() for key, value in example(name).items()}
+    with torch.no_grad():
+        plain = model(**batch)[0].float()
+        qcompile.quantize(model, recipe, [batch], progress=False)
+        want = model(**batch)[0].float()
+        got = torch.compile(model, backend="qcompile")(**batch)[0].float()
+    assert float((got - want).norm()) <= max(1e-2 * float(want.norm()), 1.5 * float((want - plain).norm()))
+    kernels = {label for site in backend.reports[-1].sites for label in (site.kernel or {}).values()}
+    assert kernels and not any("dequantize, then" in kernel for kernel in kernels)
+
+
 @pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"inductor": {"triton.cudagraphs": True}}])
 @pytest.mark.parametrize("recipe", ["int8", "w4a16"])
 def test_cuda_graphs_give_the_same(recipe, options):

@@ -22,7 +22,7 @@ from torch import Tensor
 from qcompile.ir.program import Program
 from qcompile.memory.stored_tensor import loaded
 from qcompile.numerics.format import Format
-from qcompile.numerics.rounding import quantize_tensor
+from qcompile.numerics.rounding import quantize_matrix, quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
 from qcompile.passes.qdq.site_plan import PlannedSite, Quantize, planned_sites
 from qcompile.recipe.pass_context import PassContext
@@ -138,8 +138,7 @@ def finequant(program: Program, config: FineQuant, context: PassContext) -> Pass
 
 
 def _round(program: Program, site: PlannedSite, clip: bool) -> SolvedSites:
-    q = quantize_tensor(loaded(matrix_of(program, site.site)), site.weight, clip=clip)
-    return SolvedSites([q.stored_parts])
+    return SolvedSites([quantize_matrix(loaded(matrix_of(program, site.site)), site.weight, clip=clip)])
 
 
 def _sized(form: Format, size: int) -> Format:

@@ -93,7 +93,7 @@ def invert_triangle(lower: Tensor) -> None:
     first, corner, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
     invert_triangle(first)
     invert_triangle(last)
-    corner.copy_(-last @ (corner @ first))
+    corner.addmm_(last, corner @ first, beta=0, alpha=-1)
 
 
 def loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
 def gain(weight: Tensor, old: Tensor, new: Tensor, hessian: Tensor) -> Tensor:
     """loss(weight, old) - loss(weight, new) for each row, [N]: a H a - b H b = (a - b) H (a + b), one product."""
     found = []
-    for w, a, b in zip(*(t.split(1024) for t in (weight, old, new)), strict=True):
+    for w, a, b in zip(*(t.split(256) for t in (weight, old, new)), strict=True):
         both = (w - a).double() + (w - b).double()
         found.append((((b - a).double() @ hessian.double()) * both).sum(-1))
     return torch.cat(found)

@@ -18,7 +18,7 @@ from qcompile.ir.program import Program
 from qcompile.memory import weight_cache
 from qcompile.memory.stored_tensor import StoredTensor, loaded
 from qcompile.numerics.qtensor import StoredParts
-from qcompile.numerics.rounding import quantize_tensor
+from qcompile.numerics.rounding import quantize_matrix
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
 from qcompile.passes.qdq.site_plan import PlannedSite, Quantize, planned_sites
 from qcompile.recipe.pass_context import PassContext
@@ -46,7 +46,7 @@ def _solve(program: Program, planned: PlannedSite, clip: bool) -> SolvedSites:
 
     def make() -> StoredParts:
         try:
-            return quantize_tensor(original, planned.weight, clip=clip).stored_parts
+            return quantize_matrix(original, planned.weight, clip=clip)
         except ValueError as error:
             raise RecipeError(
                 f"Quantize: the weight {planned.site.name} cannot be quantized to {planned.weight}: {error}"

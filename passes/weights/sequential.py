@@ -18,7 +18,7 @@ from qcompile.calibration.statistics import CalibrationError
 from qcompile.ir.program import Program
 from qcompile.memory.process import release_freed_memory
 from qcompile.numerics.format import Format
-from qcompile.numerics.rounding import quantize_tensor
+from qcompile.numerics.rounding import quantize_matrix, quantize_tensor
 from qcompile.passes.qdq.insert_qdq import matrix_of, put_codes
 from qcompile.passes.qdq.site_plan import PlannedSite, Quantize, planned_sites
 from qcompile.passes.weights.choice import Choose, damage, stacked
@@ -57,8 +57,7 @@ def quantize_sequentially(
     groups: dict[tuple[torch.fx.Node, Format], list[PlannedSite]] = {}
     for planned in planned_sites(config, context, report):
         if planned.is_lm_head and planned.weight.bits >= 8:
-            q = quantize_tensor(matrix_of(program, planned.site), planned.weight)
-            put_codes(program, planned, q.stored_parts, context)
+            put_codes(program, planned, quantize_matrix(matrix_of(program, planned.site), planned.weight), context)
             report.done.append(planned.site.name)
             report.notes.append(
                 f"{planned.site.name}: the logits in {planned.weight} are rounded to nearest, unclipped"

@@ -34,7 +34,7 @@ from qcompile.checkpoint.writers.export_refusals import (
     require_transformers,
 )
 from qcompile.checkpoint.writers.gguf_blocks import TARGET as GGUF
-from qcompile.checkpoint.writers.gguf_file import write_gguf
+from qcompile.checkpoint.writers.gguf_file import written_gguf
 from qcompile.checkpoint.writers.gguf_template import GgufTemplate
 from qcompile.checkpoint.writers.gptq_layout import TARGET as GPTQ
 from qcompile.checkpoint.writers.gptq_layout import gptq_layout
@@ -201,8 +201,7 @@ def _compressed_tensors(job: Job) -> None:
 def _gguf(job: Job) -> None:
     check_class(job.model, GGUF)
     assert job.template is not None
-    count = write_gguf(job.model, job.template, job.work / job.name)
-    job.report.notes.append(f"{count} weights read back by gguf, equal (Q4_1: but for one rounding of float32)")
+    job.report.notes += written_gguf(job.model, job.template, job.work / job.name).notes
 
 
 def _executorch(job: Job) -> None:

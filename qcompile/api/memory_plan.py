@@ -21,7 +21,7 @@ from qcompile.recipe.recipe import Recipe
 
 _FIXED = 800e6  # Python, libraries, graph and modules
 _WEIGHT_COPIES = 4  # of a site in float32, while it is rounded
-_HESSIANS = 2.7  # matrices [K, K] of float64: the Hessian, its factor, and what is made of that
+_HESSIANS = 2.5  # matrices [K, K] of float64: the Hessian, its factor, and what is made of that
 
 
 class TooLittleMemory(ValueError):

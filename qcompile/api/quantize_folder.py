@@ -1,4 +1,4 @@
-"""Quantize a model from a folder to a folder, one layer in memory at a time.
+"""Quantize a model from a folder to a folder, or from a GGUF file to another, one layer in memory at a time.
 
 The model is built with stored tensors (qcompile/memory/stored_tensor.py), so everything that `quantize` does runs as it
 is. What is new here is the place beside the output: rewritten weights lie there until they are written, and every
@@ -18,6 +18,7 @@ from torch import nn
 
 from qcompile.api.device_placement import move_to_device
 from qcompile.api.rewrite_model import rewrite_model
+from qcompile.api.served_formats import check_recipe, fitted
 from qcompile.api.workspace import Workspace
 from qcompile.calibration.ranks import Ranks
 from qcompile.checkpoint.atomic_folder import require_empty
@@ -26,7 +27,12 @@ from qcompile.checkpoint.save_as_pretrained import give_save_pretrained
 from qcompile.checkpoint.save_load import save
 from qcompile.checkpoint.stored_files import safetensors_of
 from qcompile.checkpoint.tensor_file import DEFAULT_SHARD, size_in_bytes
+from qcompile.checkpoint.writers.export_refusals import check_class
+from qcompile.checkpoint.writers.gguf_blocks import TARGET as GGUF_FORMAT
+from qcompile.checkpoint.writers.gguf_file import written_gguf
+from qcompile.checkpoint.writers.gguf_template import GgufTemplate
 from qcompile.generation.pretrained import GGUF, load_in_parts
+from qcompile.memory.atomic_file import whole_file
 from qcompile.memory.process import large_blocks_returned
 from qcompile.modules.generation_plan import with_own_prefix
 from qcompile.pipeline.find_recipe import find_recipe
@@ -53,11 +59,12 @@ def quantize_folder(
     progress: bool = True,
     max_shard_size: int | str = DEFAULT_SHARD,
 ) -> Report:
-    """Quantize the model of a folder and write it to another one; the model is never whole in memory.
+    """Quantize the model of a folder or a file and write it to another one; it is never whole in memory.
 
     Args:
         source: a folder of transformers with safetensors files, or a GGUF file.
-        out: the folder to write; must not exist, or be empty. What is finished lies in `<out>.unfinished` meanwhile.
+        out: the folder to write; must not exist, or be empty. A name that ends in .gguf is one file for llama.cpp, made
+            after `source`, which is one too. What is finished lies in `<out>.unfinished` meanwhile.
         recipe: as for `quantize`.
         batches: calibration data, as for `quantize`.
         model: of `source`, if it is open already (`load_pretrained(.., stream=True)`).
@@ -79,22 +86,31 @@ def quantize_folder(
     Raises:
         ValueError: as of `quantize`, `save` and `load_pretrained`; what was finished stays for `resume`.
     """
+    target, is_file = Path(out), Path(source).suffix == GGUF
+    if target.suffix == GGUF and not is_file:
+        raise RecipeError(f"{out} is made after a GGUF file, and {source} is none. Fix: name a folder to write")
     require_empty(out)
     if model is None:
         model, own = load_in_parts(source, dtype)
         tokenizer = tokenizer if tokenizer is not None else own
+    chosen = find_recipe(recipe, model, data=batches is not None)
+    template = GgufTemplate(Path(source)) if target.suffix == GGUF else None
+    if template is not None:
+        chosen = fitted(chosen, model)
+        check_class(model, GGUF_FORMAT)
+        check_recipe(chosen, model, GGUF_FORMAT)
+        template.check(model)
     move_to_device(model, device)
     ranks = Ranks.joined()
-    target = Path(out)
     workspace = Workspace(
         target.with_name(target.name + SUFFIX),
-        (Path(source),) if Path(source).suffix == GGUF else tuple(safetensors_of(Path(source))),
+        (Path(source),) if is_file else tuple(safetensors_of(Path(source))),
         resume,
         ranks,
         None if memory is None else size_in_bytes(memory, "memory"),
         _tell if progress and ranks.is_first else lambda text: None,
     )
-    chosen = with_own_prefix(find_recipe(recipe, model, data=batches is not None), model)
+    chosen = with_own_prefix(chosen, model)
     if chosen.trains:
         raise RecipeError(f"recipe {chosen.name!r} trains, which needs the whole model. Fix: qcompile.train")
     with large_blocks_returned():
@@ -110,7 +126,10 @@ def quantize_folder(
         )
         object.__setattr__(model, "qcompile_recipe", ran.to_json())
         give_save_pretrained(model)
-        if ranks.is_first:
+        if ranks.is_first and template is not None:
+            with whole_file(target) as file:
+                report.passes.append(written_gguf(model, template, file))
+        elif ranks.is_first:
             save(model, target, tokenizer, max_shard_size=max_shard_size)
             log = workspace.path / LOG
             if log.is_file():

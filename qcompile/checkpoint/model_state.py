@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.module_entries import describe
-from qcompile.checkpoint.tensor_file import digests
+from qcompile.checkpoint.tensor_file import CODES, digests
 from qcompile.memory.stored_tensor import StoredTensor
 from qcompile.modules.quant_experts import QuantStack
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
@@ -94,7 +94,7 @@ class ModelState:
                 if not alone and owners.setdefault(key, name) != name:
                     state.shared[name] = owners[key]
                 else:
-                    state.tensors[name] = slot.tensor.detach().cpu().contiguous()
+                    state.tensors[name] = slot.tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         state._separate()
         return state
 
@@ -155,20 +155,21 @@ def _scalars(module: nn.Module) -> dict[str, bool | int | float]:
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same memory, read alike."""
-    storage = tensor.untyped_storage()
-    return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    storage, signs = tensor.untyped_storage(), (tensor.is_conj(), tensor.is_neg())
+    return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, signs
 
 
 def _refuse_unstorable(name: str, tensor: Tensor) -> None:
-    reason = None
+    reason, fix = None, "save a model whose tensors are all in memory and plain"
     if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
         reason = f"is a {type(tensor).__name__} of layout {tensor.layout}, and only plain tensors are stored"
     elif tensor.device.type == "meta":
         reason = "has no values (it is on the meta device: offloaded, or not loaded yet)"
-    elif tensor.dtype.is_complex or tensor.is_neg():
-        reason = f"is {tensor.dtype}, which is not stored"
+    elif tensor.dtype not in CODES:
+        near = "torch.complex64" if tensor.is_complex() else "torch.float32"
+        reason, fix = f"is {tensor.dtype}, which safetensors files do not have", f"make it {near}"
     if reason is not None:
-        raise CheckpointError(f"{name!r} {reason}. Fix: save a model whose tensors are all in memory and plain")
+        raise CheckpointError(f"{name!r} {reason}. Fix: {fix}")
 
 
 def _refuse_extra_state(path: str, module: nn.Module) -> None:

@@ -118,7 +118,7 @@ def write_shard(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str
     for name in names:
         tensor = tensors[name]
         end = first + tensor.nbytes
-        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
         first = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -192,9 +192,10 @@ DTYPES = {
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
 """What a header of safetensors calls a dtype."""
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def _shards(tensors: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:

@@ -23,6 +23,13 @@ def kept(say: Callable[[], str]) -> Iterator[None]:
         raise Interrupted(say()) from None
 
 
+def said_finished(out: Path) -> str:
+    """What an interrupted run in parts says of the sites that it finished."""
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    count = len(list(unfinished.glob("sites/*.safetensors")))
+    return f"; {count} finished groups of sites are in {unfinished}: --resume goes on from there" if count else ""
+
+
 def rows_of(out: Path | None) -> Callable[[], str]:
     """For `kept`: that the rows in a comparison's file are kept, and what continues it."""
 

@@ -25,7 +25,7 @@ from qcompile.cli.arguments import (
     load,
     load_encoder,
 )
-from qcompile.cli.interruption import kept
+from qcompile.cli.interruption import kept, said_finished
 from qcompile.cli.output import console, tell, write_report
 from qcompile.cli.path_checks import output_package, require_space, weight_bits, work_folder
 from qcompile.cli.quantize_gguf import SUFFIX, output_model, quantize_file
@@ -82,19 +82,16 @@ def quantize(
     stream = is_read_in_parts(model)
     for flag in [name for name, given in (("--resume", resume), ("--memory", memory)) if given and not stream]:
         raise ValueError(f"{flag} goes with safetensors or GGUF files, and {model} is in none. Fix: drop it")
-    if folder.suffix == SUFFIX:
-        given = {"--dump": dump, "--report": report_file, "--device": None if device == "cpu" else device}
-        given |= {"--memory": memory, "--resume": "" if resume else None}
-        for flag, value in given.items():
-            if value is not None:
-                said = f"{flag} {value}".rstrip()
-                raise ValueError(f"{said} goes with a folder, and {folder} is a file. Fix: drop it")
-        quantize_file(model, folder, recipe, text, data)
-        return
-    check_recipes(recipe)
     known_device(device)
     limit = None if memory is None else size_in_bytes(memory, "--memory")
-    with kept(lambda: f"{folder} was not written{_said_finished(folder)}"):
+    if folder.suffix == SUFFIX:
+        run_of = {"device": device, "memory": limit, "resume": resume, "dump": dump}
+        report = quantize_file(model, folder, recipe, text, data, **run_of)
+        if Ranks.joined().is_first:
+            write_report(report_file, f"{model}, quantized by {recipe}", report=report)
+        return
+    check_recipes(recipe)
+    with kept(lambda: f"{folder} was not written{said_finished(folder)}"):
         loaded, tokenizer = load(model, dtype, any_class=True, stream=stream)
         move_to_device(loaded, device)
         _require_space(folder, loaded, recipe, text or data)
@@ -187,13 +184,6 @@ def export_onnx(
         report = write(loaded, folder, recipe, batches, example=example, tokenizer=tokenizer, **flags)
     tell(report)
     tell(f"written: {folder}")
-
-
-def _said_finished(folder: Path) -> str:
-    """What an interrupted run says of the sites that it finished."""
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    count = len(list(unfinished.glob("sites/*.safetensors")))
-    return f"; {count} finished groups of sites are in {unfinished}: --resume goes on from there" if count else ""
 
 
 def _require_space(folder: Path, loaded: Any, recipe: str, text: object) -> None:

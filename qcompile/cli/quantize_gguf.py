@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.table import Table
 
 from qcompile.calibration.dataset import DataRows
+from qcompile.calibration.ranks import Ranks
 from qcompile.cli.arguments import calibration_batches, is_read_in_parts, load
-from qcompile.cli.interruption import kept
+from qcompile.cli.interruption import kept, said_finished
 from qcompile.cli.output import note, print_table, tell
 from qcompile.cli.path_checks import output_file, output_folder
+from qcompile.recipe.report import Report
 
 SUFFIX = ".gguf"
 _COLUMNS = 256  # a multiple of every block: what a format is checked with before the model is read
@@ -27,8 +30,13 @@ def output_model(value: str | Path) -> Path:
     return path
 
 
-def quantize_file(model: str, file: Path, recipe: str, text: Path | None, data: DataRows | None = None) -> None:
+def quantize_file(
+    model: str, file: Path, recipe: str, text: Path | None, data: DataRows | None = None, **run: Any
+) -> Report:
     """Quantize a GGUF file into another, whose names and metadata are those of the first.
+
+    The file is read and written in parts; of the few architectures whose tensors transformers converts while it loads
+    all of them, it is read whole.
 
     Args:
         model: a .gguf file, or "embedded".
@@ -36,11 +44,13 @@ def quantize_file(model: str, file: Path, recipe: str, text: Path | None, data: 
         recipe: weight-only, in formats that GGUF has.
         text: to calibrate on, or None.
         data: a data set to calibrate on, or None.
+        **run: device, memory, resume and dump of `quantize_folder`.
 
     Raises:
-        ValueError: MODEL is no GGUF file, or the recipe is none for one.
+        ValueError: MODEL is no GGUF file, the recipe is none for one, or a flag is none for a file that is read whole.
     """
     from qcompile.api.export_model import export
+    from qcompile.api.quantize_folder import quantize_folder
     from qcompile.checkpoint.writers.gguf_summary import quantized_types
     from qcompile.generation.embedded_models import embedded
 
@@ -51,8 +61,11 @@ def quantize_file(model: str, file: Path, recipe: str, text: Path | None, data: 
             f"qcompile export {model} FOLDER --to llama.cpp --template FILE.gguf"
         )
     check_gguf_recipe(recipe)
-    with kept(lambda: f"{file} was not written"):
-        loaded, tokenizer = load(model, stream=is_read_in_parts(str(source)))
+    stream = is_read_in_parts(str(source))
+    for flag in [name for name in ("dump", "device") if not stream and run.get(name, "cpu") not in (None, "cpu")]:
+        raise ValueError(f"--{flag} goes with a file that is read in parts, and {source.name} is none. Fix: drop it")
+    with kept(lambda: f"{file} was not written{said_finished(file)}"):
+        loaded, tokenizer = load(model, stream=stream)
         stored = quantized_types(source)
         if stored:
             note(
@@ -60,11 +73,17 @@ def quantize_file(model: str, file: Path, recipe: str, text: Path | None, data: 
                 "Fix: take the F16 or BF16 file"
             )
         batches = calibration_batches(recipe, loaded, tokenizer, text, data)
-        report = export(loaded, file, recipe, batches, to="gguf", template=source)
+        if stream:
+            report = quantize_folder(source, file, recipe, batches, model=loaded, **run)
+        else:
+            report = export(loaded, file, recipe, batches, to="gguf", template=source)
+    if not Ranks.joined().is_first:
+        return report
     tell(report)
     print_table(type_table(file))
     before, after = (path.stat().st_size / 1e6 for path in (source, file))
     tell(f"written: {file}  ({after:.1f} MB, from {before:.1f} MB)")
+    return report
 
 
 def check_gguf_recipe(name: str) -> None:

@@ -25,7 +25,7 @@ _INCREMENT, _FIRST, _SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """The bytes of a tensor in row-major order, uint8 [nbytes]."""
-    whole = tensor.detach().contiguous()
+    whole = tensor.detach().resolve_conj().resolve_neg().contiguous()  # views whose sign is only noted
     return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)  # a size of 1 may have any stride
 
 

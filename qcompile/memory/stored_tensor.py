@@ -48,6 +48,7 @@ _MOVES = {
     "to", "detach", "t", "transpose", "permute", "view", "reshape", "unsqueeze", "squeeze", "__getitem__", "cat",
     "concat", "stack", "contiguous", "split", "chunk", "unbind", "expand", "float", "double", "bfloat16",
     "half", "flatten", "unflatten", "cpu", "cuda", "alias", "swapaxes", "movedim", "select", "narrow", "index_select",
+    "resolve_conj", "resolve_neg",
 }  # fmt: skip
 """Methods that are made of `_NOTED` operations."""
 

@@ -14,9 +14,10 @@ from qcompile.numerics.format import Format
 from qcompile.numerics.fp4 import power_of_two, power_of_two_scales
 from qcompile.numerics.k_quants import quantize_k6
 from qcompile.numerics.qparams import MIN_SCALE, choose_qparams, min_max, quantize_with_qparams
-from qcompile.numerics.qtensor import QTensor, group_columns, ungroup_columns
+from qcompile.numerics.qtensor import QTensor, StoredParts, group_columns, ungroup_columns
 from qcompile.numerics.two_level import quantize_two_level
 
+_BLOCK = 2**20  # values that are quantized at once: some MB in float32
 _MASSIVE = 8.0  # a massive-activation token has a maximum this many times the median token's
 
 
@@ -69,10 +70,45 @@ def quantize_tensor(
     return QTensor(codes.contiguous(), scale.reshape(shape).to(format.scale_dtype), zero, None, format)
 
 
+def quantize_matrix(
+    weight: Tensor, format: Format, *, clip: bool = False, importance: Tensor | None = None
+) -> StoredParts:
+    """The stored parts of a weight, rounded to nearest, with the float32 copies of some rows at a time.
+
+    Args:
+        weight: float [.., K].
+        format: the format; a scale for the whole tensor takes all rows at once.
+        clip: as of quantize_tensor.
+        importance: as of quantize_tensor.
+
+    Raises:
+        ValueError: as quantize_tensor does; what it counts is of the whole weight.
+    """
+    rows = weight.flatten(0, -2) if weight.ndim > 1 else weight[None]
+    size = max(1, _BLOCK // max(1, weight.shape[-1]))
+    if format.per == "tensor" or format.smooth or len(rows) <= size:
+        return quantize_tensor(weight, format, clip=clip, importance=importance).stored_parts
+    _refuse_nan(weight)
+    blocks = [
+        quantize_tensor(block, format, clip=clip, importance=importance, check=False).stored_parts
+        for block in rows.split(size)
+    ]
+    codes, scale, zero, group_scale = (list(parts) for parts in zip(*blocks, strict=True))
+
+    def whole(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).reshape(*weight.shape[:-1], -1)
+
+    def optional(parts: list[Tensor | None]) -> Tensor | None:
+        given = [part for part in parts if part is not None]
+        return whole(given) if given else None
+
+    return whole(codes), whole(scale), optional(zero), optional(group_scale)
+
+
 def _refuse_nan(values: Tensor) -> None:
-    ends = torch.stack(values.aminmax())  # NaN is both; a mask of all values costs more than their copy
+    ends = torch.stack(values.aminmax()).float()  # NaN is both; a mask of all values costs more than their copy
     if not bool(torch.isfinite(ends).all()):
-        count = values.numel() - int(torch.isfinite(values).sum())
+        count = values.numel() - int(torch.isfinite(values.float()).sum())
         raise ValueError(
             f"the tensor holds {count} NaN or Inf of {values.numel()} values, which no scale can cover. "
             "Fix: repair or replace them"

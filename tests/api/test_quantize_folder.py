@@ -131,6 +131,35 @@ def test_a_killed_run_on_a_gguf_file_goes_on(tmp_path, monkeypatch):
         streamed(file, tmp_path / "r", "w4a16-gptq", token_batches(), resume=True)
 
 
+def test_a_gguf_file_becomes_another_in_parts(tmp_path, monkeypatch):
+    """The bytes of a model in memory that is exported, also where a killed run goes on."""
+    monkeypatch.setattr(pretrained, "_tokenizer", lambda *_, **__: None)
+    file, out = write_template(decoder(), tmp_path / "m.gguf"), tmp_path / "parts.gguf"
+    model, _ = load_pretrained(str(file), torch.float32)
+    given = ("gguf-q4_k", token_batches())
+    qcompile.export(model, tmp_path / "whole.gguf", *given, to="gguf", template=file, progress=False)
+    killed(monkeypatch, 2, file, out, "gguf-q4_k")
+    solved = solved_now(monkeypatch)
+    report = qcompile.quantize(str(file), *given, out=out, resume=True, progress=False)
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes() and len(solved) == 2, "of four groups"
+    assert report.passes[-1].name == "export to gguf" and len(report.passes[-1].done) == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "parts.gguf", "whole.gguf"]
+
+
+def test_a_gguf_file_that_cannot_be_made_is_refused_before_work(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "_tokenizer", lambda *_, **__: None)
+    file = write_template(decoder(), tmp_path / "m.gguf")
+    cases = [
+        (file, file, "gguf-q8_0", "m.gguf exists and is not empty. Fix: choose another"),
+        (models("plain"), tmp_path / "o.gguf", "gguf-q8_0", "o.gguf is made after a GGUF file, and .* is none. Fix:"),
+        (file, tmp_path / "o.gguf", "int8", "q_proj: activations in int8/row .* gguf cannot say. Fix:"),
+    ]
+    for source, out, recipe, words in cases:
+        with pytest.raises(ValueError, match=words):
+            qcompile.quantize(str(source), recipe, out=out, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
 def test_the_log_comes_along(models, tmp_path):
     streamed(models("plain"), tmp_path / "q", "w4a16-gptq", token_batches())
     lines = log_lines(tmp_path / "q")

@@ -26,7 +26,7 @@ KINDS = {
     gives=st.sets(st.integers(0, 5)),
     ragged=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings.get_profile("models")
 def test_any_stack_computes_the_same(kinds, pattern, gives, ragged):
     torch.manual_seed(0)
     program = captured(Stack([Layer(**KINDS[kinds[one]]) for one in pattern], gives, ragged))

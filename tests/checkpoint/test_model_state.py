@@ -8,6 +8,7 @@ from torch import nn
 
 from qcompile.checkpoint.atomic_folder import CheckpointError
 from qcompile.checkpoint.model_state import ModelState, apply_scalars, slots
+from qcompile.checkpoint.save_load import load, save
 from qcompile.modules.quant_linear import QuantLinear, RotatedLinear
 from qcompile.modules.wrappers import unwrapped
 from qcompile.numerics.format import Format
@@ -73,6 +74,25 @@ def test_wrappers_leave_no_trace_in_names(wrap):
     assert set(slots(nn.Sequential(torch.compile(inner, backend="eager")))) == {"0.weight", "0.bias"}
 
 
+class Angles(nn.Module):
+    """Complex rotary angles, with views of the same memory whose signs are only noted."""
+
+    def __init__(self, dtype=torch.complex64):
+        super().__init__()
+        self.register_buffer("angles", torch.randn(3, 2, dtype=dtype), persistent=False)
+        self.register_buffer("back", self.angles.conj())
+        self.register_buffer("negative", self.back.imag)
+
+
+def test_complex_tensors_and_views_with_a_noted_sign(tmp_path):
+    model, other = Angles(), Angles()
+    assert model.back.is_conj() and model.negative.is_neg()
+    save(model, tmp_path / "saved")
+    load(tmp_path / "saved", other)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(getattr(other, name), buffer), name
+
+
 class WithState(nn.Linear):
     def get_extra_state(self):
         return 3
@@ -84,6 +104,7 @@ class WithState(nn.Linear):
         (nn.Sequential(nn.Linear(2, 2, device="meta")), "'0.weight' has no values .it is on the meta device"),
         (nn.Sequential(WithState(2, 2)), "'0' .WithState. has an extra state"),
         (nn.Sequential(nn.LazyLinear(2)), "'0.weight' is a UninitializedParameter"),
+        (Angles(torch.complex128), "'angles' is torch.complex128, .* Fix: make it torch.complex64"),
     ],
 )
 def test_what_cannot_be_stored_is_named(model, words):

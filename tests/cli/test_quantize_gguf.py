@@ -14,7 +14,7 @@ from qcompile.checkpoint.stored_gguf import stored_gguf
 from qcompile.checkpoint.writers import gguf_template
 from qcompile.checkpoint.writers.gguf_file import write_gguf
 from qcompile.checkpoint.writers.gguf_template import GgufTemplate
-from qcompile.cli import quantize_gguf
+from qcompile.cli import quantize_export, quantize_gguf
 from qcompile.generation import pretrained
 from qcompile.passes import Fuse, Quantize
 from qcompile.recipe.recipe import Recipe
@@ -103,13 +103,26 @@ def test_places_that_do_not_fit_are_refused(floats, tmp_path, fail, loaded):
     assert "there.gguf exists. Fix: choose another name, or remove it" in fail("quantize", floats, there)
     line = fail("quantize", "some/folder", tmp_path / "out.gguf", "-r", "gguf-q4_k")
     assert "is made after a GGUF file, and some/folder is none. Fix: name a folder to write, or qcompile export" in line
-    files = [("--dump", tmp_path / "d"), ("--device", "cuda"), ("--report", tmp_path / "r.html")]
-    for flag, value in [*files, ("--memory", "1GB")]:
-        line = fail("quantize", floats, tmp_path / "out.gguf", "-r", "gguf-q4_k", flag, value)
-        assert f"{flag} {value} goes with a folder" in line
-    line = fail("quantize", floats, tmp_path / "out.gguf", "-r", "gguf-q4_k", "--resume")
-    assert "--resume goes with a folder" in line
     assert not loaded and [p.name for p in tmp_path.iterdir()] == ["there.gguf"]
+
+
+def test_what_goes_with_parts_is_refused_of_a_file_that_is_read_whole(floats, tmp_path, fail, loaded, monkeypatch):
+    for module in (quantize_export, quantize_gguf):
+        monkeypatch.setattr(module, "is_read_in_parts", lambda name: False)
+    for flag, value in [("--memory", "1GB"), ("--resume", None), ("--dump", tmp_path / "d")]:
+        given = [flag] if value is None else [flag, value]
+        line = fail("quantize", floats, tmp_path / "out.gguf", "-r", "gguf-q4_k", *given)
+        assert line.startswith(f"error: {flag} goes with ") and "Fix: drop it" in line
+    assert not loaded and not list(tmp_path.iterdir())
+
+
+def test_a_report_and_a_limit_of_memory(floats, tmp_path, call, loaded):
+    given = "--memory", "2GB", "--report", tmp_path / "r.html", "--dump", tmp_path / "d"
+    out = " ".join(call("quantize", floats, tmp_path / "out.gguf", "-r", "gguf-q8_0", *given).split())
+    assert "needs about 0.80 GB of memory" in out and "written: " in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "out.gguf", "r.html"] and list(
+        (tmp_path / "d").iterdir()
+    )
 
 
 def test_the_format_of_the_logits_is_checked_too(floats, tmp_path, fail, loaded):

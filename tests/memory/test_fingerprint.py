@@ -78,3 +78,11 @@ def test_shape_dtype_and_place_count_but_not_strides():
 def test_bytes_of_sizes_of_one_with_any_stride(strides):
     tensor = torch.arange(32.0).as_strided((1,) * len(strides), strides, 5)
     assert as_bytes(tensor).tolist() == as_bytes(torch.tensor([5.0])).tolist() == [0, 0, 160, 64]
+
+
+def test_bytes_of_views_whose_signs_are_noted():
+    values = torch.tensor([1 + 2j, 3 - 4j])
+    for view in (values.conj(), values.conj().imag, values.conj()[1:]):
+        assert view.is_conj() or view.is_neg()
+        assert torch.equal(as_bytes(view), as_bytes(view.clone().resolve_conj().resolve_neg()))
+        assert torch.equal(as_bytes(view).view(view.dtype), view)

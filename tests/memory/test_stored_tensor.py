@@ -65,6 +65,7 @@ def moves(draw, shape):
         "expand": lambda t: t.unsqueeze(0).expand(2, *t.shape),
         "stack": lambda t: torch.stack([t, t.detach()]),
         "squeeze": lambda t: t.squeeze(),
+        "resolved": lambda t: t.resolve_conj().resolve_neg(),
     }
     if rank and 0 not in shape:
         chosen |= {

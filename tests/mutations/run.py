@@ -32,6 +32,7 @@ from typing import TypeVar
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("QCOMPILE_EXHAUSTIVE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process with threads would hang
 
 import hypothesis  # noqa: E402, F401

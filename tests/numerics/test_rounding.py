@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics_formats import FORMATS
 
+from qcompile.numerics import rounding
 from qcompile.numerics.format import Format
 from qcompile.numerics.qparams import expand_qparams
 from qcompile.numerics.qtensor import expand_groups
-from qcompile.numerics.rounding import quantize_tensor
+from qcompile.numerics.rounding import quantize_matrix, quantize_tensor
 from qcompile.testing import weights
 
 
@@ -231,6 +232,40 @@ def test_offsets_of_float_zero_points_are_values_of_the_stored_dtype(w, text):
     assert q.zero.dtype == torch.float32
     inside = torch.isfinite(stored)
     assert bool(((offset - stored).abs() <= 2**-22 * offset.abs())[inside].all())
+
+
+@given(weights(), st.sampled_from(sorted({*FORMATS, *STORED})), st.booleans(), st.integers(1, 400))
+def test_a_matrix_block_by_block_has_the_same_parts(w, text, clip, block):
+    form = Format.parse(text)
+    stack = torch.stack([w, w.flip(0)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding, "_BLOCK", block)
+        for weight in (w, stack, w[0]):
+            try:
+                whole = quantize_tensor(weight, form, clip=clip).stored_parts
+            except ValueError:
+                with pytest.raises(ValueError, match="Fix"):
+                    quantize_matrix(weight, form, clip=clip)
+                continue
+            for part, expected in zip(quantize_matrix(weight, form, clip=clip), whole, strict=True):
+                assert part is None if expected is None else torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_k_quants_of_a_matrix_block_by_block(clip, monkeypatch):
+    monkeypatch.setattr(rounding, "_BLOCK", 512)
+    form, weight, importance = Format.parse("int4/group32/k6"), torch.randn(5, 512), torch.rand(512)
+    whole = quantize_tensor(weight, form, clip=clip, importance=importance).stored_parts
+    for part, expected in zip(quantize_matrix(weight, form, clip=clip, importance=importance), whole, strict=True):
+        assert torch.equal(part, expected)
+
+
+def test_what_a_matrix_cannot_have_is_counted_in_all_blocks(monkeypatch):
+    monkeypatch.setattr(rounding, "_BLOCK", 8)
+    bad = torch.zeros(6, 8, dtype=torch.float64)
+    bad[0, 0], bad[5, 3] = torch.nan, 1e300
+    with pytest.raises(ValueError, match="holds 2 NaN or Inf of 48 values"):
+        quantize_matrix(bad, Format("int8"))
 
 
 def test_a_tiny_scale_stays_above_zero_in_float16():

@@ -8,6 +8,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+from qcompile.ir.capture import quiet_frontends
+
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
@@ -17,7 +19,7 @@ def quiet_exporter() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with quiet_frontends(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

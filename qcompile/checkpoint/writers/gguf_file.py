@@ -11,10 +11,11 @@ from torch import Tensor
 
 from qcompile.checkpoint.writers.compressed_tensors_proof import require_same
 from qcompile.checkpoint.writers.export_refusals import ExportError, quantized_linears
-from qcompile.checkpoint.writers.gguf_blocks import blocks_of
+from qcompile.checkpoint.writers.gguf_blocks import TARGET, blocks_of
 from qcompile.checkpoint.writers.gguf_template import GgufTemplate
 from qcompile.memory.stored_tensor import StoredTensor
 from qcompile.modules.quant_linear import QuantLinear
+from qcompile.recipe.report import PassReport
 
 _FILE_TYPE, _VERSION = "general.file_type", "general.quantization_version"
 
@@ -65,6 +66,14 @@ def write_gguf(model: Any, template: GgufTemplate, path: Path) -> int:
     finally:
         writer.close()
     return _compare(model, template, path, embedding)
+
+
+def written_gguf(model: Any, template: GgufTemplate, path: Path) -> PassReport:
+    """`write_gguf`, with a report of what was written and compared."""
+    count = write_gguf(model, template, path)
+    report = PassReport(f"export to {TARGET}", done=list(quantized_linears(model)))
+    report.notes.append(f"{count} weights read back by gguf, equal (Q4_1: but for one rounding of float32)")
+    return report
 
 
 def _tensors(model: Any) -> list[tuple[str, Tensor]]:

@@ -21,7 +21,7 @@ from qcompile.testing import assert_equivalent, decoders
 
 
 @given(decoders())
-@settings(max_examples=12)
+@settings.get_profile("models")
 def test_the_output_stays_and_channels_fall(model):
     before, after, ids, (_, _, report) = before_and_after(model, Untie(), FoldNorm(), ReorderChannels(stream=True))
     assert_equivalent(before, after, [ids])

@@ -19,7 +19,7 @@ from qcompile.testing import Decoder, assert_equivalent, decoders
 
 
 @given(decoders())
-@settings(max_examples=12)
+@settings.get_profile("models")
 def test_the_output_stays(model):
     before, after, ids, reports = before_and_after(model, Untie(), FoldNorm(), Rotate(seed=3), OnlineHadamard())
     assert_equivalent(before, after, [ids])

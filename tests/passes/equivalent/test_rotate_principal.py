@@ -66,7 +66,7 @@ def mixed(moment):
 
 
 @given(decoders())
-@settings(max_examples=6)
+@settings.get_profile("models")
 def test_the_output_stays_and_channels_are_uncorrelated(model):
     batches = [model.example(), model.example(1, 4)]
     before, after, report = rotated(model, batches)

@@ -17,7 +17,7 @@ from qcompile.testing import Decoder, assert_equivalent, decoders
 
 
 @given(decoders())
-@settings(max_examples=12)
+@settings.get_profile("models")
 def test_the_output_stays_and_rotary_pairs_share_a_factor(model):
     before, after, ids, (report,) = before_and_after(model, SmoothAttention())
     assert len(report.done) == 2 * model.shape.layers, report

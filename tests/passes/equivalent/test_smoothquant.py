@@ -16,7 +16,7 @@ from qcompile.testing import Decoder, assert_equivalent, decoders, mlps
 
 
 @given(decoders())
-@settings(max_examples=12)
+@settings.get_profile("models")
 def test_the_output_stays(model):
     before, after, ids, (_, report) = before_and_after(model, Untie(), SmoothQuant())
     assert report.done

@@ -42,7 +42,7 @@ def test_a_cayley_step_stays_orthogonal_and_goes_down(n, rate, seed):
 
 
 @given(decoders())
-@settings(max_examples=6)
+@settings.get_profile("models")
 def test_the_output_stays(model):
     ids = model.example()
     before = capture(model, (ids,)).widened()

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from laws import shape as shape_of
 from torch import nn
 from zoo import build, example
@@ -32,25 +33,24 @@ DECODERS = ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "falc
 
 
 @pytest.mark.slow
-@given(decoders())
-@settings(max_examples=20)
-def test_static_scales_hold_at_every_position(model):
+@given(decoders(), st.booleans())
+@settings.get_profile("models")
+def test_static_scales_hold_at_every_position(model, qk_norm):
     """A token that is repeated makes the same key everywhere but for its rotation: two of them must do for forty."""
-    for shape in (model.shape, dataclasses.replace(model.shape, qk_norm=True)):
-        decoder = Decoder(shape)
-        program = capture(decoder, (decoder.example(),)).widened()
-        same = torch.full((1, 40), 3)
-        short, long = (observe(program, [[same[:, :length]]]) for length in (2, 40))
-        attentions = attention_matmuls(program)
-        attempt = program.copy()
-        found = quantize_kv(attempt, QuantizeKV(8, static=True), PassContext.of(attempt, statistics=short)).constants
-        for index, product in enumerate(attentions):
-            keys, values = found.key_scales[index], found.value_scales[index]
-            peak = long.cached[product.keys.name] / 127
-            assert (peak <= 1.0001 * keys).all(), "a key is cut off"
-            if shape.rotary == "none":
-                assert torch.allclose(keys, peak), "nothing is rotated: no need for larger scales"
-            assert torch.allclose(values, long.cached[product.values.name] / 127)
+    decoder = Decoder(dataclasses.replace(model.shape, qk_norm=qk_norm))
+    program = capture(decoder, (decoder.example(),)).widened()
+    same = torch.full((1, 40), 3)
+    short, long = (observe(program, [[same[:, :length]]]) for length in (2, 40))
+    attentions = attention_matmuls(program)
+    attempt = program.copy()
+    found = quantize_kv(attempt, QuantizeKV(8, static=True), PassContext.of(attempt, statistics=short)).constants
+    for index, product in enumerate(attentions):
+        keys, values = found.key_scales[index], found.value_scales[index]
+        peak = long.cached[product.keys.name] / 127
+        assert (peak <= 1.0001 * keys).all(), "a key is cut off"
+        if model.shape.rotary == "none":
+            assert torch.allclose(keys, peak), "nothing is rotated: no need for larger scales"
+        assert torch.allclose(values, long.cached[product.values.name] / 127)
 
 
 def test_a_static_scale_is_the_norm_of_what_mixes_in_a_head():
