@@ -5,8 +5,8 @@
 
 A line is "CHECK TEST FUNCTION": the cases that each of the two runs; a function that is not listed runs whole in both.
 `make test` runs as many cases of a function as take some seconds, at least one, chosen by a hash of its name: those
-that it omits are further parameters. Functions of which one case takes long run in `make exhaustive` alone, but for those
-that go through a whole product from end to end (ENDS). `make check` has no function whose cases take long.
+that it omits are further parameters. Functions of which one case takes long run in `make exhaustive` alone, but for
+those that go through a whole product from end to end (ENDS). `make check` has no function whose cases take long.
 """
 
 from __future__ import annotations

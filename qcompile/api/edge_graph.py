@@ -17,6 +17,7 @@ from qcompile.api.example_inputs import call_of
 from qcompile.api.model_example import own_example
 from qcompile.calibration.context_length import context_length
 from qcompile.checkpoint.writers.export_refusals import ExportError
+from qcompile.ir.capture import quiet_frontends
 
 CACHE_LENGTH = 2048  # tokens, where the model reads as many
 _FIRST = 3  # tokens of the call that is traced
@@ -104,7 +105,7 @@ class EdgeCall:
             if self.tokens:
                 tokens = torch.export.Dim("tokens", max=self.tokens - 1)
                 shapes = {"input_ids": {1: tokens}, "cache_position": {0: tokens}}
-            with torch.no_grad():
+            with torch.no_grad(), quiet_frontends():
                 return torch.export.export(module, self.args, self.kwargs, dynamic_shapes=shapes, strict=True)
         except Exception as error:  # of torch.export and of the model, of whatever kind
             reason = " ".join(str(error).split())
