@@ -18,7 +18,7 @@ from torch import nn
 
 from qcompile.api.device_placement import move_to_device
 from qcompile.api.rewrite_model import rewrite_model
-from qcompile.api.served_formats import check_recipe, fitted
+from qcompile.api.served_formats import check_recipe
 from qcompile.api.workspace import Workspace
 from qcompile.calibration.ranks import Ranks
 from qcompile.checkpoint.atomic_folder import require_empty
@@ -96,7 +96,6 @@ def quantize_folder(
     chosen = find_recipe(recipe, model, data=batches is not None)
     template = GgufTemplate(Path(source)) if target.suffix == GGUF else None
     if template is not None:
-        chosen = fitted(chosen, model)
         check_class(model, GGUF_FORMAT)
         check_recipe(chosen, model, GGUF_FORMAT)
         template.check(model)
