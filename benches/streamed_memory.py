@@ -40,6 +40,12 @@ SIZES = {
 BATCHES, TOKENS, VOCABULARY, LIMIT = 8, 256, 8192, 4_000_000_000
 
 
+def _key_rows(of: dict[str, int]) -> int:
+    """Rows of the projections to keys and values, which groups of heads may share."""
+    heads = max(1, of["hidden"] // 128)
+    return of["hidden"] * of.get("groups", heads) // heads
+
+
 def make(size: str, folder: Path) -> None:
     """Write a decoder with random bfloat16 weights, layer by layer: it is never whole in memory."""
     import torch
@@ -49,8 +55,7 @@ def make(size: str, folder: Path) -> None:
 
     of = SIZES[size]
     h, i = of["hidden"], of["inner"]
-    heads = max(1, h // 128)
-    k = h * of.get("groups", heads) // heads
+    heads, k = max(1, h // 128), _key_rows(of)
     config = AutoConfig.for_model(
         "llama",
         architectures=["LlamaForCausalLM"],
@@ -133,7 +138,7 @@ def bar(size: str, recipe: str) -> int:
     """(The largest layer in float32, its Hessians, the residual stream) x 1.25, in bytes."""
     of = SIZES[size]
     h, i = of["hidden"], of["inner"]
-    layer = 4 * (4 * h * h + 3 * h * i)
+    layer = 4 * (2 * h * h + 2 * h * _key_rows(of) + 3 * h * i)
     hessians = 8 * (3 * h * h + i * i) if "gptq" in recipe else 0
     stream = 2 * BATCHES * TOKENS * (h + max(h, i)) if "gptq" in recipe else 0
     return int(1.25 * (layer + hessians + stream))
@@ -172,8 +177,12 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES, metavar="RECIPE")
     parser.add_argument("--commit", action="store_true", help=f"write {RESULTS.name}")
     options = parser.parse_args()
-    size = "206 layers of 2048" if options.large else "2 layers of 2048" if options.processes else "8 layers of 2048"
-    size = "1 layer of 8192" if options.layer else size
+    given = {
+        "206 layers of 2048": options.large,
+        "1 layer of 8192": options.layer,
+        "2 layers of 2048": options.processes,
+    }
+    size = next((size for size, chosen in given.items() if chosen), "8 layers of 2048")
     table = Table(
         "model", "recipe", "way", "seconds", "peak MB", "bar MB", "of the process MB", "planned MB", "same bytes"
     )

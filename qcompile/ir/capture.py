@@ -282,7 +282,7 @@ def _configs(module: nn.Module) -> list[Any]:
 def quiet_frontends() -> Iterator[None]:
     """The frontends warn about their own internals, and note for each node the lines of code that made it.
 
-    Nothing reads these lines, and finding them takes a tenth of the time of tracing.
+    Nothing reads these lines, and finding them takes time at every node.
     """
     logs = [logging.getLogger(name) for name in _LOGS]
     levels = [log.level for log in logs]

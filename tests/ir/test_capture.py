@@ -161,3 +161,11 @@ def test_a_graph_of_constants_takes_no_tensor():
     torch.compile(lambda: torch.arange(4) * 2, backend=backend)()
     torch.compile(lambda x: x * 2, backend=backend)(torch.ones(2))
     assert found == [False, True]
+
+
+def test_lines_of_code_are_not_noted_and_the_callers_setting_comes_back(monkeypatch):
+    for setting in (False, True):
+        monkeypatch.setattr(torch.fx.config, "do_not_emit_stack_traces", setting)
+        program = capture(nn.Linear(4, 4), (torch.randn(2, 4),))
+        assert torch.fx.config.do_not_emit_stack_traces is setting
+        assert not any(node.stack_trace for node in program.graph.nodes)
